@@ -1,0 +1,103 @@
+"""Networks in plain ``torch.nn``: read them, copy them, or bring your own. `fastgan.convert` makes any of
+them fast.
+
+    generator, discriminator = fastgan.models.build("dcgan-64", image_size=32, g_width=32)
+
+Every generator maps z ``[N, latent]`` to images in [-1, 1] and has the attributes `latent`, `image_size`,
+`channels`; every discriminator maps images to logits ``[N]``. ``per_sample = True`` says that a model's
+forward mixes no samples other than through batch norm, which lets a training step run real and generated
+images as one batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .dcgan import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    KerasDCGANDiscriminator,
+    KerasDCGANGenerator,
+    build_dcgan,
+    build_keras_dcgan,
+)
+from .mlp import MLPDiscriminator, MLPGenerator
+from .mlp import build as build_mlp
+
+__all__ = [
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "KerasDCGANDiscriminator",
+    "KerasDCGANGenerator",
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "Preset",
+    "build",
+    "options",
+    "presets",
+]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named pair of networks: the function that builds it and the text it follows."""
+
+    name: str
+    build: Callable[..., tuple[nn.Module, nn.Module]]
+    source: str
+
+
+_PRESETS = {
+    p.name: p
+    for p in (
+        Preset(
+            "mlp-28",
+            build_mlp,
+            "fully connected GAN of the PyTorch-GAN collection, after Goodfellow et al. 2014",
+        ),
+        Preset(
+            "dcgan-28",
+            build_keras_dcgan,
+            "TensorFlow's Keras tutorial, tensorflow.org/tutorials/generative/dcgan",
+        ),
+        Preset(
+            "dcgan-64", build_dcgan, "pytorch/examples dcgan, after Radford et al. 2016 (arXiv:1511.06434)"
+        ),
+    )
+}
+
+
+def presets() -> dict[str, Preset]:
+    """Every preset by name."""
+    return dict(_PRESETS)
+
+
+def _preset(name: str) -> Preset:
+    if name not in _PRESETS:
+        raise ValueError(f"models: there is no model {name!r}, choose one of {', '.join(sorted(_PRESETS))}")
+    return _PRESETS[name]
+
+
+def options(name: str) -> dict[str, Any]:
+    """The keyword options of preset `name` with their defaults."""
+    parameters = inspect.signature(_preset(name).build).parameters
+    return {key: parameter.default for key, parameter in parameters.items()}
+
+
+def build(name: str, **overrides: Any) -> tuple[nn.Module, nn.Module]:
+    """``(generator, discriminator)`` of preset `name`, freshly initialised from torch's global generator.
+
+    `overrides` replace the preset's options (see `options`). Raises ValueError for an unknown preset, option
+    or value.
+    """
+    preset = _preset(name)
+    known = options(name)
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"models: {name} has no option {unknown[0]!r}, it takes {', '.join(known)}")
+    return preset.build(**overrides)

@@ -1,0 +1,248 @@
+"""Two DCGANs: the one of PyTorch's examples (`dcgan-64`) and the one of TensorFlow's Keras tutorial
+(`dcgan-28`).
+
+Sources
+    dcgan-64: pytorch/examples, ``dcgan/main.py``, after Radford, Metz, Chintala 2016 (arXiv:1511.06434).
+    dcgan-28: tensorflow.org/tutorials/generative/dcgan.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def _check_positive(name: str, **sizes: int) -> None:
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+
+
+def _stages(name: str, image_size: int) -> int:
+    """How many times a 4x4 map is doubled to reach `image_size`."""
+    if not isinstance(image_size, int) or image_size < 16 or image_size & (image_size - 1):
+        raise ValueError(f"{name}: image_size must be a power of two of at least 16, got {image_size!r}")
+    return image_size.bit_length() - 3
+
+
+# ------------------------------------------------------------------------------------------ dcgan-64
+
+
+class DCGANGenerator(nn.Module):
+    """z ``[N, latent]`` (or ``[N, latent, 1, 1]``) to images ``[N, channels, image_size, image_size]`` in
+    [-1, 1].
+
+    4x4 transposed convolutions without bias, strides 1, 2, 2, ...; batch norm and ReLU after each but the
+    last, which ends in tanh. `width` is the number of channels before the last layer and doubles towards the
+    latent (at 64 pixels: 8, 4, 2, 1 times `width`). 3,576,704 parameters at the defaults.
+    """
+
+    per_sample = True  # samples meet only inside batch norm
+
+    def __init__(self, *, image_size: int = 64, channels: int = 3, latent: int = 100, width: int = 64):
+        super().__init__()
+        stages = _stages("DCGANGenerator", image_size)
+        _check_positive("DCGANGenerator", channels=channels, latent=latent, width=width)
+        self.latent, self.image_size, self.channels = latent, image_size, channels
+        before = width << (stages - 1)
+        layers: list[nn.Module] = [
+            nn.ConvTranspose2d(latent, before, 4, 1, 0, bias=False),
+            nn.BatchNorm2d(before),
+            nn.ReLU(inplace=True),
+        ]
+        for _ in range(stages - 1):
+            layers += [
+                nn.ConvTranspose2d(before, before // 2, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(before // 2),
+                nn.ReLU(inplace=True),
+            ]
+            before //= 2
+        layers += [nn.ConvTranspose2d(before, channels, 4, 2, 1, bias=False), nn.Tanh()]
+        self.main = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.main(z.view(z.shape[0], -1, 1, 1))
+        return images
+
+
+class DCGANDiscriminator(nn.Module):
+    """Images ``[N, channels, image_size, image_size]`` to logits ``[N]`` (no sigmoid: the losses take
+    logits).
+
+    The generator's mirror: 4x4 convolutions with stride 2 and LeakyReLU(0.2), batch norm on all but the
+    first; the last maps 4x4 to one number. 2,765,568 parameters at the defaults.
+    """
+
+    per_sample = True
+
+    def __init__(self, *, image_size: int = 64, channels: int = 3, width: int = 64):
+        super().__init__()
+        stages = _stages("DCGANDiscriminator", image_size)
+        _check_positive("DCGANDiscriminator", channels=channels, width=width)
+        self.image_size, self.channels = image_size, channels
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, width, 4, 2, 1, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        before = width
+        for _ in range(stages - 1):
+            layers += [
+                nn.Conv2d(before, before * 2, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(before * 2),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+            before *= 2
+        self.main = nn.Sequential(*layers, nn.Conv2d(before, 1, 4, 1, 0, bias=False))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.main(images)
+        return logits.flatten()
+
+
+def init_dcgan(module: nn.Module) -> None:
+    """The DCGAN paper's initialisation: convolutions N(0, 0.02), batch norm weight N(1, 0.02) and bias 0."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+            nn.init.zeros_(layer.bias)
+
+
+def build_dcgan(
+    *, image_size: int = 64, channels: int = 3, latent: int = 100, g_width: int = 64, d_width: int = 64
+) -> tuple[DCGANGenerator, DCGANDiscriminator]:
+    """Both networks of `dcgan-64`, initialised as in the paper. `g_width` and `d_width`: its ngf and ndf."""
+    generator = DCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
+    discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width)
+    init_dcgan(generator)
+    init_dcgan(discriminator)
+    return generator, discriminator
+
+
+# ------------------------------------------------------------------------------------------ dcgan-28
+
+_KERAS_EPS = 1e-3
+_KERAS_MOMENTUM = 0.01  # Keras' 0.99 weighs the old value, PyTorch's 0.01 the new one
+_SLOPE = 0.3  # Keras' LeakyReLU default
+
+
+class KerasDCGANGenerator(nn.Module):
+    """z ``[N, latent]`` to images ``[N, channels, image_size, image_size]`` in [-1, 1].
+
+    Dense to ``image_size/4`` squared times 4 `width`, then 5x5 transposed convolutions to 2 `width` (stride
+    1), `width` (stride 2) and `channels` (stride 2), all without bias; batch norm and LeakyReLU(0.3) between,
+    tanh at the end. Batch norm has Keras' eps 1e-3 and momentum 0.99. 2,305,472 trainable parameters at the
+    defaults.
+
+    Padding: on an even size, Keras' "same" with kernel 5 and stride 2 pads 1 before and 2 after; padding 2
+    (with output_padding 1 in the transposed form) lands on the grid that pads 2 before and 1 after. It is the
+    mirror image: a network with all kernels flipped sees flipped images, so what can be learnt is the same.
+    """
+
+    per_sample = True
+
+    def __init__(self, *, image_size: int = 28, channels: int = 1, latent: int = 100, width: int = 64):
+        super().__init__()
+        if not isinstance(image_size, int) or image_size < 4 or image_size % 4:
+            raise ValueError(
+                f"KerasDCGANGenerator: image_size must be a positive multiple of 4, got {image_size!r}"
+            )
+        _check_positive("KerasDCGANGenerator", channels=channels, latent=latent, width=width)
+        self.latent, self.image_size, self.channels = latent, image_size, channels
+        self.start, self.width = image_size // 4, width
+        features = self.start * self.start * 4 * width
+        self.dense = nn.Sequential(
+            nn.Linear(latent, features, bias=False),
+            nn.BatchNorm1d(features, _KERAS_EPS, _KERAS_MOMENTUM),
+            nn.LeakyReLU(_SLOPE),
+        )
+        self.main = nn.Sequential(
+            nn.ConvTranspose2d(4 * width, 2 * width, 5, 1, 2, bias=False),
+            nn.BatchNorm2d(2 * width, _KERAS_EPS, _KERAS_MOMENTUM),
+            nn.LeakyReLU(_SLOPE),
+            nn.ConvTranspose2d(2 * width, width, 5, 2, 2, output_padding=1, bias=False),
+            nn.BatchNorm2d(width, _KERAS_EPS, _KERAS_MOMENTUM),
+            nn.LeakyReLU(_SLOPE),
+            nn.ConvTranspose2d(width, channels, 5, 2, 2, output_padding=1, bias=False),
+            nn.Tanh(),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        # Features are ordered [row][column][channel], as Keras reshapes them: in PyTorch a channels_last
+        # view, no copy.
+        h = self.dense(z).view(-1, self.start, self.start, 4 * self.width).permute(0, 3, 1, 2)
+        images: Tensor = self.main(h)
+        return images
+
+
+class KerasDCGANDiscriminator(nn.Module):
+    """Images ``[N, channels, image_size, image_size]`` to logits ``[N]``.
+
+    Two 5x5 convolutions with stride 2 to `width` and 2 `width` channels, each with LeakyReLU(0.3) and dropout
+    0.3, then one dense unit. Padding as in `KerasDCGANGenerator`. 212,865 parameters at the defaults.
+    """
+
+    per_sample = True  # dropout draws a mask per sample
+
+    def __init__(self, *, image_size: int = 28, channels: int = 1, width: int = 64, dropout: float = 0.3):
+        super().__init__()
+        if not isinstance(image_size, int) or image_size < 4 or image_size % 4:
+            raise ValueError(
+                f"KerasDCGANDiscriminator: image_size must be a positive multiple of 4, got {image_size!r}"
+            )
+        _check_positive("KerasDCGANDiscriminator", channels=channels, width=width)
+        self.image_size, self.channels = image_size, channels
+        self.main = nn.Sequential(
+            nn.Conv2d(channels, width, 5, 2, 2),
+            nn.LeakyReLU(_SLOPE),
+            nn.Dropout(dropout),
+            nn.Conv2d(width, 2 * width, 5, 2, 2),
+            nn.LeakyReLU(_SLOPE),
+            nn.Dropout(dropout),
+        )
+        self.dense = nn.Linear((image_size // 4) ** 2 * 2 * width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.main(images).permute(
+            0, 2, 3, 1
+        )  # flattened as [row][column][channel]: a view when channels_last
+        logits: Tensor = self.dense(torch.flatten(h, 1))
+        return logits.flatten()
+
+
+def init_keras(module: nn.Module) -> None:
+    """Keras' default: glorot uniform weights and zero biases.
+
+    Keras counts the fans of a transposed convolution as kernel area times its two channel counts, as PyTorch
+    does; glorot adds them, so which is in and which is out does not matter. Batch norm starts at weight 1 and
+    bias 0 in both.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def build_keras_dcgan(
+    *,
+    image_size: int = 28,
+    channels: int = 1,
+    latent: int = 100,
+    g_width: int = 64,
+    d_width: int = 64,
+    dropout: float = 0.3,
+) -> tuple[KerasDCGANGenerator, KerasDCGANDiscriminator]:
+    """Both networks of `dcgan-28`, initialised as Keras does."""
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1 or math.isnan(dropout):
+        raise ValueError(f"dcgan-28: dropout must be in [0, 1), got {dropout!r}")
+    generator = KerasDCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
+    discriminator = KerasDCGANDiscriminator(
+        image_size=image_size, channels=channels, width=d_width, dropout=dropout
+    )
+    init_keras(generator)
+    init_keras(discriminator)
+    return generator, discriminator

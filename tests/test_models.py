@@ -1,0 +1,151 @@
+"""The presets: sizes that their sources publish, shapes, initialisation, options and their errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastgan import models
+
+# Parameter counts: published by the sources or derived in each class' docstring.
+COUNTS = {
+    "mlp-28": (1_510_032, 533_505),
+    "dcgan-28": (2_305_472, 212_865),
+    "dcgan-64": (3_576_704, 2_765_568),
+}
+# Small enough to run in milliseconds, and not the defaults: every option is used.
+SMALL = {
+    "mlp-28": {"image_size": 8, "channels": 2, "latent": 5, "g_widths": (6, 7), "d_widths": (9,)},
+    "dcgan-28": {"image_size": 12, "channels": 3, "latent": 5, "g_width": 4, "d_width": 6, "dropout": 0.1},
+    "dcgan-64": {"image_size": 32, "channels": 1, "latent": 5, "g_width": 4, "d_width": 6},
+}
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_every_preset_is_covered_here():
+    assert set(models.presets()) == set(COUNTS) == set(SMALL)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_those_of_the_source(name):
+    generator, discriminator = models.build(name)
+    assert (count(generator), count(discriminator)) == COUNTS[name]
+    assert models.presets()[name].source
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_shapes_range_and_gradients(name):
+    options = SMALL[name]
+    assert set(options) == set(models.options(name))
+    torch.manual_seed(0)
+    generator, discriminator = models.build(name, **options)
+    assert (generator.latent, generator.image_size, generator.channels) == (
+        options["latent"],
+        options["image_size"],
+        options["channels"],
+    )
+    assert generator.per_sample and discriminator.per_sample
+    images = generator(torch.randn(3, options["latent"]))
+    assert images.shape == (3, options["channels"], options["image_size"], options["image_size"])
+    assert images.abs().max() <= 1
+    logits = discriminator(images)
+    assert logits.shape == (3,)
+    # A weighted sum: the plain sum of a batch-normed layer has no gradient.
+    (logits * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+    for model in (generator, discriminator):
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_samples_meet_only_in_batch_norm(name):
+    """What `per_sample` promises: in eval mode each sample's output is its own."""
+    torch.manual_seed(0)
+    generator, discriminator = (m.eval() for m in models.build(name, **SMALL[name]))
+    z = torch.randn(4, generator.latent)
+    with torch.no_grad():
+        images = generator(z)
+        torch.testing.assert_close(images[1:2], generator(z[1:2]))
+        torch.testing.assert_close(discriminator(images)[2:3], discriminator(images[2:3]))
+
+
+@pytest.mark.parametrize("image_size", [16, 64, 128])
+def test_dcgan_sizes(image_size):
+    generator, discriminator = models.build("dcgan-64", image_size=image_size, latent=3, g_width=2, d_width=2)
+    images = generator(torch.randn(2, 3, 1, 1))
+    assert images.shape == (2, 3, image_size, image_size)
+    assert discriminator(images).shape == (2,)
+
+
+def test_dcgan_initialisation():
+    torch.manual_seed(0)
+    for model in models.build("dcgan-64"):
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                assert layer.bias is None
+                assert abs(layer.weight.std().item() - 0.02) < 0.002
+            elif isinstance(layer, nn.BatchNorm2d):
+                assert abs(layer.weight.mean().item() - 1) < 0.02 and layer.weight.std() > 0.01
+                assert not layer.bias.any()
+
+
+def test_keras_initialisation():
+    torch.manual_seed(0)
+    generator, discriminator = models.build("dcgan-28")
+    for layer, fans in (
+        (generator.dense[0], 100 + 7 * 7 * 256),
+        (generator.main[0], 25 * (256 + 128)),
+        (discriminator.main[3], 25 * (64 + 128)),
+    ):
+        bound = (6 / fans) ** 0.5
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.abs().max() > 0.99 * bound
+    assert not discriminator.main[0].bias.any()
+    norm = generator.main[1]
+    assert (norm.eps, norm.momentum) == (1e-3, 0.01)
+
+
+def test_keras_padding_is_the_mirror_image_of_same():
+    """k5 s2 p2 equals TensorFlow's "same" (pad 1 before, 2 after) on flipped images with flipped kernels."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 2, 5, 2, 2, bias=False)
+    x = torch.randn(1, 1, 28, 28)
+    same = nn.functional.conv2d(
+        nn.functional.pad(x.flip(2, 3), (1, 2, 1, 2)), conv.weight.flip(2, 3), stride=2
+    )
+    torch.testing.assert_close(conv(x), same.flip(2, 3))
+
+
+def test_channels_last_needs_no_copy():
+    generator, discriminator = models.build("dcgan-28", g_width=4, d_width=4)
+    seen = {}
+    generator.main.register_forward_pre_hook(lambda _, args: seen.update(start=args[0]))
+    discriminator.dense.register_forward_pre_hook(lambda _, args: seen.update(flat=args[0]))
+    discriminator.main.register_forward_hook(lambda _, args, out: seen.update(last=out))
+    discriminator.to(memory_format=torch.channels_last).eval()
+    discriminator(generator(torch.randn(2, 100)).contiguous(memory_format=torch.channels_last))
+    assert seen["start"].is_contiguous(memory_format=torch.channels_last)
+    assert seen["flat"].data_ptr() == seen["last"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("dcgan-65", {}, "there is no model 'dcgan-65', choose one of dcgan-28"),
+        ("dcgan-64", {"depth": 3}, "dcgan-64 has no option 'depth', it takes image_size"),
+        ("dcgan-64", {"image_size": 48}, "power of two of at least 16, got 48"),
+        ("dcgan-64", {"image_size": 8}, "power of two of at least 16, got 8"),
+        ("dcgan-64", {"g_width": 0}, "width must be a positive integer, got 0"),
+        ("dcgan-28", {"image_size": 30}, "multiple of 4, got 30"),
+        ("dcgan-28", {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ("mlp-28", {"g_widths": ()}, "one or more positive integers"),
+        ("mlp-28", {"latent": 0}, "must be positive, got 28, 1 and 0"),
+    ],
+)
+def test_errors(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(name, **overrides)
