@@ -1,0 +1,157 @@
+// The interface between the binding (module.cpp), the choice of a table (dispatch.cpp) and the kernels (cpu/*.cpp).
+// Plain data only: this header is compiled with different instruction-set flags in every object, so an inline
+// function here could be kept by the linker in its AVX-512 version for the portable path.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fg {
+
+enum DType : int { F32 = 0, BF16 = 1 };
+enum Act : int { ACT_IDENTITY = 0, ACT_RELU = 1, ACT_LEAKY_RELU = 2, ACT_TANH = 3, ACT_SIGMOID = 4 };
+enum Loss : int { LOSS_BCE = 0, LOSS_MINIMAX, LOSS_LSGAN, LOSS_HINGE, LOSS_WASSERSTEIN, LOSS_RELATIVISTIC };
+enum Side : int { SIDE_D = 0, SIDE_G = 1 };
+
+// Geometry of a forward convolution x[N,C,H,W] -> y[N,K,OH,OW] with weight [K, C/groups, R, S].
+// OH and OW are given, not derived: output_padding of a transposed convolution makes them ambiguous.
+// Validated by the binding: sizes >= 0, strides and dilations >= 1, paddings >= 0, groups divides C and K,
+// and every size is below 2^31, so that a product of two of them fits in int64.
+struct ConvShape {
+  int64_t N, C, H, W;
+  int64_t K, OH, OW;
+  int64_t R, S;
+  int64_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int64_t groups;
+};
+
+// Activations are dense channels_last: x [N][H][W][C], y [N][OH][OW][K]. No pointer is assumed to be aligned
+// beyond its element. w_strides are the element strides of the weight in [K, C/groups, R, S] order.
+struct Conv2dArgs {
+  DType dtype;    // of x and y
+  const void* x;  // [N][H][W][C]
+  const void* w;  // [K, C/groups, R, S] by w_strides
+  DType w_dtype;  // F32 with dtype BF16: packing rounds to nearest even
+  int64_t w_strides[4];
+  const float* bias;  // [K] or null
+  void* y;            // [N][OH][OW][K], written in full
+  Act act;
+  float slope;
+  int threads;  // >= 1, for num_threads()
+};
+
+struct ConvTranspose2dArgs {
+  DType dtype;    // of y and x
+  const void* y;  // [N][OH][OW][K], read
+  const void* w;
+  DType w_dtype;
+  int64_t w_strides[4];
+  const float* bias;  // [C] or null
+  void* x;            // [N][H][W][C], written in full
+  Act act;
+  float slope;
+  int threads;
+};
+
+struct Conv2dWeightArgs {
+  DType dtype;     // of x and dy
+  const void* x;   // [N][H][W][C]
+  const void* dy;  // [N][OH][OW][K]
+  void* dw;        // [K, C/groups, R, S] by dw_strides, every element written
+  DType dw_dtype;
+  int64_t dw_strides[4];
+  int threads;
+};
+
+// What bn_act's three directions share. x is [N][HW][C] (channels_last) or [N][C][HW]; group g of G holds the samples
+// [g N/G, (g+1) N/G). mean and var are float32 [G][C]; var is biased.
+struct BnShape {
+  DType dtype;
+  int64_t N, C, HW, G;
+  bool channels_last;
+  bool training;  // false: mean and var are constants, so every 1/n of the derivatives is 0
+  float eps;
+  Act act;  // identity, relu or leaky_relu
+  float slope;
+  int threads;
+};
+
+struct BnActForwardArgs {
+  const void* x;
+  const float *weight, *bias;  // [C] or null (1 and 0)
+  float *mean, *var;           // [G][C]: written in training, read in eval
+  void* y;
+};
+
+struct BnActBackwardArgs {
+  const void *dy, *x;
+  const float *weight, *bias, *mean, *var;
+  void* dx;
+  float *dweight, *dbias;  // [C], summed over the groups; null: not wanted
+};
+
+struct BnActDoubleBackwardArgs {
+  const void* ddx;                 // null: zero
+  const float *ddweight, *ddbias;  // [C] or null (zero)
+  const void *dy, *x;
+  const float *weight, *bias, *mean, *var;
+  void *d_dy, *d_x;  // null: not wanted
+  float* d_weight;   // [C]; null: not wanted
+};
+
+struct BiasActShape {
+  DType dtype;
+  int64_t N, C, HW;
+  bool channels_last;
+  Act act;
+  float slope;
+  int threads;
+};
+
+struct BiasActForwardArgs {
+  const void* x;
+  const float* bias;  // [C] or null
+  void* y;
+};
+
+struct BiasActBackwardArgs {
+  const void *dy, *y;  // the derivative is taken from the output y
+  void* dx;            // null: not wanted
+  float* dbias;        // [C] or null
+};
+
+struct GanLossArgs {
+  DType dtype;
+  const void *fake, *real;  // [n_fake], [n_real]; real null with n_real 0: absent
+  int64_t n_fake, n_real;
+  Loss kind;
+  Side side;
+  float smoothing;
+  float* out;           // forward: [7]
+  const float* dloss;   // backward: one value
+  void *dfake, *dreal;  // backward; null: not wanted
+  int threads;
+};
+
+// One instruction set's kernels. cpu/table.cpp is compiled once per set and fills one of these.
+struct Table {
+  const char* name;
+  void (*conv2d)(const ConvShape&, const Conv2dArgs&);
+  void (*conv_transpose2d)(const ConvShape&, const ConvTranspose2dArgs&);
+  void (*conv2d_weight)(const ConvShape&, const Conv2dWeightArgs&);
+  void (*bn_act_forward)(const BnShape&, const BnActForwardArgs&);
+  void (*bn_act_backward)(const BnShape&, const BnActBackwardArgs&);
+  void (*bn_act_double_backward)(const BnShape&, const BnActDoubleBackwardArgs&);
+  void (*bias_act_forward)(const BiasActShape&, const BiasActForwardArgs&);
+  void (*bias_act_backward)(const BiasActShape&, const BiasActBackwardArgs&);
+  void (*gan_loss_forward)(const GanLossArgs&);
+  void (*gan_loss_backward)(const GanLossArgs&);
+};
+
+// Scratch memory, 64-byte aligned, uninitialised, recycled between calls: a fresh 16 MB malloc costs more in page
+// faults than many a kernel. Thread-safe; throws std::bad_alloc, so call it outside parallel regions.
+// Compiled once, in dispatch.cpp, with the base instruction set.
+void* scratch_acquire(size_t bytes);
+void scratch_release(void* block) noexcept;
+
+}  // namespace fg

@@ -1,0 +1,329 @@
+"""Builds fastgan._C, the torch-free native core, and installs top-level kernels/ as fastgan.kernels.
+
+Nothing here may make `pip install` fail for want of a compiler: without one the package installs with PyTorch's own
+operators only, and the reason is left in fastgan/_C_build_failure.txt for `fastgan doctor`. Two cases do fail:
+FASTGAN_CUDA=1 without a working nvcc, and `python setup.py build_ext`, which is how developers build.
+
+Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+FAILURE_NAME = "_C_build_failure.txt"
+
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
+TABLES = {"portable": ""}
+if X86:
+    TABLES |= {
+        "avx2": "-mavx2 -mfma",
+        "avx512": AVX512,
+        "avx512_bf16": f"{AVX512} -mavx512bf16",
+        "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    }
+
+# The slots of a table. A stem without a source leaves its slots empty, and the binding says so when called.
+STEMS = ("conv2d", "conv_transpose2d", "conv2d_weight", "bn_act", "bias_act", "gan_loss")
+
+
+class BuildError(RuntimeError):
+    """The native core cannot be built here; the text is what a user should read."""
+
+
+@dataclass
+class Cuda:
+    """An nvcc that was found, or the reason why CUDA is left out."""
+
+    absent: str = ""
+    nvcc: str = ""
+    top: str = ""
+    version: str = ""
+    archs: list[str] = field(default_factory=list)
+
+
+def run(*command: str) -> str:
+    """stdout and stderr of a command; BuildError with both if it fails."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def cuda_mode() -> str:
+    mode = os.environ.get("FASTGAN_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTGAN_CUDA must be auto, 0 or 1, got {mode!r}")
+    return mode
+
+
+def find_cuda(mode: str) -> Cuda:
+    if mode == "0":
+        return Cuda(absent="built with FASTGAN_CUDA=0")
+    if os.name == "nt":
+        return Cuda(absent="CUDA sources are built on Linux only")
+    home = os.environ.get("CUDA_HOME", "")
+    beside = os.path.join(home, "bin", "nvcc") if home else ""
+    nvcc = beside if beside and os.access(beside, os.X_OK) else shutil.which("nvcc")
+    if not nvcc:
+        return Cuda(absent="no nvcc at build time; install the CUDA toolkit and reinstall fastgan")
+    # nvcc may be a wrapper script whose own path says nothing: TOP in the dry run is where the toolkit lies.
+    top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "x.cu"), re.MULTILINE)
+    version = re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))
+    if not top or not version:
+        raise BuildError(f"{nvcc} does not say where its toolkit lies or which release it is")
+    archs = sorted(set(re.findall(r"^sm_(\d+)$", run(nvcc, "--list-gpu-code"), re.MULTILINE)), key=int)
+    archs = [a for a in archs if int(a) >= 75]  # the oldest generation that CUDA 13 still compiles for
+    if not archs:
+        raise BuildError(f"{nvcc} lists no architecture from sm_75 on")
+    return Cuda(nvcc=nvcc, top=os.path.realpath(top[1].strip()), version=version[1], archs=archs)
+
+
+def cudart(cuda: Cuda) -> str:
+    for part in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib", "targets/sbsa-linux/lib"):
+        library = Path(cuda.top, part, "libcudart_static.a")
+        if library.exists():
+            return str(library)
+    raise BuildError(
+        f"libcudart_static.a is not under {cuda.top}; install the CUDA runtime's development files"
+    )
+
+
+def ninja_path(path: object) -> str:
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def quote(path: object) -> str:
+    return '"' + str(path).replace("$", "$$").replace('"', r"\"") + '"'
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def ninja(folder: Path, *arguments: str) -> None:
+    import ninja as package
+
+    beside = Path(getattr(package, "BIN_DIR", ""), "ninja")
+    program = str(beside) if beside.is_file() else (shutil.which("ninja") or "ninja")
+    print(run(program, "-C", str(folder), *arguments), end="", flush=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """A new file under the old name: a process that has the old library mapped keeps it."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as fresh:
+        pass
+    shutil.copy(source, fresh.name)
+    os.replace(fresh.name, target)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder: ninja itself takes no lock."""
+    import fcntl
+
+    with open(folder / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def unit_flags() -> dict[Path, list[tuple[str, str]]]:
+    """Source -> [(object name, extra flags)]."""
+    missing = " ".join(f"-DFG_WITHOUT_{s}" for s in STEMS if not (CSRC / "cpu" / f"{s}.cpp").exists())
+    units = {}
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        units[source] = [
+            (
+                f"cpu/{source.stem}.{table}.o",
+                f"-DISA={table} {flags} {missing if source.stem == 'table' else ''}",
+            )
+            for table, flags in TABLES.items()
+        ]
+    return units
+
+
+def openmp() -> tuple[str, str]:
+    """(compile flags, link flags). On Linux libgomp is not linked: torch's own is in the process already."""
+    if sys.platform != "darwin":
+        return "-fopenmp", ""
+    # Untested: Apple's clang needs Homebrew's libomp. Without it the kernels run in one thread.
+    with contextlib.suppress(BuildError):
+        prefix = run("brew", "--prefix", "libomp").strip()
+        if Path(prefix, "include", "omp.h").exists():
+            return (
+                f"-Xpreprocessor -fopenmp -I{quote(prefix + '/include')}",
+                f"-L{quote(prefix + '/lib')} -lomp",
+            )
+    return "-Wno-unknown-pragmas", ""
+
+
+def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
+    import pybind11
+
+    cxx = os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(cxx.split()[0]):
+        raise BuildError(
+            f"no C++ compiler: {cxx} is not on PATH; install g++ or set CXX, and reinstall fastgan"
+        )
+    ccache = shutil.which("ccache")
+    omp_compile, omp_link = openmp()
+    flags = (
+        # No -ffast-math: NaN, inf and signed zeros must come out as PyTorch's do. errno and traps nobody reads.
+        "-std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden"
+        f" -fvisibility-inlines-hidden -ffunction-sections -Wall -Wextra {omp_compile}"
+        f" {'-DFG_X86' if X86 else ''} -I{quote(CSRC)} {os.environ.get('CXXFLAGS', '')}"
+    )
+    if sys.platform == "darwin":  # untested
+        link = f"-bundle -undefined dynamic_lookup {omp_link}"
+    else:
+        link = "-shared -static-libstdc++ -static-libgcc -Wl,--gc-sections -Wl,--exclude-libs,ALL"
+    link += " " + os.environ.get("LDFLAGS", "")
+    once = f"-I{quote(folder)}"
+    include = f"{once} -I{quote(pybind11.get_include())} -I{quote(sysconfig.get_paths()['include'])}"
+    if cuda.nvcc:
+        include += " -DFG_CUDA"
+    lines = [
+        f"cflags = {flags}",
+        f"rule cxx\n  command = {ccache + ' ' if ccache else ''}{cxx} $cflags $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = C++ $out",
+        f"rule link\n  command = {cxx} $in -o $out {link} $extra\n  description = link $out",
+        f"rule nvcc\n  command = {quote(cuda.nvcc)} $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
+    ]
+    units = unit_flags()
+    units[CSRC / "module.cpp"] = [("module.o", include)]
+    units[CSRC / "dispatch.cpp"] = [("dispatch.o", "")]
+    objects = []
+    for source, variants in units.items():
+        for name, extra in variants:
+            lines.append(f"build {name}: cxx {ninja_path(source)}\n  extra = {extra}")
+            objects.append(name)
+    extra = ""
+    if cuda.nvcc:
+        extra = f"{quote(cudart(cuda))} -ldl -lpthread -lrt"
+        codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in cuda.archs)
+        codes += f" -gencode arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}"
+        nvcc = f"-std=c++17 -O3 {codes} -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden -I{quote(CSRC)}"
+        cuda_objects = []
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            name = f"cuda/{source.stem}.o"
+            lines.append(f"build {name}: nvcc {ninja_path(source)}\n  extra = {nvcc}")
+            cuda_objects.append(name)
+        lines.append(f"build cuda_objects: phony {' '.join(cuda_objects)}")
+        objects += cuda_objects
+    lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}\n  extra = {extra}")
+    write_if_changed(folder / "build.ninja", "\n".join(lines) + "\n")
+
+
+def write_config(folder: Path, cuda: Cuda) -> None:
+    def text(value: str) -> str:
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+    write_if_changed(
+        folder / "build_config.hpp",
+        "// Written by setup.py.\n"
+        f"#define FG_CUDA_ABSENT {text(cuda.absent)}\n"
+        f"#define FG_CUDA_VERSION {text(cuda.version)}\n"
+        f"#define FG_CUDA_ARCHS {text(' '.join('sm_' + a for a in cuda.archs))}\n",
+    )
+
+
+def choose_cuda(folder: Path, target: Path) -> Cuda:
+    """Finds nvcc and compiles csrc/cuda with it; in mode auto a failure is a warning and CUDA is left out."""
+    mode = cuda_mode()
+    try:
+        cuda = find_cuda(mode)
+        if cuda.nvcc:
+            write_config(folder, cuda)
+            write_ninja(folder, target, cuda)
+            ninja(folder, "cuda_objects")
+        elif mode == "1":
+            raise BuildError(f"FASTGAN_CUDA=1, but {cuda.absent}")
+        return cuda
+    except BuildError as error:
+        if mode == "1":
+            raise SystemExit(f"FASTGAN_CUDA=1: the CUDA part could not be built.\n{error}") from error
+        print(f"warning: fastgan is built without CUDA: {error}", file=sys.stderr, flush=True)
+        return Cuda(absent=f"nvcc failed at build time: {str(error)[-2000:]}")
+
+
+def build_with_ninja(target: Path) -> None:
+    folder = ROOT / "build" / "native" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    linked = folder / target.name
+    with locked(folder):
+        cuda = choose_cuda(folder, linked)
+        write_config(folder, cuda)
+        write_ninja(folder, linked, cuda)
+        ninja(folder, str(linked))
+        replace(linked, target)
+
+
+class BuildNative(build_ext):
+    """build_ext for the one extension, by ninja."""
+
+    def run(self) -> None:
+        inplace = self.inplace or getattr(self, "editable_mode", False)
+        folder = (ROOT if inplace else Path(self.build_lib)) / "fastgan"
+        note = folder / FAILURE_NAME
+        note.unlink(missing_ok=True)
+        try:
+            super().run()
+        except (BuildError, ImportError) as error:
+            if "build_ext" in sys.argv[1:] or cuda_mode() == "1":
+                raise SystemExit(f"fastgan._C could not be built: {error}") from error
+            print(
+                f"warning: fastgan is installed without its native core: {error}", file=sys.stderr, flush=True
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{error}\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        if os.name == "nt":
+            raise BuildError(
+                "the native core has no Windows build yet; fastgan runs on PyTorch's operators there"
+            )
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        build_with_ninja(target)
+
+    def copy_extensions_to_source(self) -> None:
+        source = Path(self.get_ext_fullpath("fastgan._C"))
+        self.inplace, before = True, self.inplace
+        target = Path(self.get_ext_fullpath("fastgan._C"))
+        self.inplace = before
+        replace(source, target)
+
+
+packages = find_packages(include=["fastgan", "fastgan.*"])
+packages += [f"fastgan.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
+setup(
+    packages=packages,
+    package_dir={"fastgan.kernels": "kernels"},
+    package_data={"fastgan": [FAILURE_NAME]},
+    ext_modules=[Extension("fastgan._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
