@@ -1,8 +1,9 @@
 """Builds fastgan._C, the torch-free native core, and installs top-level kernels/ as fastgan.kernels.
 
-Nothing here may make `pip install` fail for want of a compiler: without one the package installs with PyTorch's own
-operators only, and the reason is left in fastgan/_C_build_failure.txt for `fastgan doctor`. Two cases do fail:
-FASTGAN_CUDA=1 without a working nvcc, and `python setup.py build_ext`, which is how developers build.
+Nothing here may make `pip install` fail for want of a compiler: without one the package installs with
+PyTorch's own operators only, and the reason is left in fastgan/_C_build_failure.txt for `fastgan doctor`.
+Two cases do fail: FASTGAN_CUDA=1 without a working nvcc, and `python setup.py build_ext`, by which
+developers build.
 
 Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace.
 """
@@ -188,10 +189,10 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
         raise BuildError(
             f"no C++ compiler: {cxx} is not on PATH; install g++ or set CXX, and reinstall fastgan"
         )
-    ccache = shutil.which("ccache")
+    ccache = "ccache " if shutil.which("ccache") else ""
     omp_compile, omp_link = openmp()
     flags = (
-        # No -ffast-math: NaN, inf and signed zeros must come out as PyTorch's do. errno and traps nobody reads.
+        # No -ffast-math: NaN, inf and signed zeros must come out as PyTorch's do. Nobody reads errno or traps.
         "-std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden"
         f" -fvisibility-inlines-hidden -ffunction-sections -Wall -Wextra {omp_compile}"
         f" {'-DFG_X86' if X86 else ''} -I{quote(CSRC)} {os.environ.get('CXXFLAGS', '')}"
@@ -207,7 +208,7 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
         include += " -DFG_CUDA"
     lines = [
         f"cflags = {flags}",
-        f"rule cxx\n  command = {ccache + ' ' if ccache else ''}{cxx} $cflags $extra -MMD -MF $out.d -c $in -o $out",
+        f"rule cxx\n  command = {ccache}{cxx} $cflags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = C++ $out",
         f"rule link\n  command = {cxx} $in -o $out {link} $extra\n  description = link $out",
         f"rule nvcc\n  command = {quote(cuda.nvcc)} $extra -MMD -MF $out.d -c $in -o $out",
@@ -226,7 +227,8 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
         extra = f"{quote(cudart(cuda))} -ldl -lpthread -lrt"
         codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in cuda.archs)
         codes += f" -gencode arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}"
-        nvcc = f"-std=c++17 -O3 {codes} -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden -I{quote(CSRC)}"
+        nvcc = f"-std=c++17 -O3 {codes} -Werror all-warnings -I{quote(CSRC)}"
+        nvcc += " -Xcompiler -fPIC,-fvisibility=hidden"
         cuda_objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             name = f"cuda/{source.stem}.o"
