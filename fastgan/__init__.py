@@ -1,0 +1,41 @@
+"""fastgan: GAN training with fused kernels behind torch's own module and function signatures."""
+
+import os as _os
+import warnings as _warnings
+
+import torch as _torch  # noqa: F401  first: its OpenMP runtime is the one that fastgan._C binds to
+
+__version__ = "0.1.0"
+
+from fastgan import data, functional, models, nn, ops, testing
+from fastgan.backends import backend, backends, racing
+from fastgan.convert import convert, explain
+from fastgan.doctor import doctor
+from fastgan.training.recipes import Recipe, recipes
+from fastgan.training.step import GANStep
+from fastgan.training.trainer import Trainer
+
+__all__ = [
+    "GANStep",
+    "Recipe",
+    "Trainer",
+    "backend",
+    "backends",
+    "convert",
+    "data",
+    "doctor",
+    "explain",
+    "functional",
+    "models",
+    "nn",
+    "ops",
+    "racing",
+    "recipes",
+    "testing",
+]
+
+if _os.environ.get("FASTGAN_BACKEND"):
+    try:
+        backend(_os.environ["FASTGAN_BACKEND"])
+    except (ValueError, RuntimeError) as _error:  # importing never fails; the choice is then "auto"
+        _warnings.warn(f"fastgan: FASTGAN_BACKEND is ignored: {_error}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,155 @@
+"""The only file that talks to torch.library: an `Op` is a schema with interchangeable backends and one derivative.
+
+Two routes lead to the same kernels. Plain eager tensors take a thin `autograd.Function` (about 9 us a call with
+gradients); whatever traces or transforms (torch.compile, fake tensors, dispatch modes, autocast, subclasses) takes the
+registered library op (about 20 us), which carries the schema, the shapes and the autocast rule. tests/test_op.py holds
+both to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.backends import Backend
+
+LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
+PLAIN = (Tensor, torch.nn.Parameter)
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_is_compiling = torch.compiler.is_compiling
+
+
+class Op:
+    """One operator: `torch.ops.fastgan.<name>`.
+
+    schema     as torch.library takes it; its first argument is a tensor and decides the device.
+    reference  pure PyTorch: the specification, the fallback, and PyTorch's entry in the race.
+    fake       shapes, dtypes and strides of the outputs, for tracing.
+    backends   name -> Backend (a launcher and a function that declines a case with its reason).
+    autocast   "lower": every floating tensor goes to the autocast dtype, as for torch's own convolutions;
+               "first": the first tensor keeps its dtype, as for torch's batch norm (the kernels take mixed types);
+               "float32": every floating tensor goes to float32, as for torch's losses.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        backends: dict[str, Backend] | None = None,
+        autocast: str = "first",
+    ):
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self.backends = {**(backends or {}), "reference": Backend(reference)}
+        self._save: Callable[..., None] | None = None
+        self._backward: Callable[..., Any] = self._refuse
+        LIBRARY.define(schema)
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastgan::{self.name}", fake, lib=LIBRARY)
+        self.overload = getattr(torch.ops.fastgan, self.name).default
+        self._register_autocast(autocast)
+        self._thin = self._thin_function()
+        OPS[self.name] = self
+
+    # ---- calling ------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_compiling():
+            return self.overload(*args)
+        needs_grad = False
+        traced = _dispatch_modes() > 0 or torch.is_autocast_enabled(args[0].device.type)
+        for a in args:
+            if isinstance(a, Tensor):
+                needs_grad |= a.requires_grad
+                traced |= type(a) not in PLAIN or a.is_meta
+        if forward_ad._current_level >= 0 or _functorch_level() is not None:
+            self._refuse_transforms(args)
+        if traced:
+            return self.overload(*args)
+        if needs_grad and torch.is_grad_enabled():
+            return self._thin.apply(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Run the chosen backend; no autograd, no tracing."""
+        return backends.choose(self, args)(*args)
+
+    def _refuse_transforms(self, args: tuple) -> None:
+        """torch.func and forward mode would silently see derivatives of zero: raise instead."""
+        if _functorch_level() is not None:
+            raise NotImplementedError(
+                f"{self.name}: torch.func transforms (grad, vmap, jvp) are not supported, got one; use torch.autograd.grad"
+            )
+        if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+            raise NotImplementedError(
+                f"{self.name}: forward-mode derivatives are not supported, got a dual tensor; use torch.autograd.grad"
+            )
+
+    # ---- derivatives --------------------------------------------------------------------------------------------
+
+    def differentiate(self, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """save(ctx, inputs, output) keeps what `backward(ctx, *output_cotangents)` needs; backward calls ops."""
+        self._save, self._backward = save, backward
+        torch.library.register_autograd(
+            f"fastgan::{self.name}", self._backward, setup_context=save, lib=LIBRARY
+        )
+
+    def not_differentiable(self) -> None:
+        """A derivative of this op is asked for only beyond the orders we have: raise."""
+        self.differentiate(lambda ctx, inputs, output: None, self._refuse)
+
+    def _refuse(self, ctx: Any, *cotangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{self.name}: derivatives of this order are not implemented, got a request for one; "
+            "run the model in plain PyTorch for it"
+        )
+
+    def _thin_function(self) -> type[torch.autograd.Function]:
+        op = self
+
+        class Thin(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = op.run(*args)
+                if op._save is not None:
+                    op._save(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *cotangents: Any) -> Any:
+                return op._backward(ctx, *cotangents)
+
+        Thin.__name__ = Thin.__qualname__ = self.name
+        return Thin
+
+    # ---- autocast -----------------------------------------------------------------------------------------------
+
+    def _register_autocast(self, rule: str) -> None:
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(self.name, _autocast(self.overload, rule, device), key)
+
+
+OPS: dict[str, Op] = {}
+
+
+def _autocast(overload: Any, rule: str, device: str) -> Callable[..., Any]:
+    def cast(a: Any, dtype: torch.dtype | None) -> Any:
+        # float64 is left alone, as torch's own lower-precision list leaves it
+        floating = isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+        return a.to(dtype) if floating and dtype is not None else a
+
+    def call(*args: Any) -> Any:
+        dtype = {"lower": torch.get_autocast_dtype(device), "float32": torch.float32, "first": None}[rule]
+        with torch.autocast(device, enabled=False):
+            return overload(*(cast(a, dtype) for a in args))
+
+    return call

@@ -1,0 +1,321 @@
+"""Which backends exist and why not, which one runs a call, and the race that decides it.
+
+A call is decided once per (op, shapes, strides, dtypes, arguments, thread count) and then looked up. Among the backends
+that are available and do not decline the case, each is first proved against the reference on the call's own data, then
+raced against it; the winner is remembered on disk (FASTGAN_CACHE, default ~/.cache/fastgan), per machine and version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastgan._op import Op
+
+NAMES = ("cuda", "triton", "native", "reference")
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "native": ("cpu",), "reference": ()}  # (): every device
+# A proof compares norms, so that one sign flip of an activation at |t| ~ 1e-7 (1e-3 of the norm of a 1e6-element
+# tensor at most) passes and a wrong tap, mask or statistic does not.
+PROOF_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A launcher with the op's arguments, and `declines(*args)`: the reason why it leaves a case to others, or ""."""
+
+    run: Callable[..., Any]
+    declines: Callable[..., str] = lambda *args: ""
+
+
+# ---- what exists ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def native() -> tuple[ModuleType | None, str]:
+    """The compiled module fastgan._C, or None with the reason."""
+    try:
+        from fastgan import _C
+    except ImportError as error:
+        return None, f"fastgan._C is not built or does not load here ({error}); reinstall with a C++20 compiler on PATH"
+    return _C, ""
+
+
+@functools.cache
+def missing(name: str) -> str:
+    """Why a backend cannot run on this machine at all, or ""."""
+    if name == "native":
+        return native()[1]
+    if name == "cuda":
+        module, reason = native()
+        built = module.build_info()["cuda"] if module else None
+        if not built:
+            return reason or "fastgan._C was built without CUDA: no nvcc was found (FASTGAN_CUDA=1 insists on one)"
+    if name == "triton":
+        try:
+            import triton
+        except ImportError as error:
+            return f"triton does not import ({error})"
+        if tuple(int(p) for p in triton.__version__.split(".")[:2]) < (3, 8):
+            return f"triton {triton.__version__} is too old: 3.8 or newer is needed"
+    if name in ("cuda", "triton") and not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return ""
+
+
+def backends() -> dict[str, dict[str, tuple[bool, str]]]:
+    """{op: {backend: (available, reason why not)}} for this machine."""
+    from fastgan._op import OPS
+
+    def state(op: Op, name: str) -> tuple[bool, str]:
+        if name not in op.backends:
+            return False, f"{op.name} has no {name} kernel"
+        reason = missing(name) or _disabled.get((op.name, name), "")
+        return not reason, reason
+
+    return {op.name: {name: state(op, name) for name in NAMES} for op in OPS.values()}
+
+
+# ---- forcing one ----------------------------------------------------------------------------------------------------
+
+
+class backend:
+    """Run every op with one backend: `with fastgan.backend("reference"): ...`, or as a plain call for good.
+
+    name: "auto", "reference", "native", "triton" or "cuda". Process-wide, since autograd runs CUDA backwards in other
+    threads. A case that the named backend declines runs on the reference.
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that this machine lacks.
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        if name not in ("auto", *NAMES):
+            raise ValueError(f"backend: name must be one of auto, {', '.join(reversed(NAMES))}, got {name!r}")
+        if name != "auto" and missing(name):
+            raise RuntimeError(f"backend: {name} must be available, got none: {missing(name)}")
+        self._before, _forced = _forced, name
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+class racing:
+    """Switch racing off (or on): `with fastgan.racing(False): ...`, or as a plain call for good.
+
+    Without racing the first backend that can run a case runs it, so a run is reproducible bit for bit without the
+    winners of an earlier one.
+    """
+
+    def __init__(self, enabled: bool):
+        global _racing
+        self._before, _racing = _racing, enabled
+
+    def __enter__(self) -> racing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _racing
+        _racing = self._before
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------------
+
+_forced = "auto"
+_racing = True
+_chosen: dict[tuple, Callable[..., Any]] = {}  # decisions of this process; bounded by MAX_CHOSEN
+_winners: dict[str, str] | None = None  # races won on this machine: loaded from disk at the first race
+_disabled: dict[tuple[str, str], str] = {}  # (op, backend) that failed its proof -> the reason
+_watchers: list[Callable[[Op, str, str], None]] = []
+MAX_CHOSEN = 4096
+
+
+def choose(op: Op, args: tuple) -> Callable[..., Any]:
+    """The launcher that runs this call."""
+    key = (op.name, _forced, _racing, torch.get_num_threads(), *map(_describe, args))
+    run = _chosen.get(key)
+    if run is None or _watchers:
+        name, reason = _decide(op, args, key)
+        run = op.backends[name].run
+        for watch in _watchers:
+            watch(op, name, reason)
+        if len(_chosen) >= MAX_CHOSEN:
+            _chosen.clear()
+        _chosen[key] = run
+    return run
+
+
+def _describe(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a.shape, a.stride(), a.dtype, a.device.type
+    return tuple(a) if isinstance(a, list) else a
+
+
+def _decide(op: Op, args: tuple, key: tuple) -> tuple[str, str]:
+    """(backend, why no faster one)."""
+    reasons = {name: refusal(op, name, args) for name in op.backends}
+    if _forced != "auto" and not reasons.get(_forced, "no kernel"):
+        return _forced, ""
+    able = [name for name in NAMES if name in reasons and not reasons[name]] if _forced == "auto" else ["reference"]
+    told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
+    if len(able) == 1 or not _racing or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return able[0], told
+    digest = _digest(key)
+    winner = winners().get(digest)
+    if winner not in able:
+        winner, told = _race(op, args, able)
+        _remember(digest, winner)
+    return winner, told or ("raced" if winner != "reference" else "PyTorch's own op won the race")
+
+
+def refusal(op: Op, name: str, args: tuple) -> str:
+    """Why `name` cannot run this call, or ""."""
+    device = args[0].device.type
+    if DEVICES[name] and device not in DEVICES[name]:
+        return f"{name} does not run on {device}"
+    return missing(name) or _disabled.get((op.name, name), "") or op.backends[name].declines(*args)
+
+
+# ---- proof and race -------------------------------------------------------------------------------------------------
+
+
+def _race(op: Op, args: tuple, able: list[str]) -> tuple[str, str]:
+    """Prove each backend against the reference on these arguments, then time the survivors in turns."""
+    for name in able[:-1]:
+        error = proof_error(op, name, args)
+        if error:
+            _disabled[op.name, name] = error
+            warnings.warn(f"fastgan: {op.name} on {name} is switched off: {error}", RuntimeWarning, stacklevel=4)
+    able = [name for name in able if (op.name, name) not in _disabled]
+    best = dict.fromkeys(able, float("inf"))
+    begin = time.perf_counter()
+    for _ in range(5):  # interleaved, so that a noisy moment hits every runner
+        for name in able:
+            best[name] = min(best[name], _seconds(op.backends[name].run, args))
+        if time.perf_counter() - begin > 0.5:
+            break
+    return min(able, key=best.__getitem__), ""
+
+
+def _seconds(run: Callable[..., Any], args: tuple) -> float:
+    cuda = args[0].device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(*args)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def proof_error(op: Op, name: str, args: tuple) -> str:
+    """Compare a backend with the reference on `args`; the sentence that says how it failed, or ""."""
+    try:
+        got, want = op.backends[name].run(*args), op.reference(*args)
+    except Exception as error:
+        return f"it raised {type(error).__name__}: {error}"
+    pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+    for index, (g, w) in enumerate(pairs):
+        if g is None and w is None:
+            continue
+        if g.shape != w.shape or g.dtype != w.dtype:
+            return f"output {index} must be {tuple(w.shape)} {w.dtype}, got {tuple(g.shape)} {g.dtype}"
+        g, w = g.double(), w.double()
+        same = (g == w) | (g.isnan() & w.isnan())
+        error = torch.where(same, 0.0, g - w).norm().item()
+        scale = torch.where(w.isfinite(), w, 0.0).norm().item()
+        limit = PROOF_TOLERANCE.get(args[0].dtype, 1e-9) * scale
+        if not error <= limit:
+            return f"output {index} must be within {limit:.3g} of the reference, got an error of {error:.3g}"
+    return ""
+
+
+@functools.cache
+def fingerprint() -> str:
+    """What a race depends on: machine, instruction table, versions."""
+    from fastgan import __version__
+
+    module, _ = native()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return "|".join([_cpu_name(), gpu, module.table() if module else "", torch.__version__, __version__, sys.platform])
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip() + f" x{os.cpu_count()}"
+    return f"{platform.processor() or platform.machine()} x{os.cpu_count()}"
+
+
+def _digest(key: tuple) -> str:
+    return hashlib.sha256(f"{fingerprint()}|{key}".encode()).hexdigest()[:24]
+
+
+def cache_dir() -> Path:
+    """Where proofs and races are kept: FASTGAN_CACHE or ~/.cache/fastgan."""
+    return Path(os.environ.get("FASTGAN_CACHE") or Path.home() / ".cache" / "fastgan")
+
+
+def winners() -> dict[str, str]:
+    """Races won so far on this machine and version: {digest of (op, case): backend}; put into checkpoints."""
+    global _winners
+    if _winners is None:
+        _winners = _read_winners()
+    return _winners
+
+
+def load_winners(known: dict[str, str]) -> None:
+    """Take over the winners of an earlier run, so that a resumed run takes the same kernels."""
+    winners().update(known)
+    _chosen.clear()
+
+
+def _read_winners() -> dict[str, str]:
+    """The cache file; one that is missing, unreadable or damaged counts as empty (the races are run again)."""
+    try:
+        read = json.loads((cache_dir() / "winners.json").read_text())
+        return {str(k): v for k, v in read.items() if v in NAMES}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _remember(digest: str, winner: str) -> None:
+    """Add a winner to the cache file: merged with what other processes wrote, replaced in one step."""
+    winners()[digest] = winner
+    folder = cache_dir()
+    with contextlib.suppress(OSError):  # a read-only home costs a race per process, nothing else
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            json.dump({**_read_winners(), **winners()}, file)
+        os.replace(file.name, folder / "winners.json")
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[[Op, str, str], None]) -> Iterator[None]:
+    """Call watch(op, backend, reason) at every op that runs; how `explain` sees what ran."""
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)
+

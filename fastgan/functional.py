@@ -1,0 +1,474 @@
+"""The public functions: torch.nn.functional's arguments in its order, ours keyword-only after them.
+
+Every function is differentiable twice or more, runs on the best backend (see `fastgan.backends`), and returns tensors
+of x's dtype and layout. Forward-mode AD and torch.func transforms raise NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan import _activation
+from fastgan._layout import planes
+from fastgan.ops import bias_act as _bias_act
+from fastgan.ops import bn_act as _bn_act
+from fastgan.ops import conv2d as _conv2d
+from fastgan.ops import conv_transpose2d as _conv_transpose2d
+from fastgan.ops import gan_loss as _gan_loss
+from fastgan.training.penalties import gradient_penalty
+
+__all__ = [
+    "bias_act",
+    "bn_act",
+    "conv2d",
+    "conv2d_bias_act",
+    "conv2d_bn_act",
+    "conv_transpose2d",
+    "conv_transpose2d_bn_act",
+    "gan_loss",
+    "gradient_penalty",
+]
+
+Size2 = int | Sequence[int]
+
+
+def _pair(op: str, name: str, value: Size2, least: int) -> list[int]:
+    pair = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)] * 2
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{op}: {name} must be an int or a pair of ints >= {least}, got {value!r}")
+    return pair
+
+
+def _check_tensors(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """One clear sentence for wrong ranks, dtypes and devices (shapes are checked by the callers)."""
+    if weight.dim() != 4:
+        raise ValueError(f"{op}: weight must have 4 dimensions, got shape {tuple(weight.shape)}")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{op}: x must be [N,C,H,W] or [C,H,W], got shape {tuple(x.shape)}")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}; move one with .to()")
+        if t.dtype != x.dtype and not autocast:
+            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {t.dtype}; convert one with .to()")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """2-D convolution with bias and activation in one kernel.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], floating.
+        weight: [K, C/groups, R, S], x's dtype and device.
+        bias: [K] or None.
+        stride, padding, dilation, groups: as `torch.nn.functional.conv2d`; padding may be "same" or "valid".
+        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        [N, K, OH, OW], x's dtype; channels_last if x or weight is.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, a negative slope below 0.
+        TypeError: dtypes that differ outside autocast.
+    """
+    name = "conv2d"
+    activation = _activation.check(name, activation, negative_slope)
+    _check_tensors(name, x, weight, bias)
+    strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
+    if isinstance(padding, str):
+        x, padding = _string_padding(x, weight, strides, padding, dilations)
+    paddings = _pair(name, "padding", padding, 0)
+    if groups < 1 or x.shape[-3] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"{name}: x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels and weight.shape[0] "
+            f"must be a multiple of groups, got x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}"
+        )
+    _check_bias(name, bias, weight.shape[0])
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    _, _, oh, ow = _conv2d.output_shape(batched, weight, strides, paddings, dilations)
+    if oh < 1 or ow < 1:
+        raise ValueError(
+            f"{name}: the kernel must fit into the padded input, got x {tuple(x.shape)}, weight "
+            f"{tuple(weight.shape)}, padding {paddings}, dilation {dilations}"
+        )
+    y = _conv2d.op(
+        batched, weight, bias, strides, paddings, dilations, groups, activation, float(negative_slope)
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _string_padding(
+    x: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """torch's "valid" and "same"; an odd total puts the extra zero at the end, as torch does."""
+    if padding == "valid":
+        return x, [0, 0]
+    if padding != "same" or max(stride) > 1:
+        raise ValueError(
+            f'conv2d: padding must be ints, "valid", or "same" with stride 1, got {padding!r} with stride {stride}'
+        )
+    total = [dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
+    if total[0] % 2 or total[1] % 2:
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, [t // 2 for t in total]
+
+
+def _check_bias(op: str, bias: Tensor | None, channels: int) -> None:
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(f"{op}: bias must have shape ({channels},), got {tuple(bias.shape)}")
+
+
+def conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    output_padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """2-D transposed convolution with bias and activation in one kernel, computed by output phase.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], floating.
+        weight: [C, K/groups, R, S], x's dtype and device.
+        bias: [K] or None.
+        stride, padding, output_padding, groups, dilation: as `torch.nn.functional.conv_transpose2d`.
+        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        [N, K, OH, OW], x's dtype; channels_last if x or weight is.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, a negative slope below 0.
+        TypeError: dtypes that differ outside autocast.
+    """
+    name = "conv_transpose2d"
+    activation = _activation.check(name, activation, negative_slope)
+    _check_tensors(name, x, weight, bias)
+    strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
+    paddings, extra = _pair(name, "padding", padding, 0), _pair(name, "output_padding", output_padding, 0)
+    if groups < 1 or x.shape[-3] != weight.shape[0] or weight.shape[0] % groups:
+        raise ValueError(
+            f"{name}: x must have weight.shape[0] = {weight.shape[0]} channels, a multiple of groups, "
+            f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}"
+        )
+    if any(extra[i] >= max(strides[i], dilations[i]) for i in (0, 1)):
+        raise ValueError(
+            f"{name}: output_padding must be smaller than stride or dilation, got {extra} with stride {strides} "
+            f"and dilation {dilations}"
+        )
+    _check_bias(name, bias, weight.shape[1] * groups)
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    shape = _conv_transpose2d.output_shape(batched, weight, strides, paddings, extra, groups, dilations)
+    if min(shape[2:]) < 1:
+        raise ValueError(f"{name}: the output must not be empty, got x {tuple(x.shape)}, padding {paddings}")
+    y = _conv_transpose2d.op(
+        batched, weight, bias, strides, paddings, extra, groups, dilations, activation, float(negative_slope)
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def bias_act(
+    x: Tensor, bias: Tensor | None = None, *, activation: str | None = "leaky_relu", negative_slope: float = 0.2
+) -> Tensor:
+    """activation(x + bias) with bias along dimension 1.
+
+    Args:
+        x: [N, C, *], floating.
+        bias: [C] or None.
+        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+    """
+    activation = _activation.check("bias_act", activation, negative_slope)
+    if x.dim() < 2:
+        raise ValueError(f"bias_act: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
+    _check_bias("bias_act", bias, x.shape[1])
+    return _bias_act.op(x, bias, activation, float(negative_slope))
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float | Sequence[float | Tensor] = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+    stat_groups: int = 1,
+) -> Tensor:
+    """Batch norm followed by an activation, with statistics over `stat_groups` equal parts of the batch.
+
+    Equals `torch.nn.functional.batch_norm` and the activation on each part in turn, running statistics included.
+
+    Args:
+        x: [N, C, *], floating.
+        running_mean, running_var: [C] or None; updated in place in training, with the unbiased variance; needed in eval.
+        weight, bias: [C] or None.
+        training: statistics of the batch (True) or the running ones (False).
+        momentum: of the running statistics; a sequence gives each stat group its own.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+        stat_groups: number of equal parts of the batch; in eval mode it has no effect.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit, a batch that stat_groups does not divide, one value per channel in
+            training, running statistics missing in eval.
+    """
+    name = "bn_act"
+    activation = _activation.check(name, activation, negative_slope, _bn_act.ACTIVATIONS)
+    if x.dim() < 2:
+        raise ValueError(f"{name}: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
+    n, channels, pixels = planes(x)
+    for what, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if v is not None and (tuple(v.shape) != (channels,) or v.device != x.device):
+            raise ValueError(
+                f"{name}: {what} must have shape ({channels},) on {x.device}, got {tuple(v.shape)} on {v.device}"
+            )
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
+        return _bn_act.op(
+            x, weight, bias, running_mean, running_var, False, float(eps), activation, float(negative_slope), 1
+        )[0]
+    if stat_groups < 1 or n % stat_groups:
+        raise ValueError(f"{name}: stat_groups must divide the batch, got batch {n} and stat_groups={stat_groups}")
+    count = n // stat_groups * pixels
+    if n and pixels and count == 1:
+        raise ValueError(
+            f"{name}: training needs more than 1 value per channel and stat group, got x {tuple(x.shape)}; "
+            "use a larger batch or call .eval()"
+        )
+    y, mean, var = _bn_act.op(
+        x, weight, bias, None, None, True, float(eps), activation, float(negative_slope), stat_groups
+    )
+    if count:
+        _update(running_mean, running_var, mean, var, count, momentum)
+    return y
+
+
+@torch.no_grad()
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | Sequence[float | Tensor],
+) -> None:
+    """running <- (1 - momentum) running + momentum batch, group after group, as plain PyTorch sees the batches."""
+    steps = momentum if isinstance(momentum, Sequence) else [momentum] * len(mean)
+    for g, step in enumerate(steps):
+        for running, batch in ((running_mean, mean[g]), (running_var, var[g] * (count / (count - 1)))):
+            if running is not None:
+                running.lerp_(
+                    batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step
+                )
+
+
+def gan_loss(
+    logits_fake: Tensor,
+    logits_real: Tensor | None = None,
+    *,
+    kind: str,
+    side: str,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """An adversarial loss of discriminator logits (before any sigmoid).
+
+    Args:
+        logits_fake: D(fake), any shape, floating.
+        logits_real: D(real); needed for side "d" and for kind "relativistic" (then of logits_fake's shape).
+        kind: "bce" (non-saturating), "minimax", "lsgan", "hinge", "wasserstein" or "relativistic"; the formulas are in
+            `fastgan.ops.gan_loss`. lsgan carries the factor 1/2 of Mao et al.; twice the loss is the plain square.
+        side: "d" for the discriminator's loss, "g" for the generator's.
+        label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan on side "d").
+
+    Returns:
+        The scalar loss in the logits' dtype.
+    """
+    return gan_loss_statistics(
+        logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing
+    )[0]
+
+
+def gan_loss_statistics(
+    logits_fake: Tensor,
+    logits_real: Tensor | None = None,
+    *,
+    kind: str,
+    side: str,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`gan_loss` and, from the same pass, [6] statistics: mean logit, mean sigmoid, accuracy, each real then fake."""
+    name = "gan_loss"
+    if kind not in _gan_loss.KINDS:
+        raise ValueError(f"{name}: kind must be one of {', '.join(_gan_loss.KINDS)}, got {kind!r}")
+    if side not in _gan_loss.SIDES:
+        raise ValueError(f'{name}: side must be "d" or "g", got {side!r}')
+    if logits_real is None and (side == "d" or kind == "relativistic"):
+        raise ValueError(f"{name}: logits_real must be given for kind {kind!r} on side {side!r}, got None")
+    if logits_real is not None and kind == "relativistic" and logits_real.shape != logits_fake.shape:
+        raise ValueError(
+            f"{name}: relativistic pairing needs equal shapes, got fake {tuple(logits_fake.shape)} and real "
+            f"{tuple(logits_real.shape)}"
+        )
+    if logits_real is not None and logits_real.dtype != logits_fake.dtype:
+        raise TypeError(f"{name}: logits must have one dtype, got {logits_fake.dtype} and {logits_real.dtype}")
+    if not logits_fake.is_floating_point():
+        raise TypeError(f"{name}: logits must be floating tensors, got {logits_fake.dtype}")
+    if label_smoothing and kind not in _gan_loss.SMOOTHED:
+        raise ValueError(
+            f"{name}: label_smoothing needs one of {', '.join(_gan_loss.SMOOTHED)}, got kind {kind!r}"
+        )
+    return _gan_loss.op(logits_fake, logits_real, kind, side, float(label_smoothing))
+
+
+def conv2d_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """`conv2d` whose activation defaults to leaky ReLU: the critic's block."""
+    return conv2d(
+        x, weight, bias, stride, padding, dilation, groups, activation=activation, negative_slope=negative_slope
+    )
+
+
+def conv2d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    training: bool,
+    momentum: float | Sequence[float | Tensor] = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+    stat_groups: int = 1,
+) -> Tensor:
+    """Convolution, batch norm and activation; arguments as `conv2d` and `bn_act`.
+
+    In eval mode the norm folds into the convolution's weight and bias: one kernel, equal to rounding.
+    """
+    if not training and running_mean is not None and running_var is not None:
+        weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
+        return conv2d(
+            x, weight, bias, stride, padding, dilation, groups, activation=activation, negative_slope=negative_slope
+        )
+    y = conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return bn_act(
+        y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
+        activation=activation, negative_slope=negative_slope, stat_groups=stat_groups,
+    )  # fmt: skip
+
+
+def conv_transpose2d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    output_padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    training: bool,
+    momentum: float | Sequence[float | Tensor] = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+    stat_groups: int = 1,
+) -> Tensor:
+    """Transposed convolution, batch norm and activation; arguments as `conv_transpose2d` and `bn_act`.
+
+    In eval mode (groups = 1) the norm folds into the convolution's weight and bias: one kernel, equal to rounding.
+    """
+    if not training and groups == 1 and running_mean is not None and running_var is not None:
+        weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=1)
+        return conv_transpose2d(
+            x, weight, bias, stride, padding, output_padding, groups, dilation,
+            activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+    y = conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return bn_act(
+        y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
+        activation=activation, negative_slope=negative_slope, stat_groups=stat_groups,
+    )  # fmt: skip
+
+
+def _fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the convolution that does its own eval-mode batch norm; differentiable, computed in float32."""
+    scale = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
+    shape = [1] * 4
+    shape[channel_dim] = -1
+    shift = -mean * scale if bias is None else (bias - mean) * scale
+    shift = shift if beta is None else shift + beta
+    folded = weight.to(scale.dtype) * scale.view(shape)
+    return folded.to(weight.dtype), shift.to(weight.dtype)

@@ -1,0 +1,263 @@
+"""Convolution blocks: torch's convolution and batch norm modules inside, one fused call outside.
+
+The parameters live in ordinary torch submodules (`conv`, `bn`), so initialisers, spectral_norm, optimisers, DDP and
+state_dict work unchanged. A submodule with hooks (torch's old spectral_norm is one) is called as the module it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan import _activation, functional
+from fastgan.nn.norm import bn_act, statistics
+from fastgan.ops.bn_act import ACTIVATIONS
+
+Size2 = int | tuple[int, int]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | None, slope: float) -> Tensor:
+    """A torch convolution module followed by an activation, as one op."""
+    if has_hooks(conv):
+        return functional.bias_act(conv(x), activation=activation, negative_slope=slope)
+    if isinstance(conv, nn.ConvTranspose2d):
+        return functional.conv_transpose2d(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation,
+            activation=activation, negative_slope=slope,
+        )  # fmt: skip
+    x, padding = _padded(conv, x)
+    return functional.conv2d(
+        x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
+        activation=activation, negative_slope=slope,
+    )  # fmt: skip
+
+
+def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
+    """Non-zero padding modes pad first, as torch does."""
+    if conv.padding_mode == "zeros":
+        return x, conv.padding
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+
+
+class _Block(nn.Module):
+    """A convolution and what follows it."""
+
+    conv: nn.Conv2d | nn.ConvTranspose2d
+
+    def __init__(self, activation: str | None, negative_slope: float, allowed: tuple[str, ...]):
+        super().__init__()
+        self.activation = _activation.check(type(self).__name__, activation, negative_slope, allowed)
+        self.negative_slope = negative_slope
+
+    def extra_repr(self) -> str:
+        return _activation.describe(self.activation, self.negative_slope)
+
+
+class _BiasAct(_Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_act(self.conv, x, self.activation, self.negative_slope)
+
+
+class _BNAct(_Block):
+    bn: nn.BatchNorm2d
+
+    def __init__(self, activation: str | None, negative_slope: float, stat_groups: int):
+        super().__init__(activation, negative_slope, ACTIVATIONS)
+        self.stat_groups = stat_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if has_hooks(self.bn):
+            return functional.bias_act(
+                self.bn(conv_act(self.conv, x, None, 0.0)),
+                activation=self.activation,
+                negative_slope=self.negative_slope,
+            )
+        if self.bn.training or self.bn.running_mean is None or has_hooks(self.conv):
+            y = conv_act(self.conv, x, None, 0.0)
+            return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
+        return self._folded(x)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Eval mode: batch norm inside the convolution's weight and bias."""
+        conv, bn = self.conv, self.bn
+        norm = statistics(bn, 1) | {
+            "bn_weight": bn.weight,
+            "bn_bias": bn.bias,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+        }
+        if isinstance(conv, nn.ConvTranspose2d):
+            return functional.conv_transpose2d_bn_act(
+                x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups,
+                conv.dilation, **norm,
+            )  # fmt: skip
+        x, padding = _padded(conv, x)
+        return functional.conv2d_bn_act(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups, **norm
+        )
+
+
+class Conv2dBiasAct(_BiasAct):
+    """`torch.nn.Conv2d` followed by an activation, as one op.
+
+    Args:
+        in_channels ... dtype: as `torch.nn.Conv2d`.
+        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        negative_slope: of leaky_relu, >= 0.
+
+    Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.weight, conv.bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+    ):
+        super().__init__(activation, negative_slope, tuple(_activation.CODES))
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+
+
+class ConvTranspose2dBiasAct(_BiasAct):
+    """`torch.nn.ConvTranspose2d` followed by an activation, as one op: a generator's last layer.
+
+    Args:
+        in_channels ... dtype: as `torch.nn.ConvTranspose2d`.
+        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        negative_slope: of leaky_relu, >= 0.
+
+    Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.weight, conv.bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 = 0,
+        output_padding: Size2 = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2 = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+    ):
+        super().__init__(activation, negative_slope, tuple(_activation.CODES))
+        self.conv = nn.ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+
+
+class Conv2dBNAct(_BNAct):
+    """`torch.nn.Conv2d`, `torch.nn.BatchNorm2d` and an activation.
+
+    Args:
+        in_channels ... dtype: as `torch.nn.Conv2d` (bias defaults to True, as there; the norm makes it redundant).
+        eps, momentum, affine, track_running_stats: of the batch norm.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+        stat_groups: statistics over this many equal parts of the batch (training only).
+
+    Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.*, bn.*.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+        stat_groups: int = 1,
+    ):
+        super().__init__(activation, negative_slope, stat_groups)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
+
+
+class ConvTranspose2dBNAct(_BNAct):
+    """`torch.nn.ConvTranspose2d`, `torch.nn.BatchNorm2d` and an activation: a generator's layer.
+
+    Args:
+        in_channels ... dtype: as `torch.nn.ConvTranspose2d`.
+        eps, momentum, affine, track_running_stats: of the batch norm.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+        stat_groups: statistics over this many equal parts of the batch (training only).
+
+    Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.*, bn.*.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 = 0,
+        output_padding: Size2 = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2 = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+        stat_groups: int = 1,
+    ):
+        super().__init__(activation, negative_slope, stat_groups)
+        self.conv = nn.ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)

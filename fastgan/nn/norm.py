@@ -1,0 +1,109 @@
+"""Batch norm + activation as modules, and the stat groups that let D(real) and D(fake) run as one batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastgan import _activation, functional
+from fastgan.ops.bn_act import ACTIVATIONS
+
+
+def momenta(bn: _BatchNorm, groups: int) -> float | list[float | Tensor]:
+    """Count `groups` batches and give each its momentum; momentum=None is the cumulative average, as in torch."""
+    if not bn.training or not bn.track_running_stats or bn.num_batches_tracked is None:
+        return 0.0 if bn.momentum is None else bn.momentum
+    bn.num_batches_tracked.add_(groups)
+    if bn.momentum is not None:
+        return bn.momentum
+    # tensors, not numbers: the count lives on the device and the step reads nothing back
+    return [1.0 / (bn.num_batches_tracked - (groups - 1 - g)).double() for g in range(groups)]
+
+
+def statistics(bn: _BatchNorm, groups: int) -> dict[str, Any]:
+    """The norm's state as `functional.bn_act` wants it, by torch's own rules for training and buffers."""
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    buffers = not bn.training or bn.track_running_stats
+    return {
+        "running_mean": bn.running_mean if buffers else None,
+        "running_var": bn.running_var if buffers else None,
+        "training": training,
+        "momentum": momenta(bn, groups),
+        "eps": bn.eps,
+        "stat_groups": groups,
+    }
+
+
+def bn_act(bn: _BatchNorm, x: Tensor, activation: str | None, negative_slope: float, groups: int) -> Tensor:
+    """A torch batch norm module followed by an activation, as one op."""
+    bn._check_input_dim(x)
+    return functional.bn_act(
+        x, weight=bn.weight, bias=bn.bias, activation=activation, negative_slope=negative_slope,
+        **statistics(bn, groups),
+    )  # fmt: skip
+
+
+class _BatchNormAct(_BatchNorm):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+        stat_groups: int = 1,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.activation = _activation.check(type(self).__name__, activation, negative_slope, ACTIVATIONS)
+        self.negative_slope = negative_slope
+        self.stat_groups = stat_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bn_act(self, x, self.activation, self.negative_slope, self.stat_groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
+
+
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` followed by an activation, as one op; same parameters, buffers and state_dict.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as `torch.nn.BatchNorm2d`.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+        stat_groups: statistics over this many equal parts of the batch (training only).
+
+    Shape: [N, C, H, W] -> the same.
+    """
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` followed by an activation, as one op; arguments as `BatchNormAct2d`.
+
+    Shape: [N, C] or [N, C, L] -> the same.
+    """
+
+
+@contextlib.contextmanager
+def stat_groups(model: nn.Module, groups: int) -> Iterator[None]:
+    """Within: every batch norm of ours in `model` takes its statistics over `groups` equal parts of the batch."""
+    ours = [m for m in model.modules() if hasattr(m, "stat_groups")]
+    before = [m.stat_groups for m in ours]
+    for m in ours:
+        m.stat_groups = groups
+    try:
+        yield
+    finally:
+        for m, value in zip(ours, before, strict=True):
+            m.stat_groups = value

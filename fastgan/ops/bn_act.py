@@ -1,0 +1,279 @@
+"""Batch norm followed by (leaky) ReLU or identity, statistics over G groups of the batch.
+
+Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
+             training: mean, var of each channel over its group's samples and pixels; group g holds the samples
+             [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
+Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
+Dtypes       x float32, bfloat16 natively, every floating dtype through the reference; weight, bias, statistics may be
+             float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
+Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
+Autocast     first: runs in x's dtype with float32 parameters, as torch's batch norm does
+Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise
+             pass. third: raises. mean and var are not differentiable outputs
+Saves        x, weight, bias, mean, var (no mask, no normalised copy)
+Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice, dx), 7 double backward; PyTorch's
+             batch norm + leaky ReLU: 5, 8, and about 80 kernels
+FLOPs        8 an element forward, 12 backward
+Determinism  bit-equal from run to run for one thread count
+Backends     native, reference
+Source       Ioffe and Szegedy, Batch Normalization (2015); double backward derived in docs/maths.md
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import _activation, _native
+from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
+from fastgan._op import OPS, Op
+from fastgan.backends import Backend
+from fastgan.ops.bias_act import like
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu")
+
+
+def cost(x: Tensor) -> dict[str, int]:
+    """Bytes and FLOPs that a perfect two-pass forward kernel needs (x is read twice, y written once)."""
+    return {"bytes": 3 * x.numel() * x.element_size(), "flops": 8 * x.numel()}
+
+
+def cost_backward(x: Tensor) -> dict[str, int]:
+    return {"bytes": 5 * x.numel() * x.element_size(), "flops": 12 * x.numel()}
+
+
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """[N, C, *] -> [G, N/G, C, *], a view."""
+    return x.unflatten(0, (groups, -1))
+
+
+def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    empty = x.new_empty(groups, x.shape[1], dtype=accumulation_dtype(x.dtype))
+    return empty, torch.empty_like(empty)
+
+
+def _normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """t = weight xhat + bias, group by group, with PyTorch's elementwise batch norm kernel."""
+    parts = [
+        torch.nn.functional.batch_norm(part, m, v, weight, bias, False, 0.0, eps)
+        for part, m, v in zip(x.chunk(len(mean)), mean, var, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+def reference(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
+    dtype = accumulation_dtype(x.dtype)
+    if training:
+        dims = [1, *range(3, x.dim() + 1)]
+        var, mean = torch.var_mean(grouped(x, groups).to(dtype), dims, correction=0)
+    else:
+        mean, var = (s.to(dtype, copy=True).unsqueeze(0) for s in (running_mean, running_var))
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    y = _activation.apply(_normalise(x, mean, var, weight, bias, eps), activation, slope)
+    return dense(y, is_channels_last(x)), mean, var
+
+
+def native(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
+    channels_last = is_channels_last(x)
+    x = dense(x, channels_last)
+    y = torch.empty_like(x)
+    if training:
+        mean, var = _statistics_like(x, groups)
+    else:
+        mean, var = (s.to(torch.float32, copy=True).unsqueeze(0) for s in (running_mean, running_var))
+    weight_, weight_at = _native.float_vector(weight)
+    bias_, bias_at = _native.float_vector(bias)
+    _native.core().bn_act_forward(
+        _native.DTYPE_CODES[x.dtype], x.data_ptr(), weight_at, bias_at, mean.data_ptr(), var.data_ptr(),
+        y.data_ptr(), *planes(x), groups, channels_last, training, eps,
+        _activation.CODES[activation], slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, var
+
+
+def fake(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
+    return like(x), *_statistics_like(x, groups)
+
+
+op = Op(
+    "bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training,"
+    " float eps, str activation, float slope, int groups) -> (Tensor, Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    backends={"native": Backend(native, lambda x, *rest: _native.declines(x))},
+)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, _, _, *ctx.scalars, _ = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, bias, mean, var)
+
+
+def _backward(ctx, dy, _dmean, _dvar):
+    x, weight, bias, mean, var = ctx.saved_tensors
+    dx, dweight, dbias = OPS["bn_act_backward"](dy, x, weight, bias, mean, var, *ctx.scalars)
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dx, dweight, dbias, *(None,) * 7
+
+
+op.differentiate(_save, _backward)
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+def _dt(dy, x, weight, bias, mean, var, eps, activation, slope):
+    """dy phi'(t), t recomputed."""
+    if activation == "identity":
+        return dy
+    t = _normalise(x, mean, var, weight, bias, eps)
+    return _activation.backward(dy, t, activation, slope)
+
+
+def reference_backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):
+    dtype = accumulation_dtype(x.dtype)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    dt = _dt(dy, x, weight, bias, mean, var, eps, activation, slope)
+    ones = x.new_ones(x.shape[1], dtype=dtype)
+    parts = [
+        torch.ops.aten.native_batch_norm_backward(
+            g, part, ones if weight is None else weight, m, v, m, (v + eps).rsqrt(), training, eps, [True] * 3
+        )
+        for g, part, m, v in zip(dt.chunk(len(mean)), x.chunk(len(mean)), mean, var, strict=True)
+    ]
+    dx = parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts])
+    dweight, dbias = (torch.stack([p[i] for p in parts]).sum(0) for i in (1, 2))
+    return dense(dx, is_channels_last(x)), dweight.to(dtype), dbias.to(dtype)
+
+
+def native_backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):
+    channels_last = is_channels_last(x)
+    dy, x = dense(dy, channels_last), dense(x, channels_last)
+    dx, dweight = torch.empty_like(x), x.new_empty(x.shape[1], dtype=torch.float32)
+    dbias = torch.empty_like(dweight)
+    weight_, weight_at = _native.float_vector(weight)
+    bias_, bias_at = _native.float_vector(bias)
+    _native.core().bn_act_backward(
+        _native.DTYPE_CODES[x.dtype], dy.data_ptr(), x.data_ptr(), weight_at, bias_at, mean.data_ptr(),
+        var.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *planes(x), len(mean), channels_last,
+        training, eps, _activation.CODES[activation], slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+def fake_backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):
+    vector = x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
+    return like(x), vector, torch.empty_like(vector)
+
+
+backward = Op(
+    "bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool training,"
+    " float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
+    reference=reference_backward,
+    fake=fake_backward,
+    backends={"native": Backend(native_backward, lambda dy, x, *rest: _native.declines(dy, x))},
+)
+
+
+def _save_backward(ctx, inputs, output):
+    *tensors, training, eps, activation, slope = inputs
+    ctx.scalars = training, eps, activation, slope
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx, ddx, ddweight, ddbias):
+    dy, x, weight, bias, mean, var = ctx.saved_tensors
+    d_dy, d_x, d_weight = OPS["bn_act_double_backward"](
+        dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, *ctx.scalars
+    )
+    # mean and var are functions of x: their share is in d_x. bias enters only through the mask, constant almost everywhere
+    return d_dy, d_x, None if weight is None else d_weight.to(weight.dtype), *(None,) * 7
+
+
+backward.differentiate(_save_backward, _double_backward)
+
+
+# ---- double backward ------------------------------------------------------------------------------------------------
+
+
+def reference_double_backward(
+    dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope
+):
+    """MATHS of docs/maths.md, section 2. In eval mode mean and var are constants: the same formula with 1/n = 0."""
+    groups, dtype = len(mean), accumulation_dtype(x.dtype)
+    lift: Any = lambda v: per_channel(v, x)  # noqa: E731  [G,C] or [C] against [G,N/G,C,*]
+    dims = [1, *range(3, x.dim() + 1)]
+    total: Any = lambda v: v.sum(dims)  # noqa: E731
+    n = x.numel() // max(groups * x.shape[1], 1)
+    inv_n = 1.0 / n if training else 0.0
+
+    rstd = (var + eps).rsqrt()
+    gamma = torch.ones_like(rstd) if weight is None else weight.to(dtype).expand_as(rstd)
+    beta = torch.zeros_like(rstd) if bias is None else bias.to(dtype).expand_as(rstd)
+    zero = torch.zeros_like(rstd)
+    vg = zero if ddweight is None else ddweight.to(dtype).expand_as(rstd)
+    vb = zero if ddbias is None else ddbias.to(dtype).expand_as(rstd)
+    xg, g = grouped(x, groups).to(dtype), grouped(dy, groups).to(dtype)
+    w = torch.zeros_like(xg) if ddx is None else grouped(ddx, groups).to(dtype)
+    xhat = (xg - lift(mean)) * lift(rstd)
+    t = lift(gamma) * xhat + lift(beta)
+    mask = torch.ones_like(t) if activation == "identity" else _activation.backward(torch.ones_like(t), t, activation, slope)
+    dt = g * mask
+
+    s1, s2, w1, w2, a0 = total(dt), total(dt * xhat), total(w), total(w * xhat), total(w * dt)
+    a = a0 - (w1 * s1 + w2 * s2) * inv_n
+    u = lift(gamma * rstd) * (w - lift(w1 * inv_n) - xhat * lift(w2 * inv_n)) + lift(vg) * xhat + lift(vb)
+    scale = gamma * rstd * inv_n
+    q = -lift(scale * s2) * w + lift(vg - scale * w2) * dt
+    sum_q = -scale * (w1 * s2 + w2 * s1) + vg * s1
+    sum_q_xhat = -2 * scale * w2 * s2 + vg * s2
+    along_xhat = rstd * sum_q_xhat * inv_n + gamma * a * rstd**2 * inv_n
+    d_x = lift(rstd) * q - lift(rstd * sum_q * inv_n) - xhat * lift(along_xhat)
+
+    def back(v: Tensor) -> Tensor:
+        return dense(v.flatten(0, 1).to(x.dtype), is_channels_last(x))
+
+    return back(u * mask), back(d_x), (rstd * a).sum(0)
+
+
+def native_double_backward(
+    dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope
+):
+    channels_last = is_channels_last(x)
+    dy, x = dense(dy, channels_last), dense(x, channels_last)
+    ddx = None if ddx is None else dense(ddx, channels_last)
+    d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
+    d_weight = x.new_empty(x.shape[1], dtype=torch.float32)
+    (weight_, weight_at), (bias_, bias_at), (ddweight_, ddweight_at), (ddbias_, ddbias_at) = (
+        _native.float_vector(v) for v in (weight, bias, ddweight, ddbias)
+    )
+    _native.core().bn_act_double_backward(
+        _native.DTYPE_CODES[x.dtype], _native.address(ddx), ddweight_at, ddbias_at, dy.data_ptr(), x.data_ptr(),
+        weight_at, bias_at, mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(),
+        *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return d_dy, d_x, d_weight
+
+
+def fake_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope):
+    return like(x), like(x), x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
+
+
+double_backward = Op(
+    "bn_act_double_backward(Tensor dy, Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor x, Tensor? weight,"
+    " Tensor? bias, Tensor mean, Tensor var, bool training, float eps, str activation, float slope)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=reference_double_backward,
+    fake=fake_double_backward,
+    backends={"native": Backend(native_double_backward, lambda dy, ddx, *rest: _native.declines(dy, ddx, rest[2]))},
+)
+double_backward.not_differentiable()

@@ -1,0 +1,110 @@
+"""Weight gradient of conv2d and, with x and dy exchanged, of conv_transpose2d.
+
+Formula      dweight[k,c,r] = sum_{n,o} dy[n,k,o] x[n,c, s o + d r - p], per spatial axis
+Shapes       x [N,C,H,W], dy [N,K,OH,OW] -> dweight [K,C/groups,R,S]; OH, OW may be smaller than what x would give
+Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively; others through the reference
+Layout       native in channels_last; dweight is channels_last if asked for (as its weight is)
+Autocast     lower: x and dy go to the autocast dtype
+Derivatives  bilinear: conv_transpose2d for x, conv2d for dy; any order
+Saves        x, dy
+Traffic      1 access an element of x, dy, dweight
+FLOPs        2 N K OH OW (C/groups) R S
+Determinism  bit-equal from run to run for one thread count (per-thread partials, fixed order)
+Backends     native, reference (ATen's convolution_backward)
+Source       MATHS of the forward op; the adjoint in the weight argument
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import _native
+from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan._op import OPS, Op
+from fastgan.backends import Backend
+from fastgan.ops.conv2d import input_padding, output_size, plan
+
+
+def weight_shape(x: Any, dy: Any, kernel: Any, groups: int) -> tuple[int, int, int, int]:
+    return dy.shape[1], x.shape[1] // groups, kernel[0], kernel[1]
+
+
+def cost(x: Tensor, dy: Tensor, kernel: Any, groups: int) -> dict[str, int]:
+    """Bytes and FLOPs that a perfect kernel needs: each tensor crosses memory once."""
+    k, c, r, s = weight_shape(x, dy, kernel, groups)
+    return {
+        "bytes": (x.numel() + dy.numel() + k * c * r * s) * x.element_size(),
+        "flops": 2 * dy.numel() * c * r * s,
+    }
+
+
+def reference(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
+    # ATen wants dy of exactly the size that x gives; rows that are not there have no gradient, hence zeros
+    missing = [
+        output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) - dy.shape[2 + i]
+        for i in (1, 0)
+    ]
+    dy = torch.nn.functional.pad(dy, (0, missing[0], 0, missing[1])) if any(missing) else dy
+    shape_only = x.new_empty(weight_shape(x, dy, kernel, groups))
+    dweight = torch.ops.aten.convolution_backward(
+        dy, x, shape_only, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+    )[1]
+    return dense(dweight, weight_channels_last)
+
+
+def native(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
+    conv = plan(
+        tuple(x.shape), tuple(dy.shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    code = _native.DTYPE_CODES[x.dtype]
+    x_, dy_ = x.contiguous(memory_format=CHANNELS_LAST), dy.contiguous(memory_format=CHANNELS_LAST)
+    dweight = empty(weight_shape(x, dy, kernel, groups), x, weight_channels_last)
+    _native.core().conv2d_weight(
+        conv, code, x_.data_ptr(), dy_.data_ptr(), dweight.data_ptr(), code, dweight.stride(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dweight
+
+
+def native_declines(x, dy, *rest):
+    return _native.declines(x, dy)
+
+
+def fake(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
+    return empty(weight_shape(x, dy, kernel, groups), x, weight_channels_last)
+
+
+op = Op(
+    "conv2d_weight(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
+    " bool weight_channels_last) -> Tensor",
+    reference=reference,
+    fake=fake,
+    backends={"native": Backend(native, native_declines)},
+    autocast="lower",
+)
+
+
+def _save(ctx, inputs, output):
+    x, dy, ctx.kernel, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, _ = inputs
+    ctx.save_for_backward(x, dy)
+
+
+def _backward(ctx, ddweight):
+    x, dy = ctx.saved_tensors
+    geometry = ctx.stride, ctx.padding, ctx.dilation
+    dx = ddy = None
+    if ctx.needs_input_grad[0]:
+        extra = input_padding(x.shape, dy.shape, ddweight.shape, *geometry)
+        dx = OPS["conv_transpose2d"](
+            dy, ddweight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
+        )
+    if ctx.needs_input_grad[1]:
+        ddy = OPS["conv2d"](x, ddweight, None, *geometry, ctx.groups, "identity", 0.0)
+        ddy = ddy[:, :, : dy.shape[2], : dy.shape[3]]
+    return dx, ddy, *(None,) * 6
+
+
+op.differentiate(_save, _backward)

@@ -1,0 +1,120 @@
+"""Transposed convolution: the adjoint of conv2d, with a bias and activation epilogue.
+
+Formula      y[n,k,o] = phi(bias[k] + sum_{c,i,r: o = s i + d r - p} x[n,c,i] weight[c,k,r]), per spatial axis;
+             computed by output phase o mod s, each a dense stride-1 convolution (no zero insertion)
+Shapes       x [N,C,H,W], weight [C,K/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
+             OH = (H-1) s - 2p + d(R-1) + output_padding + 1
+Dtypes       float32, bfloat16 (float32 accumulation) natively; every torch dtype through the reference
+Layout       as conv2d: native in channels_last; y is channels_last if x or weight suggests it
+Autocast     lower: x, weight and bias go to the autocast dtype
+Derivatives  first: conv2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and closed)
+Saves        x, weight, and y where there is an activation
+Traffic      2 accesses an element of x, y in all; PyTorch 4 with bias and activation as own passes
+FLOPs        2 N C H W (K/groups) R S at most (taps that fall outside y are not computed)
+Determinism  bit-equal from run to run for one thread count
+Backends     native, reference (torch.nn.functional.conv_transpose2d)
+Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016); phases: docs/maths.md
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import _activation, _native
+from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
+from fastgan._op import OPS, Op
+from fastgan.backends import Backend
+from fastgan.ops.bias_act import epilogue_backward
+from fastgan.ops.conv2d import channels_last, native_declines, plan
+
+
+def output_shape(
+    x: Any, weight: Any, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
+) -> tuple[int, int, int, int]:
+    oh, ow = (
+        (x.shape[2 + i] - 1) * stride[i]
+        - 2 * padding[i]
+        + dilation[i] * (weight.shape[2 + i] - 1)
+        + output_padding[i]
+        + 1
+        for i in (0, 1)
+    )
+    return x.shape[0], weight.shape[1] * groups, oh, ow
+
+
+def cost(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
+) -> dict[str, int]:
+    """Bytes and FLOPs that a perfect kernel needs: each tensor crosses memory once."""
+    n, k, oh, ow = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+    return {
+        "bytes": (x.numel() + weight.numel() + n * k * oh * ow) * x.element_size(),
+        "flops": 2 * x.numel() * weight[0].numel(),
+    }
+
+
+def reference(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+    y = torch.nn.functional.conv_transpose2d(
+        x, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+    return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
+
+
+def native(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+    shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+    conv = plan(
+        shape, tuple(x.shape), tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    code, x_ = _native.DTYPE_CODES[x.dtype], x.contiguous(memory_format=CHANNELS_LAST)
+    bias_, bias_at = _native.float_vector(bias)
+    y = empty(shape, x, True)
+    _native.core().conv_transpose2d(
+        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), bias_at, y.data_ptr(),
+        _activation.CODES[activation], slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return dense(y, channels_last(x, weight))
+
+
+def fake(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+    shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+    return empty(shape, x, channels_last(x, weight))
+
+
+op = Op(
+    "conv_transpose2d(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding,"
+    " int groups, int[] dilation, str activation, float slope) -> Tensor",
+    reference=reference,
+    fake=fake,
+    backends={"native": Backend(native, native_declines)},
+    autocast="lower",
+)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, ctx.stride, ctx.padding, _, ctx.groups, ctx.dilation, ctx.activation, ctx.slope = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, output if ctx.activation != "identity" else None)
+
+
+def _backward(ctx, dy):
+    x, weight, y = ctx.saved_tensors
+    geometry = ctx.stride, ctx.padding, ctx.dilation
+    dt, dbias = epilogue_backward(
+        dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2]
+    )
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
+        # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
+        dx = dx[:, :, : x.shape[2], : x.shape[3]]
+    if ctx.needs_input_grad[1]:
+        dweight = OPS["conv2d_weight"](
+            dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight)
+        )
+    return dx, dweight, dbias, *(None,) * 7
+
+
+op.differentiate(_save, _backward)

@@ -1,0 +1,230 @@
+"""The adversarial losses: all logits to the loss and the statistics people log, in one pass.
+
+Formula      r = D(real), f = D(fake), sp = softplus, s = label smoothing, mean over all logits:
+             kind          side "d"                              side "g"
+             bce           mean(sp(r) - (1-s) r) + mean sp(f)    mean sp(-f)
+             minimax       as bce                                -mean sp(f)
+             lsgan         mean (r-1+s)^2 / 2 + mean f^2 / 2     mean (f-1)^2 / 2
+             hinge         mean relu(1-r) + mean relu(1+f)       -mean f
+             wasserstein   mean f - mean r                       -mean f
+             relativistic  mean sp(-(r-f))                       mean sp(-(f-r))
+Shapes       fake, real: any (equal numbers of elements for relativistic) -> loss [], statistics [6]: mean r, mean f,
+             mean sigmoid(r), mean sigmoid(f), share r > 0, share f < 0 (zeros for an absent real)
+Dtypes       computed in float32 (float64 for float64); loss in the logits' dtype, statistics in the computing one
+Layout       any; read as a flat array
+Autocast     float32
+Derivatives  first: gan_loss_backward. second and higher: closed form (sigma' terms) in differentiable torch ops.
+             statistics are not differentiable
+Saves        the logits
+Traffic      1 access a logit forward, 2 backward; no target tensor is made
+FLOPs        about 10 a logit
+Determinism  bit-equal from run to run for one thread count
+Backends     native, reference
+Source       Goodfellow et al. (2014) bce, minimax; Mao et al. (2017) lsgan; Lim and Ye (2017) hinge; Arjovsky et al.
+             (2017) wasserstein; Huang et al., R3GAN (2024) relativistic pairing
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fastgan import _native
+from fastgan._layout import accumulation_dtype
+from fastgan._op import OPS, Op
+from fastgan.backends import Backend
+
+KINDS = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
+SIDES = ("d", "g")
+SMOOTHED = ("bce", "minimax", "lsgan")
+
+
+def cost(fake: Tensor, real: Tensor | None) -> dict[str, int]:
+    """Bytes and FLOPs that a perfect kernel needs: each logit is read once."""
+    n = fake.numel() + (0 if real is None else real.numel())
+    return {"bytes": n * fake.element_size(), "flops": 10 * n}
+
+
+def formula(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float) -> Tensor:
+    """The table above, in differentiable torch ops (real may be None where the table does not use r)."""
+    f, r = fake, fake if real is None else real
+    if kind == "relativistic":
+        return softplus(f - r).mean() if side == "d" else softplus(r - f).mean()
+    if side == "g":
+        return {
+            "bce": lambda: softplus(-f),
+            "minimax": lambda: -softplus(f),
+            "lsgan": lambda: 0.5 * (f - 1).square(),
+            "hinge": lambda: -f,
+            "wasserstein": lambda: -f,
+        }[kind]().mean()
+    if kind == "lsgan":
+        return 0.5 * (r - (1 - smoothing)).square().mean() + 0.5 * f.square().mean()
+    if kind == "hinge":
+        return torch.relu(1 - r).mean() + torch.relu(1 + f).mean()
+    if kind == "wasserstein":
+        return f.mean() - r.mean()
+    return (softplus(r) - (1 - smoothing) * r).mean() + softplus(f).mean()
+
+
+def slopes(f: Tensor, r: Tensor | None, kind: str, side: str, smoothing: float) -> tuple[Tensor, Tensor | None]:
+    """(dL/df, dL/dr) elementwise, the 1/n of the mean included; dL/dr is None where r is not used."""
+    n = f.numel()
+    if kind == "relativistic" and r is not None:
+        u = torch.sigmoid(f - r) / n if side == "d" else -torch.sigmoid(r - f) / n
+        return u, -u
+    if side == "g" or r is None:
+        return {
+            "bce": lambda: -torch.sigmoid(-f),
+            "minimax": lambda: -torch.sigmoid(f),
+            "lsgan": lambda: f - 1,
+            "hinge": lambda: -torch.ones_like(f),
+            "wasserstein": lambda: -torch.ones_like(f),
+        }[kind]() / n, None
+    m = r.numel()
+    if kind == "lsgan":
+        return f / n, (r - (1 - smoothing)) / m
+    if kind == "hinge":
+        return (1 + f > 0).to(f.dtype) / n, -(1 - r > 0).to(r.dtype) / m
+    if kind == "wasserstein":
+        return torch.ones_like(f) / n, -torch.ones_like(r) / m
+    return torch.sigmoid(f) / n, (torch.sigmoid(r) - (1 - smoothing)) / m
+
+
+def curvatures(f: Tensor, r: Tensor | None, kind: str, side: str) -> tuple[Tensor | None, Tensor | None]:
+    """(d2L/df2, d2L/dr2) elementwise, None where zero; for the relativistic kind both are L''(f - r)."""
+
+    def bump(u: Tensor) -> Tensor:  # sigma'(u) / n
+        return torch.sigmoid(u) * torch.sigmoid(-u) / u.numel()
+
+    if kind == "relativistic" and r is not None:
+        return bump(f - r), bump(f - r)
+    if kind in ("hinge", "wasserstein"):
+        return None, None
+    if kind == "lsgan":
+        flat = torch.ones_like
+        return flat(f) / f.numel(), None if side == "g" or r is None else flat(r) / r.numel()
+    if side == "g" or r is None:
+        return (-bump(f) if kind == "minimax" else bump(f)), None
+    return bump(f), bump(r)
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+def reference(fake, real, kind, side, smoothing):
+    dtype = accumulation_dtype(fake.dtype)
+    f, r = fake.to(dtype), None if real is None else real.to(dtype)
+    zero = f.new_zeros(())
+    statistics = [
+        zero if r is None else r.mean(),
+        f.mean(),
+        zero if r is None else torch.sigmoid(r).mean(),
+        torch.sigmoid(f).mean(),
+        zero if r is None else (r > 0).to(dtype).mean(),
+        (f < 0).to(dtype).mean(),
+    ]
+    return formula(f, r, kind, side, smoothing).to(fake.dtype), torch.stack(statistics)
+
+
+def native(fake, real, kind, side, smoothing):
+    fake, real = fake.contiguous(), None if real is None else real.contiguous()
+    out = fake.new_empty(7, dtype=torch.float32)
+    _native.core().gan_loss_forward(
+        _native.DTYPE_CODES[fake.dtype], fake.data_ptr(), fake.numel(), _native.address(real),
+        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out[0].to(fake.dtype, copy=True), out[1:].clone()
+
+
+def fake_shapes(fake, real, kind, side, smoothing):
+    return fake.new_empty(()), fake.new_empty(6, dtype=accumulation_dtype(fake.dtype))
+
+
+op = Op(
+    "gan_loss(Tensor fake, Tensor? real, str kind, str side, float smoothing) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake_shapes,
+    backends={"native": Backend(native, lambda fake, real, *rest: _native.declines(fake, real))},
+    autocast="float32",
+)
+
+
+def _save(ctx, inputs, output):
+    fake, real, ctx.kind, ctx.side, ctx.smoothing = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(fake, real)
+
+
+def _backward(ctx, dloss, _dstatistics):
+    fake, real = ctx.saved_tensors
+    dfake, dreal = OPS["gan_loss_backward"](dloss, fake, real, ctx.kind, ctx.side, ctx.smoothing)
+    return dfake, None if real is None else dreal, None, None, None
+
+
+op.differentiate(_save, _backward)
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+def reference_backward(dloss, fake, real, kind, side, smoothing):
+    dtype = accumulation_dtype(fake.dtype)
+    f, r = fake.to(dtype), None if real is None else real.to(dtype)
+    dfake, dreal = slopes(f, r, kind, side, smoothing)
+    dreal = fake.new_zeros(0 if real is None else real.shape) if dreal is None else dloss * dreal
+    return (dloss * dfake).to(fake.dtype).contiguous(), dreal.to(fake.dtype).contiguous()
+
+
+def native_backward(dloss, fake, real, kind, side, smoothing):
+    fake, real = fake.contiguous(), None if real is None else real.contiguous()
+    dloss = dloss.to(torch.float32)
+    dfake = torch.empty_like(fake)
+    dreal = fake.new_empty(0) if real is None else torch.empty_like(real)
+    _native.core().gan_loss_backward(
+        _native.DTYPE_CODES[fake.dtype], dloss.data_ptr(), fake.data_ptr(), fake.numel(), _native.address(real),
+        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, dfake.data_ptr(),
+        0 if real is None else dreal.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dfake, dreal
+
+
+def fake_backward_shapes(dloss, fake, real, kind, side, smoothing):
+    dfake = fake.new_empty(fake.shape)
+    return dfake, fake.new_empty(0 if real is None else real.shape)
+
+
+backward = Op(
+    "gan_loss_backward(Tensor dloss, Tensor fake, Tensor? real, str kind, str side, float smoothing)"
+    " -> (Tensor, Tensor)",
+    reference=reference_backward,
+    fake=fake_backward_shapes,
+    backends={"native": Backend(native_backward, lambda dloss, fake, real, *rest: _native.declines(fake, real))},
+    autocast="float32",
+)
+
+
+def _save_backward(ctx, inputs, output):
+    dloss, fake, real, ctx.kind, ctx.side, ctx.smoothing = inputs
+    ctx.save_for_backward(dloss, fake, real)
+
+
+def _double_backward(ctx, ddfake, ddreal):
+    """dfake = dloss L'(f), dreal = dloss L'(r): every factor a differentiable torch op, so any order follows."""
+    dloss, fake, real = ctx.saved_tensors
+    slope_f, slope_r = slopes(fake, real, ctx.kind, ctx.side, ctx.smoothing)
+    curve_f, curve_r = curvatures(fake, real, ctx.kind, ctx.side)
+    if real is None or slope_r is None:
+        return (ddfake * slope_f).sum(), None if curve_f is None else dloss * ddfake * curve_f, *(None,) * 4
+    d_dloss = (ddfake * slope_f).sum() + (ddreal * slope_r).sum()
+    if ctx.kind == "relativistic":
+        d_f = dloss * (ddfake - ddreal) * curve_f
+        return d_dloss, d_f, -d_f, None, None, None
+    d_f = None if curve_f is None else dloss * ddfake * curve_f
+    d_r = None if curve_r is None else dloss * ddreal * curve_r
+    return d_dloss, d_f, d_r, None, None, None
+
+
+backward.differentiate(_save_backward, _double_backward)

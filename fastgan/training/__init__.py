@@ -1,0 +1,1 @@
+"""The training engine: step, losses, penalties, EMA, recipes, trainer. Import from the modules themselves."""

@@ -1,0 +1,304 @@
+"""One GAN training step: the textbook loop's numbers, at less than its cost.
+
+What is saved against the seven lines of a tutorial: the fake batch is made once and serves both updates; D(real) and
+D(fake) run as one batch with statistics per half wherever that is the same mathematics; the generator's update computes
+no discriminator weight gradients; nothing is read back to the host, so metrics cost nothing until somebody looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastgan import functional
+from fastgan.nn.conv import has_hooks
+from fastgan.nn.norm import stat_groups
+from fastgan.ops.gan_loss import KINDS
+from fastgan.training import penalties
+from fastgan.training.ema import EMA
+
+Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Tensor]
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PENALTY_WEIGHTS = {"wgan-gp": 10.0, "dragan": 10.0, "r1": 10.0, "r2": 10.0, "r1r2": 1.0}
+
+# torch modules whose forward treats every sample by itself, in training mode too
+PER_SAMPLE = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.SiLU,
+    nn.GELU, nn.Softplus, nn.PReLU, nn.Hardtanh, nn.Mish, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d,
+    nn.InstanceNorm2d, nn.InstanceNorm3d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+    nn.ConstantPad2d, nn.Embedding,
+)  # fmt: skip
+
+
+def mixes_samples(discriminator: nn.Module) -> str:
+    """Why D(real) and D(fake) cannot run as one batch, or "" where that gives the same numbers.
+
+    Known to be the same: per-sample torch modules, batch norms of ours (they take statistics per half), nn.Sequential,
+    and classes that declare `per_sample = True`. Everything else is taken at its word: two passes.
+    """
+    for name, m in discriminator.named_modules():
+        where = f"{name or 'the discriminator'} ({type(m).__name__})"
+        if has_hooks(m):
+            return f"{where} has hooks, which would see both batches as one"
+        if torch.nn.utils.parametrize.is_parametrized(m):
+            return f"{where} is parametrized (spectral_norm advances once a forward)"
+        if hasattr(m, "stat_groups"):
+            continue
+        if isinstance(m, _BatchNorm):
+            if m.training or m.running_mean is None:
+                return f"{where} takes statistics over the whole batch; fastgan.convert makes it take them per half"
+        elif isinstance(m, _DropoutNd):
+            if m.training and m.p > 0:
+                return f"{where} draws its mask over the whole batch"
+        elif isinstance(m, nn.InstanceNorm2d | nn.InstanceNorm1d | nn.InstanceNorm3d) and m.track_running_stats:
+            return f"{where} tracks running statistics over the whole batch"
+        elif not (
+            isinstance(m, PER_SAMPLE) and _torch_forward(m)
+            or type(m).forward is nn.Sequential.forward
+            or getattr(m, "per_sample", False)
+        ):
+            return f"{where} has a forward of its own that may mix samples (per_sample = True declares it does not)"
+    return ""
+
+
+def _torch_forward(m: nn.Module) -> bool:
+    """Whether the class's forward is torch's or ours, rather than a user's override."""
+    return type(m).forward.__module__.partition(".")[0] in ("torch", "fastgan")
+
+
+class GANStep:
+    """One discriminator update (or `d_steps`) and one generator update.
+
+    Equals, to rounding: fake = G(z); D on real and on fake.detach(), its optimiser; G on D(fake) with the updated D and
+    the same fake, its optimiser (the order of PyTorch's DCGAN example).
+
+    Args:
+        generator: z -> images, or (z, labels) -> images.
+        discriminator: images -> logits (no sigmoid), or (images, labels) -> logits.
+        latent: an int or a shape (normal noise), or callable(n, device, generator) -> z.
+        g_optimizer, d_optimizer: over the two modules' parameters; fused=True reads nothing back.
+        loss: "bce", "minimax", "lsgan", "hinge", "wasserstein" or "relativistic".
+        penalty: None, "wgan-gp", "dragan", "r1", "r2" or "r1r2" on the discriminator.
+        penalty_weight: its coefficient; None takes 10 (1 for r1r2).
+        penalty_every: apply it on every k-th D update with k times the weight (lazy regularisation).
+        d_steps: D updates a step; `real` may then be a sequence of that many batches, else one batch serves all.
+        ema: decay of an average of the generator (`step.ema`), or None.
+        precision: "fp32", "bf16" or "fp16" (autocast; parameters, statistics and losses stay float32).
+        augment: callable on the discriminator's images, real and fake alike, differentiable.
+        label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan).
+        capture: "auto" or "off"; steps are not captured into CUDA graphs in this version, so both run eagerly.
+        rng: torch.Generator for z and the penalty's noise; None uses torch's global one.
+
+    Raises:
+        ValueError: an unknown loss, penalty, precision or capture, or counts below 1.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        latent: Latent,
+        g_optimizer: torch.optim.Optimizer,
+        d_optimizer: torch.optim.Optimizer,
+        loss: str = "bce",
+        penalty: str | None = None,
+        penalty_weight: float | None = None,
+        penalty_every: int = 1,
+        d_steps: int = 1,
+        ema: float | None = None,
+        precision: str = "fp32",
+        augment: Callable[[Tensor], Tensor] | None = None,
+        label_smoothing: float = 0.0,
+        capture: str = "auto",
+        rng: torch.Generator | None = None,
+    ):
+        _one_of("loss", loss, KINDS)
+        _one_of("precision", precision, tuple(PRECISIONS))
+        _one_of("capture", capture, ("auto", "off"))
+        if penalty is not None:
+            _one_of("penalty", penalty, penalties.KINDS)
+        if d_steps < 1 or penalty_every < 1:
+            raise ValueError(
+                f"GANStep: d_steps and penalty_every must be >= 1, got {d_steps} and {penalty_every}"
+            )
+        self.generator, self.discriminator = generator, discriminator
+        self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
+        self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
+        self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
+        default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
+        self.penalty_weight = default if penalty_weight is None else penalty_weight
+        self.precision, self.rng = precision, rng
+        self._average = None if ema is None else EMA(generator, ema)
+        first = next(generator.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        scaled = precision == "fp16"
+        self._g_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.d_updates = 0
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, real: Tensor | Sequence[Tensor], labels: Any = None, z: Any = None
+    ) -> dict[str, Tensor]:
+        """Train on one batch (or on `d_steps` batches) of real images.
+
+        Args:
+            real: [N, C, H, W], or a sequence of d_steps such batches.
+            labels: [N] or None (a sequence beside a sequence of real batches); given to both networks.
+            z: latents for the step, drawn where None (a sequence for d_steps > 1 gives each update its own).
+
+        Returns:
+            0-dim tensors on the device: "d_loss" (without the penalty), "g_loss", "d_real" and "d_fake" (mean sigmoid
+            of the logits before D's update), "logit_real", "logit_fake", and "penalty" where it was computed. Reading
+            one with float() synchronises.
+        """
+        metrics: dict[str, Tensor] = {}
+        for i in range(self.d_steps):
+            x, y, latents = self._nth(real, i), self._nth(labels, i), self._nth(z, i)
+            latents = self.draw_latent(x.shape[0]) if latents is None else latents
+            last = i == self.d_steps - 1
+            with torch.set_grad_enabled(last), self._autocast():
+                fake = _call(self.generator, latents, y)
+            metrics |= self._update_discriminator(x, fake.detach(), y)
+        metrics |= self._update_generator(x, fake, y)
+        if self._average is not None:
+            self._average.update(self.generator)
+        return metrics
+
+    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        with self._autocast():
+            logits_real, logits_fake = self._discriminate(self._seen(real), self._seen(fake), labels)
+        loss, statistics = functional.gan_loss_statistics(
+            _wide(logits_fake), _wide(logits_real), kind=self.loss, side="d", label_smoothing=self.label_smoothing
+        )
+        metrics = {"d_loss": loss.detach()}
+        names = ("logit_real", "logit_fake", "d_real", "d_fake")
+        metrics |= dict(zip(names, statistics.unbind()[:4], strict=True))
+        if self.penalty is not None and self.d_updates % self.penalty_every == 0:
+            with self._autocast():
+                value = functional.gradient_penalty(
+                    self.discriminator, self._seen(real), self._seen(fake), kind=self.penalty,
+                    weight=self.penalty_weight * self.penalty_every, labels=labels, generator=self.rng,
+                )  # fmt: skip
+            metrics["penalty"] = value.detach()
+            loss = loss + value
+        self.d_updates += 1
+        _descend(loss, self.d_optimizer, self._d_scaler)
+        return metrics
+
+    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(D(real), D(fake)), as one batch where that is the same mathematics."""
+        if real.shape != fake.shape or mixes_samples(self.discriminator):
+            return _call(self.discriminator, real, labels), _call(self.discriminator, fake, labels)
+        both = torch.cat([real.to(fake.dtype), fake])
+        with stat_groups(self.discriminator, 2):
+            logits = _call(self.discriminator, both, None if labels is None else torch.cat([labels, labels]))
+        first, second = logits.chunk(2)
+        return first, second
+
+    def _update_generator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        with _frozen(self.discriminator), self._autocast():
+            logits_real = None
+            if self.loss == "relativistic":
+                with torch.no_grad():
+                    logits_real = _wide(_call(self.discriminator, self._seen(real), labels))
+            logits_fake = _wide(_call(self.discriminator, self._seen(fake), labels))
+            loss = functional.gan_loss(logits_fake, logits_real, kind=self.loss, side="g")
+            _descend(loss, self.g_optimizer, self._g_scaler)
+        return {"g_loss": loss.detach()}
+
+    # ---- its parts ----------------------------------------------------------------------------------------------
+
+    def draw_latent(self, n: int) -> Tensor:
+        """n latents on the generator's device, in its dtype."""
+        if callable(self.latent):
+            return self.latent(n, self.device, self.rng)
+        shape = (self.latent,) if isinstance(self.latent, int) else tuple(self.latent)
+        return torch.randn(n, *shape, device=self.device, dtype=self.dtype, generator=self.rng)
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The averaged generator (eval mode, no gradients), or None."""
+        return None if self._average is None else self._average.module
+
+    def explain(self) -> str:
+        """How the step runs: one line."""
+        reason = mixes_samples(self.discriminator)
+        passes = f"two passes: {reason}" if reason else "one batch of 2N, statistics per half"
+        return f"D(real) and D(fake): {passes}; precision {self.precision}; eager"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beyond the modules and optimisers that a resumed run needs."""
+        return {
+            "d_updates": self.d_updates,
+            "ema": None if self._average is None else self._average.module.state_dict(),
+            "g_scaler": self._g_scaler.state_dict(),
+            "d_scaler": self._d_scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.d_updates = state["d_updates"]
+        if self._average is not None and state["ema"] is not None:
+            self._average.module.load_state_dict(state["ema"])
+        if self.precision == "fp16":
+            self._g_scaler.load_state_dict(state["g_scaler"])
+            self._d_scaler.load_state_dict(state["d_scaler"])
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return images if self.augment is None else self.augment(images)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = PRECISIONS[self.precision]
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _nth(self, value: Any, i: int) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != self.d_steps:
+            raise ValueError(
+                f"GANStep: a sequence must have d_steps={self.d_steps} batches, got {len(value)}"
+            )
+        return value[i]
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"GANStep: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _call(module: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    return module(x) if labels is None else module(x, labels)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Within: the module's parameters want no gradients, so its backward computes none for its weights."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
