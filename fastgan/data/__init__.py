@@ -1,0 +1,20 @@
+"""Image sets: bundled ones, folders, zips, idx and NumPy files, held as bytes on the training device."""
+
+from fastgan.data.catalogue import available
+from fastgan.data.grid import make_grid, save_grid, to_uint8
+from fastgan.data.imageset import Batches, ImageSet
+from fastgan.data.inspection import Inspection, inspect
+from fastgan.data.loading import load, prepare
+
+__all__ = [
+    "Batches",
+    "ImageSet",
+    "Inspection",
+    "available",
+    "inspect",
+    "load",
+    "make_grid",
+    "prepare",
+    "save_grid",
+    "to_uint8",
+]

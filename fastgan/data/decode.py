@@ -1,0 +1,242 @@
+"""One image file to one square uint8 picture: every mode that Pillow reads, rotated, cropped and resized."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Pillow's plugins by name: else a hostile file's content could pick one (EPS would start ghostscript).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO", "AVIF", "JPEG2000")
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "gif", "tif", "tiff"),
+        *("bmp", "dib", "ppm", "pgm", "pbm", "pnm", "tga", "ico"),
+    )
+)
+# Larger files are not opened: 90 megapixels, Pillow's own limit, are 360 MB uncompressed.
+MAX_FILE_BYTES = 512 << 20
+
+_A = TypeVar("_A")
+_R = TypeVar("_R")
+
+
+class Facts(NamedTuple):
+    """What a file was before it became a training picture."""
+
+    mode: str
+    width: int
+    height: int
+    grey: bool
+    transparent: bool
+    rotated: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file: pixels uint8 [H, W, C] (None if unreadable, with the reason) and its facts."""
+
+    name: str
+    pixels: np.ndarray | None = None
+    facts: Facts | None = None
+    reason: str = ""
+
+
+class Unreadable(ValueError):
+    """A file that holds an image, yet not one with a defined 8-bit meaning."""
+
+
+def pillow() -> Any:
+    """PIL.Image with its plugins registered, or an ImportError that says what to install."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            f"data: reading and writing images needs Pillow (pip install pillow): {error}"
+        ) from error
+    Image.init()
+    return Image
+
+
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Pillow's warnings become silence, its decompression-bomb warning an error.
+
+    Warning filters belong to the process, so this surrounds a whole pool of decoding threads, never one file.
+    """
+    image = pillow()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("error", image.DecompressionBombWarning)
+        yield
+
+
+def workers() -> int:
+    """Threads for decoding: the cores this process may use, at most 8."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+def in_order(function: Callable[[_A], _R], items: Iterable[_A]) -> Iterator[_R]:
+    """map(function, items) on a thread pool: results in the order of `items`, few of them in flight."""
+    threads = workers()
+    waiting: deque[Future[_R]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="fastgan-data") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 8 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _scaled(values: np.ndarray, top: int) -> np.ndarray:
+    """Integers 0..top to uint8 0..255, rounded to the nearest."""
+    return ((values.astype(np.uint64) * 255 + top // 2) // top).astype(np.uint8)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Single-channel modes deeper than 8 bits as mode L: 16-bit integers 0..65535 and floats 0..1."""
+    from PIL import Image
+
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise Unreadable("float pixels outside 0..1 have no defined white")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if values.min() < 0 or values.max() > 65535:
+        raise Unreadable("integer pixels outside 0..65535 have no defined white")
+    return Image.fromarray(_scaled(values, 65535))
+
+
+def _flat(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image in mode L or RGB, transparency composited on white, and whether it had any."""
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bit(image), False
+    transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if transparent:
+        # Pillow converts premultiplied grey in two steps only.
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB"), True
+    return image.convert("L" if image.mode in ("1", "L") else "RGB"), False
+
+
+def fit(image: Image.Image, image_size: int | None) -> Image.Image:
+    """The centre square of `image`, Lanczos-resized with antialiasing to `image_size`; None leaves it whole.
+
+    The same as resizing the short side and cropping the centre. A square that already fits keeps its pixels.
+    """
+    from PIL import Image
+
+    if image_size is None:
+        return image
+    width, height = image.size
+    side = min(width, height)
+    if width != height:
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    return image if side == image_size else image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+
+
+def to_pixels(
+    image: Image.Image, image_size: int | None, channels: int | None
+) -> tuple[np.ndarray, bool, bool]:
+    """uint8 [H, W, C] of a loaded image, whether it is grey and whether it had transparency.
+
+    Grey means that red, green and blue agree in every pixel, whatever the file's mode. With channels None a
+    grey image has C = 1 and any other C = 3.
+    """
+    flat, transparent = _flat(image)
+    flat = fit(flat, image_size)
+    pixels = np.asarray(flat)
+    grey = flat.mode == "L" or bool(
+        (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+    )
+    wanted = channels or (1 if grey else 3)
+    if wanted == 1:
+        return np.asarray(flat.convert("L"))[..., None], grey, transparent
+    return np.asarray(flat.convert("RGB")), grey, transparent
+
+
+def decode(file: BinaryIO, image_size: int | None, channels: int | None) -> tuple[np.ndarray, Facts]:
+    """The first frame of one encoded image, upright, as uint8 [H, W, C]. Raises what Pillow raises."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        mode, (width, height) = image.mode, image.size
+        if image_size is not None:
+            # JPEG can decode at 1/2, 1/4 or 1/8; twice the wanted size leaves the antialiasing to Lanczos.
+            image.draft(None, (2 * image_size, 2 * image_size))
+        image.load()
+        rotated = False
+        try:
+            rotated = image.getexif().get(0x0112, 1) not in (0, 1)
+            upright = ImageOps.exif_transpose(image) if rotated else image
+        except Exception:
+            # Broken EXIF data says nothing about the pixels, which were loaded above.
+            upright, rotated = image, False
+        pixels, grey, transparent = to_pixels(upright, image_size, channels)
+    return pixels, Facts(mode, width, height, grey, transparent, rotated)
+
+
+def reason(error: Exception, size: int | None = None) -> str:
+    """Why a file could not be read, in words that do not name Python objects."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if size == 0 else "not in an image format that is read"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more pixels than the limit against decompression bombs ({Image.MAX_IMAGE_PIXELS:,})"
+    if isinstance(error, Unreadable):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = (str(error) or "unreadable").splitlines()[0]
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+
+
+def decode_all(
+    names: Iterable[str],
+    open_file: Callable[[str], AbstractContextManager[tuple[BinaryIO, int]]],
+    image_size: int | None,
+    channels: int | None,
+) -> Iterator[Picture]:
+    """Decode files on a thread pool, in order. `open_file(name)` gives a binary file and its size in bytes.
+
+    Nothing is fatal: a file that cannot be read comes back as a Picture with its reason. To be called and
+    gone through inside `quiet_decoding`.
+    """
+
+    def one(name: str) -> Picture:
+        size = None
+        try:
+            with open_file(name) as (file, size):
+                if size > MAX_FILE_BYTES:
+                    raise Unreadable(
+                        f"{size / 2**20:,.0f} MiB, more than the {MAX_FILE_BYTES >> 20} MiB that are read"
+                    )
+                pixels, facts = decode(file, image_size, channels)
+        except Exception as error:
+            # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, IndexError.
+            return Picture(name, reason=reason(error, size))
+        return Picture(name, pixels, facts)
+
+    return in_order(one, names)

@@ -1,0 +1,184 @@
+"""Finding image files in a folder or a zip archive, without unpacking anything."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from fastgan.data.decode import SUFFIXES
+
+# Images by their suffix that Pillow cannot read: they are reported as skipped, never silently passed over.
+UNREAD = {
+    ".heic": "HEIC is not read: convert it to PNG or JPEG",
+    ".heif": "HEIF is not read: convert it to PNG or JPEG",
+    ".jxl": "JPEG XL is not read: convert it to PNG or JPEG",
+    ".svg": "SVG has no pixels: render it to PNG",
+    ".psd": "PSD is not read: export it as PNG",
+    ".exr": "EXR is not read: convert it to PNG",
+    ".dng": "raw photographs are not read: develop them to JPEG",
+    ".cr2": "raw photographs are not read: develop them to JPEG",
+    ".nef": "raw photographs are not read: develop them to JPEG",
+    ".arw": "raw photographs are not read: develop them to JPEG",
+}
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _printable(name: str) -> str:
+    """File names may hold bytes that are no text; those are shown as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+class Files:
+    """The image files below a folder or in a zip, sorted by path.
+
+    Attributes: `names` (to be decoded), `skipped` [(name, reason)] (seen, and known to be unreadable),
+    `ignored` (a Counter of the suffixes of all other files). Hidden entries and __MACOSX do not count at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.ignored: Counter[str] = Counter()
+        self.kind = "folder" if path.is_dir() else "zip"
+        self._paths: dict[str, Path] = {}
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        self._archive: zipfile.ZipFile | None = None
+        if self.kind == "folder":
+            self._walk(path, "", set())
+        else:
+            self._list_archive()
+        self.names.sort(key=lambda name: name.split("/"))
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+
+    def skip(self, name: str, reason: str) -> None:
+        self.skipped.append((_printable(name), reason))
+
+    def _add(self, name: str) -> bool:
+        """Sort an entry into names, skipped or ignored; True if it is to be decoded."""
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in SUFFIXES:
+            self.names.append(name)
+            return True
+        if suffix in UNREAD:
+            self.skip(name, UNREAD[suffix])
+        else:
+            self.ignored[suffix or "no suffix"] += 1
+        return False
+
+    def _walk(self, folder: Path, prefix: str, above: set[tuple[int, int]]) -> None:
+        """Links to folders are followed, as ImageFolder does, unless they lead back to a folder above."""
+        try:
+            status = folder.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                return
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            self.skip(prefix or str(folder), (error.strerror or str(error)).lower())
+            return
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir():
+                self._walk(Path(entry.path), f"{name}/", above | {identity})
+            elif self._add(name):
+                self._paths[name] = Path(entry.path)
+
+    def _list_archive(self) -> None:
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(
+                f"load: a .zip must be a readable archive, {self.path} is not ({error}); download it again"
+            ) from error
+        for entry in self._archive.infolist():
+            # Some Windows tools write backslashes.
+            name = entry.filename.replace("\\", "/")
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            if name.endswith("/") or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+                continue
+            name = "/".join(parts)
+            if name not in self._entries and self._add(name):
+                self._entries[name] = entry
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+        """A binary file for `name` and its size in bytes. Safe to call from several threads."""
+        if self._archive is not None:
+            from io import BytesIO
+
+            from fastgan.data.decode import MAX_FILE_BYTES
+
+            entry = self._entries[name]
+            # Pillow seeks, which inflates again and again in an archive: read it once, if the size is sane.
+            content = self._archive.read(entry) if entry.file_size <= MAX_FILE_BYTES else b""
+            yield BytesIO(content), entry.file_size
+            return
+        path = self._paths[name]
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"not a regular file: {stat.filemode(status.st_mode)}")
+        with path.open("rb") as file:
+            yield file, status.st_size
+
+    def fingerprint(self) -> str:
+        """Changes whenever a file is added, removed or rewritten: names, sizes and modification times."""
+        digest = hashlib.sha256(str(self.path.resolve()).encode("utf-8", "surrogateescape"))
+        if self._archive is not None:
+            status = self.path.stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        for name in self.names:
+            digest.update(name.encode("utf-8", "surrogateescape"))
+            if name in self._paths:
+                try:
+                    status = self._paths[name].stat()
+                    digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+                except OSError:
+                    digest.update(b" gone\n")
+        return digest.hexdigest()
+
+    def found(self) -> str:
+        """What is there beside readable images, for the error that says so."""
+        parts = []
+        if self.ignored:
+            suffixes = ", ".join(f"{count} {suffix}" for suffix, count in self.ignored.most_common(4))
+            parts.append(f"{plural(sum(self.ignored.values()), 'other file')} ({suffixes})")
+        if self.skipped:
+            first = "; ".join(f"{name}: {why}" for name, why in self.skipped[:3])
+            more = ", ..." if len(self.skipped) > 3 else ""
+            parts.append(f"{plural(len(self.skipped), 'unreadable image')} ({first}{more})")
+        return " and ".join(parts) or "no files"
+
+
+def class_labels(names: list[str]) -> tuple[list[int], list[str]] | None:
+    """Labels by ImageFolder's convention: the first folder of each path, numbered in sorted order.
+
+    None unless every file lies in a folder. One folder that wraps everything, as zips often have, is looked
+    through where two or more class folders lie inside it.
+    """
+    paths = [tuple(name.split("/")[:-1]) for name in names]
+    if not paths or any(not path for path in paths):
+        return None
+    inner = paths
+    while all(inner) and len({path[0] for path in inner}) == 1:
+        inner = [path[1:] for path in inner]
+    if all(inner):
+        paths = inner
+    classes = sorted({path[0] for path in paths})
+    number = {name: index for index, name in enumerate(classes)}
+    return [number[path[0]] for path in paths], [_printable(name) for name in classes]
