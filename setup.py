@@ -31,7 +31,8 @@ CSRC = ROOT / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FAILURE_NAME = "_C_build_failure.txt"
 
-AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
+# gcc's own AVX-512 headers read deliberately undefined registers, and gcc 12 warns about them.
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -Wno-uninitialized -Wno-maybe-uninitialized"
 TABLES = {"portable": ""}
 if X86:
     TABLES |= {
@@ -192,7 +193,7 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
     ccache = "ccache " if shutil.which("ccache") else ""
     omp_compile, omp_link = openmp()
     flags = (
-        # No -ffast-math: NaN, inf and signed zeros must come out as PyTorch's do. Nobody reads errno or traps.
+        # No -ffast-math: NaN, inf and signed zeros must come out as PyTorch's do. Nobody reads errno.
         "-std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden"
         f" -fvisibility-inlines-hidden -ffunction-sections -Wall -Wextra {omp_compile}"
         f" {'-DFG_X86' if X86 else ''} -I{quote(CSRC)} {os.environ.get('CXXFLAGS', '')}"
@@ -313,11 +314,11 @@ class BuildNative(build_ext):
         build_with_ninja(target)
 
     def copy_extensions_to_source(self) -> None:
-        source = Path(self.get_ext_fullpath("fastgan._C"))
-        self.inplace, before = True, self.inplace
-        target = Path(self.get_ext_fullpath("fastgan._C"))
-        self.inplace = before
-        replace(source, target)
+        wanted, paths = self.inplace, []
+        for self.inplace in (False, True):
+            paths.append(Path(self.get_ext_fullpath("fastgan._C")))
+        self.inplace = wanted
+        replace(*paths)
 
 
 packages = find_packages(include=["fastgan", "fastgan.*"])

@@ -1,0 +1,235 @@
+// GAN losses on logits: loss and statistics in one pass over fake and real, and the gradients in another.
+//
+// With σ the sigmoid, sp the softplus, r real and f fake logits:
+//   kind           D loss                          G loss
+//   bce            mean sp(-r) + mean sp(f)        mean sp(-f)
+//   minimax        the same                        -mean sp(f)
+//   lsgan          ½ mean (r-1)² + ½ mean f²       ½ mean (f-1)²
+//   hinge          mean relu(1-r) + mean relu(1+f) -mean f
+//   wasserstein    mean f - mean r                 -mean f
+//   relativistic   mean sp(f-r)                    mean sp(r-f)       (pairwise)
+// Label smoothing s replaces the real target 1 by 1-s in the D loss of bce, minimax and lsgan. sp(r) - (1-s) r is
+// computed as sp(-r) + s r, which does not cancel for large r.
+#include "common/kernels.hpp"
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
+#include "cpu/vmath.hpp"
+
+namespace fg::ISA {
+namespace {
+
+FG_INLINE vf negative(vf a) { return zero() - a; }
+FG_INLINE vf relu(vf a) { return select(le(a, zero()), zero(), a); }
+
+// Loss of one logit; relativistic is handled by pairs.
+FG_INLINE vf loss_real(vf r, Loss kind, float smoothing) {
+  switch (kind) {
+    case LOSS_BCE:
+    case LOSS_MINIMAX:
+      return fma(r, set1(smoothing), softplus(negative(r)));
+    case LOSS_LSGAN: {
+      const vf d = r - set1(1.0f - smoothing);
+      return set1(0.5f) * d * d;
+    }
+    case LOSS_HINGE:
+      return relu(set1(1.0f) - r);
+    default:
+      return negative(r);
+  }
+}
+
+FG_INLINE vf loss_fake(vf f, Loss kind, Side side) {
+  const bool d_side = side == SIDE_D;
+  switch (kind) {
+    case LOSS_BCE:
+      return softplus(d_side ? f : negative(f));
+    case LOSS_MINIMAX:
+      return d_side ? softplus(f) : negative(softplus(f));
+    case LOSS_LSGAN: {
+      const vf d = d_side ? f : f - set1(1.0f);
+      return set1(0.5f) * d * d;
+    }
+    case LOSS_HINGE:
+      return d_side ? relu(set1(1.0f) + f) : negative(f);
+    default:
+      return d_side ? f : negative(f);
+  }
+}
+
+// Derivatives of the two above.
+FG_INLINE vf slope_real(vf r, Loss kind, float smoothing) {
+  switch (kind) {
+    case LOSS_BCE:
+    case LOSS_MINIMAX:
+      return set1(smoothing) - sigmoid(negative(r));
+    case LOSS_LSGAN:
+      return r - set1(1.0f - smoothing);
+    case LOSS_HINGE:
+      return select(le(set1(1.0f) - r, zero()), zero(), set1(-1.0f));
+    default:
+      return set1(-1.0f);
+  }
+}
+
+FG_INLINE vf slope_fake(vf f, Loss kind, Side side) {
+  const bool d_side = side == SIDE_D;
+  switch (kind) {
+    case LOSS_BCE:
+      return d_side ? sigmoid(f) : negative(sigmoid(negative(f)));
+    case LOSS_MINIMAX:
+      return d_side ? sigmoid(f) : negative(sigmoid(f));
+    case LOSS_LSGAN:
+      return d_side ? f : f - set1(1.0f);
+    case LOSS_HINGE:
+      if (d_side) return select(le(set1(1.0f) + f, zero()), zero(), set1(1.0f));
+      return set1(-1.0f);
+    default:
+      return set1(d_side ? 1.0f : -1.0f);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+// What one pass adds up: the loss, and of the logits their sum, the sum of their sigmoids, and how many are right.
+constexpr int SUM_LOSS = 0, SUM_LOGIT = 1, SUM_SIGMOID = 2, SUM_RIGHT = 3, SUMS = 4;
+
+// Calls f(load, n) for every vector of [begin, end); load(p) fills missing lanes with 0, n is the number of real lanes.
+template <class F>
+FG_INLINE void each(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + VF <= end; i += VF) f(i, VF);
+  if (i < end) f(i, static_cast<int>(end - i));
+}
+
+template <class T>
+FG_INLINE vf load_some(const T* p, int n) {
+  return n == VF ? load(p) : load_tail(p, n);
+}
+template <class T>
+FG_INLINE void store_some(T* p, vf a, int n) {
+  if (n == VF)
+    store(p, a);
+  else
+    store_tail(p, a, n);
+}
+
+// Adds the sums over logits[begin, end) to `into`; fp32 for at most 4096 elements, float64 beyond.
+template <class T, class LossOf>
+static void add_up(const T* logits, int64_t begin, int64_t end, bool real, const LossOf& loss_of, double* into) {
+  constexpr int64_t BLOCK = 4096;
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    vf s[SUMS] = {zero(), zero(), zero(), zero()};
+    each(at, at + BLOCK < end ? at + BLOCK : end, [&](int64_t i, int n) {
+      const vf v = load_some(logits + i, n);
+      const vf right = select(real ? gt(v, zero()) : gt(zero(), v), set1(1.0f), zero());
+      const vf add[SUMS] = {loss_of(v, i, n), v, sigmoid(v), right};
+      const vm lanes = first(n == VF ? 0 : n);
+      for (int k = 0; k < SUMS; ++k) s[k] = s[k] + (n == VF ? add[k] : select(lanes, add[k], zero()));
+    });
+    for (int k = 0; k < SUMS; ++k) into[k] += static_cast<double>(sum(s[k]));
+  }
+}
+
+template <class T>
+static void forward(const GanLossArgs& a) {
+  const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
+  const int threads = team_for(8 * (a.n_fake + a.n_real), a.threads);  // an exp or two: dearer than a plain sweep
+  constexpr int PITCH = 2 * SUMS;                                      // doubles of one thread: 64 bytes, a cache line
+  Scratch scratch(Scratch::bytes_for<double>(threads * PITCH));
+  double* partial = scratch.cut<double>(threads * PITCH);
+  int team = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = thread_index(), parts = team_size();
+    if (t == 0) team = parts;
+    double *f = partial + t * PITCH, *r = f + SUMS;
+    for (int k = 0; k < PITCH; ++k) f[k] = 0.0;
+    const auto none = [](vf, int64_t, int) { return zero(); };
+    const int64_t f0 = part_begin(a.n_fake, t, parts), f1 = part_begin(a.n_fake, t + 1, parts);
+    const int64_t r0 = part_begin(a.n_real, t, parts), r1 = part_begin(a.n_real, t + 1, parts);
+    if (a.kind == LOSS_RELATIVISTIC) {
+      add_up(
+          fake, f0, f1, false,
+          [&](vf v, int64_t i, int n) {
+            const vf z = v - load_some(real + i, n);
+            return softplus(a.side == SIDE_D ? z : negative(z));
+          },
+          f);
+      add_up(real, r0, r1, true, none, r);
+    } else {
+      add_up(fake, f0, f1, false, [&](vf v, int64_t, int) { return loss_fake(v, a.kind, a.side); }, f);
+      if (a.side == SIDE_D)
+        add_up(real, r0, r1, true, [&](vf v, int64_t, int) { return loss_real(v, a.kind, a.smoothing); }, r);
+      else
+        add_up(real, r0, r1, true, none, r);
+    }
+  }
+  double f[SUMS] = {}, r[SUMS] = {};
+  for (int t = 0; t < team; ++t)
+    for (int k = 0; k < SUMS; ++k) {
+      f[k] += partial[t * PITCH + k];
+      r[k] += partial[t * PITCH + SUMS + k];
+    }
+  const double inv_f = 1.0 / static_cast<double>(a.n_fake),
+               inv_r = a.n_real ? 1.0 / static_cast<double>(a.n_real) : 0.0;
+  const double out[7] = {f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r,
+                         r[SUM_LOGIT] * inv_r,
+                         f[SUM_LOGIT] * inv_f,
+                         r[SUM_SIGMOID] * inv_r,
+                         f[SUM_SIGMOID] * inv_f,
+                         r[SUM_RIGHT] * inv_r,
+                         f[SUM_RIGHT] * inv_f};
+  for (int k = 0; k < 7; ++k) a.out[k] = static_cast<float>(out[k]);
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+template <class T>
+static void backward_pairs(const GanLossArgs& a, int64_t begin, int64_t end, vf scale) {
+  const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
+  T *dfake = static_cast<T*>(a.dfake), *dreal = static_cast<T*>(a.dreal);
+  each(begin, end, [&](int64_t i, int n) {
+    const vf z = load_some(fake + i, n) - load_some(real + i, n);
+    const vf d = scale * (a.side == SIDE_D ? sigmoid(z) : negative(sigmoid(negative(z))));
+    if (dfake) store_some(dfake + i, d, n);
+    if (dreal) store_some(dreal + i, negative(d), n);
+  });
+}
+
+template <class T>
+static void backward(const GanLossArgs& a) {
+  const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
+  T *dfake = static_cast<T*>(a.dfake), *dreal = static_cast<T*>(a.dreal);
+  const int threads = team_for(8 * (a.n_fake + a.n_real), a.threads);
+  const float dloss = *a.dloss;
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = thread_index(), parts = team_size();
+    const int64_t f0 = part_begin(a.n_fake, t, parts), f1 = part_begin(a.n_fake, t + 1, parts);
+    const int64_t r0 = part_begin(a.n_real, t, parts), r1 = part_begin(a.n_real, t + 1, parts);
+    const vf scale_f = set1(static_cast<float>(static_cast<double>(dloss) / static_cast<double>(a.n_fake)));
+    if (a.kind == LOSS_RELATIVISTIC) {
+      backward_pairs<T>(a, f0, f1, scale_f);
+    } else {
+      if (dfake)
+        each(f0, f1, [&](int64_t i, int n) {
+          store_some(dfake + i, scale_f * slope_fake(load_some(fake + i, n), a.kind, a.side), n);
+        });
+      if (dreal && a.side == SIDE_D) {
+        const vf scale_r = set1(static_cast<float>(static_cast<double>(dloss) / static_cast<double>(a.n_real)));
+        each(r0, r1, [&](int64_t i, int n) {
+          store_some(dreal + i, scale_r * slope_real(load_some(real + i, n), a.kind, a.smoothing), n);
+        });
+      } else if (dreal) {
+        each(r0, r1, [&](int64_t i, int n) { store_some(dreal + i, zero(), n); });
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gan_loss_forward(const GanLossArgs& args) { args.dtype == BF16 ? forward<bf16>(args) : forward<float>(args); }
+void gan_loss_backward(const GanLossArgs& args) { args.dtype == BF16 ? backward<bf16>(args) : backward<float>(args); }
+
+}  // namespace fg::ISA
