@@ -1,0 +1,75 @@
+"""The program `fastgan`: one file a command, each with `add(commands)` for its arguments and `run(args) ->
+int`.
+
+Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Failures are one line on stderr;
+`--traceback` adds the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import fastgan
+
+from . import data, doctor, interpolate, sample, train
+
+__all__ = ["main"]
+
+_COMMANDS = (train, sample, interpolate, data, doctor)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage text above them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="fastgan", description="Train GANs with PyTorch, fast.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for module in _COMMANDS:
+        command = module.add(commands)
+        command.set_defaults(run_command=module.run)
+        command.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the process' own arguments) and return its exit code."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # --help and wrong arguments
+        return int(stop.code or 0)
+    if args.version:
+        print(fastgan.__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(args.run_command(args))
+    except KeyboardInterrupt:
+        print("fastgan: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.traceback:
+            raise
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Print one line for `error` and return the exit code: 2 if the input was wrong, 1 otherwise."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+        print(f"fastgan: {text}", file=sys.stderr)
+        return 2
+    name = "" if type(error).__module__.startswith("fastgan") else f"{type(error).__name__}: "
+    print(f"fastgan: {name}{text} (--traceback shows where)", file=sys.stderr)
+    return 1

@@ -1,0 +1,44 @@
+"""Types of command-line values; argparse shows what their errors say."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+else:
+    Commands = object
+
+__all__ = ["Commands", "nonnegative_int", "positive_float", "positive_int"]
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """1, 2, ..."""
+    return _whole(text, 1)
+
+
+def nonnegative_int(text: str) -> int:
+    """0, 1, ..."""
+    return _whole(text, 0)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value

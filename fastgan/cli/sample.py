@@ -1,0 +1,54 @@
+"""``fastgan sample``: a grid of pictures from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastgan import data
+from fastgan.training import sampling
+from fastgan.training.trainer import resolve_device
+
+from .arguments import Commands, nonnegative_int, positive_float, positive_int
+
+
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """Register the command."""
+    parser = commands.add_parser(
+        "sample",
+        help="draw pictures from a run",
+        description="Write a grid of pictures drawn from a run's newest checkpoint.",
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--n", type=positive_int, default=64, help="how many pictures (default 64)")
+    parser.add_argument("--out", required=True, metavar="FILE.png")
+    parser.add_argument("--columns", type=positive_int, help="pictures a row (default: a square)")
+    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the latents (default 0)")
+    parser.add_argument(
+        "--label", type=nonnegative_int, metavar="K", help="the class, for models that take one"
+    )
+    parser.add_argument(
+        "--truncation",
+        type=positive_float,
+        metavar="T",
+        help="cut latents to [-T, T]: less varied, more typical",
+    )
+    parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the grid."""
+    if Path(args.out).suffix.lower() != ".png":
+        raise ValueError(f"sample: --out must end in .png, got {args.out}")
+    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
+    if args.label is not None:
+        raise ValueError(
+            f"sample: --label needs a model that takes classes, "
+            f"{config['recipe']['model']} of {args.run} takes none"
+        )
+    z = sampling.latents(args.n, config["recipe"]["latent"], seed=args.seed, truncation=args.truncation)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    data.save_grid(sampling.draw(generator, z), args.out, columns=args.columns)
+    print(f"{args.n} samples: {args.out}")
+    return 0

@@ -1,0 +1,104 @@
+"""``fastgan train``: a run from a recipe, the rest of one that was stopped, or its plan."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastgan.training.plan import plan
+from fastgan.training.recipes import Recipe, recipes
+from fastgan.training.sampling import read_config
+from fastgan.training.trainer import Trainer
+
+from .arguments import Commands, nonnegative_int, positive_float, positive_int
+
+
+def _epilog() -> str:
+    lines = ["recipes (their fields and values: --recipe NAME --dry-run):"]
+    lines += [f"  {name:<10} {recipe.source.split(':')[0]}" for name, recipe in recipes().items()]
+    lines += [
+        "",
+        "examples:",
+        "  fastgan train --recipe dcgan-28 --data fashion-mnist --out runs/garments",
+        "  fastgan train --recipe dcgan-64 --data ~/pictures --out runs/mine --set flip=true --set ema=0.999",
+        "  fastgan train --resume runs/garments --steps 20000",
+    ]
+    return "\n".join(lines)
+
+
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """Register the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a GAN",
+        description="Train from a recipe, go on with a run that was stopped, or print what one would take.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="the recipe to follow (listed below)")
+    parser.add_argument(
+        "--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip"
+    )
+    parser.add_argument("--out", metavar="DIR", help="the run directory: new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
+    parser.add_argument("--steps", type=positive_int, help="generator updates in all")
+    parser.add_argument("--batch-size", type=positive_int)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--seed", type=nonnegative_int)
+    parser.add_argument("--device", metavar="D", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--backend", metavar="B", help="force one: reference, native, triton, cuda (default: the fastest)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="set any recipe field; repeat it",
+    )
+    parser.add_argument(
+        "--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan with memory and time, write nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or print the plan; 130 when interrupted."""
+    fields = ("data", "steps", "batch_size", "precision", "seed")
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    recipe = _recipe(args).replace(**given).with_settings(args.settings)
+    if args.dry_run:
+        print(plan(recipe, device=args.device or "auto", backend=args.backend))
+        return 0
+    if not args.out and not args.resume:
+        raise ValueError("train: --out DIR must say where the run is written")
+    result = Trainer(
+        recipe,
+        out=args.out,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        device=args.device,
+        backend=args.backend,
+        time_limit=args.time_limit,
+        quiet=args.quiet,
+    ).fit()
+    return 130 if result.reason == "interrupted" else 0
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The named recipe, or the one of the run to resume."""
+    if args.resume:
+        if args.recipe:
+            raise ValueError("train: --resume goes on with the run's own recipe, leave out --recipe")
+        return Recipe.from_dict(read_config(args.resume)["recipe"])
+    named = recipes()
+    if args.recipe is None:
+        raise ValueError(f"train: --recipe NAME must be given, one of {', '.join(named)}; or --resume DIR")
+    if args.recipe not in named:
+        raise ValueError(f"train: there is no recipe {args.recipe!r}, choose one of {', '.join(named)}")
+    return named[args.recipe]

@@ -1,0 +1,175 @@
+"""What this installation can do, and for everything that it cannot: why, and what would help.
+
+`doctor()` returns plain values; ``fastgan doctor`` prints them as tables, ``--json`` as JSON. It never raises
+because something is missing: reporting that is its purpose.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["doctor", "machine"]
+
+# What each optional package is for, and how to get it.
+EXTRAS = {
+    "triton": ("Triton kernels on a GPU", "PyTorch's builds with CUDA bring it"),
+    "PIL": ("image folders and sample grids", "pip install pillow"),
+    "rich": ("the live display and these tables", "pip install rich"),
+    "imageio_ffmpeg": ("mp4 output of fastgan interpolate", "pip install imageio-ffmpeg"),
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The machine and the versions that a measurement depends on; `device` adds its GPU."""
+    device = torch.device(device)
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _native() -> dict[str, Any]:
+    from fastgan.backends import native
+
+    module, reason = native()
+    if module is None:
+        return {"available": False, "reason": reason}
+    return {
+        "available": True,
+        "reason": "",
+        "build": module.build_info(),
+        "table": module.table(),
+        "tables": {name: why or "usable" for name, why in module.tables().items()},
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "available": torch.cuda.is_available(),
+        "torch_cuda": torch.version.cuda,
+        "devices": [],
+    }
+    if facts["available"]:
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            facts["devices"].append(
+                {
+                    "name": p.name,
+                    "capability": f"{p.major}.{p.minor}",
+                    "memory_mb": round(p.total_memory / 1e6),
+                }
+            )
+        facts["reason"] = ""
+    elif torch.version.cuda is None and torch.version.hip is None:
+        facts["reason"] = "this PyTorch is built for CPUs only; pytorch.org lists the builds with CUDA"
+    else:
+        facts["reason"] = "PyTorch finds no usable GPU; see what nvidia-smi says about the driver"
+    return facts
+
+
+def _extra(module: str) -> dict[str, Any]:
+    package = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}.get(module, module)
+    purpose, remedy = EXTRAS[module]
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken package raises anything
+        return {"available": False, "version": None, "for": purpose, "reason": f"{error}; {remedy}"}
+    return {"available": True, "version": _version(package), "for": purpose, "reason": ""}
+
+
+def _guarded(part: Any) -> Any:
+    """What `part()` returns, or how it failed: one broken part must not hide the others."""
+    try:
+        return part()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _backends() -> dict[str, dict[str, dict[str, Any]]]:
+    import fastgan
+
+    return {
+        op: {name: {"available": ok, "reason": reason} for name, (ok, reason) in states.items()}
+        for op, states in fastgan.backends().items()
+    }
+
+
+def _cache() -> dict[str, Any]:
+    from fastgan.backends import cache_dir, winners
+
+    folder = cache_dir()
+    parent = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    return {"path": str(folder), "writable": os.access(parent, os.W_OK), "races_won": len(winners())}
+
+
+def _data() -> Any:
+    from fastgan import data
+
+    return data.available()
+
+
+def _prove() -> list[dict[str, Any]]:
+    from fastgan.backends import prove_all
+
+    return [dict(row) for row in prove_all()]
+
+
+def doctor(prove: bool = False) -> dict[str, Any]:
+    """Facts about this installation by topic; see the module's text.
+
+    prove: also run every available backend of every op against its reference on small random inputs; the rows
+    are under "proofs".
+    """
+    found = {
+        "versions": {
+            "fastgan": _guarded(lambda: importlib.import_module("fastgan").__version__),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "executable": sys.executable,
+        },
+        "machine": _guarded(machine),
+        "native": _guarded(_native),
+        "cuda": _guarded(_cuda),
+        "backends": _guarded(_backends),
+        "extras": {module: _extra(module) for module in EXTRAS},
+        "cache": _guarded(_cache),
+        "data": _guarded(_data),
+    }
+    if prove:
+        found["proofs"] = _guarded(_prove)
+    return found

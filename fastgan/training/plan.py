@@ -1,0 +1,70 @@
+"""What a recipe would do here: the plan that ``fastgan train --dry-run`` prints. Nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from .progress import duration, memory_mb
+from .recipes import Recipe
+from .trainer import assemble, resolve_device
+
+__all__ = ["measure", "plan"]
+
+_STEPS = 5  # timed steps at most
+_SECONDS = 10.0  # and time for them
+
+
+def measure(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Seconds a step and memory, from two steps to warm up and up to five timed ones on random images."""
+    generator, discriminator, step = assemble(recipe, device)
+    size = (recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size)
+    images = (torch.rand(size) * 2 - 1).to(device, memory_format=torch.channels_last)
+
+    def one() -> float:
+        begin = time.perf_counter()
+        float(step([images] * recipe.d_steps)["g_loss"])  # reading it waits for the device
+        return time.perf_counter() - begin
+
+    one()
+    one()
+    times = [one()]
+    while len(times) < _STEPS and sum(times) < _SECONDS:
+        times.append(one())
+    return {
+        "seconds": sorted(times)[len(times) // 2],
+        "timed": len(times),
+        "memory_mb": memory_mb(device.type),
+        "parameters": {"generator": _count(generator), "discriminator": _count(discriminator)},
+    }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) -> str:
+    """The plan as text: every field, parameter counts, and time and memory measured on this machine."""
+    import fastgan
+
+    place = resolve_device(device)
+    with fastgan.backend(backend) if backend else contextlib.nullcontext():
+        found = measure(recipe, place)
+    rows = {key: str(value) for key, value in recipe.to_dict().items()}
+    rows["device"] = f"{place}, backend {backend or 'auto'}"
+    rows["parameters"] = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
+    rows["images seen"] = f"{recipe.steps * recipe.batch_size * recipe.d_steps:,}"
+    what = "peak on the GPU" if place.type == "cuda" else "resident, the images themselves come on top"
+    rows["memory"] = f"{found['memory_mb']:,.0f} MB ({what})"
+    speed = recipe.batch_size * recipe.d_steps / found["seconds"]
+    rows["a step"] = (
+        f"{found['seconds'] * 1e3:.1f} ms, {speed:,.0f} images/s "
+        f"(measured here: median of {found['timed']} steps on random images, after 2 to warm up)"
+    )
+    rows["in all"] = f"{duration(found['seconds'] * recipe.steps)} for {recipe.steps:,} steps"
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

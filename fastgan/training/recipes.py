@@ -1,0 +1,268 @@
+"""Recipes: every field of a run in one frozen object, and the named ones that follow a published text.
+
+recipe = fastgan.recipes()["dcgan-28"].replace(batch_size=64)
+recipe = recipe.with_settings(["g_lr=2e-4", "model_options.g_width=32"])      # what `--set` does
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgan import models
+
+__all__ = ["Recipe", "recipes"]
+
+LOSSES = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
+PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, except where it runs (device, backend) and where it writes.
+
+    Raises ValueError or TypeError, naming the field, when a value cannot be meant.
+    """
+
+    name: str
+    #: a name of `fastgan.models.presets()`, and options that its `build` takes besides the three fields below
+    model: str
+    model_options: dict[str, Any] = field(default_factory=dict)
+    #: what `fastgan.data.load` takes: a data set's name, a folder or an archive
+    data: str = "fashion-mnist"
+    image_size: int = 28
+    channels: int = 1
+    latent: int = 100
+    batch_size: int = 64
+    #: generator updates
+    steps: int = 10_000
+    loss: str = "bce"
+    g_lr: float = 2e-4
+    d_lr: float = 2e-4
+    #: Adam's betas, for both optimisers
+    betas: tuple[float, float] = (0.5, 0.999)
+    adam_eps: float = 1e-8
+    #: of the networks; master weights and optimiser state stay fp32
+    precision: str = "fp32"
+    penalty: str | None = None
+    #: None: the customary one, 10 (1 for r1r2)
+    penalty_weight: float | None = None
+    #: steps between penalties
+    penalty_every: int = 1
+    #: discriminator updates for one of the generator
+    d_steps: int = 1
+    #: decay of the averaged generator that samples are drawn from; None: no average
+    ema: float | None = None
+    #: mirror images at random
+    flip: bool = False
+    seed: int = 0
+    #: images in a sample grid
+    sample_count: int = 64
+    #: in steps; 0: only at the end
+    sample_every: int = 1_000
+    checkpoint_every: int = 1_000
+    #: in steps; reading metrics waits for the device, so not every step
+    log_every: int = 50
+    #: checkpoints kept in the run directory, newest first
+    keep_checkpoints: int = 2
+    #: the text that this recipe follows, and where it departs from it
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in _field_types().items():
+            object.__setattr__(self, name, _coerce(name, getattr(self, name), kind))
+        known = models.options(self.model)
+        for key in self.model_options:
+            if key not in known or key in ("image_size", "channels", "latent"):
+                free = [k for k in known if k not in ("image_size", "channels", "latent")]
+                raise ValueError(
+                    f"recipe: model_options of {self.model} are {', '.join(free)}, got {key!r}"
+                    + (f"; set {key} itself" if key in known else "")
+                )
+        for name, choices in (("loss", LOSSES), ("penalty", (None, *PENALTIES)), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                wanted = ", ".join(str(c) for c in choices)
+                raise ValueError(f"recipe: {name} must be one of {wanted}, got {getattr(self, name)!r}")
+        for name in (
+            "image_size",
+            "channels",
+            "latent",
+            "batch_size",
+            "steps",
+            "penalty_every",
+            "d_steps",
+            "sample_count",
+            "log_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
+        for name in ("g_lr", "d_lr", "adam_eps", "penalty_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"recipe: betas must be in [0, 1), got {self.betas}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"recipe: ema must be none or in [0, 1), got {self.ema}")
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed. Raises ValueError for an unknown field."""
+        unknown = sorted(set(changes) - set(_field_types()))
+        if unknown:
+            raise ValueError(
+                f"recipe: there is no field {unknown[0]!r}, the fields are {', '.join(_field_types())}"
+            )
+        return dataclasses.replace(self, **changes)
+
+    def with_settings(self, settings: Iterable[str]) -> Recipe:
+        """A copy with ``KEY=VALUE`` texts applied; ``model_options.KEY=VALUE`` reaches into the model."""
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            key = key.strip()
+            if not equals or not key:
+                raise ValueError(f"recipe: a setting must read KEY=VALUE, got {setting!r}")
+            if key.startswith("model_options."):
+                options = changes.setdefault("model_options", dict(self.model_options))
+                options[key.removeprefix("model_options.")] = _literal(text.strip())
+            elif key in _field_types():
+                changes[key] = _parse(key, text.strip(), _field_types()[key])
+            else:
+                self.replace(**{key: None})  # raises, with the list of fields
+        return self.replace(**changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as config.json holds them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`. Fields left out come from the named recipe, if `name` is one."""
+        name = values.get("name")
+        if name in _RECIPES:
+            return _RECIPES[str(name)].replace(**values)
+        missing = [key for key in ("name", "model") if key not in values]
+        if missing:
+            raise ValueError(
+                f"recipe: {missing[0]} must be given, the named recipes are {', '.join(_RECIPES)}"
+            )
+        return cls(name=values["name"], model=values["model"]).replace(**values)
+
+
+def _field_types() -> dict[str, Any]:
+    global _TYPES
+    if _TYPES is None:
+        _TYPES = typing.get_type_hints(Recipe)
+    return _TYPES
+
+
+_TYPES: dict[str, Any] | None = None
+
+
+def _describe(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers"
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "none",
+    }.get(kind, "a table of options")
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`; whole numbers pass for numbers and lists for tuples, as JSON needs."""
+    if isinstance(kind, types.UnionType):
+        if value is None and type(None) in typing.get_args(kind):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e4 steps
+    if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
+        kinds = typing.get_args(kind)
+        if len(value) == len(kinds):
+            return tuple(_coerce(name, v, k) for v, k in zip(value, kinds, strict=True))
+    elif typing.get_origin(kind) is dict and isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    elif isinstance(kind, type) and type(value) is kind:
+        return value
+    raise TypeError(f"recipe: {name} must be {_describe(_field_types()[name])}, got {value!r}")
+
+
+def _literal(text: str) -> Any:
+    """A Python literal where the text is one (true, false and none in any case), else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """The value that `text` stands for in field `name`."""
+    if kind is str:
+        return text
+    if isinstance(kind, types.UnionType) and str in typing.get_args(kind):
+        return None if text.lower() == "none" else text
+    return _coerce(name, _literal(text), kind)
+
+
+_RECIPES = {
+    r.name: r
+    for r in (
+        Recipe(
+            name="mlp-28",
+            model="mlp-28",
+            data="fashion-mnist",
+            batch_size=64,
+            steps=20_000,
+            source="PyTorch-GAN collection, implementations/gan: Adam 2e-4 (0.5, 0.999), batch 64; it trains "
+            "187,600 steps (200 epochs of MNIST) with a sigmoid output and BCE, the same loss as from logits",
+        ),
+        Recipe(
+            name="dcgan-28",
+            model="dcgan-28",
+            data="fashion-mnist",
+            batch_size=256,
+            steps=11_750,
+            g_lr=1e-4,
+            d_lr=1e-4,
+            betas=(0.9, 0.999),
+            adam_eps=1e-7,
+            source="Keras tutorial, tensorflow.org/tutorials/generative/dcgan: Adam 1e-4 with Keras' default "
+            "betas and eps, batch 256, 50 epochs of 60,000 images (235 steps each)",
+        ),
+        Recipe(
+            name="dcgan-64",
+            model="dcgan-64",
+            data="emoji-64",
+            image_size=64,
+            channels=3,
+            batch_size=64,
+            steps=25_000,
+            source="pytorch/examples dcgan: Adam 2e-4 (0.5, 0.999), batch 64, 25 epochs of any images",
+        ),
+    )
+}
+
+
+def recipes() -> dict[str, Recipe]:
+    """The named recipes."""
+    return dict(_RECIPES)

@@ -1,0 +1,134 @@
+"""Drawing from a generator: latents, pictures without side effects, walks, generators of runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgan import models
+
+from . import checkpoint
+from .recipes import Recipe
+
+__all__ = ["draw", "evaluating", "latents", "load_generator", "read_config", "walk"]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every submodule's own mode again afterwards.
+
+    A plain ``module.train()`` would also wake what a user has put to sleep. In eval mode batch norm uses its
+    running statistics: drawing samples neither changes them nor draws random numbers.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def latents(count: int, size: int, *, seed: int, truncation: float | None = None) -> Tensor:
+    """Normal latents ``[count, size]`` on the CPU, the same on every machine for one seed.
+
+    With `truncation` T values come from the normal distribution cut to [-T, T], the truncation trick of Brock
+    et al. 2019 (arXiv:1809.11096): a smaller T gives more typical and less varied images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if truncation is None:
+        return torch.randn(count, size, generator=generator)
+    if not 0 < truncation < float("inf"):
+        raise ValueError(f"latents: truncation must be positive and finite, got {truncation}")
+    # Inverse of the cut distribution function; float64, since fp32 would fold the tails of a large T onto it.
+    edge = math.erf(truncation / math.sqrt(2))
+    uniform = torch.rand(count, size, generator=generator, dtype=torch.float64) * 2 - 1
+    z = math.sqrt(2) * torch.erfinv(uniform * edge)
+    return z.clamp(-truncation, truncation).float()
+
+
+@torch.no_grad()
+def draw(generator: nn.Module, z: Tensor, *, batch: int = 256) -> Tensor:
+    """Images ``[N, C, H, W]`` of latents ``[N, ...]`` in eval mode, fp32 on the CPU; `z` may lie anywhere."""
+    device = next(generator.parameters()).device
+    with evaluating(generator):
+        return torch.cat([generator(part.to(device)).float().cpu() for part in z.split(batch)])
+
+
+def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:
+    """`frames` latents on the closed path through the latents ``[K, size]``, K >= 2, evenly spaced.
+
+    mode "lerp" walks straight lines. "slerp" walks great arcs (White 2016, arXiv:1609.04468), which keeps the
+    length that normal latents have; between parallel latents it is the straight line.
+    """
+    if mode not in ("slerp", "lerp"):
+        raise ValueError(f"walk: mode must be slerp or lerp, got {mode!r}")
+    if z.ndim != 2 or z.shape[0] < 2 or frames < 1:
+        raise ValueError(f"walk: it needs 2 latents [K, size] and 1 frame, got {tuple(z.shape)} and {frames}")
+    t = torch.arange(frames, dtype=torch.float64) * z.shape[0] / frames
+    start = t.long().clamp(max=z.shape[0] - 1)
+    a, b = z[start].double(), z[(start + 1) % z.shape[0]].double()
+    t = (t - start)[:, None]
+    if mode == "lerp":
+        return torch.lerp(a, b, t).float()
+    cosine = nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)[:, None]
+    angle = torch.acos(cosine)
+    sine = torch.sin(angle)
+    arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / sine.clamp(min=1e-12)
+    return torch.where(sine > 1e-4, arc, torch.lerp(a, b, t)).float()
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """The config.json of a run directory. Raises ValueError where there is none."""
+    path = Path(run) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        Recipe.from_dict(config["recipe"])
+    except OSError as error:
+        raise ValueError(f"run: {run} must be a run directory, it holds no readable config.json") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"run: {path} must be the configuration of a run, reading it gave: {error}"
+        ) from error
+    return dict(config)
+
+
+def load_generator(
+    run: str | Path, *, device: str | torch.device = "cpu", generator: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The generator of a run directory's newest checkpoint, in eval mode, and the run's config.
+
+    It is the averaged one if the run kept one. A run that was started with networks of its own needs
+    `generator`, an instance to load the weights into.
+    """
+    config = read_config(run)
+    path = checkpoint.latest(Path(run) / "checkpoints")
+    if path is None:
+        raise ValueError(f"run: {run} must hold a checkpoint, it has none yet")
+    state = checkpoint.load(path)
+    if generator is None:
+        if config["models"] != "recipe":
+            raise ValueError(
+                f"run: {run} was trained with networks of its own, pass generator= to load its weights"
+            )
+        generator, _ = build_models(Recipe.from_dict(config["recipe"]))
+    generator.load_state_dict(state["sampler"] or state["generator"])
+    return generator.to(device).eval(), config
+
+
+def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """The recipe's networks, freshly initialised."""
+    return models.build(
+        recipe.model,
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+        latent=recipe.latent,
+        **recipe.model_options,
+    )

@@ -1,0 +1,512 @@
+"""The run: data, networks, training step, log, samples, checkpoints, report, from one recipe.
+
+    fastgan.Trainer("dcgan-28", out="runs/garments").fit()
+
+A run directory holds config.json, log.jsonl, samples/, checkpoints/ and report.html. A run that was stopped
+goes on with ``Trainer(resume="runs/garments").fit()``, bit for bit as if it had not been: networks,
+optimisers, counters, random states, place in the data and choice of kernels come from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, report
+from .guard import Guard, first_nonfinite
+from .progress import memory_mb, progress_for
+from .recipes import Recipe, recipes
+from .sampling import build_models, draw, latents, read_config
+
+__all__ = ["Result", "Trainer", "assemble", "resolve_device"]
+
+# What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
+MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "keep_checkpoints")
+# What a run directory holds; --overwrite deletes these names and nothing else.
+CONTENTS = ("config.json", "log.jsonl", "samples", "checkpoints", "best", "report.html")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `reason`: "steps", "time", "target" or "interrupted"."""
+
+    out: Path
+    step: int
+    reason: str
+    seconds: float
+    metrics: dict[str, float]
+    checkpoint: Path
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the GPU if there is one. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: it must be auto, cpu or cuda[:N], got {str(device)!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: it must be auto, cpu or cuda[:N], got {str(device)!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {device} must exist, this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return found
+
+
+def assemble(
+    recipe: Recipe, device: torch.device, networks: tuple[nn.Module, nn.Module] | None = None
+) -> tuple[nn.Module, nn.Module, Any]:
+    """``(generator, discriminator, step)`` of a recipe on `device`: built, converted, with optimisers.
+
+    Seeds torch's global generators with the recipe's seed.
+    """
+    import fastgan
+
+    torch.manual_seed(recipe.seed)
+    generator, discriminator = networks or build_models(recipe)
+    for module in (generator, discriminator):
+        module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = fastgan.convert(generator)
+    discriminator = fastgan.convert(discriminator)
+
+    def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(
+            module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps, fused=True
+        )
+
+    step = fastgan.GANStep(
+        generator,
+        discriminator,
+        latent=recipe.latent,
+        g_optimizer=adam(generator, recipe.g_lr),
+        d_optimizer=adam(discriminator, recipe.d_lr),
+        loss=recipe.loss,
+        penalty=recipe.penalty,
+        penalty_weight=recipe.penalty_weight,
+        penalty_every=recipe.penalty_every,
+        d_steps=recipe.d_steps,
+        ema=recipe.ema,
+        precision=recipe.precision,
+    )
+    return generator, discriminator, step
+
+
+class Trainer:
+    """One run of a recipe.
+
+    config: a `Recipe`, the name of one, or a dict of its fields. None with `resume`, or a recipe that differs
+        from the saved one in its length and in how often it writes.
+    out: the run directory; it must be new or empty, unless `overwrite` deletes the run in it.
+    resume: a run directory to go on with.
+    device: "auto", "cpu", "cuda", "cuda:1"; a resumed run stays where it was unless told otherwise.
+    backend: forces one backend while it trains (see `fastgan.backend`).
+    time_limit: seconds that one `fit` may train; the run can be resumed.
+    target: asked at every logged step; the run ends when it returns True. It may read the trainer's
+    attributes:
+        `step` (generator updates done), `metrics` (floats, of the last logged step), `sampler` (the averaged
+        generator if there is one), `generator`, `discriminator`, `images`, `device`, `recipe`, `out`.
+    quiet: show warnings only.
+    images: an image set to use in place of the recipe's data.
+    networks: (generator, discriminator) to train in place of the recipe's model.
+
+    Raises ValueError for settings that cannot be meant, before anything is written.
+    """
+
+    def __init__(
+        self,
+        config: Recipe | str | Mapping[str, Any] | None = None,
+        *,
+        out: str | Path | None = None,
+        resume: str | Path | None = None,
+        overwrite: bool = False,
+        device: str | torch.device | None = None,
+        backend: str | None = None,
+        time_limit: float | None = None,
+        target: Callable[[Trainer], bool] | None = None,
+        quiet: bool = False,
+        images: Any = None,
+        networks: tuple[nn.Module, nn.Module] | None = None,
+    ):
+        saved, start = self._open(out, resume, overwrite)
+        self.recipe = _recipe_of(config, saved)
+        self.device = resolve_device(device or (saved["device"] if saved else "auto"))
+        self.backend = backend or (saved["backend"] if saved else None)
+        if time_limit is not None and not time_limit > 0:
+            raise ValueError(f"training: time_limit must be positive, got {time_limit}")
+        self._time_limit, self._target, self._overwrite = time_limit, target, overwrite
+        self._networks_given = networks is not None
+        if saved and saved["models"] != "recipe" and not networks:
+            raise ValueError(f"resume: {resume} was trained with networks of its own, pass networks= again")
+
+        self.step = 0
+        self.images_seen = 0
+        self.seconds = 0.0
+        self.metrics: dict[str, float] = {}
+        self.progress = progress_for(quiet=quiet)
+        self.notes: list[str] = []
+        self._guard = Guard(scores=self.recipe.loss != "wasserstein")
+        self._good: Path | None = None
+        self.config = self._configuration(saved)
+        with self._on_backend():
+            self._build(images, networks)
+        if start:
+            self._restore(start)
+
+    # ------------------------------------------------------------------------------------------- building
+
+    def _open(
+        self, out: str | Path | None, resume: str | Path | None, overwrite: bool
+    ) -> tuple[dict[str, Any] | None, Path | None]:
+        """Settle the run directory; for a resumed run also its saved configuration and newest checkpoint."""
+        if resume is not None:
+            if overwrite or (out is not None and Path(out) != Path(resume)):
+                raise ValueError("resume: it goes on in the run's own directory, leave out and overwrite out")
+            self.out = Path(resume)
+            saved = read_config(resume)
+            start = checkpoint.latest(self.out / "checkpoints")
+            if start is None:
+                raise ValueError(f"resume: {resume} must hold a checkpoint, it has none yet")
+            return saved, start
+        if out is None:
+            raise ValueError("training: out must be given, the directory that the run is written to")
+        self.out = Path(out)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"training: out must be a directory, {out} is a file")
+        if self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
+            raise ValueError(
+                f"training: {out} must be new or empty, it holds files; resume the run in it "
+                f"(--resume {out}), replace it (--overwrite) or choose another directory"
+            )
+        return None, None
+
+    def _configuration(self, saved: dict[str, Any] | None) -> dict[str, Any]:
+        import fastgan
+        from fastgan.doctor import machine
+
+        started = (
+            saved["started"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        )
+        config = {
+            "fastgan": fastgan.__version__,
+            "started": started,
+            "device": str(self.device),
+            "backend": self.backend,
+            "models": "own" if self._networks_given else "recipe",
+            "recipe": self.recipe.to_dict(),
+            "machine": machine(self.device),
+        }
+        # As JSON gives it back: plain values only, which a checkpoint may hold.
+        return dict(json.loads(json.dumps(config)))
+
+    def _build(self, images: Any, networks: tuple[nn.Module, nn.Module] | None) -> None:
+        from fastgan import data
+
+        recipe = self.recipe
+        self.images = (
+            images
+            if images is not None
+            else data.load(
+                recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=self.device
+            )
+        )
+        shape = tuple(self.images.images.shape[1:])
+        if images is not None and shape != (recipe.channels, recipe.image_size, recipe.image_size):
+            raise ValueError(
+                f"training: images must be [N, {recipe.channels}, {recipe.image_size}, {recipe.image_size}] "
+                f"as the recipe says, got [N, {', '.join(map(str, shape))}]"
+            )
+        self.generator, self.discriminator, self._train_step = assemble(recipe, self.device, networks)
+        # Data order, latents and fixed noise have generators or seeds of their own: one does not shift
+        # another.
+        self._batches = self.images.batches(
+            recipe.batch_size,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            flip=recipe.flip,
+            channels_last=True,
+        )
+        self.noise = latents(recipe.sample_count, recipe.latent, seed=recipe.seed)
+        torch.manual_seed(recipe.seed + 1)
+        self._rng = checkpoint.rng_state()
+
+    @property
+    def sampler(self) -> nn.Module:
+        """The generator that samples are drawn from: the averaged one if the recipe has `ema`."""
+        return self._train_step.ema if self._train_step.ema is not None else self.generator
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as tensors and plain values."""
+        from fastgan.backends import winners
+
+        step = self._train_step
+        return {
+            "step": self.step,
+            "images": self.images_seen,
+            "seconds": self.seconds,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "sampler": step.ema.state_dict() if step.ema is not None else None,
+            "g_optimizer": step.g_optimizer.state_dict(),
+            "d_optimizer": step.d_optimizer.state_dict(),
+            "training": step.state_dict(),
+            "data": self._batches.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "noise": self.noise,
+            "winners": dict(winners()),
+            "config": self.config,
+        }
+
+    def _restore(self, path: Path) -> None:
+        from fastgan.backends import load_winners
+
+        state = checkpoint.load(path)
+        if self.recipe.steps <= state["step"]:
+            raise ValueError(
+                f"resume: steps must be above the {state['step']} that {self.out} has, "
+                f"got {self.recipe.steps}"
+            )
+        self.step, self.images_seen, self.seconds = state["step"], state["images"], state["seconds"]
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self._train_step.g_optimizer.load_state_dict(state["g_optimizer"])
+        self._train_step.d_optimizer.load_state_dict(state["d_optimizer"])
+        self._train_step.load_state_dict(state["training"])
+        self._batches.load_state_dict(state["data"])
+        self.noise = state["noise"]
+        load_winners(state["winners"])
+        self._rng = state["rng"]
+        self._good = path
+
+    def save(self) -> Path:
+        """Write a checkpoint; raises `DivergedError` instead if a weight is not finite."""
+        bad = first_nonfinite({"generator": self.generator, "discriminator": self.discriminator})
+        if bad:
+            raise Guard.diverged(self.step, bad, "not", self._good)
+        path = checkpoint.path_of(self.out / "checkpoints", self.step)
+        checkpoint.save(self.state(), path)
+        checkpoint.prune(path.parent, self.recipe.keep_checkpoints)
+        self._good = path
+        return path
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def _on_backend(self) -> contextlib.AbstractContextManager[Any]:
+        import fastgan
+
+        return fastgan.backend(self.backend) if self.backend else contextlib.nullcontext()
+
+    def fit(self) -> Result:
+        """Train to the end of the recipe, the time limit, the target or an interrupt, whichever comes first.
+
+        SIGINT (Ctrl-C) and SIGTERM finish the step under way and save; a second one stops at once.
+        Raises `DivergedError` when a metric or a weight stops being finite.
+        """
+        if self.step >= self.recipe.steps:
+            raise ValueError(f"training: the run has its {self.recipe.steps} steps already")
+        with self._on_backend(), _Signals() as signals:
+            self._begin()
+            self.progress.start(self.step, self.recipe.steps)
+            try:
+                reason = self._loop(signals)
+                return self._finish(reason)
+            finally:
+                self.progress.stop()
+
+    def _begin(self) -> None:
+        """Make the run directory; cut a resumed log back to the checkpoint."""
+        if self._overwrite and self.step == 0:
+            for name in CONTENTS:
+                path = self.out / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        (self.out / "checkpoints").mkdir(exist_ok=True)
+        log = self.out / "log.jsonl"
+        kept = (
+            [r for r in report.read_log(log) if r["step"] <= self.step] if log.exists() and self.step else []
+        )
+        log.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        (self.out / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        recipe = self.recipe
+        self.progress.note(
+            f"{recipe.name} on {self.images.name} ({len(self.images.images):,} images), {self.device}, "
+            f"{recipe.precision}: step {self.step} to {recipe.steps}, writing to {self.out}"
+        )
+        if self.step == 0:
+            self._draw()
+        checkpoint.set_rng_state(self._rng)
+
+    def _loop(self, signals: _Signals) -> str:
+        recipe = self.recipe
+        self._began = self._mark = time.perf_counter()
+        self._mark_step = self.step
+        before = self.seconds
+        while True:
+            metrics = self._train_step([next(self._batches)[0] for _ in range(recipe.d_steps)])
+            self.step += 1
+            self.images_seen += recipe.batch_size * recipe.d_steps
+            self.seconds = before + time.perf_counter() - self._began
+            self.progress.tick(self.step)
+            reason = self._reason(signals)
+            if reason or self.step % recipe.log_every == 0:
+                self._log(metrics)
+                if not reason and self._target is not None and self._target(self):
+                    reason = "target"
+            if reason:
+                return reason
+            if recipe.sample_every and self.step % recipe.sample_every == 0:
+                self._aside(self._draw)
+            if recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0:
+                self._aside(self.save)
+
+    def _reason(self, signals: _Signals) -> str:
+        """Why the run ends after this step, or ""."""
+        if signals.received:
+            return "interrupted"
+        if self.step >= self.recipe.steps:
+            return "steps"
+        if self._time_limit is not None and time.perf_counter() - self._began >= self._time_limit:
+            return "time"
+        return ""
+
+    def _aside(self, work: Callable[[], object]) -> None:
+        """Do `work` off the clock that images/s are measured with."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        work()
+        self._mark += time.perf_counter() - begin
+
+    def _log(self, lazy: Mapping[str, Tensor]) -> None:
+        """Read the metrics (this waits for the device), check them, show them, append them to the log."""
+        self.metrics = {name: float(value) for name, value in lazy.items()}
+        now = time.perf_counter()
+        steps = self.step - self._mark_step
+        step_seconds = (now - self._mark) / max(1, steps)
+        self._mark, self._mark_step = now, self.step
+        record = {
+            "step": self.step,
+            "images": self.images_seen,
+            "seconds": round(self.seconds, 3),
+            **{name: float(f"{value:.6g}") for name, value in self.metrics.items()},
+            "images_per_second": round(self.recipe.batch_size * self.recipe.d_steps / step_seconds, 1),
+            "step_ms": round(step_seconds * 1e3, 3),
+            "memory_mb": round(memory_mb(self.device.type), 1),
+        }
+        warning = self._guard.check(self.step, self.metrics, self._good)
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        left = (self.recipe.steps - self.step) * step_seconds
+        if self._time_limit is not None:
+            left = min(left, self._time_limit - (now - self._began))
+        self.progress.log({**record, "seconds_left": left})
+        self._warn(warning)
+
+    def _warn(self, warning: str | None) -> None:
+        if warning:
+            self.notes.append(warning)
+            self.progress.warn(warning)
+
+    def _draw(self) -> None:
+        """The sample grid of this step, from the run's fixed noise."""
+        from fastgan import data
+
+        images = draw(self.sampler, self.noise)
+        data.save_grid(images, self.out / "samples" / f"step-{self.step:07d}.png")
+        self._warn(self._guard.check_samples(self.step, images))
+
+    def _finish(self, reason: str) -> Result:
+        path = self.save()
+        self._rng = checkpoint.rng_state()
+        self._draw()
+        words = {
+            "steps": "all steps done",
+            "time": "time limit reached",
+            "target": "target reached",
+            "interrupted": "interrupted",
+        }
+        page = report.write_report(
+            self.out, status=words[reason], notes=self.notes, explanation=self._explanation()
+        )
+        self.progress.stop()
+        self.progress.note(
+            f"{words[reason]}: step {self.step}, {self.seconds:.0f} s of training; report: {page}"
+        )
+        if reason in ("interrupted", "time"):
+            self.progress.note(f"go on with: fastgan train --resume {self.out}")
+        return Result(self.out, self.step, reason, self.seconds, dict(self.metrics), path)
+
+    def _explanation(self) -> str:
+        import fastgan
+
+        lines = [self._train_step.explain()]
+        for name, network in (("generator", self.generator), ("discriminator", self.discriminator)):
+            lines += ["", name, str(fastgan.explain(network))]
+        return "\n".join(lines)
+
+
+def _recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: dict[str, Any] | None) -> Recipe:
+    """The recipe that `config` stands for, checked against the saved one of a resumed run."""
+    before = Recipe.from_dict(saved["recipe"]) if saved else None
+    if config is None:
+        if before is None:
+            raise ValueError("training: config must be a recipe, its name or a dict of its fields, got None")
+        return before
+    if isinstance(config, str):
+        named = recipes()
+        if config not in named:
+            raise ValueError(f"recipe: there is no recipe {config!r}, choose one of {', '.join(named)}")
+        config = named[config]
+    recipe = config if isinstance(config, Recipe) else Recipe.from_dict(config)
+    if before is not None:
+        for name, value in before.to_dict().items():
+            if name not in MAY_CHANGE and getattr(recipe, name) != value:
+                raise ValueError(
+                    f"resume: {name} must stay {value!r}, got {getattr(recipe, name)!r}; "
+                    f"a resumed run may change {', '.join(MAY_CHANGE)}"
+                )
+    return recipe
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM for as long as it is entered; a second one raises KeyboardInterrupt.
+
+    Outside the main thread Python allows no handlers: then the process' own handling stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
