@@ -282,10 +282,10 @@ class ArrayPixels:
     def as_it_is(self, mapped: Path | None) -> ImageSet:
         """The array itself, without a copy unless main memory needs one."""
         pixels = self.values.transpose(0, 3, 1, 2)
-        if mapped is None:
-            pixels = (
-                np.array(pixels) if isinstance(self.array.values, np.memmap) else np.ascontiguousarray(pixels)
-            )
+        if mapped is None and (isinstance(self.array.values, np.memmap) or not pixels.flags.writeable):
+            pixels = np.array(pixels, order="C")
+        elif mapped is None:
+            pixels = np.ascontiguousarray(pixels)
         return self._image_set(pixels, mapped)
 
     def to_memory(self) -> ImageSet:
