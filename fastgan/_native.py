@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan import backends
+from fastgan.backends import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def core() -> Any:
     """fastgan._C, or a RuntimeError with the reason why it is absent."""
-    module, reason = backends.native()
+    module, reason = native()
     if module is None:
         raise RuntimeError(f"native: the compiled core must be present, got none: {reason}")
     return module

@@ -15,8 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fastgan import backends
-from fastgan.backends import Backend
+from fastgan.backends import Backend, choose
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -81,7 +80,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Run the chosen backend; no autograd, no tracing."""
-        return backends.choose(self, args)(*args)
+        return choose(self, args)(*args)
 
     def _refuse_transforms(self, args: tuple) -> None:
         """torch.func and forward mode would silently see derivatives of zero: raise instead."""

@@ -1,8 +1,8 @@
 """Which backends exist and why not, which one runs a call, and the race that decides it.
 
 A call is decided once per (op, shapes, strides, dtypes, arguments, thread count) and then looked up. Among the backends
-that are available and do not decline the case, each is first proved against the reference on the call's own data, then
-raced against it; the winner is remembered on disk (FASTGAN_CACHE, default ~/.cache/fastgan), per machine and version.
+that are available and do not decline the case, each is first proved against the reference on random data of that case,
+then raced against it; the winner is remembered on disk (FASTGAN_CACHE, default ~/.cache/fastgan), per machine and version.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def refusal(op: Op, name: str, args: tuple) -> str:
 
 
 def _race(op: Op, args: tuple, able: list[str]) -> tuple[str, str]:
-    """Prove each backend against the reference on these arguments, then time the survivors in turns."""
+    """Prove each backend against the reference on random data of this case, then time the survivors in turns."""
+    args = _random(op, args)
     for name in able[:-1]:
         error = proof_error(op, name, args)
         if error:
@@ -225,6 +226,20 @@ def _seconds(run: Callable[..., Any], args: tuple) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _random(op: Op, args: tuple) -> tuple:
+    """The case's arguments with random contents: a batch's own data may cancel to noise (a gradient of zero)."""
+    rng = torch.Generator(args[0].device).manual_seed(0)
+    names = [a.name for a in op.overload._schema.arguments]
+
+    def draw(name: str, a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        noise = torch.empty_like(a, requires_grad=False).normal_(generator=rng)
+        return noise.abs_().add_(0.5) if name.endswith("var") else noise
+
+    return tuple(draw(name, a) for name, a in zip(names, args, strict=True))
 
 
 def proof_error(op: Op, name: str, args: tuple) -> str:

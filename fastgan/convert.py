@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan import backends
+from fastgan.backends import watching
 from fastgan.nn.conv import conv_act, has_hooks
 from fastgan.nn.norm import bn_act
 
@@ -271,7 +271,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
     ]
     report = Report(rows)
     if example_input is not None:
-        with backends.watching(lambda op, backend, reason: report.calls.append((op.name, backend, reason))):
+        with watching(lambda op, backend, reason: report.calls.append((op.name, backend, reason))):
             _outputs(model, example_input)
     return report
 

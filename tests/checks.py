@@ -22,12 +22,12 @@ def distance(got, want):
 
 def assert_close(got, want, dtype, torch_error=0.0, what=""):
     # in float64 the oracle rounds as much as we do, and second derivatives cancel: 5e-15 was seen on one logit
-    limit = 4 * torch_error + (500 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
+    limit = 4 * torch_error + (500 if dtype == torch.float64 else 16) * torch.finfo(dtype).eps
     error = distance(got, want)
     assert error <= limit, f"{what}: relative error {error:.3g}, allowed {limit:.3g} ({dtype})"
 
 
-def orders(function, inputs, order=2, seed=0):
+def orders(function, inputs, order=2, seed=1234):
     """[outputs, first derivatives, second derivatives] of function(*inputs) along fixed random cotangents."""
     rng = torch.Generator().manual_seed(seed)
 

@@ -6,7 +6,7 @@ from checks import BACKENDS, DTYPES, LAYOUTS, against_plain, distance
 import fastgan
 from fastgan import functional
 
-SHAPES = [((4, 3, 5, 7), 1), ((4, 8, 4, 4), 2), ((6, 17), 3), ((2, 4, 9), 1), ((6, 5, 3, 3), 3), ((2, 3, 2, 3, 2), 2)]
+SHAPES = [((4, 3, 5, 7), 1), ((4, 8, 4, 4), 2), ((12, 17), 3), ((2, 4, 9), 1), ((6, 5, 3, 3), 3), ((4, 3, 2, 3, 2), 2)]
 ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.2)}
 
 

@@ -68,7 +68,9 @@ def _normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 
 def reference(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
     dtype = accumulation_dtype(x.dtype)
-    if training:
+    if training and x.numel() == 0:
+        mean, var = (s.zero_() for s in _statistics_like(x, groups))
+    elif training:
         dims = [1, *range(3, x.dim() + 1)]
         var, mean = torch.var_mean(grouped(x, groups).to(dtype), dims, correction=0)
     else:

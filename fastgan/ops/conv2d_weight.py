@@ -41,13 +41,18 @@ def cost(x: Tensor, dy: Tensor, kernel: Any, groups: int) -> dict[str, int]:
     }
 
 
-def reference(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
-    # ATen wants dy of exactly the size that x gives; rows that are not there have no gradient, hence zeros
+def _full(x, dy, kernel, stride, padding, dilation):
+    """dy with zeros for the rows and columns that x would give and dy does not have."""
     missing = [
         output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) - dy.shape[2 + i]
         for i in (1, 0)
     ]
-    dy = torch.nn.functional.pad(dy, (0, missing[0], 0, missing[1])) if any(missing) else dy
+    return torch.nn.functional.pad(dy, (0, missing[0], 0, missing[1])) if any(missing) else dy
+
+
+def reference(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
+    # ATen wants dy of exactly the size that x gives
+    dy = _full(x, dy, kernel, stride, padding, dilation)
     shape_only = x.new_empty(weight_shape(x, dy, kernel, groups))
     dweight = torch.ops.aten.convolution_backward(
         dy, x, shape_only, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
@@ -97,9 +102,10 @@ def _backward(ctx, ddweight):
     geometry = ctx.stride, ctx.padding, ctx.dilation
     dx = ddy = None
     if ctx.needs_input_grad[0]:
-        extra = input_padding(x.shape, dy.shape, ddweight.shape, *geometry)
+        whole = _full(x, dy, ctx.kernel, *geometry)
+        extra = input_padding(x.shape, whole.shape, ddweight.shape, *geometry)
         dx = OPS["conv_transpose2d"](
-            dy, ddweight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
+            whole, ddweight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
     if ctx.needs_input_grad[1]:
         ddy = OPS["conv2d"](x, ddweight, None, *geometry, ctx.groups, "identity", 0.0)

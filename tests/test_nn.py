@@ -1,0 +1,154 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from checks import BACKENDS, distance
+from torch import nn
+
+import fastgan
+
+X = (4, 6, 9, 7)
+BLOCKS = [
+    (fastgan.nn.Conv2dBNAct, nn.Conv2d, (6, 8, 3), dict(stride=2, padding=1)),
+    (fastgan.nn.Conv2dBNAct, nn.Conv2d, (6, 8, (3, 2)), dict(groups=2, bias=False, dilation=2)),
+    (fastgan.nn.Conv2dBNAct, nn.Conv2d, (6, 8, 3), dict(padding=1, padding_mode="reflect")),
+    (fastgan.nn.Conv2dBNAct, nn.Conv2d, (6, 8, 3), dict(padding="same")),
+    (fastgan.nn.ConvTranspose2dBNAct, nn.ConvTranspose2d, (6, 8, 4), dict(stride=2, padding=1)),
+    (fastgan.nn.ConvTranspose2dBNAct, nn.ConvTranspose2d, (6, 4, 3), dict(stride=2, output_padding=1, groups=2, bias=False)),
+    (fastgan.nn.Conv2dBiasAct, nn.Conv2d, (6, 8, 5), dict(stride=2, padding=2)),
+    (fastgan.nn.ConvTranspose2dBiasAct, nn.ConvTranspose2d, (6, 3, 5), dict(stride=2, padding=2, output_padding=1)),
+]
+
+
+def pair(case, activation="leaky_relu", **norm):
+    """Our block and the torch modules that it replaces, with equal parameters."""
+    ours_class, conv_class, args, kwargs = case
+    ours = ours_class(*args, **kwargs, activation=activation, **norm)
+    conv = conv_class(*args, **kwargs)
+    conv.load_state_dict(ours.conv.state_dict())
+    layers = [conv]
+    if hasattr(ours, "bn"):
+        layers.append(nn.BatchNorm2d(conv.out_channels, **norm))
+        layers[-1].load_state_dict(ours.bn.state_dict())
+    layers.append({"leaky_relu": nn.LeakyReLU(0.2), "relu": nn.ReLU(), None: nn.Identity(), "tanh": nn.Tanh()}[activation])
+    return ours, nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu", None])
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda c: f"{c[0].__name__}-{c[3]}")
+def test_blocks_equal_torch_in_train_and_eval(case, activation, backend):
+    ours, theirs = pair(case, activation)
+    with fastgan.backend(backend):
+        for training in (True, True, False):
+            ours.train(training), theirs.train(training)
+            x = torch.randn(X)
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            ya, yb = ours(a), theirs(b)
+            dy = torch.randn_like(yb)
+            ga = torch.autograd.grad(ya, [a, *ours.parameters()], dy)
+            gb = torch.autograd.grad(yb, [b, *theirs.parameters()], dy)
+            assert distance(ya, yb) < 1e-5
+            for g, (name, _), h in zip(ga, [("x", 0), *ours.named_parameters()], gb, strict=True):
+                # a bias before a training norm has a gradient of zero: compare with the weight's size
+                scale = 1e-4 * max(v.norm() for v in gb) if name == "conv.bias" else 1e-4 * h.norm() + 1e-6
+                assert (g - h).norm() <= scale, name
+        for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_bookkeeping_equals_torch(momentum, track, affine):
+    ours = fastgan.nn.BatchNormAct2d(5, momentum=momentum, affine=affine, track_running_stats=track, activation=None)
+    theirs = nn.BatchNorm2d(5, momentum=momentum, affine=affine, track_running_stats=track)
+    for training in (True, False, True, True, False):
+        ours.train(training), theirs.train(training)
+        x = torch.randn(4, 5, 3, 3) * 2 + 1
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_stat_groups_equal_two_passes(momentum):
+    ours = fastgan.nn.BatchNormAct2d(5, momentum=momentum, activation="relu")
+    theirs = nn.BatchNorm2d(5, momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(8, 5, 3, 3)
+        with fastgan.nn.stat_groups(ours, 2):
+            y = ours(x)
+        want = torch.cat([theirs(h).relu() for h in x.chunk(2)])
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    assert ours.stat_groups == 1 and ours.num_batches_tracked == 6
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_block_and_1d():
+    ours = fastgan.nn.LinearBNAct(7, 5, activation="relu")
+    theirs = nn.Sequential(ours.linear, nn.BatchNorm1d(5), nn.ReLU())
+    x = torch.randn(6, 7)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    norm = fastgan.nn.BatchNormAct1d(5)
+    assert norm(torch.randn(3, 5)).shape == (3, 5) and norm(torch.randn(3, 5, 4)).shape == (3, 5, 4)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        fastgan.nn.BatchNormAct2d(5)(torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*:FutureWarning")
+def test_spectral_norm_on_the_inner_convolution(old):
+    ours, theirs = pair(BLOCKS[6])
+    wrap = torch.nn.utils.spectral_norm if old else torch.nn.utils.parametrizations.spectral_norm
+    torch.manual_seed(1)
+    wrap(ours.conv)
+    torch.manual_seed(1)
+    wrap(theirs[0])
+    for _ in range(3):
+        x = torch.randn(X)
+        assert distance(ours(x).detach(), theirs(x).detach()) < 1e-5
+
+
+def test_copy_pickle_repr_device_dtype():
+    block = fastgan.nn.ConvTranspose2dBNAct(3, 4, 4, 2, 1, device="cpu", dtype=torch.float64, negative_slope=0.1)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    block.eval()
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        torch.testing.assert_close(twin(x), block(x))
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    file.seek(0)
+    block.load_state_dict(torch.load(file, weights_only=True))
+    assert block.conv.weight.dtype == block.bn.weight.dtype == torch.float64
+    assert "activation=leaky_relu, negative_slope=0.1" in repr(block)
+    assert fastgan.nn.Conv2dBNAct(3, 4, 3, device="meta").conv.weight.is_meta
+
+
+def test_hooks_on_inner_modules_run():
+    block = fastgan.nn.Conv2dBNAct(6, 8, 3)
+    seen = []
+    block.conv.register_forward_hook(lambda m, i, o: seen.append("conv"))
+    block.bn.register_forward_hook(lambda m, i, o: seen.append("bn"))
+    block(torch.randn(X))
+    assert seen == ["conv", "bn"]
+
+
+def test_module_compiles_whole_in_training():
+    block = fastgan.nn.Conv2dBNAct(6, 8, 3, stride=2, padding=1)
+    twin = copy.deepcopy(block)
+    x = torch.randn(X)
+    y = torch.compile(twin, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twin.bn.running_var, block.bn.running_var, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_arguments_are_one_sentence():
+    with pytest.raises(ValueError, match="Conv2dBNAct: activation must be None or one of"):
+        fastgan.nn.Conv2dBNAct(3, 4, 3, activation="gelu")
+    with pytest.raises(ValueError, match="negative_slope must be >= 0"):
+        fastgan.nn.Conv2dBiasAct(3, 4, 3, negative_slope=-0.1)

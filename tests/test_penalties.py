@@ -1,0 +1,98 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastgan
+from fastgan import functional
+from fastgan.testing import assert_penalty_complete
+
+
+def critic(norm=None):
+    layers = [nn.Conv2d(2, 6, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(6, 8, 4, 2, 1)]
+    layers += [norm(8)] if norm else []
+    return nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(8 * 16, 1))
+
+
+def plain(d, real, fake, kind, weight, epsilon=None, noise=None):
+    def norms(x):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(d(x).sum(), x, create_graph=True)
+        return g.flatten(1).square().sum(1)
+
+    if kind == "wgan-gp":
+        return weight * ((norms(epsilon * real + (1 - epsilon) * fake).sqrt() - 1) ** 2).mean()
+    if kind == "dragan":
+        return weight * ((norms(real + 0.5 * real.std() * noise).sqrt() - 1) ** 2).mean()
+    return weight / 2 * sum(norms(x).mean() for x in {"r1": [real], "r2": [fake], "r1r2": [real, fake]}[kind])
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d, nn.InstanceNorm2d])
+@pytest.mark.parametrize("kind", ["wgan-gp", "dragan", "r1", "r2", "r1r2"])
+def test_equals_plain_torch_for_every_parameter(kind, norm):
+    ours = critic(norm).double()
+    theirs = copy.deepcopy(ours)
+    fastgan.convert(ours)
+    real, fake = torch.randn(2, 5, 2, 16, 16).double()
+    got = functional.gradient_penalty(
+        ours, real, fake, kind=kind, weight=3.0, generator=torch.Generator().manual_seed(7)
+    )
+    rng = torch.Generator().manual_seed(7)
+    draw = {"wgan-gp": (5, 1, 1, 1), "dragan": real.shape}.get(kind, (1,))
+    u = torch.rand(draw, generator=rng, dtype=torch.float64)
+    want = plain(theirs, real, fake, kind, 3.0, u, u)
+    torch.testing.assert_close(got, want)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        a, b = (torch.autograd.grad(v, w, retain_graph=True, allow_unused=True)[0] for v, w in ((got, p), (want, q)))
+        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_zero_gradient_has_a_finite_penalty_gradient():
+    d = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+    nn.init.zeros_(d[1].weight)
+    value = functional.gradient_penalty(d, torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), kind="wgan-gp", weight=1.0)
+    value.backward()
+    assert value == 1.0 and d[1].weight.grad.isfinite().all()
+
+
+def test_errors():
+    d, x = critic(), torch.randn(2, 2, 16, 16)
+    for kwargs, words in [
+        (dict(kind="gp"), "kind must be one of"),
+        (dict(kind="wgan-gp"), "fake must be given"),
+        (dict(kind="r2", fake=x[:1]), "fake must have real's shape"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            functional.gradient_penalty(d, x, **kwargs, weight=1.0)
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_our_ops_are_complete(norm):
+    assert_penalty_complete(fastgan.convert(critic(norm)), torch.randn(4, 2, 16, 16))
+
+
+class Opaque(torch.autograd.Function):
+    """A fused op as many libraries ship it: right gradient, but a backward that autograd cannot see through."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = (t.detach() for t in ctx.saved_tensors)
+        return (dy.detach() @ weight), dy.detach().t() @ x
+
+
+class OpaqueLayer(nn.Linear):
+    def forward(self, x):
+        return Opaque.apply(x, self.weight)
+
+
+def test_an_opaque_backward_is_caught_and_named():
+    d = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.LeakyReLU(0.2), OpaqueLayer(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 1))
+    with pytest.raises(AssertionError, match=r"3\.weight: (missing|wrong)"):
+        assert_penalty_complete(d, torch.randn(4, 2, 2, 2))
