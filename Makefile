@@ -1,0 +1,46 @@
+# One verb each. Everything happens in $(VENV); no compiler beyond g++ or clang++, no torch and no nvcc need be there before.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup demo test check lint types docs bench slow clean
+
+help:   ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/ready  ## the environment, with fastgan installed in it
+
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup   ## train a GAN on bundled photographs of garments, about 4 minutes on 2 cores, into runs/demo
+	$(BIN)/fastgan train --recipe dcgan-28 --data fashion-mnist --out runs/demo --overwrite \
+		--set batch_size=64 --set g_lr=2e-4 --set d_lr=2e-4 --steps 1500 --time-limit 240
+
+test: check  ## everything that CI runs: lint, types, docs, tests
+	$(BIN)/python -m pytest -q
+
+check: lint types docs
+
+lint: setup  ## ruff, ruff format, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
+
+types: setup  ## mypy on fastgan/
+	$(BIN)/mypy
+
+docs: setup  ## the documentation, strictly, into site/
+	$(BIN)/mkdocs build --quiet --strict
+
+bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+slow: setup  ## the long sweeps that `make test` leaves out
+	$(BIN)/python -m pytest -q -m slow
+
+clean:  ## the environment and everything built
+	rm -rf $(VENV) build site runs *.egg-info fastgan/_C*.so
