@@ -327,7 +327,7 @@ def test_target_and_time_limit(images, tmp_path):
     recipe = TINY.replace(log_every=2)
     result = trainer(images, tmp_path / "a", recipe, target=target).fit()
     assert (result.reason, result.step) == ("target", 4)
-    assert seen == [(2, True), (4, True)]
+    assert seen == [(1, True), (2, True), (4, True)]
     result = trainer(images, tmp_path / "b", TINY.replace(steps=10_000), time_limit=0.2).fit()
     assert result.reason == "time" and 1 <= result.step < 10_000
 

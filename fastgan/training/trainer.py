@@ -116,8 +116,7 @@ class Trainer:
     device: "auto", "cpu", "cuda", "cuda:1"; a resumed run stays where it was unless told otherwise.
     backend: forces one backend while it trains (see `fastgan.backend`).
     time_limit: seconds that one `fit` may train; the run can be resumed.
-    target: asked at every logged step; the run ends when it returns True. It may read the trainer's
-    attributes:
+    target: asked at every logged step; the run ends when it returns True. It may read these attributes:
         `step` (generator updates done), `metrics` (floats, of the last logged step), `sampler` (the averaged
         generator if there is one), `generator`, `discriminator`, `images`, `device`, `recipe`, `out`.
     quiet: show warnings only.
@@ -217,22 +216,19 @@ class Trainer:
         from fastgan import data
 
         recipe = self.recipe
-        self.images = (
-            images
-            if images is not None
-            else data.load(
+        if images is None:
+            images = data.load(
                 recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=self.device
             )
-        )
-        shape = tuple(self.images.images.shape[1:])
-        if images is not None and shape != (recipe.channels, recipe.image_size, recipe.image_size):
+        self.images = images
+        shape = tuple(images.images.shape[1:])
+        if shape != (recipe.channels, recipe.image_size, recipe.image_size):
             raise ValueError(
                 f"training: images must be [N, {recipe.channels}, {recipe.image_size}, {recipe.image_size}] "
                 f"as the recipe says, got [N, {', '.join(map(str, shape))}]"
             )
         self.generator, self.discriminator, self._train_step = assemble(recipe, self.device, networks)
-        # Data order, latents and fixed noise have generators or seeds of their own: one does not shift
-        # another.
+        # Data order, latents and fixed noise have generators or seeds of their own: none shifts another.
         self._batches = self.images.batches(
             recipe.batch_size,
             generator=torch.Generator().manual_seed(recipe.seed),
@@ -366,7 +362,8 @@ class Trainer:
             self.seconds = before + time.perf_counter() - self._began
             self.progress.tick(self.step)
             reason = self._reason(signals)
-            if reason or self.step % recipe.log_every == 0:
+            # The first step is logged too: it tells at once whether the run works at all.
+            if reason or self.step == 1 or self.step % recipe.log_every == 0:
                 self._log(metrics)
                 if not reason and self._target is not None and self._target(self):
                     reason = "target"
