@@ -40,9 +40,7 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def empty(shape: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(
-        shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last)
-    )
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last))
 
 
 def planes(x: Tensor) -> tuple[int, int, int]:

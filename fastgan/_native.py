@@ -20,15 +20,13 @@ def core() -> Any:
     return module
 
 
-def float_vector(v: Tensor | None) -> tuple[Tensor | None, int]:
-    """A dense float32 copy of a small vector (itself where it is one) and its address; (None, 0) for None."""
-    if v is None:
-        return None, 0
-    v = v.detach().to(torch.float32).contiguous()
-    return v, v.data_ptr()
+def float_vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Dense float32 copies of per-channel vectors (themselves where they are that already); None stays None."""
+    return [None if v is None else v.detach().to(torch.float32).contiguous() for v in vectors]
 
 
 def address(t: Tensor | None) -> int:
+    """What the kernels take for a tensor: its address, 0 for None. The caller keeps the tensor alive."""
     return 0 if t is None else t.data_ptr()
 
 

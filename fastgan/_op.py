@@ -35,6 +35,7 @@ class Op:
     autocast   "lower": every floating tensor goes to the autocast dtype, as for torch's own convolutions;
                "first": the first tensor keeps its dtype, as for torch's batch norm (the kernels take mixed types);
                "float32": every floating tensor goes to float32, as for torch's losses.
+    example    small arguments, for tests and for `fastgan doctor --prove`.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class Op:
         fake: Callable[..., Any],
         backends: dict[str, Backend] | None = None,
         autocast: str = "first",
+        example: Callable[[], tuple],
     ):
         self.name = schema.partition("(")[0]
-        self.reference = reference
+        self.reference, self.example, self.autocast = reference, example, autocast
         self.backends = {**(backends or {}), "reference": Backend(reference)}
         self._save: Callable[..., None] | None = None
         self._backward: Callable[..., Any] = self._refuse
@@ -86,7 +88,8 @@ class Op:
         """torch.func and forward mode would silently see derivatives of zero: raise instead."""
         if _functorch_level() is not None:
             raise NotImplementedError(
-                f"{self.name}: torch.func transforms (grad, vmap, jvp) are not supported, got one; use torch.autograd.grad"
+                f"{self.name}: torch.func transforms (grad, vmap, jvp) are not supported, got one; "
+                "use torch.autograd.grad"
             )
         if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
             raise NotImplementedError(
@@ -98,9 +101,7 @@ class Op:
     def differentiate(self, save: Callable[..., None], backward: Callable[..., Any]) -> None:
         """save(ctx, inputs, output) keeps what `backward(ctx, *output_cotangents)` needs; backward calls ops."""
         self._save, self._backward = save, backward
-        torch.library.register_autograd(
-            f"fastgan::{self.name}", self._backward, setup_context=save, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"fastgan::{self.name}", self._backward, setup_context=save, lib=LIBRARY)
 
     def not_differentiable(self) -> None:
         """A derivative of this op is asked for only beyond the orders we have: raise."""
@@ -138,6 +139,11 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal noise of these shapes, for examples."""
+    return [torch.randn(shape) for shape in shapes]
 
 
 def _autocast(overload: Any, rule: str, device: str) -> Callable[..., Any]:

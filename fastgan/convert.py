@@ -115,8 +115,8 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True) 
 
     Args:
         model: any module; converted twice is converted once.
-        example_input: a tensor or tuple of arguments; with `prove`, the model runs on it before and after, in eval mode,
-            and the outputs are compared.
+        example_input: a tensor or tuple of arguments; with `prove`, the model runs on it before and after, in eval
+            mode, and the outputs are compared.
         prove: compare where an example_input is given.
 
     Returns:

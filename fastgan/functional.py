@@ -111,9 +111,7 @@ def conv2d(
             f"{name}: the kernel must fit into the padded input, got x {tuple(x.shape)}, weight "
             f"{tuple(weight.shape)}, padding {paddings}, dilation {dilations}"
         )
-    y = _conv2d.op(
-        batched, weight, bias, strides, paddings, dilations, groups, activation, float(negative_slope)
-    )
+    y = _conv2d.op(batched, weight, bias, strides, paddings, dilations, groups, activation, float(negative_slope))
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -195,7 +193,11 @@ def conv_transpose2d(
 
 
 def bias_act(
-    x: Tensor, bias: Tensor | None = None, *, activation: str | None = "leaky_relu", negative_slope: float = 0.2
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """activation(x + bias) with bias along dimension 1.
 
@@ -235,7 +237,7 @@ def bn_act(
 
     Args:
         x: [N, C, *], floating.
-        running_mean, running_var: [C] or None; updated in place in training, with the unbiased variance; needed in eval.
+        running_mean, running_var: [C] or None; updated in place in training (unbiased variance), needed in eval.
         weight, bias: [C] or None.
         training: statistics of the batch (True) or the running ones (False).
         momentum: of the running statistics; a sequence gives each stat group its own.
@@ -258,7 +260,12 @@ def bn_act(
     if not x.is_floating_point():
         raise TypeError(f"{name}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
     n, channels, pixels = planes(x)
-    for what, v in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+    for what, v in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
         if v is not None and (tuple(v.shape) != (channels,) or v.device != x.device):
             raise ValueError(
                 f"{name}: {what} must have shape ({channels},) on {x.device}, got {tuple(v.shape)} on {v.device}"
@@ -267,7 +274,16 @@ def bn_act(
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
         return _bn_act.op(
-            x, weight, bias, running_mean, running_var, False, float(eps), activation, float(negative_slope), 1
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            False,
+            float(eps),
+            activation,
+            float(negative_slope),
+            1,
         )[0]
     if stat_groups < 1 or n % stat_groups:
         raise ValueError(f"{name}: stat_groups must divide the batch, got batch {n} and stat_groups={stat_groups}")
@@ -299,9 +315,7 @@ def _update(
     for g, step in enumerate(steps):
         for running, batch in ((running_mean, mean[g]), (running_var, var[g] * (count / (count - 1)))):
             if running is not None:
-                running.lerp_(
-                    batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step
-                )
+                running.lerp_(batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step)
 
 
 def gan_loss(
@@ -325,9 +339,7 @@ def gan_loss(
     Returns:
         The scalar loss in the logits' dtype.
     """
-    return gan_loss_statistics(
-        logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing
-    )[0]
+    return gan_loss_statistics(logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing)[0]
 
 
 def gan_loss_statistics(
@@ -356,9 +368,7 @@ def gan_loss_statistics(
     if not logits_fake.is_floating_point():
         raise TypeError(f"{name}: logits must be floating tensors, got {logits_fake.dtype}")
     if label_smoothing and kind not in _gan_loss.SMOOTHED:
-        raise ValueError(
-            f"{name}: label_smoothing needs one of {', '.join(_gan_loss.SMOOTHED)}, got kind {kind!r}"
-        )
+        raise ValueError(f"{name}: label_smoothing needs one of {', '.join(_gan_loss.SMOOTHED)}, got kind {kind!r}")
     return _gan_loss.op(logits_fake, logits_real, kind, side, float(label_smoothing))
 
 
@@ -376,7 +386,15 @@ def conv2d_bias_act(
 ) -> Tensor:
     """`conv2d` whose activation defaults to leaky ReLU: the critic's block."""
     return conv2d(
-        x, weight, bias, stride, padding, dilation, groups, activation=activation, negative_slope=negative_slope
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation=activation,
+        negative_slope=negative_slope,
     )
 
 
@@ -407,7 +425,15 @@ def conv2d_bn_act(
     if not training and running_mean is not None and running_var is not None:
         weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
         return conv2d(
-            x, weight, bias, stride, padding, dilation, groups, activation=activation, negative_slope=negative_slope
+            x,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            activation=activation,
+            negative_slope=negative_slope,
         )
     y = conv2d(x, weight, bias, stride, padding, dilation, groups)
     return bn_act(

@@ -16,7 +16,9 @@ DIFFERENCE_TOLERANCE = 1e-4
 DTYPE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
-def assert_penalty_complete(discriminator: nn.Module, real: Tensor, *, labels: Tensor | None = None, seed: int = 0) -> None:
+def assert_penalty_complete(
+    discriminator: nn.Module, real: Tensor, *, labels: Tensor | None = None, seed: int = 0
+) -> None:
     """Assert that a gradient penalty reaches every parameter of `discriminator` exactly.
 
     An op whose backward is opaque to autograd gives the right penalty value and, silently, no or wrong gradients. Three

@@ -32,7 +32,7 @@ def plain(activation):
 def test_equals_torch_to_second_order(shape, activation, bias, dtype, layout, backend):
     x = torch.randn(shape, dtype=torch.float64)
     b = torch.randn(shape[1], dtype=torch.float64) if bias else None
-    ours = lambda x, b: functional.bias_act(x, b, activation=activation, negative_slope=0.3)  # noqa: E731
+    ours = lambda x, b: functional.bias_act(x, b, activation=activation, negative_slope=0.3)
     against_plain(ours, plain(activation), (x, b), dtype, layout, backend)
 
 
@@ -40,7 +40,7 @@ def test_equals_torch_to_second_order(shape, activation, bias, dtype, layout, ba
 def test_gradgradcheck(activation):
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    run = lambda x, b: functional.bias_act(x, b, activation=activation)  # noqa: E731
+    run = lambda x, b: functional.bias_act(x, b, activation=activation)
     assert torch.autograd.gradcheck(run, (x, b), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (x, b), fast_mode=True)
 

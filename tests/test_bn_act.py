@@ -6,7 +6,14 @@ from checks import BACKENDS, DTYPES, LAYOUTS, against_plain, distance
 import fastgan
 from fastgan import functional
 
-SHAPES = [((4, 3, 5, 7), 1), ((4, 8, 4, 4), 2), ((12, 17), 3), ((2, 4, 9), 1), ((6, 5, 3, 3), 3), ((4, 3, 2, 3, 2), 2)]
+SHAPES = [
+    ((4, 3, 5, 7), 1),
+    ((4, 8, 4, 4), 2),
+    ((12, 17), 3),
+    ((2, 4, 9), 1),
+    ((6, 5, 3, 3), 3),
+    ((4, 3, 2, 3, 2), 2),
+]
 ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.2)}
 
 
@@ -22,7 +29,11 @@ def plain(activation, groups, training=True, stats=(None, None)):
 def inputs(shape, affine=True):
     d = torch.float64
     x = torch.randn(shape, dtype=d) * 2 + 3
-    return x, torch.rand(shape[1], dtype=d) + 0.5 if affine else None, torch.randn(shape[1], dtype=d) if affine else None
+    return (
+        x,
+        torch.rand(shape[1], dtype=d) + 0.5 if affine else None,
+        torch.randn(shape[1], dtype=d) if affine else None,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -31,7 +42,7 @@ def inputs(shape, affine=True):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 def test_training_equals_torch_to_second_order(shape, groups, activation, dtype, layout, backend):
-    ours = lambda x, w, b: functional.bn_act(  # noqa: E731
+    ours = lambda x, w, b: functional.bn_act(
         x, None, None, w, b, training=True, activation=activation, stat_groups=groups
     )
     against_plain(ours, plain(activation, groups), inputs(shape), dtype, layout, backend)
@@ -46,7 +57,7 @@ def test_eval_equals_torch_to_second_order(affine, dtype, layout, backend):
     mean, var = torch.randn(6).double(), torch.rand(6).double() + 0.3
     # as a model held in that dtype would have them: statistics that are representable in it
     mean, var = mean.to(dtype).double(), var.to(dtype).double()
-    ours = lambda x, w, b: functional.bn_act(  # noqa: E731
+    ours = lambda x, w, b: functional.bn_act(
         x, mean.to(x.dtype), var.to(x.dtype), w, b, training=False, activation="leaky_relu"
     )
     against_plain(ours, plain("leaky_relu", 1, False, (mean, var)), inputs(shape, affine), dtype, layout, backend)
@@ -58,7 +69,7 @@ def test_eval_equals_torch_to_second_order(affine, dtype, layout, backend):
 def test_gradgradcheck(activation, groups, training):
     args = [t.requires_grad_() for t in inputs((4, 3, 2, 3))]
     stats = torch.randn(3).double(), torch.rand(3).double() + 0.5
-    run = lambda x, w, b: functional.bn_act(  # noqa: E731
+    run = lambda x, w, b: functional.bn_act(
         x, *stats, w, b, training=training, activation=activation, stat_groups=groups, momentum=0.0
     )
     assert torch.autograd.gradcheck(run, args, fast_mode=True)
@@ -95,7 +106,10 @@ def test_large_mean_keeps_its_variance(backend):
     want = F.batch_norm(x.double(), None, None, training=True)
     with fastgan.backend(backend):
         got = functional.bn_act(x, training=True, activation=None)
-    assert distance(got, want) < 2e-2 and distance(got, want) < 4 * distance(F.batch_norm(x, None, None, training=True), want) + 1e-3
+    assert (
+        distance(got, want) < 2e-2
+        and distance(got, want) < 4 * distance(F.batch_norm(x, None, None, training=True), want) + 1e-3
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

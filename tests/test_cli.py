@@ -49,10 +49,7 @@ def data(tmp_path_factory):
 def run(tmp_path_factory, data):
     """A run of two steps."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert (
-        main(["train", "--recipe=dcgan-28", f"--data={data}", f"--out={out}", "--steps=2", "--quiet", *SMALL])
-        == 0
-    )
+    assert main(["train", "--recipe=dcgan-28", f"--data={data}", f"--out={out}", "--steps=2", "--quiet", *SMALL]) == 0
     return out
 
 
@@ -120,15 +117,10 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
 def test_sample(run, tmp_path, capsys):
     paths = [tmp_path / f"{k}.png" for k in range(3)]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
-        assert (
-            main(["sample", "--run", str(run), "--n=6", "--columns=3", f"--out={path}", f"--seed={seed}"])
-            == 0
-        )
+        assert main(["sample", "--run", str(run), "--n=6", "--columns=3", f"--out={path}", f"--seed={seed}"]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
     assert size(paths[0]) == (3 * (8 + 2) + 2, 2 * (8 + 2) + 2)
-    assert (
-        main(["sample", "--run", str(run), "--n=6", "--truncation=0.5", f"--out={tmp_path / 'cut.png'}"]) == 0
-    )
+    assert main(["sample", "--run", str(run), "--n=6", "--truncation=0.5", f"--out={tmp_path / 'cut.png'}"]) == 0
     assert capsys.readouterr().err == ""
 
 

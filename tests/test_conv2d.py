@@ -25,9 +25,13 @@ def plain(shape):
 
     def run(x, w, b):
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
-        return y if activation is None else {"leaky_relu": lambda t: F.leaky_relu(t, 0.2)}.get(
-            activation, lambda t: getattr(torch, activation)(t)
-        )(y)
+        return (
+            y
+            if activation is None
+            else {"leaky_relu": lambda t: F.leaky_relu(t, 0.2)}.get(
+                activation, lambda t: getattr(torch, activation)(t)
+            )(y)
+        )
 
     return run
 
@@ -115,7 +119,9 @@ def test_errors_are_one_clear_sentence():
 
 
 def test_native_declines_with_a_reason():
-    assert "float32 and bfloat16" in card.native_declines(torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 1, 1), None)
+    assert "float32 and bfloat16" in card.native_declines(
+        torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 1, 1), None
+    )
 
 
 def test_cost_counts_each_tensor_once():

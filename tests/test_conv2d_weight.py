@@ -45,6 +45,6 @@ def test_gradgradcheck(sample):
     shape, (k, oh, ow), *geometry = sample
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(shape[0], k, oh, ow, dtype=torch.float64, requires_grad=True)
-    run = lambda x, dy: op(x, dy, *map(list, geometry[:4]), geometry[4], False)  # noqa: E731
+    run = lambda x, dy: op(x, dy, *map(list, geometry[:4]), geometry[4], False)
     assert torch.autograd.gradcheck(run, (x, dy), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (x, dy), fast_mode=True)

@@ -24,9 +24,13 @@ def plain(shape):
 
     def run(x, w, b):
         y = F.conv_transpose2d(x, w, b, stride, padding, extra, groups, dilation)
-        return y if activation is None else {"leaky_relu": lambda t: F.leaky_relu(t, 0.2)}.get(
-            activation, lambda t: getattr(torch, activation)(t)
-        )(y)
+        return (
+            y
+            if activation is None
+            else {"leaky_relu": lambda t: F.leaky_relu(t, 0.2)}.get(
+                activation, lambda t: getattr(torch, activation)(t)
+            )(y)
+        )
 
     return run
 

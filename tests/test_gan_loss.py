@@ -34,7 +34,9 @@ def test_equals_the_table_to_second_order(shape, kind, side, dtype, backend):
     needs_real = side == "d" or kind == "relativistic"
 
     def ours(f, r):
-        return functional.gan_loss(f, r if needs_real else None, kind=kind, side=side) + (0 if needs_real else 0 * r.sum())
+        return functional.gan_loss(f, r if needs_real else None, kind=kind, side=side) + (
+            0 if needs_real else 0 * r.sum()
+        )
 
     def plain(f, r):
         return PLAIN[kind, side](f, r) + (0 if needs_real else 0 * r.sum())
@@ -46,7 +48,7 @@ def test_equals_the_table_to_second_order(shape, kind, side, dtype, backend):
 def test_gradgradcheck(kind, side):
     f, r = (torch.randn(6, dtype=torch.float64).requires_grad_() for _ in range(2))
     args = (f, r) if side == "d" or kind == "relativistic" else (f,)
-    run = lambda *a: functional.gan_loss(*a, kind=kind, side=side)  # noqa: E731
+    run = lambda *a: functional.gan_loss(*a, kind=kind, side=side)
     assert torch.autograd.gradcheck(run, args)
     assert torch.autograd.gradgradcheck(run, args)
 
@@ -69,7 +71,14 @@ def test_smoothing_and_statistics(backend):
     target = torch.full_like(r, 0.9)
     want = F.binary_cross_entropy_with_logits(r, target) + F.binary_cross_entropy_with_logits(f, torch.zeros_like(f))
     torch.testing.assert_close(loss, want)
-    expected = [r.mean(), f.mean(), r.sigmoid().mean(), f.sigmoid().mean(), (r > 0).float().mean(), (f < 0).float().mean()]
+    expected = [
+        r.mean(),
+        f.mean(),
+        r.sigmoid().mean(),
+        f.sigmoid().mean(),
+        (r > 0).float().mean(),
+        (f < 0).float().mean(),
+    ]
     torch.testing.assert_close(stats, torch.stack(expected))
 
 

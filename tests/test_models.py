@@ -114,9 +114,7 @@ def test_keras_padding_is_the_mirror_image_of_same():
     torch.manual_seed(0)
     conv = nn.Conv2d(1, 2, 5, 2, 2, bias=False)
     x = torch.randn(1, 1, 28, 28)
-    same = nn.functional.conv2d(
-        nn.functional.pad(x.flip(2, 3), (1, 2, 1, 2)), conv.weight.flip(2, 3), stride=2
-    )
+    same = nn.functional.conv2d(nn.functional.pad(x.flip(2, 3), (1, 2, 1, 2)), conv.weight.flip(2, 3), stride=2)
     torch.testing.assert_close(conv(x), same.flip(2, 3))
 
 

@@ -211,16 +211,12 @@ def run(
         view = dw.inside.as_strided(sizes, [math.prod(sizes[i + 1 :]) * step for i in range(4)])
         view.fill_(float("nan"))
         out = view.permute(tuple(order.index(d) for d in range(4)))
-        library.conv2d_weight(
-            plan, code, x.data_ptr(), y.data_ptr(), out.data_ptr(), w_code, out.stride(), threads
-        )
+        library.conv2d_weight(plan, code, x.data_ptr(), y.data_ptr(), out.data_ptr(), w_code, out.stride(), threads)
         inside = dw.check()
         assert step == 1 or (inside.reshape(-1, step)[:, 1:] == inside.new_tensor(SENTINEL)).all()
         return out
     source, sizes = (
-        (x, (shape.n, shape.oh, shape.ow, shape.k))
-        if op == "conv2d"
-        else (y, (shape.n, shape.h, shape.w, shape.c))
+        (x, (shape.n, shape.oh, shape.ow, shape.k)) if op == "conv2d" else (y, (shape.n, shape.h, shape.w, shape.c))
     )
     out = Guarded(math.prod(sizes), dtype)
     getattr(library, op)(
@@ -254,9 +250,7 @@ def test_every_op_matches_float64(table, shape, dtype):
         check(run(op, shape, dtype), op, shape, dtype)
 
 
-@pytest.mark.parametrize(
-    "order", [(0, 1, 2, 3), (0, 2, 3, 1), (2, 3, 0, 1), (3, 1, 2, 0), (1, 0, 3, 2), (1, 2, 3, 0)]
-)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (2, 3, 0, 1), (3, 1, 2, 0), (1, 0, 3, 2), (1, 2, 3, 0)])
 @pytest.mark.parametrize("step", [1, 3])
 def test_any_weight_strides_and_fp32_master_weights(table, order, step):
     for shape in (SHAPES[1], SHAPES[6], SHAPES[16], SHAPES[20]):
@@ -320,9 +314,7 @@ def test_nan_and_inf_propagate(table, act):
     for dtype, code in DTYPES.items():
         x, one = values.to(dtype), torch.ones(1, dtype=dtype)
         y = torch.zeros(4, dtype=dtype)
-        _C.conv2d(
-            plan, code, x.data_ptr(), one.data_ptr(), code, (1, 1, 1, 1), 0, y.data_ptr(), ACTS[act], 0.2, 1
-        )
+        _C.conv2d(plan, code, x.data_ptr(), one.data_ptr(), code, (1, 1, 1, 1), 0, y.data_ptr(), ACTS[act], 0.2, 1)
         want = activate(values.double(), act, 0.2)
         assert torch.allclose(y.double(), want, rtol=EPS16, atol=1e-30, equal_nan=True), act
 
@@ -341,9 +333,7 @@ def test_adjoint_of_no_outputs_is_the_bias(table):
     plan = _C.Conv(2, 3, 2, 2, 4, 0, 0, 3, 3, 1, 1, 0, 0, 1, 1, 1)
     w, bias = torch.randn(4, 3, 3, 3), torch.tensor([1.0, 2.0, 3.0])
     x = torch.full((2, 2, 2, 3), float("nan"))
-    _C.conv_transpose2d(
-        plan, 0, w.data_ptr(), w.data_ptr(), 0, w.stride(), bias.data_ptr(), x.data_ptr(), 0, 0.0, 2
-    )
+    _C.conv_transpose2d(plan, 0, w.data_ptr(), w.data_ptr(), 0, w.stride(), bias.data_ptr(), x.data_ptr(), 0, 0.0, 2)
     assert torch.equal(x, bias.expand(2, 2, 2, 3))
 
 

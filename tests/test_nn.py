@@ -16,9 +16,19 @@ BLOCKS = [
     (fastgan.nn.Conv2dBNAct, nn.Conv2d, (6, 8, 3), dict(padding=1, padding_mode="reflect")),
     (fastgan.nn.Conv2dBNAct, nn.Conv2d, (6, 8, 3), dict(padding="same")),
     (fastgan.nn.ConvTranspose2dBNAct, nn.ConvTranspose2d, (6, 8, 4), dict(stride=2, padding=1)),
-    (fastgan.nn.ConvTranspose2dBNAct, nn.ConvTranspose2d, (6, 4, 3), dict(stride=2, output_padding=1, groups=2, bias=False)),
+    (
+        fastgan.nn.ConvTranspose2dBNAct,
+        nn.ConvTranspose2d,
+        (6, 4, 3),
+        dict(stride=2, output_padding=1, groups=2, bias=False),
+    ),
     (fastgan.nn.Conv2dBiasAct, nn.Conv2d, (6, 8, 5), dict(stride=2, padding=2)),
-    (fastgan.nn.ConvTranspose2dBiasAct, nn.ConvTranspose2d, (6, 3, 5), dict(stride=2, padding=2, output_padding=1)),
+    (
+        fastgan.nn.ConvTranspose2dBiasAct,
+        nn.ConvTranspose2d,
+        (6, 3, 5),
+        dict(stride=2, padding=2, output_padding=1),
+    ),
 ]
 
 
@@ -32,7 +42,9 @@ def pair(case, activation="leaky_relu", **norm):
     if hasattr(ours, "bn"):
         layers.append(nn.BatchNorm2d(conv.out_channels, **norm))
         layers[-1].load_state_dict(ours.bn.state_dict())
-    layers.append({"leaky_relu": nn.LeakyReLU(0.2), "relu": nn.ReLU(), None: nn.Identity(), "tanh": nn.Tanh()}[activation])
+    layers.append(
+        {"leaky_relu": nn.LeakyReLU(0.2), "relu": nn.ReLU(), None: nn.Identity(), "tanh": nn.Tanh()}[activation]
+    )
     return ours, nn.Sequential(*layers)
 
 

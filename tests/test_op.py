@@ -8,33 +8,16 @@ import fastgan
 from fastgan import functional
 from fastgan._op import OPS
 
-V = torch.randn
 
-
-def leaf(*shape):
-    return V(shape).requires_grad_()
-
-
-SAMPLES = {
-    "conv2d": lambda: (leaf(2, 3, 8, 8), leaf(4, 3, 3, 3), leaf(4), [2, 1], [1, 0], [1, 1], 1, "leaky_relu", 0.2),
-    "conv_transpose2d": lambda: (
-        leaf(2, 3, 5, 5), leaf(3, 4, 4, 4), leaf(4), [2, 2], [1, 1], [0, 0], 1, [1, 1], "tanh", 0.0,
-    ),
-    "conv2d_weight": lambda: (leaf(2, 3, 8, 8), leaf(2, 4, 4, 4), [4, 4], [2, 2], [1, 1], [1, 1], 1, False),
-    "bn_act": lambda: (leaf(4, 3, 5, 5), leaf(3), leaf(3), None, None, True, 1e-5, "leaky_relu", 0.2, 2),
-    "bn_act_backward": lambda: (
-        leaf(4, 3, 5, 5), leaf(4, 3, 5, 5), leaf(3), leaf(3), V(2, 3), V(2, 3).abs() + 1, True, 1e-5, "relu", 0.0,
-    ),
-    "bias_act": lambda: (leaf(2, 3, 4, 4), leaf(3), "sigmoid", 0.0),
-    "bias_act_backward": lambda: (leaf(2, 3, 4, 4), leaf(2, 3, 4, 4), "tanh", 0.0, True),
-    "gan_loss": lambda: (leaf(6), leaf(6), "bce", "d", 0.1),
-    "gan_loss_backward": lambda: (leaf(), leaf(6), leaf(6), "lsgan", "d", 0.0),
-}  # fmt: skip
-# its derivative is refused, and its mean and var must be those of x
-SAMPLES["bn_act_double_backward"] = lambda: (
-    V(4, 3, 5, 5), V(4, 3, 5, 5), V(3), V(3), V(4, 3, 5, 5), V(3), V(3), V(1, 3), V(1, 3).abs() + 1, True, 1e-5,
-    "leaky_relu", 0.2,
-)  # fmt: skip
+def sample(name):
+    """The op's example, with gradients asked of every tensor but statistics (constants of their x)."""
+    op = OPS[name]
+    names = [a.name for a in op.overload._schema.arguments]
+    leaves = [] if name == "bn_act_double_backward" else [n for n in names if n not in ("mean", "var")]
+    return tuple(
+        a.requires_grad_() if isinstance(a, torch.Tensor) and n in leaves else a
+        for n, a in zip(names, op.example(), strict=True)
+    )
 
 
 def flat(out):
@@ -50,14 +33,10 @@ def gradients(out, args):
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
 
-def test_every_op_has_a_sample():
-    assert set(SAMPLES) == set(OPS)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", OPS)
 def test_thin_route_equals_library_route(name, backend):
-    args, op = SAMPLES[name](), OPS[name]
+    args, op = sample(name), OPS[name]
     with fastgan.backend(backend):
         thin, library = op(*args), op.overload(*args)
         for a, b in zip(flat(thin), flat(library), strict=True):
@@ -67,22 +46,22 @@ def test_thin_route_equals_library_route(name, backend):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, channels_last):
     args = [
         a.detach().contiguous(memory_format=torch.channels_last).requires_grad_(a.requires_grad)
         if channels_last and isinstance(a, torch.Tensor) and a.dim() == 4
         else a
-        for a in SAMPLES[name]()
+        for a in sample(name)
     ]
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     with fastgan.backend("reference"):
         torch.library.opcheck(OPS[name].overload, tuple(args), test_utils=tests)
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLES if n != "bn_act_double_backward"])
+@pytest.mark.parametrize("name", [n for n in OPS if n != "bn_act_double_backward"])
 def test_compiles_without_graph_breaks(name):
-    args, op = SAMPLES[name](), OPS[name]
+    args, op = sample(name), OPS[name]
     leaves = [a for a in args if isinstance(a, torch.Tensor)]
 
     def run(*tensors):
@@ -103,12 +82,12 @@ def test_native_layouts_match_the_fake():
     """What torch.compile believes about strides is what kernels return, for both layouts."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for name, sample in SAMPLES.items():
+    for name in OPS:
         for layout in (torch.contiguous_format, torch.channels_last):
             args = [
                 a.detach().contiguous(memory_format=layout) if isinstance(a, torch.Tensor) and a.dim() == 4
                 else a.detach() if isinstance(a, torch.Tensor) else a
-                for a in sample()
+                for a in sample(name)
             ]  # fmt: skip
             real = flat(OPS[name](*args))
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:
@@ -119,7 +98,7 @@ def test_native_layouts_match_the_fake():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_follows_torch(backend):
-    x, w = V(2, 3, 8, 8), V(4, 3, 3, 3)
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
     bn = torch.nn.BatchNorm2d(4)
     with fastgan.backend(backend), torch.autocast("cpu", torch.bfloat16):
         y = functional.conv2d(x, w)
@@ -133,8 +112,8 @@ def test_autocast_follows_torch(backend):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", ["conv2d", "bn_act", "bias_act", "gan_loss"])
 def test_forward_mode_and_functorch_raise(name):
-    op, args = OPS[name], [a.detach() if isinstance(a, torch.Tensor) else a for a in SAMPLES[name]()]
-    run = lambda x: flat(op(x, *args[1:]))[0].sum()  # noqa: E731
+    op, args = OPS[name], [a.detach() if isinstance(a, torch.Tensor) else a for a in sample(name)]
+    run = lambda x: flat(op(x, *args[1:]))[0].sum()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(args[0], torch.ones_like(args[0]))
         with pytest.raises(NotImplementedError, match=f"{name}: forward-mode"):
@@ -158,6 +137,6 @@ def test_outputs_are_written_completely(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
     with fastgan.backend("native"), torch.no_grad():
-        for name, sample in SAMPLES.items():
-            for out in flat(OPS[name](*sample())):
+        for name in OPS:
+            for out in flat(OPS[name](*sample(name))):
                 assert out.isfinite().all(), name

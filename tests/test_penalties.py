@@ -93,6 +93,8 @@ class OpaqueLayer(nn.Linear):
 
 
 def test_an_opaque_backward_is_caught_and_named():
-    d = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.LeakyReLU(0.2), OpaqueLayer(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 1))
+    d = nn.Sequential(
+        nn.Flatten(), nn.Linear(8, 6), nn.LeakyReLU(0.2), OpaqueLayer(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 1)
+    )
     with pytest.raises(AssertionError, match=r"3\.weight: (missing|wrong)"):
         assert_penalty_complete(d, torch.randn(4, 2, 2, 2))

@@ -14,7 +14,10 @@ SP = F.softplus
 LOSSES = {
     "bce": (lambda r, f: SP(-r).mean() + SP(f).mean(), lambda r, f: SP(-f).mean()),
     "minimax": (lambda r, f: SP(-r).mean() + SP(f).mean(), lambda r, f: -SP(f).mean()),
-    "lsgan": (lambda r, f: 0.5 * (r - 1).square().mean() + 0.5 * f.square().mean(), lambda r, f: 0.5 * (f - 1).square().mean()),
+    "lsgan": (
+        lambda r, f: 0.5 * (r - 1).square().mean() + 0.5 * f.square().mean(),
+        lambda r, f: 0.5 * (f - 1).square().mean(),
+    ),
     "hinge": (lambda r, f: F.relu(1 - r).mean() + F.relu(1 + f).mean(), lambda r, f: -f.mean()),
     "wasserstein": (lambda r, f: f.mean() - r.mean(), lambda r, f: -f.mean()),
     "relativistic": (lambda r, f: SP(f - r).mean(), lambda r, f: SP(r - f).mean()),
@@ -122,7 +125,14 @@ class NoReadBack(TorchDispatchMode):
 def test_the_step_reads_nothing_back(precision):
     g, d = (fastgan.convert(m.float()) for m in networks())
     step = fastgan.GANStep(
-        g, d, latent=(5, 1, 1), g_optimizer=adam(g), d_optimizer=adam(d), ema=0.9, penalty="r1", precision=precision
+        g,
+        d,
+        latent=(5, 1, 1),
+        g_optimizer=adam(g),
+        d_optimizer=adam(d),
+        ema=0.9,
+        penalty="r1",
+        precision=precision,
     )
     real = torch.randn(8, 2, 16, 16)
     step(real)
@@ -137,9 +147,8 @@ def test_no_discriminator_weight_gradients_in_the_generator_step():
     g, d = (fastgan.convert(m) for m in networks())
     step = fastgan.GANStep(g, d, latent=(5, 1, 1), g_optimizer=adam(g), d_optimizer=adam(d))
     calls = []
-    with fastgan.backend("reference"):
-        with watching(lambda op, name, why: calls.append(op.name)):
-            step(torch.randn(4, 2, 16, 16).double())
+    with fastgan.backend("reference"), watching(lambda op, name, why: calls.append(op.name)):
+        step(torch.randn(4, 2, 16, 16).double())
     # D's update: 3 weight gradients on the merged batch (2 N); G's update: 3 for G and none for D
     assert calls.count("conv2d_weight") == 6
     assert all(p.requires_grad for p in d.parameters())
@@ -204,7 +213,7 @@ def test_d_steps_labels_latents_ema_and_state():
 
 def test_bad_arguments():
     g, d = networks()
-    make = lambda **k: fastgan.GANStep(g, d, latent=5, g_optimizer=adam(g), d_optimizer=adam(d), **k)  # noqa: E731
+    make = lambda **k: fastgan.GANStep(g, d, latent=5, g_optimizer=adam(g), d_optimizer=adam(d), **k)
     for kwargs, words in [
         (dict(loss="gan"), "loss must be one of"),
         (dict(penalty="gp"), "penalty must be one of"),

@@ -137,9 +137,7 @@ def test_wrong_settings(setting, message):
 
 
 def test_recipe_from_dict():
-    assert Recipe.from_dict({"name": "dcgan-28", "steps": 5}) == fastgan.recipes()["dcgan-28"].replace(
-        steps=5
-    )
+    assert Recipe.from_dict({"name": "dcgan-28", "steps": 5}) == fastgan.recipes()["dcgan-28"].replace(steps=5)
     with pytest.raises(ValueError, match="model must be given, the named recipes are"):
         Recipe.from_dict({"name": "mine"})
 
@@ -160,9 +158,7 @@ def test_a_run_and_its_directory(images, tmp_path):
         "checkpoints",
         "report.html",
     }
-    assert [p.name for p in sorted((result.out / "samples").iterdir())] == [
-        f"step-{k:07d}.png" for k in (0, 2, 4, 6)
-    ]
+    assert [p.name for p in sorted((result.out / "samples").iterdir())] == [f"step-{k:07d}.png" for k in (0, 2, 4, 6)]
     assert checkpoint.list_steps(result.out / "checkpoints") == [4, 6]  # the two newest
     assert result.checkpoint == checkpoint.path_of(result.out / "checkpoints", 6)
     log = read_log(result.out / "log.jsonl")
@@ -204,9 +200,7 @@ def test_resuming_is_exact(images, tmp_path, changes):
     assert [(r["step"], r["d_loss"], r["g_loss"]) for r in logs[0]] == [
         (r["step"], r["d_loss"], r["g_loss"]) for r in logs[1]
     ]
-    pictures = [
-        (tmp_path / name / "samples" / "step-0000006.png").read_bytes() for name in ("straight", "halves")
-    ]
+    pictures = [(tmp_path / name / "samples" / "step-0000006.png").read_bytes() for name in ("straight", "halves")]
     assert pictures[0] == pictures[1]
 
 
@@ -449,9 +443,7 @@ def test_a_run_can_be_sampled_by_its_directory(images, tmp_path):
 
 def test_latents():
     z = sampling.latents(2000, 4, seed=3)
-    assert torch.equal(z, sampling.latents(2000, 4, seed=3)) and not torch.equal(
-        z[:5], sampling.latents(5, 4, seed=4)
-    )
+    assert torch.equal(z, sampling.latents(2000, 4, seed=3)) and not torch.equal(z[:5], sampling.latents(5, 4, seed=4))
     cut = sampling.latents(2000, 4, seed=3, truncation=0.5)
     assert cut.abs().max() <= 0.5 and cut.abs().max() > 0.49 and abs(cut.mean()) < 0.02
     # the standard deviation of a normal distribution cut to [-2, 2] is 0.880

@@ -6,7 +6,7 @@ state_dict work unchanged. A submodule with hooks (torch's old spectral_norm is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fastgan.nn.norm import bn_act, statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
 Size2 = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -27,17 +28,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | None, slope: float) -> Tensor:
-    """A torch convolution module followed by an activation, as one op."""
-    if has_hooks(conv):
-        return functional.bias_act(conv(x), activation=activation, negative_slope=slope)
+    """The forward of a torch convolution module followed by an activation, as one op."""
     if isinstance(conv, nn.ConvTranspose2d):
+        padding = cast(tuple[int, ...], conv.padding)
         return functional.conv_transpose2d(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation,
+            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation,
             activation=activation, negative_slope=slope,
         )  # fmt: skip
-    x, padding = _padded(conv, x)
+    x, pads = _padded(conv, x)
     return functional.conv2d(
-        x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups,
+        x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups,
         activation=activation, negative_slope=slope,
     )  # fmt: skip
 
@@ -65,6 +65,8 @@ class _Block(nn.Module):
 
 class _BiasAct(_Block):
     def forward(self, x: Tensor) -> Tensor:
+        if has_hooks(self.conv):
+            return functional.bias_act(self.conv(x), activation=self.activation, negative_slope=self.negative_slope)
         return conv_act(self.conv, x, self.activation, self.negative_slope)
 
 
@@ -76,16 +78,13 @@ class _BNAct(_Block):
         self.stat_groups = stat_groups
 
     def forward(self, x: Tensor) -> Tensor:
+        hooks = has_hooks(self.conv) or has_hooks(self.bn)
+        if not (hooks or self.bn.training or self.bn.running_mean is None):
+            return self._folded(x)
+        y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
-            return functional.bias_act(
-                self.bn(conv_act(self.conv, x, None, 0.0)),
-                activation=self.activation,
-                negative_slope=self.negative_slope,
-            )
-        if self.bn.training or self.bn.running_mean is None or has_hooks(self.conv):
-            y = conv_act(self.conv, x, None, 0.0)
-            return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
-        return self._folded(x)
+            return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
+        return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
 
     def _folded(self, x: Tensor) -> Tensor:
         """Eval mode: batch norm inside the convolution's weight and bias."""
@@ -97,13 +96,14 @@ class _BNAct(_Block):
             "negative_slope": self.negative_slope,
         }
         if isinstance(conv, nn.ConvTranspose2d):
+            padding = cast(tuple[int, ...], conv.padding)
             return functional.conv_transpose2d_bn_act(
-                x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups,
+                x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups,
                 conv.dilation, **norm,
             )  # fmt: skip
-        x, padding = _padded(conv, x)
+        x, pads = _padded(conv, x)
         return functional.conv2d_bn_act(
-            x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups, **norm
+            x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm
         )
 
 
@@ -128,7 +128,7 @@ class Conv2dBiasAct(_BiasAct):
         dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -137,7 +137,17 @@ class Conv2dBiasAct(_BiasAct):
     ):
         super().__init__(activation, negative_slope, tuple(_activation.CODES))
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
         )
 
 
@@ -163,7 +173,7 @@ class ConvTranspose2dBiasAct(_BiasAct):
         groups: int = 1,
         bias: bool = True,
         dilation: Size2 = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -200,7 +210,7 @@ class Conv2dBNAct(_BNAct):
         dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -214,7 +224,17 @@ class Conv2dBNAct(_BNAct):
     ):
         super().__init__(activation, negative_slope, stat_groups)
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
         )
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
 
@@ -243,7 +263,7 @@ class ConvTranspose2dBNAct(_BNAct):
         groups: int = 1,
         bias: bool = True,
         dilation: Size2 = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,

@@ -51,9 +51,7 @@ class LinearBNAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         if has_hooks(self.bn):
-            return functional.bias_act(
-                self.bn(y), activation=self.activation, negative_slope=self.negative_slope
-            )
+            return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
         return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
 
     def extra_repr(self) -> str:

@@ -98,7 +98,7 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
 @contextlib.contextmanager
 def stat_groups(model: nn.Module, groups: int) -> Iterator[None]:
     """Within: every batch norm of ours in `model` takes its statistics over `groups` equal parts of the batch."""
-    ours = [m for m in model.modules() if hasattr(m, "stat_groups")]
+    ours: list[Any] = [m for m in model.modules() if hasattr(m, "stat_groups")]
     before = [m.stat_groups for m in ours]
     for m in ours:
         m.stat_groups = groups

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
-from fastgan._op import OPS, Op
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import Backend
 
 
@@ -43,10 +43,10 @@ def reference(x, bias, activation, slope):
 def native(x, bias, activation, slope):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
-    bias_, bias_at = _native.float_vector(bias)
+    (bias,) = _native.float_vectors(bias)
     y = torch.empty_like(x)
     _native.core().bias_act_forward(
-        _native.DTYPE_CODES[x.dtype], x.data_ptr(), bias_at, y.data_ptr(), *planes(x), channels_last,
+        _native.DTYPE_CODES[x.dtype], x.data_ptr(), _native.address(bias), y.data_ptr(), *planes(x), channels_last,
         _activation.CODES[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -62,6 +62,7 @@ op = Op(
     reference=reference,
     fake=lambda x, bias, activation, slope: like(x),
     backends={"native": Backend(native, lambda x, *rest: _native.declines(x))},
+    example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0),
 )
 
 
@@ -125,6 +126,7 @@ backward = Op(
     reference=reference_backward,
     fake=fake_backward,
     backends={"native": Backend(native_backward, lambda dy, y, *rest: _native.declines(dy, y))},
+    example=lambda: (*draw((2, 5, 4, 3), (2, 5, 4, 3)), "leaky_relu", 0.3, True),
 )
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
-from fastgan._op import OPS, Op
+from fastgan._native import address as at
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import Backend
 from fastgan.ops.bias_act import like
 
@@ -88,10 +89,9 @@ def native(x, weight, bias, running_mean, running_var, training, eps, activation
         mean, var = _statistics_like(x, groups)
     else:
         mean, var = (s.to(torch.float32, copy=True).unsqueeze(0) for s in (running_mean, running_var))
-    weight_, weight_at = _native.float_vector(weight)
-    bias_, bias_at = _native.float_vector(bias)
+    weight, bias = _native.float_vectors(weight, bias)
     _native.core().bn_act_forward(
-        _native.DTYPE_CODES[x.dtype], x.data_ptr(), weight_at, bias_at, mean.data_ptr(), var.data_ptr(),
+        _native.DTYPE_CODES[x.dtype], x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(),
         y.data_ptr(), *planes(x), groups, channels_last, training, eps,
         _activation.CODES[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
@@ -108,6 +108,7 @@ op = Op(
     reference=reference,
     fake=fake,
     backends={"native": Backend(native, lambda x, *rest: _native.declines(x))},
+    example=lambda: (*draw((4, 5, 4, 3), (5,), (5,)), None, None, True, 1e-5, "leaky_relu", 0.2, 2),
 )
 
 
@@ -161,10 +162,9 @@ def native_backward(dy, x, weight, bias, mean, var, training, eps, activation, s
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     dx, dweight = torch.empty_like(x), x.new_empty(x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight)
-    weight_, weight_at = _native.float_vector(weight)
-    bias_, bias_at = _native.float_vector(bias)
+    weight, bias = _native.float_vectors(weight, bias)
     _native.core().bn_act_backward(
-        _native.DTYPE_CODES[x.dtype], dy.data_ptr(), x.data_ptr(), weight_at, bias_at, mean.data_ptr(),
+        _native.DTYPE_CODES[x.dtype], dy.data_ptr(), x.data_ptr(), at(weight), at(bias), mean.data_ptr(),
         var.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *planes(x), len(mean), channels_last,
         training, eps, _activation.CODES[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
@@ -182,6 +182,14 @@ backward = Op(
     reference=reference_backward,
     fake=fake_backward,
     backends={"native": Backend(native_backward, lambda dy, x, *rest: _native.declines(dy, x))},
+    example=lambda: (
+        *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (2, 5)),
+        draw((2, 5))[0].abs() + 0.5,
+        True,
+        1e-5,
+        "relu",
+        0.0,
+    ),
 )
 
 
@@ -196,7 +204,7 @@ def _double_backward(ctx, ddx, ddweight, ddbias):
     d_dy, d_x, d_weight = OPS["bn_act_double_backward"](
         dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, *ctx.scalars
     )
-    # mean and var are functions of x: their share is in d_x. bias enters only through the mask, constant almost everywhere
+    # mean and var are functions of x: their share is in d_x. bias enters only through the mask
     return d_dy, d_x, None if weight is None else d_weight.to(weight.dtype), *(None,) * 7
 
 
@@ -206,14 +214,12 @@ backward.differentiate(_save_backward, _double_backward)
 # ---- double backward ------------------------------------------------------------------------------------------------
 
 
-def reference_double_backward(
-    dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope
-):
+def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope):
     """MATHS of docs/maths.md, section 2. In eval mode mean and var are constants: the same formula with 1/n = 0."""
     groups, dtype = len(mean), accumulation_dtype(x.dtype)
-    lift: Any = lambda v: per_channel(v, x)  # noqa: E731  [G,C] or [C] against [G,N/G,C,*]
+    lift: Any = lambda v: per_channel(v, x)
     dims = [1, *range(3, x.dim() + 1)]
-    total: Any = lambda v: v.sum(dims)  # noqa: E731
+    total: Any = lambda v: v.sum(dims)
     n = x.numel() // max(groups * x.shape[1], 1)
     inv_n = 1.0 / n if training else 0.0
 
@@ -227,7 +233,11 @@ def reference_double_backward(
     w = torch.zeros_like(xg) if ddx is None else grouped(ddx, groups).to(dtype)
     xhat = (xg - lift(mean)) * lift(rstd)
     t = lift(gamma) * xhat + lift(beta)
-    mask = torch.ones_like(t) if activation == "identity" else _activation.backward(torch.ones_like(t), t, activation, slope)
+    mask = (
+        torch.ones_like(t)
+        if activation == "identity"
+        else _activation.backward(torch.ones_like(t), t, activation, slope)
+    )
     dt = g * mask
 
     s1, s2, w1, w2, a0 = total(dt), total(dt * xhat), total(w), total(w * xhat), total(w * dt)
@@ -246,20 +256,16 @@ def reference_double_backward(
     return back(u * mask), back(d_x), (rstd * a).sum(0)
 
 
-def native_double_backward(
-    dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope
-):
+def native_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope):
     channels_last = is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     ddx = None if ddx is None else dense(ddx, channels_last)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     d_weight = x.new_empty(x.shape[1], dtype=torch.float32)
-    (weight_, weight_at), (bias_, bias_at), (ddweight_, ddweight_at), (ddbias_, ddbias_at) = (
-        _native.float_vector(v) for v in (weight, bias, ddweight, ddbias)
-    )
+    weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
     _native.core().bn_act_double_backward(
-        _native.DTYPE_CODES[x.dtype], _native.address(ddx), ddweight_at, ddbias_at, dy.data_ptr(), x.data_ptr(),
-        weight_at, bias_at, mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(),
+        _native.DTYPE_CODES[x.dtype], at(ddx), at(ddweight), at(ddbias), dy.data_ptr(),
+        x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(),
         *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -276,6 +282,16 @@ double_backward = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference_double_backward,
     fake=fake_double_backward,
-    backends={"native": Backend(native_double_backward, lambda dy, ddx, *rest: _native.declines(dy, ddx, rest[2]))},
+    backends={
+        "native": Backend(native_double_backward, lambda dy, ddx, *rest: _native.declines(dy, ddx, rest[2])),
+    },
+    example=lambda: (
+        *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (4, 5, 4, 3), (5,), (5,), (2, 5)),
+        draw((2, 5))[0].abs() + 0.5,
+        True,
+        1e-5,
+        "leaky_relu",
+        0.2,
+    ),
 )
 double_backward.not_differentiable()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
-from fastgan._op import OPS, Op
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import Backend
 from fastgan.ops.bias_act import epilogue_backward
 
@@ -37,9 +37,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 
 
 def output_shape(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int, int, int]:
-    oh, ow = (
-        output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    )
+    oh, ow = (output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     return x.shape[0], weight.shape[0], oh, ow
 
 
@@ -70,8 +68,7 @@ def plan(x: tuple, y: tuple, kernel: tuple, stride: tuple, padding: tuple, dilat
 def input_padding(x: Any, dy: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
     """The output_padding with which the adjoint of a convolution x -> dy gives back x's exact size (shapes in)."""
     return [
-        x[2 + i]
-        - ((dy[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight[2 + i] - 1) + 1)
+        x[2 + i] - ((dy[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight[2 + i] - 1) + 1)
         for i in (0, 1)
     ]
 
@@ -92,14 +89,12 @@ def reference(x, weight, bias, stride, padding, dilation, groups, activation, sl
 
 def native(x, weight, bias, stride, padding, dilation, groups, activation, slope):
     shape = output_shape(x, weight, stride, padding, dilation)
-    conv = plan(
-        tuple(x.shape), shape, tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
-    )
+    conv = plan(tuple(x.shape), shape, tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
     code, x_ = _native.DTYPE_CODES[x.dtype], x.contiguous(memory_format=CHANNELS_LAST)
-    bias_, bias_at = _native.float_vector(bias)
+    (bias,) = _native.float_vectors(bias)
     y = empty(shape, x, True)
     _native.core().conv2d(
-        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), bias_at, y.data_ptr(),
+        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), _native.address(bias), y.data_ptr(),
         _activation.CODES[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return dense(y, channels_last(x, weight))
@@ -116,6 +111,7 @@ op = Op(
     fake=fake,
     backends={"native": Backend(native, native_declines)},
     autocast="lower",
+    example=lambda: (*draw((2, 3, 9, 8), (5, 3, 4, 3), (5,)), [2, 1], [1, 0], [1, 1], 1, "leaky_relu", 0.2),
 )
 
 
@@ -128,9 +124,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
-    dt, dbias = epilogue_backward(
-        dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2]
-    )
+    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2])
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         extra = input_padding(x.shape, dt.shape, weight.shape, *geometry)
@@ -138,9 +132,7 @@ def _backward(ctx, dy):
             dt, weight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
     if ctx.needs_input_grad[1]:
-        dweight = OPS["conv2d_weight"](
-            x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight)
-        )
+        dweight = OPS["conv2d_weight"](x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 6
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import CHANNELS_LAST, dense, empty
-from fastgan._op import OPS, Op
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import Backend
 from fastgan.ops.conv2d import input_padding, output_size, plan
 
@@ -44,8 +44,7 @@ def cost(x: Tensor, dy: Tensor, kernel: Any, groups: int) -> dict[str, int]:
 def _full(x, dy, kernel, stride, padding, dilation):
     """dy with zeros for the rows and columns that x would give and dy does not have."""
     missing = [
-        output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) - dy.shape[2 + i]
-        for i in (1, 0)
+        output_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) - dy.shape[2 + i] for i in (1, 0)
     ]
     return torch.nn.functional.pad(dy, (0, missing[0], 0, missing[1])) if any(missing) else dy
 
@@ -61,9 +60,7 @@ def reference(x, dy, kernel, stride, padding, dilation, groups, weight_channels_
 
 
 def native(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
-    conv = plan(
-        tuple(x.shape), tuple(dy.shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups
-    )
+    conv = plan(tuple(x.shape), tuple(dy.shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
     code = _native.DTYPE_CODES[x.dtype]
     x_, dy_ = x.contiguous(memory_format=CHANNELS_LAST), dy.contiguous(memory_format=CHANNELS_LAST)
     dweight = empty(weight_shape(x, dy, kernel, groups), x, weight_channels_last)
@@ -89,6 +86,7 @@ op = Op(
     fake=fake,
     backends={"native": Backend(native, native_declines)},
     autocast="lower",
+    example=lambda: (*draw((2, 3, 8, 8), (2, 5, 4, 4)), [4, 4], [2, 2], [1, 1], [1, 1], 1, False),
 )
 
 

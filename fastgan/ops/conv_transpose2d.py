@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
-from fastgan._op import OPS, Op
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import Backend
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.conv2d import channels_last, native_declines, plan
@@ -57,22 +57,18 @@ def cost(
 
 
 def reference(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
-    y = torch.nn.functional.conv_transpose2d(
-        x, weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    y = torch.nn.functional.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
     return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
 
 
 def native(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
     shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
-    conv = plan(
-        shape, tuple(x.shape), tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
-    )
+    conv = plan(shape, tuple(x.shape), tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
     code, x_ = _native.DTYPE_CODES[x.dtype], x.contiguous(memory_format=CHANNELS_LAST)
-    bias_, bias_at = _native.float_vector(bias)
+    (bias,) = _native.float_vectors(bias)
     y = empty(shape, x, True)
     _native.core().conv_transpose2d(
-        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), bias_at, y.data_ptr(),
+        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), _native.address(bias), y.data_ptr(),
         _activation.CODES[activation], slope, torch.get_num_threads(),
     )  # fmt: skip
     return dense(y, channels_last(x, weight))
@@ -90,6 +86,7 @@ op = Op(
     fake=fake,
     backends={"native": Backend(native, native_declines)},
     autocast="lower",
+    example=lambda: (*draw((2, 3, 5, 4), (3, 5, 4, 3), (5,)), [2, 1], [1, 0], [0, 0], 1, [1, 1], "tanh", 0.0),
 )
 
 
@@ -102,18 +99,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
-    dt, dbias = epilogue_backward(
-        dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2]
-    )
+    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2])
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
     if ctx.needs_input_grad[1]:
-        dweight = OPS["conv2d_weight"](
-            dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight)
-        )
+        dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7
 
 

@@ -32,7 +32,7 @@ from torch.nn.functional import softplus
 
 from fastgan import _native
 from fastgan._layout import accumulation_dtype
-from fastgan._op import OPS, Op
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import Backend
 
 KINDS = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
@@ -149,6 +149,7 @@ op = Op(
     fake=fake_shapes,
     backends={"native": Backend(native, lambda fake, real, *rest: _native.declines(fake, real))},
     autocast="float32",
+    example=lambda: (*draw((7,), (7,)), "bce", "d", 0.1),
 )
 
 
@@ -203,6 +204,7 @@ backward = Op(
     fake=fake_backward_shapes,
     backends={"native": Backend(native_backward, lambda dloss, fake, real, *rest: _native.declines(fake, real))},
     autocast="float32",
+    example=lambda: (*draw((), (7,), (7,)), "lsgan", "d", 0.0),
 )
 
 

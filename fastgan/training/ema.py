@@ -25,7 +25,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average one step towards `model`, in one multi-tensor call."""
-        ours, theirs = list(self.module.parameters()), list(model.parameters())
+        ours: list[torch.Tensor] = list(self.module.parameters())
+        theirs: list[torch.Tensor] = list(model.parameters())
         if ours:
             torch._foreach_lerp_(ours, theirs, 1 - self.decay)
         for mine, other in zip(self.module.buffers(), model.buffers(), strict=True):
