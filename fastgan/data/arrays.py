@@ -69,9 +69,7 @@ def read_idx(path: Path) -> np.ndarray:
                 return np.memmap(path, dtype, "c", offset=4 + 4 * len(shape), shape=shape)
             content = file.read(wanted) if len(shape) == magic[3] and wanted else b""
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"load: an idx file must be complete, {path} is not ({error}); download it again"
-        ) from error
+        raise ValueError(f"load: an idx file must be complete, {path} is not ({error}); download it again") from error
     if not wanted or len(content) < wanted:
         raise ValueError(
             f"load: {path} announces {' x '.join(map(str, shape))} values but holds {len(content):,} of "
@@ -134,9 +132,7 @@ def from_npz(path: Path) -> Array:
     images = images or [key for key in arrays if arrays[key].ndim >= 3]
     if not images or (len(images) > 1 and images[0] not in IMAGE_KEYS):
         held = ", ".join(f"{key} {list(value.shape)}" for key, value in arrays.items())
-        raise ValueError(
-            f"load: a .npz must name its images, {path} holds {held or 'nothing'}; call the key 'images'"
-        )
+        raise ValueError(f"load: a .npz must name its images, {path} holds {held or 'nothing'}; call the key 'images'")
     count = len(arrays[images[0]])
     labels = next((arrays[k] for k in LABEL_KEYS if k in arrays and arrays[k].shape == (count,)), None)
     return Array(path.stem, arrays[images[0]], labels, path=path)
@@ -201,9 +197,7 @@ def value_range(values: np.ndarray, name: str) -> tuple[float, float]:
     if dtype.kind == "f" and low >= -1 and high <= 1:
         return 1.0, 127.5
     wanted = "0..1 or -1..1 as floats" if dtype.kind == "f" else "0..255 as integers"
-    raise ValueError(
-        f"load: images must lie in {wanted}, {name} ({dtype}) lies in {low:g}..{high:g}; use uint8 0..255"
-    )
+    raise ValueError(f"load: images must lie in {wanted}, {name} ({dtype}) lies in {low:g}..{high:g}; use uint8 0..255")
 
 
 def to_uint8_pixels(values: np.ndarray, offset: float, scale: float) -> np.ndarray:

@@ -41,9 +41,7 @@ def _emoji() -> Array:
     with pillow().open(path, formats=["WEBP"]) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     rows, columns = pixels.shape[0] // tile, pixels.shape[1] // tile
-    tiles = (
-        pixels.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)[: len(names)]
-    )
+    tiles = pixels.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)[: len(names)]
     folders = [name.split("/")[0] for name in names]
     classes = sorted(set(folders))
     labels = np.array([classes.index(folder) for folder in folders], np.int64)

@@ -37,13 +37,9 @@ def make_grid(images: Tensor, *, columns: int | None = None, padding: int = 2) -
     None: as many as make the sheet about square. Gaps and unused places are mid-grey. ValueError otherwise.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(
-            f"save_grid: images must be [N, 1 or 3, H, W] with no dimension 0, got {list(images.shape)}"
-        )
+        raise ValueError(f"save_grid: images must be [N, 1 or 3, H, W] with no dimension 0, got {list(images.shape)}")
     if padding < 0 or (columns is not None and columns < 1):
-        raise ValueError(
-            f"save_grid: columns must be at least 1 and padding at least 0, got {columns}, {padding}"
-        )
+        raise ValueError(f"save_grid: columns must be at least 1 and padding at least 0, got {columns}, {padding}")
     count, channels, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
@@ -56,9 +52,7 @@ def make_grid(images: Tensor, *, columns: int | None = None, padding: int = 2) -
     return torch.nn.functional.pad(sheet, (0, padding, 0, padding), value=GAP)
 
 
-def save_grid(
-    images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None, padding: int = 2
-) -> Path:
+def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None, padding: int = 2) -> Path:
     """Write `make_grid(images)` to `path` as PNG, or in the format of the path's suffix; returns the path.
 
     The file appears whole or not at all; missing folders are made. ValueError for shapes that are no batch
@@ -69,9 +63,7 @@ def save_grid(
     image = pillow()
     suffix = path.suffix.lower()
     if suffix and image.registered_extensions().get(suffix) not in image.SAVE:
-        raise ValueError(
-            f"save_grid: the suffix must be one that Pillow writes, such as .png, got {path.name}"
-        )
+        raise ValueError(f"save_grid: the suffix must be one that Pillow writes, such as .png, got {path.name}")
     picture = image.fromarray((sheet[0] if len(sheet) == 1 else sheet.permute(1, 2, 0)).contiguous().numpy())
     with atomic_file(path) as file:
         picture.save(file, format=image.registered_extensions().get(suffix, "PNG"))

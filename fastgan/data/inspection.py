@@ -30,21 +30,15 @@ class Inspection(dict[str, Any]):
                     else list(self[key].items())
                 )
                 more = f", and {len(top) - 8} more" if len(top) > 8 else ""
-                lines.append(
-                    f"{title:11}" + ", ".join(f"{name}: {count:,}" for name, count in top[:8]) + more
-                )
+                lines.append(f"{title:11}" + ", ".join(f"{name}: {count:,}" for name, count in top[:8]) + more)
         if self["short_side"]:
             low, median, high = (self["short_side"][key] for key in ("min", "median", "max"))
             lines.append(f"{'short side':11}{low} to {high} pixels, median {median}")
         notes = {key: self[key] for key in ("grey", "transparent", "rotated", "not_square") if self[key]}
         if notes:
-            lines.append(
-                f"{'of these':11}" + ", ".join(f"{k.replace('_', ' ')}: {n:,}" for k, n in notes.items())
-            )
+            lines.append(f"{'of these':11}" + ", ".join(f"{k.replace('_', ' ')}: {n:,}" for k, n in notes.items()))
         if self["ignored"]:
-            lines.append(
-                f"{'ignored':11}" + ", ".join(f"{name}: {n:,}" for name, n in self["ignored"].items())
-            )
+            lines.append(f"{'ignored':11}" + ", ".join(f"{name}: {n:,}" for name, n in self["ignored"].items()))
         if self["unreadable"]:
             lines.append(f"{'unreadable':11}{len(self['unreadable']):,}")
             lines += [f"  {name}: {why}" for name, why in self["unreadable"][:20]]

@@ -120,9 +120,7 @@ def load(
     if images.skipped:
         first = "; ".join(f"{name}: {why}" for name, why in images.skipped[:3])
         more = "; ..." if len(images.skipped) > 3 else ""
-        log.warning(
-            "load: %s of %s skipped (%s%s)", plural(len(images.skipped), "file"), images.name, first, more
-        )
+        log.warning("load: %s of %s skipped (%s%s)", plural(len(images.skipped), "file"), images.name, first, more)
     return _place(images, target)
 
 
@@ -161,8 +159,7 @@ def open_source(source: Source) -> Files | Array:
         close = difflib.get_close_matches(str(source), CATALOGUE, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(
-            f"load: source must be a bundled set ({', '.join(CATALOGUE)}), {KINDS}; {path} does not exist"
-            f"{hint}"
+            f"load: source must be a bundled set ({', '.join(CATALOGUE)}), {KINDS}; {path} does not exist{hint}"
         )
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".zip":
@@ -175,9 +172,7 @@ def open_source(source: Source) -> Files | Array:
         return arrays.from_idx(path)
     if suffix in SUFFIXES:
         raise ValueError(f"load: source must hold many images, {path} is one; pass its folder {path.parent}")
-    raise ValueError(
-        f"load: source must be {KINDS}, {path.name} is none of them by its name; unpack or convert it"
-    )
+    raise ValueError(f"load: source must be {KINDS}, {path.name} is none of them by its name; unpack or convert it")
 
 
 def opened_pixels(opened: Files | Array, wanted: Wanted) -> FilePixels | ArrayPixels:

@@ -23,9 +23,7 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
     if not ast.literal_eval(text) or len(text) > HEADER - 11:
         raise ValueError(f"load: an array of shape {shape} does not fit the header of a .npy file")
-    return (
-        b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.ljust(HEADER - 11).encode() + b"\n"
-    )
+    return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.ljust(HEADER - 11).encode() + b"\n"
 
 
 class MemoryStore:
