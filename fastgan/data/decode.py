@@ -207,7 +207,7 @@ def reason(error: Exception, size: int | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     text = (str(error) or "unreadable").splitlines()[0]
-    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (OSError, SyntaxError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def decode_all(
