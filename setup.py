@@ -326,7 +326,7 @@ packages += [f"fastgan.{name}" for name in find_packages(include=["kernels", "ke
 setup(
     packages=packages,
     package_dir={"fastgan.kernels": "kernels"},
-    package_data={"fastgan": [FAILURE_NAME]},
+    package_data={"fastgan": [FAILURE_NAME], "fastgan.data": ["bundled/*"]},
     ext_modules=[Extension("fastgan._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -265,8 +265,8 @@ def native_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
     _native.core().bn_act_double_backward(
         _native.DTYPE_CODES[x.dtype], at(ddx), at(ddweight), at(ddbias), dy.data_ptr(),
-        x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(),
-        *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
+        x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(),
+        d_weight.data_ptr(), *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
         torch.get_num_threads(),
     )  # fmt: skip
     return d_dy, d_x, d_weight
