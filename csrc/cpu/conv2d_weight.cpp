@@ -180,7 +180,7 @@ inline void add_up(const Gradient& g, int64_t split, int64_t group, int64_t bloc
       const int count = static_cast<int>(least(K::ROWS, g.K - k));
       for (int i = 0; i < K::ROWS; ++i)
         left[i] = i < count ? transposed + ((chunk * g.s->K + group * g.K + k + i) * units) * 4 : zeros;
-      K::tile(&run, 1, left, count, reinterpret_cast<const char*>(panel), units, static_cast<int>(width),
+      K::tile(&run, 1, left, 4, count, reinterpret_cast<const char*>(panel), units, static_cast<int>(width),
               out + k * width, width, chunk > from);
     }
   }

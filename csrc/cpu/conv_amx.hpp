@@ -176,7 +176,7 @@ struct TileKernel {
     if (TALL && WIDE) tile_store<3>(out + 16 * ld_out + 16, ld);
   }
 
-  static void tile(const Run* run, int runs, const char* const* left, int rows, const char* panel,
+  static void tile(const Run* run, int runs, const char* const* left, int64_t /*step*/, int rows, const char* panel,
                    int64_t /*panel_rows*/, int columns, float* out, int64_t ld_out, bool accumulate) {
     if (rows > 16) {
       if (columns > 16)

@@ -21,6 +21,13 @@ inline int thread_index() {
 #endif
 }
 
+// How a kernel comes to the source rows of a block.
+enum Supply {
+  IN_PLACE,  // a run per tap, or per row of taps where they are neighbours in memory
+  ROW_RUNS,  // few channels: always a run per row of taps; pixels at the edges are copied and padded with zeros
+  COPIED     // every row is copied, because runs are no whole units
+};
+
 template <class K>
 struct Work {
   const Problem* problem;
@@ -28,7 +35,8 @@ struct Work {
   const char* packed;
   const char* zeros;    // a row of zeros, for taps that lie in the padding
   bool batch_fastest;   // pixels ordered (position, image) instead of (image, position)
-  bool gather;          // rows are copied, because their runs are no whole units
+  Supply supply;
+  bool adjacent;        // the taps of a row are neighbours in memory
   int64_t chunk;        // blocks whose pointers are prepared together
   int64_t chunks;       // per phase pair and group, of the largest
   int64_t column_jobs;  // 1, or one per column block
@@ -45,7 +53,7 @@ struct Tables {
   const char** left;  // [chunk][max_runs][ROWS]
   int64_t* out;       // [chunk][ROWS]: first element of the output pixel
   int* rows;          // [chunk]
-  char* gathered;     // [chunk][ROWS][row bytes]
+  char* copies;       // [chunk][ROWS][row bytes]
   float* tile;        // [ROWS][COLUMNS]
   float* stage;       // for packing
   int64_t max_runs, row_bytes;
@@ -61,8 +69,7 @@ inline Tables<K> lay_out_tables(char* memory, const Work<K>& work, int64_t& byte
     t.max_runs = most(t.max_runs, work.panels->pair[i].taps);
     units = most(units, work.panels->pair[i].units);
   }
-  if (work.panels->merged) t.max_runs = 1;
-  t.row_bytes = work.gather ? units * 4 : 0;
+  t.row_bytes = work.supply == IN_PLACE ? 0 : units * 4;
   int64_t at = 0;
   const auto take = [&](auto*& field, int64_t count) {
     field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(memory + at);
@@ -73,111 +80,184 @@ inline Tables<K> lay_out_tables(char* memory, const Work<K>& work, int64_t& byte
   take(t.left, work.chunk * t.max_runs * K::ROWS);
   take(t.out, work.chunk * K::ROWS);
   take(t.rows, work.chunk);
-  take(t.gathered, work.chunk * K::ROWS * t.row_bytes);
+  take(t.copies, work.chunk * K::ROWS * t.row_bytes);
   take(t.tile, K::ROWS * most(K::COLUMNS, VF));
   take(t.stage, pack_stage_floats(p, *work.panels));
   bytes = at;
   return t;
 }
 
-// The rows of one block: their positions, and the taps that any of them uses.
-template <class K>
-struct BlockRows {
-  int64_t qh[K::ROWS], qw[K::ROWS];
-  const char* base[K::ROWS];  // source pixel of offset (0, 0); may lie outside the image
-  int64_t h0, h1, w0, w1;     // union of the valid intervals
-  int count;
+// Walks over the output pixels of a phase pair in the order of the work.
+struct Cursor {
+  int64_t n, qh, qw;
+  const char* base;  // source pixel of offset (0, 0); may lie outside the image
+  int64_t out;       // first element of the output pixel
 };
 
 template <class K>
-inline BlockRows<K> block_rows(const Work<K>& work, const PhasePair& pair, int64_t group, int64_t first, int64_t* out) {
+inline void locate(const Work<K>& work, const PhasePair& pair, int64_t group, Cursor& c) {
   const Problem& p = *work.problem;
-  const int64_t ch = pair.h->count, cw = pair.w->count, total = p.N * ch * cw;
-  BlockRows<K> b;
-  b.count = static_cast<int>(least(K::ROWS, total - first));
-  b.h0 = pair.h->taps, b.w0 = pair.w->taps, b.h1 = b.w1 = 0;
-  int64_t n, qh, qw;
+  c.base = static_cast<const char*>(p.source) + p.C * work.source_size * group +
+           ((c.n * p.SH + c.qh * p.h.step) * p.SW + c.qw * p.w.step) * work.pixel;
+  c.out = (((c.n * p.OH + pair.h->first_out + c.qh * p.h.out_step) * p.OW + pair.w->first_out + c.qw * p.w.out_step) *
+               p.groups +
+           group) *
+          p.M;
+}
+
+template <class K>
+inline Cursor cursor_at(const Work<K>& work, const PhasePair& pair, int64_t group, int64_t index) {
+  const int64_t N = work.problem->N, ch = pair.h->count, cw = pair.w->count;
+  Cursor c;
+  if (work.batch_fastest)
+    c.n = index % N, c.qw = index / N % cw, c.qh = index / N / cw;
+  else
+    c.qw = index % cw, c.qh = index / cw % ch, c.n = index / cw / ch;
+  locate(work, pair, group, c);
+  return c;
+}
+
+template <class K>
+inline void advance(const Work<K>& work, const PhasePair& pair, int64_t group, Cursor& c) {
+  const Problem& p = *work.problem;
   if (work.batch_fastest) {
-    n = first % p.N;
-    qw = first / p.N % cw;
-    qh = first / p.N / cw;
-  } else {
-    qw = first % cw;
-    qh = first / cw % ch;
-    n = first / cw / ch;
-  }
-  const int64_t bytes = p.C * work.source_size * group;
-  for (int i = 0; i < b.count; ++i) {
-    b.qh[i] = qh;
-    b.qw[i] = qw;
-    b.base[i] =
-        static_cast<const char*>(p.source) + bytes + ((n * p.SH + qh * p.h.step) * p.SW + qw * p.w.step) * work.pixel;
-    out[i] = (((n * p.OH + pair.h->first_out + qh * p.h.out_step) * p.OW + pair.w->first_out + qw * p.w.out_step) *
-                  p.groups +
-              group) *
-             p.M;
-    b.h0 = least(b.h0, pair.h->lo[qh]);
-    b.h1 = most(b.h1, pair.h->hi[qh]);
-    b.w0 = least(b.w0, pair.w->lo[qw]);
-    b.w1 = most(b.w1, pair.w->hi[qw]);
-    if (work.batch_fastest) {
-      if (++n == p.N) {
-        n = 0;
-        if (++qw == cw) qw = 0, ++qh;
-      }
-    } else if (++qw == cw) {
-      qw = 0;
-      if (++qh == ch) qh = 0, ++n;
+    if (++c.n < p.N) {
+      c.base += p.SH * p.SW * work.pixel;
+      c.out += p.OH * p.OW * p.groups * p.M;
+      return;
     }
+    c.n = 0;
+    if (++c.qw == pair.w->count) c.qw = 0, ++c.qh;
+  } else {
+    if (++c.qw < pair.w->count) {
+      c.base += p.w.step * work.pixel;
+      c.out += p.w.out_step * p.groups * p.M;
+      return;
+    }
+    c.qw = 0;
+    if (++c.qh == pair.h->count) c.qh = 0, ++c.n;
   }
+  if (c.qh < pair.h->count) locate(work, pair, group, c);
+}
+
+// The rows of one block, and the taps that any of them uses. Rows past the last pixel repeat the first row.
+template <class K>
+struct BlockRows {
+  const char* base[K::ROWS];
+  int32_t h0[K::ROWS], h1[K::ROWS], w0[K::ROWS], w1[K::ROWS];  // valid taps of the row
+  int32_t H0, H1, W0, W1;                                      // of any row
+  bool uniform;                                                // the same for every row
+};
+
+template <class K>
+inline BlockRows<K> block_rows(const Work<K>& work, const PhasePair& pair, int64_t group, int count, Cursor& cursor,
+                               int64_t* out) {
+  BlockRows<K> b;
+  for (int i = 0; i < count; ++i) {
+    b.base[i] = cursor.base;
+    out[i] = cursor.out;
+    b.h0[i] = pair.h->lo[cursor.qh], b.h1[i] = pair.h->hi[cursor.qh];
+    b.w0[i] = pair.w->lo[cursor.qw], b.w1[i] = pair.w->hi[cursor.qw];
+    advance(work, pair, group, cursor);
+  }
+  for (int i = count; i < K::ROWS; ++i)
+    b.base[i] = b.base[0], b.h0[i] = b.h0[0], b.h1[i] = b.h1[0], b.w0[i] = b.w0[0], b.w1[i] = b.w1[0];
+  b.H0 = b.h0[0], b.H1 = b.h1[0], b.W0 = b.w0[0], b.W1 = b.w1[0];
+  int32_t differs = 0;
+  for (int i = 1; i < K::ROWS; ++i) {
+    differs |= (b.h0[i] ^ b.h0[0]) | (b.h1[i] ^ b.h1[0]) | (b.w0[i] ^ b.w0[0]) | (b.w1[i] ^ b.w1[0]);
+    b.H0 = b.h0[i] < b.H0 ? b.h0[i] : b.H0;
+    b.H1 = b.h1[i] > b.H1 ? b.h1[i] : b.H1;
+    b.W0 = b.w0[i] < b.W0 ? b.w0[i] : b.W0;
+    b.W1 = b.w1[i] > b.W1 ? b.w1[i] : b.W1;
+  }
+  b.uniform = differs == 0;
   return b;
 }
 
+// Bytes from a row's base to the source pixel of a tap.
 template <class K>
-inline bool uses(const PhasePair& pair, const BlockRows<K>& b, int i, int64_t th, int64_t tw) {
-  return pair.h->lo[b.qh[i]] <= th && th < pair.h->hi[b.qh[i]] && pair.w->lo[b.qw[i]] <= tw && tw < pair.w->hi[b.qw[i]];
+inline int64_t tap_bytes(const Work<K>& work, const PhasePair& pair, int64_t th, int64_t tw) {
+  return (pair.h->tap[th].offset * work.problem->SW + pair.w->tap[tw].offset) * work.pixel;
 }
 
 template <class K>
-inline const char* source_of(const Work<K>& work, const PhasePair& pair, const BlockRows<K>& b, int i, int64_t th,
-                             int64_t tw) {
-  return b.base[i] + (pair.h->tap[th].offset * work.problem->SW + pair.w->tap[tw].offset) * work.pixel;
-}
-
-// Pointers to the rows where they lie: a run per tap.
-template <class K>
-inline int point_to_rows(const Work<K>& work, const PhasePair& pair, const BlockRows<K>& b, Run* run,
-                         const char** left) {
-  const int64_t units = work.panels->tap_units;
+inline int point_in_place(const Work<K>& work, const PhasePair& pair, const BlockRows<K>& b, Run* run,
+                          const char** left) {
+  const int64_t units = work.panels->tap_units, taps = pair.w->taps;
   int runs = 0;
-  for (int64_t th = b.h0; th < b.h1; ++th)
-    for (int64_t tw = b.w0; tw < b.w1; ++tw, ++runs, left += K::ROWS) {
-      run[runs] = {(th * pair.w->taps + tw) * units, units};
-      for (int i = 0; i < K::ROWS; ++i)
-        left[i] = i < b.count && uses(pair, b, i, th, tw) ? source_of(work, pair, b, i, th, tw) : work.zeros;
+  if (b.uniform) {
+    const int32_t stretch = work.adjacent ? b.W1 - b.W0 : 1;
+    for (int32_t th = b.H0; th < b.H1; ++th)
+      for (int32_t tw = b.W0; tw < b.W1; tw += stretch, ++runs, left += K::ROWS) {
+        run[runs] = {(th * taps + tw) * units, stretch * units};
+        const int64_t bytes = tap_bytes(work, pair, th, tw);
+        for (int i = 0; i < K::ROWS; ++i) left[i] = b.base[i] + bytes;
+      }
+    return runs;
+  }
+  for (int32_t th = b.H0; th < b.H1; ++th)
+    for (int32_t tw = b.W0; tw < b.W1; ++tw, ++runs, left += K::ROWS) {
+      run[runs] = {(th * taps + tw) * units, units};
+      const int64_t bytes = tap_bytes(work, pair, th, tw);
+      for (int i = 0; i < K::ROWS; ++i) {
+        const bool used = (b.h0[i] <= th) & (th < b.h1[i]) & (b.w0[i] <= tw) & (tw < b.w1[i]);
+        left[i] = used ? b.base[i] + bytes : work.zeros;
+      }
     }
   return runs;
 }
 
-// Copies of the rows, padded with zeros to whole runs.
 template <class K>
-inline int gather_rows(const Work<K>& work, const PhasePair& pair, const BlockRows<K>& b, char* to, int64_t row_bytes,
-                       Run* run, const char** left) {
-  const Panels<K>& panels = *work.panels;
-  const int64_t bytes = work.problem->C * work.source_size, tap_bytes = panels.merged ? bytes : panels.tap_units * 4;
-  const int64_t w1 = panels.merged ? pair.w->taps : b.w1, w0 = panels.merged ? 0 : b.w0;
-  const int64_t h1 = panels.merged ? pair.h->taps : b.h1, h0 = panels.merged ? 0 : b.h0;
-  for (int i = 0; i < b.count; ++i) {
-    char* at = to + i * row_bytes;
-    for (int64_t th = h0; th < h1; ++th)
-      for (int64_t tw = w0; tw < w1; ++tw, at += tap_bytes) {
-        const bool valid = uses(pair, b, i, th, tw);
-        if (valid) std::memcpy(at, source_of(work, pair, b, i, th, tw), static_cast<size_t>(bytes));
-        std::memset(at + (valid ? bytes : 0), 0, static_cast<size_t>(tap_bytes - (valid ? bytes : 0)));
+inline int point_to_row_runs(const Work<K>& work, const PhasePair& pair, const BlockRows<K>& b, char* copies, Run* run,
+                             const char** left) {
+  const int64_t C = work.problem->C, taps = pair.w->taps, units = taps * C / K::PER_UNIT;
+  int runs = 0;
+  for (int32_t th = b.H0; th < b.H1; ++th, ++runs, left += K::ROWS) {
+    run[runs] = {th * units, units};
+    const int64_t bytes = taps > 0 ? tap_bytes(work, pair, th, 0) : 0;
+    for (int i = 0; i < K::ROWS; ++i) {
+      left[i] = b.base[i] + bytes;
+      if (b.h0[i] <= th && th < b.h1[i]) {
+        if (b.w1[i] - b.w0[i] == taps) continue;
+        char* copy = copies + (runs * K::ROWS + i) * units * 4;
+        std::memset(copy, 0, static_cast<size_t>(units * 4));
+        const int64_t from = b.w0[i] * work.pixel;
+        std::memcpy(copy + from, left[i] + from, static_cast<size_t>((b.w1[i] - b.w0[i]) * work.pixel));
+        left[i] = copy;
+      } else {
+        left[i] = work.zeros;
       }
-    std::memset(at, 0, static_cast<size_t>(panels.merged ? to + (i + 1) * row_bytes - at : 0));
+    }
   }
-  const auto row = [&](int i) { return i < b.count ? to + i * row_bytes : to; };
+  return runs;
+}
+
+// Copies of the rows, every tap padded with zeros to whole runs, or all taps in one run if the panels are merged.
+template <class K>
+inline int copy_rows(const Work<K>& work, const PhasePair& pair, const BlockRows<K>& b, int count, char* copies,
+                     int64_t row_bytes, Run* run, const char** left) {
+  const Panels<K>& panels = *work.panels;
+  const int64_t bytes = work.problem->C * work.source_size, step = panels.merged ? bytes : panels.tap_units * 4;
+  const int64_t w1 = panels.merged ? pair.w->taps : b.W1, w0 = panels.merged ? 0 : b.W0;
+  const int64_t h1 = panels.merged ? pair.h->taps : b.H1, h0 = panels.merged ? 0 : b.H0;
+  for (int i = 0; i < count; ++i) {
+    char* at = copies + i * row_bytes;
+    char* const end = panels.merged ? at + row_bytes : at + (h1 - h0) * (w1 - w0) * step;
+    if (bytes != step || b.h1[i] - b.h0[i] < h1 - h0 || b.w1[i] - b.w0[i] < w1 - w0 || panels.merged)
+      std::memset(at, 0, static_cast<size_t>(end - at));
+    for (int64_t th = h0; th < h1; ++th, at += (w1 - w0) * step) {
+      if (th < b.h0[i] || th >= b.h1[i]) continue;
+      if (work.adjacent && step == bytes) {
+        std::memcpy(at + (b.w0[i] - w0) * step, b.base[i] + tap_bytes(work, pair, th, b.w0[i]),
+                    static_cast<size_t>((b.w1[i] - b.w0[i]) * step));
+        continue;
+      }
+      for (int64_t tw = b.w0[i]; tw < b.w1[i]; ++tw)
+        std::memcpy(at + (tw - w0) * step, b.base[i] + tap_bytes(work, pair, th, tw), static_cast<size_t>(bytes));
+    }
+  }
+  const auto row = [&](int i) { return copies + (i < count ? i : 0) * row_bytes; };
   if (panels.merged) {
     run[0] = {0, pair.units};
     for (int i = 0; i < K::ROWS; ++i) left[i] = row(i);
@@ -187,7 +267,7 @@ inline int gather_rows(const Work<K>& work, const PhasePair& pair, const BlockRo
   for (int64_t th = h0; th < h1; ++th)
     for (int64_t tw = w0; tw < w1; ++tw, ++runs, left += K::ROWS) {
       run[runs] = {(th * pair.w->taps + tw) * panels.tap_units, panels.tap_units};
-      for (int i = 0; i < K::ROWS; ++i) left[i] = row(i) + runs * tap_bytes;
+      for (int i = 0; i < K::ROWS; ++i) left[i] = row(i) + runs * step;
     }
   return runs;
 }
@@ -222,20 +302,24 @@ inline void compute_chunk(const Work<K>& work, const Tables<K>& t, const PhasePa
   const int64_t first = chunk * work.chunk * K::ROWS;
   if (first >= total) return;
   const int64_t blocks = least(work.chunk, ceil_div(total - first, K::ROWS));
+  Cursor cursor = cursor_at(work, pair, group, first);
   for (int64_t m = 0; m < blocks; ++m) {
-    const BlockRows<K> b = block_rows(work, pair, group, first + m * K::ROWS, t.out + m * K::ROWS);
+    const int count = static_cast<int>(least(K::ROWS, total - first - m * K::ROWS));
+    const BlockRows<K> b = block_rows(work, pair, group, count, cursor, t.out + m * K::ROWS);
     Run* run = t.run + m * t.max_runs;
     const char** left = t.left + m * t.max_runs * K::ROWS;
-    t.rows[m] = b.count;
-    t.runs[m] = work.gather ? gather_rows(work, pair, b, t.gathered + m * K::ROWS * t.row_bytes, t.row_bytes, run, left)
-                            : point_to_rows(work, pair, b, run, left);
+    char* copies = t.copies + m * K::ROWS * t.row_bytes;
+    t.rows[m] = count;
+    t.runs[m] = work.supply == IN_PLACE   ? point_in_place(work, pair, b, run, left)
+                : work.supply == ROW_RUNS ? point_to_row_runs(work, pair, b, copies, run, left)
+                                          : copy_rows(work, pair, b, count, copies, t.row_bytes, run, left);
   }
   constexpr int64_t LD = K::COLUMNS > VF ? K::COLUMNS : VF;
   for (int64_t block = block0; block < block1; ++block) {
     const char* panel = work.packed + work.panels->panel(pair, group, block);
     const int64_t column = work.panels->first_column(block), width = work.panels->width(block);
     for (int64_t m = 0; m < blocks; ++m) {
-      K::tile(t.run + m * t.max_runs, t.runs[m], t.left + m * t.max_runs * K::ROWS, t.rows[m], panel, pair.units,
+      K::tile(t.run + m * t.max_runs, t.runs[m], t.left + m * t.max_runs * K::ROWS, 4, t.rows[m], panel, pair.units,
               static_cast<int>(width), t.tile, LD, false);
       const int64_t columns = least(width, p.M - column);
       if (p.out_dtype == BF16)
@@ -260,6 +344,24 @@ inline double padding_share(const Problem& p) {
   return 1.0 - axis(p.h) * axis(p.w);
 }
 
+// The taps of a row read neighbouring pixels, and a pixel holds nothing but the group's channels.
+inline bool adjacent_taps(const Problem& p) {
+  if (p.groups != 1) return false;
+  for (int64_t f = 0; f < p.w.phases; ++f)
+    for (int64_t t = 1; t < p.w.phase[f].taps; ++t)
+      if (p.w.phase[f].tap[t].offset != p.w.phase[f].tap[t - 1].offset + 1) return false;
+  return true;
+}
+
+// Images: less than a cache line per pixel, so that a run per tap would be mostly overhead, and a row of taps is a
+// whole number of units.
+inline bool thin_rows(const Problem& p, int64_t per_unit) {
+  if (p.C >= 16 || !adjacent_taps(p)) return false;
+  for (int64_t f = 0; f < p.w.phases; ++f)
+    if (p.w.phase[f].taps * p.C % per_unit != 0) return false;
+  return true;
+}
+
 template <class K>
 inline void compute_with(const Problem& p) {
   Panels<K> panels;
@@ -276,7 +378,10 @@ inline void compute_with(const Problem& p) {
   work.packed = packed.data;
   work.source_size = K::BF16_SOURCE ? 2 : 4;
   work.pixel = p.groups * p.C * work.source_size;
-  work.gather = p.C % (K::PER_UNIT * K::RUN_UNITS) != 0;
+  const bool whole_runs = p.C % (K::PER_UNIT * K::RUN_UNITS) == 0;
+  const bool row_runs = K::RUN_UNITS == 1 && !K::ROWWISE && thin_rows(p, K::PER_UNIT);
+  work.supply = row_runs ? ROW_RUNS : whole_runs ? IN_PLACE : COPIED;
+  work.adjacent = adjacent_taps(p);
   // In (position, image) order a block's rows share their position, so the taps in the padding are skipped: 23 % of a
   // 4x4 stride 2 layer with 4x4 outputs. Neighbours in memory are worth more where the padding is a few percent.
   work.batch_fastest = p.N >= 2 * K::ROWS && padding_share(p) > 0.05;
@@ -288,7 +393,7 @@ inline void compute_with(const Problem& p) {
     row_bytes = most(row_bytes, pair.data[i].units * 4);
   }
   if (most_blocks == 0) return;
-  const int64_t block_bytes = most_taps * K::ROWS * 8 + (work.gather ? row_bytes * K::ROWS : 0);
+  const int64_t block_bytes = most_taps * K::ROWS * 8 + (work.supply == IN_PLACE ? 0 : row_bytes * K::ROWS);
   work.chunk = most(1, least(K::CHUNK_BLOCKS, 262144 / block_bytes));
   work.column_jobs = panel_bytes > 524288 ? panels.blocks : 1;
   work.pairs_inner = panel_bytes / work.column_jobs <= 524288;
@@ -299,8 +404,9 @@ inline void compute_with(const Problem& p) {
   int64_t table_bytes;
   lay_out_tables<K>(nullptr, work, table_bytes);
   const Scratch<char> tables(p.threads * table_bytes);
-  const Scratch<char> zeros(panels.tap_units * 4);
-  std::memset(zeros.data, 0, static_cast<size_t>(panels.tap_units * 4));
+  const int64_t zero_bytes = most(panels.tap_units * 4, work.supply == ROW_RUNS ? row_bytes : 0);
+  const Scratch<char> zeros(zero_bytes);
+  std::memset(zeros.data, 0, static_cast<size_t>(zero_bytes));
   work.zeros = zeros.data;
 
   const int64_t pieces = pack_pieces(p, panels), jobs = work.chunks * per_chunk;
@@ -342,25 +448,33 @@ inline void widen_source(const bf16* from, float* to, int64_t count, int threads
   }
 }
 
-inline void compute(Problem& p) {
-  if (p.N == 0 || p.OH == 0 || p.OW == 0 || p.M == 0) return;
-  p.source_is_bf16 = p.source_dtype == BF16;
-  if (p.source_is_bf16) {
-#if defined(FG_AMX)
-    if (!rowwise(p)) return compute_with<TileKernel>(p);
-#endif
-#if defined(__AVX512BF16__)
-    return rowwise(p) ? compute_with<RowKernel<true>>(p) : compute_with<BroadcastKernel<true>>(p);
-#else
-    // No bf16 arithmetic: the products of widened operands are exact in fp32, at the price of a copy of the source.
-    const int64_t count = p.N * p.SH * p.SW * p.groups * p.C;
-    const Scratch<float> wide(count);
-    widen_source(static_cast<const bf16*>(p.source), wide.data, count, p.threads);
-    p.source = wide.data;
-    return rowwise(p) ? compute_with<RowKernel<false>>(p) : compute_with<BroadcastKernel<false>>(p);
-#endif
-  }
+inline void compute_in_fp32(const Problem& p) {
   return rowwise(p) ? compute_with<RowKernel<false>>(p) : compute_with<BroadcastKernel<false>>(p);
+}
+
+// The products of widened bf16 operands are exact in fp32, at the price of a copy of the source.
+inline void compute_widened(const Problem& p) {
+  const int64_t count = p.N * p.SH * p.SW * p.groups * p.C;
+  const Scratch<float> wide(count);
+  widen_source(static_cast<const bf16*>(p.source), wide.data, count, p.threads);
+  Problem q = p;
+  q.source = wide.data;
+  compute_in_fp32(q);
+}
+
+inline void compute(const Problem& p) {
+  if (p.N == 0 || p.OH == 0 || p.OW == 0 || p.M == 0) return;
+  if (p.source_dtype == F32) return compute_in_fp32(p);
+#if defined(FG_AMX)
+  return rowwise(p) ? compute_with<RowKernel<true>>(p) : compute_with<TileKernel>(p);
+#elif defined(__AVX512BF16__)
+  if (rowwise(p)) return compute_with<RowKernel<true>>(p);
+  // Odd rows of few channels (grey images) are no whole pairs: to widen them is cheaper than to copy them together.
+  if (thin_rows(p, 1) && !thin_rows(p, 2)) return compute_widened(p);
+  return compute_with<BroadcastKernel<true>>(p);
+#else
+  return compute_widened(p);
+#endif
 }
 
 }  // namespace

@@ -122,8 +122,8 @@ inline Axis adjoint_axis(char* memory, int64_t source, int64_t out, int64_t kern
 
 // Both directions after translation. Channel counts are per group.
 struct Problem {
-  DType source_dtype, out_dtype;
-  bool source_is_bf16;  // then fp32 weights are rounded to bf16, also where they are multiplied in fp32
+  DType source_dtype;  // as the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied
+  DType out_dtype;
   const void* source;   // [N][SH][SW][groups * C]
   int64_t N, SH, SW;
   int64_t C;  // reduced over

@@ -43,7 +43,7 @@ inline float load_unit(const char* p) {
 }
 
 template <bool DOT, int NV>
-inline void tile_vectors(const Run* run, int runs, const char* const* left, const char* panel, float* out,
+inline void tile_vectors(const Run* run, int runs, const char* const* left, int64_t step, const char* panel, float* out,
                          int64_t ld_out, bool accumulate) {
   constexpr int ROW_BYTES = NV * VF * 4;
   vec acc[TILE_ROWS][NV];
@@ -55,14 +55,14 @@ inline void tile_vectors(const Run* run, int runs, const char* const* left, cons
   for (int t = 0; t < runs; ++t, left += TILE_ROWS) {
     const char* b = panel + run[t].row * ROW_BYTES;
     const char *a0 = left[0], *a1 = left[1], *a2 = left[2], *a3 = left[3], *a4 = left[4], *a5 = left[5];
-    for (int64_t u = 0; u < run[t].units; ++u, b += ROW_BYTES) {
+    for (int64_t u = run[t].units, at = 0; u > 0; --u, at += step, b += ROW_BYTES) {
       vec w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = vload(b + j * VF * 4);
       const char* const a[TILE_ROWS] = {a0, a1, a2, a3, a4, a5};
 #pragma GCC unroll 8
       for (int i = 0; i < TILE_ROWS; ++i) {
-        const vec x = vset(load_unit(a[i] + u * 4));
+        const vec x = vset(load_unit(a[i] + at));
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<DOT>(x, w[j], acc[i][j]);
       }
@@ -90,18 +90,19 @@ struct BroadcastKernel {
   static void enter() {}
   static void leave() {}
 
-  static void tile(const Run* run, int runs, const char* const* left, int /*rows*/, const char* panel,
+  // step: bytes from a unit of a row to the next.
+  static void tile(const Run* run, int runs, const char* const* left, int64_t step, int /*rows*/, const char* panel,
                    int64_t /*panel_rows*/, int columns, float* out, int64_t ld_out, bool accumulate) {
     switch (columns / VF) {
       case 1:
-        return tile_vectors<DOT, 1>(run, runs, left, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 1>(run, runs, left, step, panel, out, ld_out, accumulate);
       case 2:
-        return tile_vectors<DOT, 2>(run, runs, left, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 2>(run, runs, left, step, panel, out, ld_out, accumulate);
 #if defined(__AVX512F__) || defined(__aarch64__)
       case 3:
-        return tile_vectors<DOT, 3>(run, runs, left, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 3>(run, runs, left, step, panel, out, ld_out, accumulate);
       case 4:
-        return tile_vectors<DOT, 4>(run, runs, left, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 4>(run, runs, left, step, panel, out, ld_out, accumulate);
 #endif
     }
   }
@@ -177,7 +178,7 @@ struct RowKernel {
     }
   }
 
-  static void tile(const Run* run, int runs, const char* const* left, int /*rows*/, const char* panel,
+  static void tile(const Run* run, int runs, const char* const* left, int64_t /*step*/, int /*rows*/, const char* panel,
                    int64_t panel_rows, int columns, float* out, int64_t ld_out, bool /*accumulate*/) {
     switch (columns) {
       case 1:

@@ -50,6 +50,7 @@ inline void plan_panels(const Problem& p, Panels<K>& panels) {
   constexpr int64_t RUN = K::PER_UNIT * K::RUN_UNITS;
   panels.columns = round_up(p.M, K::GRAIN);
   panels.blocks = ceil_div(panels.columns, K::COLUMNS);
+  // 32: with AMX's runs of 32 channels a tap of an image would be nine tenths padding.
   panels.merged = p.C % RUN != 0 && p.C < 32;
   panels.tap_units = round_up(p.C, RUN) / K::PER_UNIT;
   panels.pairs = p.h.phases * p.w.phases;
@@ -69,58 +70,54 @@ inline void plan_panels(const Problem& p, Panels<K>& panels) {
   }
 }
 
-inline float rounded_weight(const float* p, bool round) { return round ? to_float(to_bf16(*p)) : *p; }
-inline float rounded_weight(const bf16* p, bool) { return to_float(*p); }
-
 // One piece of the packing: VF columns of a group, and a range of channels, of all taps.
 struct PackPiece {
   int64_t group, column;  // first column
   int64_t c0, c1;
 };
 
-// stage[rs][c - c0][VF] = weight[column + lane][c][rs]; lanes past M are zero.
+// stage[rs][c - c0][VF] = weight[column + lane][c][rs]; lanes past M are zero. Reads run along whichever dimension is
+// contiguous in memory, and tiles of VF x VF are transposed in registers where that is not the columns' own.
 template <class W>
 inline void stage_weights(const Problem& p, const TapSlot* slot, const PackPiece& piece, float* stage) {
-  const W* w =
-      static_cast<const W*>(p.weight) + piece.group * p.stride_g + piece.column * p.stride_m + piece.c0 * p.stride_c;
-  const bool round = p.source_is_bf16;
-  const int64_t lanes = least(VF, p.M - piece.column), depth = piece.c1 - piece.c0;
-  for (int64_t r = 0; r < p.R; ++r)
-    for (int64_t s = 0; s < p.S; ++s) {
-      if (slot[r * p.S + s].pair < 0) continue;
-      float* to = stage + (r * p.S + s) * depth * VF;
-      const W* from = w + r * p.stride_r + s * p.stride_s;
-      for (int64_t c = 0; c < depth; ++c)
-        for (int64_t i = 0; i < VF; ++i)
-          to[c * VF + i] = i < lanes ? rounded_weight(from + c * p.stride_c + i * p.stride_m, round) : 0.0f;
+  const W* w = static_cast<const W*>(p.weight) + piece.group * p.stride_g + piece.column * p.stride_m +
+               piece.c0 * p.stride_c;
+  const int lanes = static_cast<int>(least(VF, p.M - piece.column));
+  const int64_t depth = piece.c1 - piece.c0, taps = p.R * p.S;
+  if (p.stride_m == 1) {
+    for (int64_t rs = 0; rs < taps; ++rs) {
+      if (slot[rs].pair < 0) continue;
+      const W* from = w + rs / p.S * p.stride_r + rs % p.S * p.stride_s;
+      float* to = stage + rs * depth * VF;
+      if (lanes == VF)
+        for (int64_t c = 0; c < depth; ++c) vstore(to + c * VF, vload(from + c * p.stride_c));
+      else
+        for (int64_t c = 0; c < depth; ++c) vstore(to + c * VF, vload_n(from + c * p.stride_c, lanes));
     }
-}
-
-// Channels a and b (fp32: a alone) of the VF columns that start at `column`, as one row of their panel.
-template <class K>
-inline void emit_row(const Panels<K>& panels, const PhasePair& pair, const PackPiece& piece, int64_t row, vec a, vec b,
-                     char* packed) {
-  if constexpr (K::ROWWISE) {
-    float low[VF], high[VF];
-    vstore(low, a);
-    vstore(high, b);
-    char* to = packed + pair.offset + piece.group * panels.columns * pair.units * 4 + row * 4;
-    for (int64_t i = 0; i < panels.columns; ++i, to += pair.units * 4) {
-      const bf16 two[2] = {to_bf16(low[i]), to_bf16(high[i])};
-      std::memcpy(to, K::PER_UNIT == 2 ? static_cast<const void*>(two) : &low[i], 4);
-    }
-  } else {
-    // The block that holds the column: widths differ by one grain at most.
-    int64_t block = panels.blocks * piece.column / panels.columns;
-    while (panels.first_column(block) > piece.column) --block;
-    while (panels.first_column(block + 1) <= piece.column) ++block;
-    char* to = packed + panels.panel(pair, piece.group, block) +
-               (row * panels.width(block) + piece.column - panels.first_column(block)) * 4;
-    if constexpr (K::PER_UNIT == 2) {
-      const vecu two = interleave_bf16(a, b);
-      std::memcpy(to, &two, sizeof two);
-    } else {
-      std::memcpy(to, &a, sizeof a);
+    return;
+  }
+  // Elements e of a column that follow each other in memory: channels of one tap, or all taps of one channel.
+  const bool along_c = p.stride_c == 1, along_taps = p.stride_s == 1 && p.stride_r == p.S;
+  const int64_t length = along_c ? depth : along_taps ? taps : 1, rows = taps * depth / length;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t rs = along_c ? row : along_taps ? 0 : row / depth, c = along_c ? 0 : along_taps ? row : row % depth;
+    if (!along_taps && slot[rs].pair < 0) continue;
+    const W* from = w + c * p.stride_c + rs / p.S * p.stride_r + rs % p.S * p.stride_s;
+    float* to = stage + (rs * depth + c) * VF;
+    const int64_t to_step = (along_c ? 1 : depth) * VF;
+    for (int64_t e = 0; e < length; e += VF) {
+      const int wide = static_cast<int>(least(VF, length - e));
+      if (wide == 1) {
+        for (int i = 0; i < VF; ++i) to[e * to_step + i] = i < lanes ? to_float(from[i * p.stride_m + e]) : 0.0f;
+        continue;
+      }
+      vec v[VF];
+      for (int i = 0; i < VF; ++i) {
+        const W* at = from + i * p.stride_m + e;
+        v[i] = i >= lanes ? vset(0.0f) : wide == VF ? vload(at) : vload_n(at, wide);
+      }
+      transpose(v);
+      for (int i = 0; i < wide; ++i) vstore(to + (e + i) * to_step, v[i]);
     }
   }
 }
@@ -130,30 +127,53 @@ inline void emit_weights(const Problem& p, const Panels<K>& panels, const PackPi
                          char* packed) {
   const int64_t depth = piece.c1 - piece.c0;
   const vec zero = vset(0.0f);
+  // Rounding: pairs are rounded as they are interleaved; fp32 panels for bf16 sources, here.
+  const bool round = K::PER_UNIT == 1 && p.source_dtype == BF16 && p.weight_dtype == F32;
   const auto channel = [&](int64_t rs, int64_t c) {
     return c < piece.c1 ? vload(stage + (rs * depth + c - piece.c0) * VF) : zero;
   };
+  int64_t block = 0;
+  while (panels.first_column(block + 1) <= piece.column) ++block;
+  const int64_t column = piece.column - panels.first_column(block), width = panels.width(block);
+  // Channels a and b (fp32: a alone) of the piece's columns, as one row of the panel.
+  const auto emit = [&](const PhasePair& pair, char* panel, int64_t row, vec a, vec b) {
+    if constexpr (K::ROWWISE) {
+      float low[VF], high[VF];
+      vstore(low, round ? widen(narrow(a)) : a);
+      vstore(high, b);
+      for (int64_t i = 0; i < panels.columns; ++i) {
+        const bf16 two[2] = {to_bf16(low[i]), to_bf16(high[i])};
+        std::memcpy(panel + (i * pair.units + row) * 4, K::PER_UNIT == 2 ? static_cast<const void*>(two) : &low[i], 4);
+      }
+    } else if constexpr (K::PER_UNIT == 2) {
+      vstore(reinterpret_cast<float*>(panel + (row * width + column) * 4), as_floats(interleave_bf16(a, b)));
+    } else {
+      vstore(reinterpret_cast<float*>(panel + (row * width + column) * 4), round ? widen(narrow(a)) : a);
+    }
+  };
   if (!panels.merged) {
+    const int64_t begin = piece.c0 / K::PER_UNIT;
     const int64_t end = piece.c1 == p.C ? panels.tap_units : piece.c1 / K::PER_UNIT;
     for (int64_t rs = 0; rs < p.R * p.S; ++rs) {
       if (panels.slot[rs].pair < 0) continue;
       const PhasePair& pair = panels.pair[panels.slot[rs].pair];
       const int64_t row = panels.slot[rs].tap * panels.tap_units;
-      for (int64_t u = piece.c0 / K::PER_UNIT; u < end; ++u)
-        emit_row(panels, pair, piece, row + u, channel(rs, u * K::PER_UNIT),
-                 K::PER_UNIT == 2 ? channel(rs, u * 2 + 1) : zero, packed);
+      char* panel = packed + panels.panel(pair, piece.group, block);
+      for (int64_t u = begin; u < end; ++u)
+        emit(pair, panel, row + u, channel(rs, u * K::PER_UNIT), K::PER_UNIT == 2 ? channel(rs, u * 2 + 1) : zero);
     }
     return;
   }
   for (int64_t i = 0; i < panels.pairs; ++i) {
     const PhasePair& pair = panels.pair[i];
+    char* panel = packed + panels.panel(pair, piece.group, block);
     const auto element = [&](int64_t e) {
       const int64_t tap = e / p.C;
       if (tap >= pair.taps) return zero;
       return channel(pair.h->tap[tap / pair.w->taps].index * p.S + pair.w->tap[tap % pair.w->taps].index, e % p.C);
     };
     for (int64_t u = 0; u < pair.units; ++u)
-      emit_row(panels, pair, piece, u, element(u * K::PER_UNIT), K::PER_UNIT == 2 ? element(u * 2 + 1) : zero, packed);
+      emit(pair, panel, u, element(u * K::PER_UNIT), K::PER_UNIT == 2 ? element(u * 2 + 1) : zero);
   }
 }
 
