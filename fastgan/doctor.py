@@ -141,17 +141,11 @@ def _data() -> Any:
     return data.available()
 
 
-def _prove() -> list[dict[str, Any]]:
-    from fastgan.backends import prove_all
-
-    return [dict(row) for row in prove_all()]
-
-
 def doctor(prove: bool = False) -> dict[str, Any]:
     """Facts about this installation by topic; see the module's text.
 
-    prove: also run every available backend of every op against its reference on small random inputs; the rows
-    are under "proofs".
+    prove: also run every available backend of every op against its reference on small random inputs; the rows under
+        "proofs" have the keys op, backend, dtype, layout and error, which is "" where they agree.
     """
     found = {
         "versions": {
@@ -171,5 +165,7 @@ def doctor(prove: bool = False) -> dict[str, Any]:
         "data": _guarded(_data),
     }
     if prove:
-        found["proofs"] = _guarded(_prove)
+        from fastgan.backends import prove_all
+
+        found["proofs"] = _guarded(prove_all)
     return found

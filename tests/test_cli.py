@@ -306,3 +306,13 @@ def test_doctor_survives_what_is_broken(monkeypatch, capsys):
     assert not found["extras"]["imageio_ffmpeg"]["available"] and found["machine"] == machine()
     assert main(["doctor"]) == 0
     assert "the disk is on fire" in capsys.readouterr().out
+
+
+def test_doctor_proves_and_fails_where_a_proof_does(monkeypatch, capsys):
+    assert main(["doctor", "--prove", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["proofs"]
+    assert {row["op"] for row in rows} >= {"conv2d", "bn_act", "gan_loss"} and not any(row["error"] for row in rows)
+    wrong = {"op": "conv2d", "backend": "native", "dtype": "float32", "layout": "channels_last", "error": "off by one"}
+    monkeypatch.setattr(sys.modules["fastgan.backends"], "prove_all", lambda: [wrong])
+    assert main(["doctor", "--prove"]) == 1
+    assert "off by one" in capsys.readouterr().out

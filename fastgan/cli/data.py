@@ -36,9 +36,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     prepare.add_argument("--limit", type=positive_int, metavar="N", help="take N images, evenly spread")
     for verb in verbs.choices.values():
         # also after the verb; SUPPRESS leaves what was given before it
-        verb.add_argument(
-            "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
+        verb.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 

@@ -19,9 +19,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         help="report what works here and why not",
         description="Report what this installation can do, and where it cannot, why not.",
     )
-    parser.add_argument(
-        "--prove", action="store_true", help="run every backend of every op against its reference"
-    )
+    parser.add_argument("--prove", action="store_true", help="run every backend of every op against its reference")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -34,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     proofs = found.get("proofs", [])
-    return int("error" in proofs or any(not row["ok"] for row in proofs))
+    return int("error" in proofs or any(row["error"] for row in proofs))
 
 
 def _print(found: Mapping[str, Any]) -> None:
@@ -108,9 +106,10 @@ def _print_proofs(console: Any, proofs: Any) -> None:
         console.print(_facts("proofs", proofs))
         return
     table = Table(title="proofs against the reference", title_justify="left", title_style="bold", box=None)
-    columns = list(proofs[0]) if proofs else []
-    for column in columns:
+    columns = ("op", "backend", "dtype", "layout")
+    for column in (*columns, "result"):
         table.add_column(column)
     for row in proofs:
-        table.add_row(*(Text(str(row[c]), style="" if row["ok"] else "red") for c in columns))
+        result = Text(row["error"], style="red") if row["error"] else Text("agrees", style="green")
+        table.add_row(*(row[column] for column in columns), result)
     console.print(table)

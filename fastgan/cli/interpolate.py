@@ -38,9 +38,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         help="great arcs, which keep the length that latents have (default), or straight lines",
     )
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
-    parser.add_argument(
-        "--stops", type=positive_int, default=4, help="latents that a walk passes (default 4)"
-    )
+    parser.add_argument("--stops", type=positive_int, default=4, help="latents that a walk passes (default 4)")
     parser.add_argument("--walks", type=positive_int, default=9, help="walks side by side (default 9)")
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the latents (default 0)")
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")

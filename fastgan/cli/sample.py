@@ -24,9 +24,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.add_argument("--columns", type=positive_int, help="pictures a row (default: a square)")
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the latents (default 0)")
-    parser.add_argument(
-        "--label", type=nonnegative_int, metavar="K", help="the class, for models that take one"
-    )
+    parser.add_argument("--label", type=nonnegative_int, metavar="K", help="the class, for models that take one")
     parser.add_argument(
         "--truncation",
         type=positive_float,
@@ -44,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
     if args.label is not None:
         raise ValueError(
-            f"sample: --label needs a model that takes classes, "
-            f"{config['recipe']['model']} of {args.run} takes none"
+            f"sample: --label needs a model that takes classes, {config['recipe']['model']} of {args.run} takes none"
         )
     z = sampling.latents(args.n, config["recipe"]["latent"], seed=args.seed, truncation=args.truncation)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -35,9 +35,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", metavar="NAME", help="the recipe to follow (listed below)")
-    parser.add_argument(
-        "--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip"
-    )
+    parser.add_argument("--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip")
     parser.add_argument("--out", metavar="DIR", help="the run directory: new or empty")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
@@ -57,12 +55,8 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         dest="settings",
         help="set any recipe field; repeat it",
     )
-    parser.add_argument(
-        "--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan with memory and time, write nothing"
-    )
+    parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
 

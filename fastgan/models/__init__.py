@@ -65,9 +65,7 @@ _PRESETS = {
             build_keras_dcgan,
             "TensorFlow's Keras tutorial, tensorflow.org/tutorials/generative/dcgan",
         ),
-        Preset(
-            "dcgan-64", build_dcgan, "pytorch/examples dcgan, after Radford et al. 2016 (arXiv:1511.06434)"
-        ),
+        Preset("dcgan-64", build_dcgan, "pytorch/examples dcgan, after Radford et al. 2016 (arXiv:1511.06434)"),
     )
 }
 

@@ -147,9 +147,7 @@ class KerasDCGANGenerator(nn.Module):
     def __init__(self, *, image_size: int = 28, channels: int = 1, latent: int = 100, width: int = 64):
         super().__init__()
         if not isinstance(image_size, int) or image_size < 4 or image_size % 4:
-            raise ValueError(
-                f"KerasDCGANGenerator: image_size must be a positive multiple of 4, got {image_size!r}"
-            )
+            raise ValueError(f"KerasDCGANGenerator: image_size must be a positive multiple of 4, got {image_size!r}")
         _check_positive("KerasDCGANGenerator", channels=channels, latent=latent, width=width)
         self.latent, self.image_size, self.channels = latent, image_size, channels
         self.start, self.width = image_size // 4, width
@@ -206,9 +204,7 @@ class KerasDCGANDiscriminator(nn.Module):
         self.dense = nn.Linear((image_size // 4) ** 2 * 2 * width, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        h = self.main(images).permute(
-            0, 2, 3, 1
-        )  # flattened as [row][column][channel]: a view when channels_last
+        h = self.main(images).permute(0, 2, 3, 1)  # flattened as [row][column][channel]: a view when channels_last
         logits: Tensor = self.dense(torch.flatten(h, 1))
         return logits.flatten()
 
@@ -240,9 +236,7 @@ def build_keras_dcgan(
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1 or math.isnan(dropout):
         raise ValueError(f"dcgan-28: dropout must be in [0, 1), got {dropout!r}")
     generator = KerasDCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
-    discriminator = KerasDCGANDiscriminator(
-        image_size=image_size, channels=channels, width=d_width, dropout=dropout
-    )
+    discriminator = KerasDCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, dropout=dropout)
     init_keras(generator)
     init_keras(discriminator)
     return generator, discriminator

@@ -86,8 +86,7 @@ def build(
     """Both networks, with PyTorch's default initialisation as in the source."""
     if math.prod((image_size, channels, latent)) <= 0:
         raise ValueError(
-            "mlp: image_size, channels and latent must be positive, "
-            f"got {image_size}, {channels} and {latent}"
+            f"mlp: image_size, channels and latent must be positive, got {image_size}, {channels} and {latent}"
         )
     return (
         MLPGenerator(image_size=image_size, channels=channels, latent=latent, widths=g_widths),

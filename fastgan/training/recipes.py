@@ -119,9 +119,7 @@ class Recipe:
         """A copy with some fields changed. Raises ValueError for an unknown field."""
         unknown = sorted(set(changes) - set(_field_types()))
         if unknown:
-            raise ValueError(
-                f"recipe: there is no field {unknown[0]!r}, the fields are {', '.join(_field_types())}"
-            )
+            raise ValueError(f"recipe: there is no field {unknown[0]!r}, the fields are {', '.join(_field_types())}")
         return dataclasses.replace(self, **changes)
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
@@ -153,9 +151,7 @@ class Recipe:
             return _RECIPES[str(name)].replace(**values)
         missing = [key for key in ("name", "model") if key not in values]
         if missing:
-            raise ValueError(
-                f"recipe: {missing[0]} must be given, the named recipes are {', '.join(_RECIPES)}"
-            )
+            raise ValueError(f"recipe: {missing[0]} must be given, the named recipes are {', '.join(_RECIPES)}")
         return cls(name=values["name"], model=values["model"]).replace(**values)
 
 

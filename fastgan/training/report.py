@@ -91,9 +91,7 @@ def _curves(
 
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img">']
     for tick in _ticks(low, high):
-        parts.append(
-            f'<line class="axis" x1="{left:g}" x2="{width - 8:g}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
+        parts.append(f'<line class="axis" x1="{left:g}" x2="{width - 8:g}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{left - 6:g}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in _ticks(steps[0], steps[-1]):
         parts.append(f'<text x="{x(tick):.1f}" y="{height - 6:g}" text-anchor="middle">{tick:.6g}</text>')
@@ -127,9 +125,7 @@ def _facts(records: Sequence[Mapping[str, Any]], status: str) -> str:
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "none",
         "memory": f"{last.get('memory_mb', 0):,.0f} MB",
     }
-    return "".join(
-        f"<div><span class='soft'>{k}</span><b>{html.escape(v)}</b></div>" for k, v in facts.items()
-    )
+    return "".join(f"<div><span class='soft'>{k}</span><b>{html.escape(v)}</b></div>" for k, v in facts.items())
 
 
 def _choose(paths: Sequence[Path], count: int) -> list[Path]:
@@ -166,9 +162,7 @@ def _sections(folder: Path, status: str, notes: Iterable[str], explanation: str)
         yield f"<h2>Layers</h2><pre>{html.escape(explanation)}</pre>"
 
 
-def write_report(
-    folder: str | Path, *, status: str, notes: Iterable[str] = (), explanation: str = ""
-) -> Path:
+def write_report(folder: str | Path, *, status: str, notes: Iterable[str] = (), explanation: str = "") -> Path:
     """Write ``report.html`` from the run directory's own files and return its path.
 
     `status`: how the run ended, in a few words. `notes`: warnings it gave. `explanation`: the text of

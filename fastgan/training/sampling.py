@@ -94,9 +94,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"run: {run} must be a run directory, it holds no readable config.json") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"run: {path} must be the configuration of a run, reading it gave: {error}"
-        ) from error
+        raise ValueError(f"run: {path} must be the configuration of a run, reading it gave: {error}") from error
     return dict(config)
 
 
@@ -115,9 +113,7 @@ def load_generator(
     state = checkpoint.load(path)
     if generator is None:
         if config["models"] != "recipe":
-            raise ValueError(
-                f"run: {run} was trained with networks of its own, pass generator= to load its weights"
-            )
+            raise ValueError(f"run: {run} was trained with networks of its own, pass generator= to load its weights")
         generator, _ = build_models(Recipe.from_dict(config["recipe"]))
     generator.load_state_dict(state["sampler"] or state["generator"])
     return generator.to(device).eval(), config

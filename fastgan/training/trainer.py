@@ -62,9 +62,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device: it must be auto, cpu or cuda[:N], got {str(device)!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: {device} must exist, this machine has {torch.cuda.device_count()} CUDA device(s)"
-        )
+        raise ValueError(f"device: {device} must exist, this machine has {torch.cuda.device_count()} CUDA device(s)")
     return found
 
 
@@ -85,9 +83,7 @@ def assemble(
     discriminator = fastgan.convert(discriminator)
 
     def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(
-            module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps, fused=True
-        )
+        return torch.optim.Adam(module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps, fused=True)
 
     step = fastgan.GANStep(
         generator,
@@ -197,9 +193,7 @@ class Trainer:
         import fastgan
         from fastgan.doctor import machine
 
-        started = (
-            saved["started"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        )
+        started = saved["started"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         config = {
             "fastgan": fastgan.__version__,
             "started": started,
@@ -217,9 +211,7 @@ class Trainer:
 
         recipe = self.recipe
         if images is None:
-            images = data.load(
-                recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=self.device
-            )
+            images = data.load(recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=self.device)
         self.images = images
         shape = tuple(images.images.shape[1:])
         if shape != (recipe.channels, recipe.image_size, recipe.image_size):
@@ -274,8 +266,7 @@ class Trainer:
         state = checkpoint.load(path)
         if self.recipe.steps <= state["step"]:
             raise ValueError(
-                f"resume: steps must be above the {state['step']} that {self.out} has, "
-                f"got {self.recipe.steps}"
+                f"resume: steps must be above the {state['step']} that {self.out} has, got {self.recipe.steps}"
             )
         self.step, self.images_seen, self.seconds = state["step"], state["images"], state["seconds"]
         self.generator.load_state_dict(state["generator"])
@@ -336,9 +327,7 @@ class Trainer:
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         (self.out / "checkpoints").mkdir(exist_ok=True)
         log = self.out / "log.jsonl"
-        kept = (
-            [r for r in report.read_log(log) if r["step"] <= self.step] if log.exists() and self.step else []
-        )
+        kept = [r for r in report.read_log(log) if r["step"] <= self.step] if log.exists() and self.step else []
         log.write_text("".join(json.dumps(r) + "\n" for r in kept))
         (self.out / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         recipe = self.recipe
@@ -440,13 +429,9 @@ class Trainer:
             "target": "target reached",
             "interrupted": "interrupted",
         }
-        page = report.write_report(
-            self.out, status=words[reason], notes=self.notes, explanation=self._explanation()
-        )
+        page = report.write_report(self.out, status=words[reason], notes=self.notes, explanation=self._explanation())
         self.progress.stop()
-        self.progress.note(
-            f"{words[reason]}: step {self.step}, {self.seconds:.0f} s of training; report: {page}"
-        )
+        self.progress.note(f"{words[reason]}: step {self.step}, {self.seconds:.0f} s of training; report: {page}")
         if reason in ("interrupted", "time"):
             self.progress.note(f"go on with: fastgan train --resume {self.out}")
         return Result(self.out, self.step, reason, self.seconds, dict(self.metrics), path)
