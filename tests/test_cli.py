@@ -267,7 +267,7 @@ def test_live_display(capsys):
 
 def test_durations_and_memory():
     assert [progress.duration(s) for s in (0, 61.4, 3661, -5)] == ["0:00", "1:01", "1:01:01", "0:00"]
-    assert 10 < progress.memory_mb("cpu") < 1e6
+    assert 10 < progress.memory_mb(torch.device("cpu")) < 1e6
 
 
 # ------------------------------------------------------------------------------------------------ doctor

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -202,6 +203,16 @@ def test_resuming_is_exact(images, tmp_path, changes):
     ]
     pictures = [(tmp_path / name / "samples" / "step-0000006.png").read_bytes() for name in ("straight", "halves")]
     assert pictures[0] == pictures[1]
+
+
+def test_a_resumed_run_takes_the_kernels_of_the_first(images, tmp_path, monkeypatch):
+    """Races are timings: another process, or another day, may decide them otherwise."""
+    backends = sys.modules["fastgan.backends"]
+    monkeypatch.setattr(backends, "_winners", {"some case": "native"})
+    trainer(images, tmp_path, TINY.replace(steps=1)).fit()
+    monkeypatch.setattr(backends, "_winners", {"some case": "reference", "another": "reference"})
+    Trainer(TINY, resume=tmp_path, images=images, quiet=True)
+    assert backends.winners() == {"some case": "native", "another": "reference"}
 
 
 def test_a_log_beyond_the_checkpoint_is_cut_back(images, tmp_path):

@@ -38,7 +38,7 @@ def measure(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     return {
         "seconds": sorted(times)[len(times) // 2],
         "timed": len(times),
-        "memory_mb": memory_mb(device.type),
+        "memory_mb": memory_mb(device),
         "parameters": {"generator": _count(generator), "discriminator": _count(discriminator)},
     }
 

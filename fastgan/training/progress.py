@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 __all__ = [
     "LineProgress",
@@ -38,16 +41,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def memory_mb(device_type: str) -> float:
+def memory_mb(device: torch.device) -> float:
     """Memory that the run holds, in MB: the device's peak on a GPU, the process' resident set on a CPU."""
-    if device_type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e6
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     statm = Path("/proc/self/statm")
     if statm.exists():
-        import os
-
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     try:
         import resource

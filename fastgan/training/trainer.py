@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -157,7 +157,7 @@ class Trainer:
         self._guard = Guard(scores=self.recipe.loss != "wasserstein")
         self._good: Path | None = None
         self.config = self._configuration(saved)
-        with self._on_backend():
+        with self._placed():
             self._build(images, networks)
         if start:
             self._restore(start)
@@ -293,10 +293,17 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- training
 
-    def _on_backend(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[None]:
+        """On the run's backend, and with its GPU as the current one."""
         import fastgan
 
-        return fastgan.backend(self.backend) if self.backend else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            if self.backend:
+                stack.enter_context(fastgan.backend(self.backend))
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
+            yield
 
     def fit(self) -> Result:
         """Train to the end of the recipe, the time limit, the target or an interrupt, whichever comes first.
@@ -306,7 +313,7 @@ class Trainer:
         """
         if self.step >= self.recipe.steps:
             raise ValueError(f"training: the run has its {self.recipe.steps} steps already")
-        with self._on_backend(), _Signals() as signals:
+        with self._placed(), _Signals() as signals:
             self._begin()
             self.progress.start(self.step, self.recipe.steps)
             try:
@@ -395,7 +402,7 @@ class Trainer:
             **{name: float(f"{value:.6g}") for name, value in self.metrics.items()},
             "images_per_second": round(self.recipe.batch_size * self.recipe.d_steps / step_seconds, 1),
             "step_ms": round(step_seconds * 1e3, 3),
-            "memory_mb": round(memory_mb(self.device.type), 1),
+            "memory_mb": round(memory_mb(self.device), 1),
         }
         warning = self._guard.check(self.step, self.metrics, self._good)
         with open(self.out / "log.jsonl", "a") as file:
