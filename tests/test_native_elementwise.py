@@ -85,7 +85,7 @@ def activation(t, act):
 
 
 def bn_reference(x, weight, bias, mean, var, groups, training, act):
-    n, c, hw = x.shape
+    n = len(x)
     parts = []
     for g in range(groups):
         part = x[g * n // groups : (g + 1) * n // groups]
@@ -110,7 +110,7 @@ def statistics(x, groups):
     return mean, (by_group - mean[:, None, :, None]).square().mean(dim=(1, 3))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bn_case(shape, dtype, groups, training, act, affine):
     """Inputs in the kernel's dtypes and every derivative in float64."""
     n, c, hw = shape
@@ -163,19 +163,21 @@ CONFIGS = [  # training, act, affine
 
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
 
 
 @layouts
 @dtypes
-@shapes
-@configs
-def test_bn_act(table, shape, dtype, channels_last, config):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bn_act(table, shape, dtype, channels_last):
     *size, groups = shape
-    training, act, affine = config
+    for config in CONFIGS:
+        run_bn_act(tuple(size), groups, dtype, channels_last, *config)
+
+
+def run_bn_act(size, groups, dtype, channels_last, training, act, affine):
+    """Forward, backward and double backward of one case."""
     n, c, hw = size
-    inputs, y_want, first_want, second_want = bn_case(tuple(size), dtype, groups, training, act, affine)
+    inputs, y_want, first_want, second_want = bn_case(size, dtype, groups, training, act, affine)
     memory = {k: to_memory(inputs[k], channels_last) for k in ("x", "dy", "ddx")}
     weight, bias = inputs["weight"], inputs["bias"]
     tail = (n, c, hw, groups, channels_last, training, EPS, act, SLOPE, 3)
@@ -184,7 +186,8 @@ def test_bn_act(table, shape, dtype, channels_last, config):
         return Guarded(n * c * hw, DTYPES[dtype])
 
     def compare(out, want, what):
-        check(from_memory(out.get(), size, channels_last), want, dtype, what)
+        case = f"{what} (training={training}, act={act}, affine={affine})"
+        check(from_memory(out.get(), size, channels_last), want, dtype, case)
 
     # forward
     y, mean, var = tensor_out(), Guarded(groups * c), Guarded(groups * c)
@@ -220,3 +223,295 @@ def test_bn_act(table, shape, dtype, channels_last, config):
     compare(d_x, second_want[1], "d_x")
     if affine:
         check(d_weight.get(), second_want[2], F32, "d_weight")
+
+
+def run_statistics(x, channels_last, groups=1, threads=3):
+    """mean, var [G, C] as bn_act_forward computes them in training."""
+    n, c, hw = x.shape
+    code = BF16 if x.dtype == torch.bfloat16 else F32
+    memory, y, mean, var = to_memory(x, channels_last), torch.empty_like(x), Guarded(groups * c), Guarded(groups * c)
+    _C.bn_act_forward(
+        code, pointer(memory), 0, 0, pointer(mean), pointer(var), pointer(y), n, c, hw, groups, channels_last, True,
+        EPS, IDENTITY, 0.0, threads,
+    )  # fmt: skip
+    return mean.get().view(groups, c), var.get().view(groups, c)
+
+
+@layouts
+@pytest.mark.parametrize("kind", ["large mean", "outlier first", "two levels", "constant"])
+def test_statistics_do_not_cancel(table, channels_last, kind):
+    x = torch.randn(16, 6, 1600, generator=torch.Generator().manual_seed(1))
+    if kind == "large mean":
+        x += 3e4  # mean / std = 3e4: E[x²] - E[x]² in fp32 has no digit left
+    elif kind == "outlier first":
+        x[0, :, 0] = 300.0
+    elif kind == "two levels":
+        x[8:] += 2000.0
+    else:
+        x = torch.full_like(x, 1234.567)
+    mean, var = run_statistics(x, channels_last)
+    want_mean, want_var = statistics(x.double(), 1)
+    # The mean to its own rounding, or to a millionth of the standard deviation.
+    assert ((mean - want_mean).abs() <= 2e-7 * want_mean.abs() + 1e-6 * want_var.sqrt()).all()
+    torch.testing.assert_close(var, want_var.float(), rtol=1e-5, atol=0)
+
+
+@layouts
+def test_bn_act_propagates_nan_and_inf(table, channels_last):
+    x = torch.randn(4, 5, 70, generator=torch.Generator().manual_seed(2))
+    x[1, 2, 3], x[2, 4, 5] = torch.nan, torch.inf
+    mean, var = run_statistics(x, channels_last)
+    finite = torch.tensor([True, True, False, True, False])
+    assert mean[0].isfinite().equal(finite) and var[0].isfinite().equal(finite)
+    assert mean[0, 2].isnan() and mean[0, 4] == torch.inf and var[0, 4].isnan()
+
+
+@layouts
+@pytest.mark.parametrize("n, hw", [(0, 4), (2, 0)])
+def test_empty(table, channels_last, n, hw):
+    """No pointer is touched but those of the parameters' gradients, which are 0: every other address is a trap."""
+    trap = 8
+    dweight, dbias, d_weight, dbias_act = (Guarded(3) for _ in range(4))
+    tail = (n, 3, hw, 1, channels_last, True, EPS, LEAKY, SLOPE, 2)
+    _C.bn_act_forward(F32, trap, trap, trap, trap, trap, trap, *tail)
+    _C.bn_act_backward(F32, trap, trap, trap, trap, trap, trap, trap, pointer(dweight), pointer(dbias), *tail)
+    _C.bn_act_double_backward(
+        F32, trap, trap, trap, trap, trap, trap, trap, trap, trap, trap, trap, pointer(d_weight), *tail
+    )
+    _C.bias_act_forward(F32, trap, trap, trap, n, 3, hw, channels_last, TANH, 0.0, 2)
+    _C.bias_act_backward(F32, trap, trap, trap, pointer(dbias_act), n, 3, hw, channels_last, TANH, 0.0, 2)
+    for out in (dweight, dbias, d_weight, dbias_act):
+        assert out.get().eq(0).all()
+
+
+@layouts
+@dtypes
+def test_absent_outputs(table, dtype, channels_last):
+    """What is not asked for is not needed, and what is asked for does not change."""
+    n, c, hw = size = (3, 20, 37)
+    inputs, _, first_want, _ = bn_case(size, dtype, 1, True, LEAKY, True)
+    memory = {k: to_memory(inputs[k], channels_last) for k in ("x", "dy", "ddx")}
+    w, b, mean, var = (pointer(inputs[k]) for k in ("weight", "bias", "mean", "var"))
+    dy, x = pointer(memory["dy"]), pointer(memory["x"])
+    tail = (n, c, hw, 1, channels_last, True, EPS, LEAKY, SLOPE, 2)
+    dx, dbias, d_x = Guarded(n * c * hw, DTYPES[dtype]), Guarded(c), Guarded(n * c * hw, DTYPES[dtype])
+    _C.bn_act_backward(dtype, dy, x, w, b, mean, var, pointer(dx), 0, 0, *tail)
+    check(from_memory(dx.get(), size, channels_last), first_want[0], dtype, "dx alone")
+    _C.bn_act_backward(dtype, dy, x, w, b, mean, var, 0, 0, pointer(dbias), *tail)
+    check(dbias.get(), first_want[2], F32, "dbias alone")
+    # Only the cotangent of dbias, by autograd: d(dbias)/d(dy) = mask, nothing flows to x.
+    d_dy, d_weight = Guarded(n * c * hw, DTYPES[dtype]), Guarded(c)
+    cotangent = pointer(inputs["ddbias"])
+    _C.bn_act_double_backward(
+        dtype, 0, 0, cotangent, dy, x, w, b, mean, var, pointer(d_dy), pointer(d_x), pointer(d_weight), *tail
+    )
+    t = bn_reference(inputs["x"].double(), inputs["weight"].double(), inputs["bias"].double(), None, None, 1, True, 0)
+    want = inputs["ddbias"].double()[:, None] * torch.where(t > 0, 1.0, torch.tensor(SLOPE, dtype=torch.float64))
+    check(from_memory(d_dy.get(), size, channels_last), want, dtype, "d_dy of dbias alone")
+    assert d_x.get().eq(0).all() and d_weight.get().eq(0).all()
+
+
+# ------------------------------------------------------------------------------------------------ bias_act
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("act", [IDENTITY, RELU, LEAKY, TANH, SIGMOID])
+def test_bias_act(table, dtype, channels_last, act):
+    for size in [(2, 3, 49), (3, 100, 171), (5, 17, 1), (1, 1, 3), (40, 64, 16)]:
+        for with_bias in (True, False):
+            run_bias_act(size, dtype, channels_last, act, with_bias)
+
+
+def run_bias_act(size, dtype, channels_last, act, with_bias):
+    n, c, hw = size
+    gen = torch.Generator().manual_seed(3)
+    x, dy = ((torch.randn(size, generator=gen) * 2).to(DTYPES[dtype]) for _ in range(2))
+    bias = torch.randn(c, generator=gen) if with_bias else None
+    x64 = x.double() if bias is None else x.double() + bias.double()[:, None]
+    forms = [lambda t: t, torch.relu, lambda t: F.leaky_relu(t, SLOPE), torch.tanh, torch.sigmoid]
+    slopes = [
+        torch.ones_like,
+        lambda y: (y > 0).double(),
+        lambda y: torch.where(y > 0, 1.0, torch.tensor(SLOPE, dtype=torch.float64)),
+        lambda y: 1 - y * y,
+        lambda y: y * (1 - y),
+    ]
+    y = Guarded(n * c * hw, DTYPES[dtype])
+    tail = (n, c, hw, channels_last, act, SLOPE, 3)
+    x_memory, dy_memory = to_memory(x, channels_last), to_memory(dy, channels_last)
+    _C.bias_act_forward(dtype, pointer(x_memory), pointer(bias), pointer(y), *tail)
+    got = from_memory(y.get(), size, channels_last)
+    check(got, forms[act](x64), dtype, "y")
+
+    memory = to_memory(got, channels_last)
+    want = dy.double() * slopes[act](got.double())  # the contract: from the output as stored
+    for dbias in (Guarded(c), None):
+        dx = Guarded(n * c * hw, DTYPES[dtype])
+        _C.bias_act_backward(dtype, pointer(dy_memory), pointer(memory), pointer(dx), pointer(dbias), *tail)
+        check(from_memory(dx.get(), size, channels_last), want, dtype, "dx")
+        if dbias is not None:
+            check(dbias.get(), want.sum(dim=(0, 2)), F32, "dbias")
+
+
+@pytest.mark.parametrize("act", [TANH, SIGMOID])
+def test_tanh_and_sigmoid_to_three_ulp(table, act):
+    near = torch.linspace(-20, 20, 40001)
+    small = torch.logspace(-38, 0, 5000)
+    edges = torch.tensor([0.0, -0.0, 88.0, 88.73, 104.0, 1e4, 3e38, torch.inf, 0.625, 0.62499994])
+    x = torch.cat([near, small, -small, edges, -edges])
+    y = Guarded(len(x))
+    _C.bias_act_forward(F32, pointer(x), 0, pointer(y), 1, 1, len(x), False, act, 0.0, 1)
+    want = (torch.tanh if act == TANH else torch.sigmoid)(x.double())
+    normal = torch.finfo(torch.float32).tiny
+    ulp = torch.finfo(torch.float32).eps * 2.0 ** want.abs().clamp(min=normal).log2().floor()
+    assert ((y.get().double() - want).abs() / ulp).max() <= 3
+    nan = torch.full((3,), torch.nan)
+    _C.bias_act_forward(F32, pointer(nan), 0, pointer(nan), 1, 1, 3, False, act, 0.0, 1)
+    assert nan.isnan().all()
+
+
+@dtypes
+def test_special_values(table, dtype):
+    """relu and leaky_relu of NaN and inf, and their gradients, as torch has them; bf16 rounds as torch does."""
+    inf, nan = torch.inf, torch.nan
+    x = torch.tensor([-inf, inf, nan, -0.0, 0.0, 1.0, -1.0, 3.4e38, 1e-40, 1.00390625, 1.01171875]).to(DTYPES[dtype])
+    dy = torch.tensor([nan, inf, 2.0, inf, 5.0, nan, -inf, 1.0, 1.0, 1.0, 1.0]).to(DTYPES[dtype])
+    for act, forward in ((RELU, F.relu), (LEAKY, lambda t: F.leaky_relu(t, SLOPE)), (IDENTITY, lambda t: t)):
+        for bias in (0.0, 1.0):
+            shift, y, dx = torch.tensor([bias]), torch.empty_like(x), torch.empty_like(x)
+            tail = (1, 1, len(x), False, act, SLOPE, 1)
+            _C.bias_act_forward(dtype, pointer(x), pointer(shift), pointer(y), *tail)
+            want = forward(x.float() + bias).to(DTYPES[dtype])
+            torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+        _C.bias_act_backward(dtype, pointer(dy), pointer(x), pointer(dx), 0, *tail)
+        leaf = x.float().requires_grad_()
+        (want,) = torch.autograd.grad(forward(leaf), leaf, dy.float())
+        torch.testing.assert_close(dx, want.to(DTYPES[dtype]), rtol=0, atol=0, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------------------ gan_loss
+
+
+def loss_reference(fake, real, kind, side, s):
+    sp = F.softplus
+    if kind == "relativistic":
+        return sp(fake - real).mean() if side == D else sp(real - fake).mean()
+    if side == G:
+        return {
+            "bce": lambda: sp(-fake).mean(),
+            "minimax": lambda: -sp(fake).mean(),
+            "lsgan": lambda: 0.5 * (fake - 1).square().mean(),
+        }.get(kind, lambda: -fake.mean())()
+    return {
+        "bce": lambda: (sp(real) - (1 - s) * real).mean() + sp(fake).mean(),
+        "minimax": lambda: (sp(real) - (1 - s) * real).mean() + sp(fake).mean(),
+        "lsgan": lambda: 0.5 * (real - (1 - s)).square().mean() + 0.5 * fake.square().mean(),
+        "hinge": lambda: (1 - real).relu().mean() + (1 + fake).relu().mean(),
+        "wasserstein": lambda: fake.mean() - real.mean(),
+    }[kind]()
+
+
+@dtypes
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [D, G], ids=["d", "g"])
+def test_gan_loss(table, kind, side, dtype):
+    for counts in [(1, 1), (64, 64), (37, 75), (9000, 9000), (17, 0)]:
+        for smoothing in (0.0, 0.1):
+            run_gan_loss(counts, kind, side, dtype, smoothing)
+
+
+def run_gan_loss(counts, kind, side, dtype, smoothing):
+    n_fake, n_real = counts
+    if (kind == "relativistic" and n_fake != n_real) or (side == D and not n_real):
+        with pytest.raises(ValueError, match="gan_loss_forward"):
+            _C.gan_loss_forward(dtype, 8, n_fake, 8, n_real, KINDS.index(kind), side, smoothing, 8, 1)
+        return
+    gen = torch.Generator().manual_seed(4)
+    fake, real = ((torch.randn(n, generator=gen) * 3).to(DTYPES[dtype]) for n in counts)
+    fake64, real64 = fake.double().requires_grad_(), real.double().requires_grad_()
+    loss = loss_reference(fake64, real64, kind, side, smoothing)
+    head = (KINDS.index(kind), side, smoothing)
+    out = Guarded(7)
+    logits = (pointer(fake), n_fake, pointer(real) if n_real else 0, n_real)
+    _C.gan_loss_forward(dtype, *logits, *head, pointer(out), 3)
+    r, f = (real64.detach(), fake64.detach()) if n_real else (torch.zeros(1).double() - 1e30, fake64.detach())
+    want = [loss, r.mean(), f.mean(), r.sigmoid().mean(), f.sigmoid().mean(), (r > 0).double().mean()]
+    want.append((f < 0).double().mean())
+    want = torch.stack([torch.as_tensor(v) for v in want]).detach()
+    if not n_real:
+        want[1] = 0
+    torch.testing.assert_close(out.get().double(), want, rtol=2e-6, atol=2e-6)
+
+    dloss = torch.tensor([1.75])
+    dfake, dreal = torch.autograd.grad(loss, [fake64, real64], dloss.double()[0], allow_unused=True)
+    got_fake, got_real = Guarded(n_fake, DTYPES[dtype]), Guarded(n_real, DTYPES[dtype])
+    _C.gan_loss_backward(dtype, pointer(dloss), *logits, *head, pointer(got_fake), pointer(got_real), 3)
+    check(got_fake.get(), dfake, dtype, "dfake")
+    if n_real:
+        check(got_real.get(), torch.zeros_like(real64) if dreal is None else dreal, dtype, "dreal")
+    _C.gan_loss_backward(dtype, pointer(dloss), *logits, *head, 0, 0, 3)  # neither gradient wanted
+
+
+def test_softplus_over_the_whole_range(table):
+    """Through the minimax G loss of one logit, -softplus(f): relative accuracy for tiny results, too."""
+    for x in [-1e4, -104.0, -88.0, -30.0, -5.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 17.0, 88.0, 1e4, math.inf, -math.inf]:
+        logit, out = torch.tensor([x]), Guarded(7)
+        _C.gan_loss_forward(F32, pointer(logit), 1, 0, 0, KINDS.index("minimax"), G, 0.0, pointer(out), 1)
+        want = -torch.logaddexp(torch.zeros(1).double(), logit.double())
+        torch.testing.assert_close(out.get()[:1].double(), want, rtol=5e-7, atol=1e-44)
+
+
+# ------------------------------------------------------------------------------------------------ threads, refusals
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(8, 64, 300), (2, 5, 16411), (300, 513, 1), (9, 12, 1600)], ids=str)
+def test_eight_threads_are_deterministic(table, shape, channels_last):
+    n, c, hw = shape
+    gen = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(n * c * hw, generator=gen) for _ in range(2))
+    weight, bias = torch.randn(c, generator=gen), torch.randn(c, generator=gen)
+
+    def run(threads):
+        out = [torch.full((n * c * hw,), torch.nan) for _ in range(4)]
+        small = [torch.full((c,), torch.nan) for _ in range(6)]
+        tail = (n, c, hw, 1, channels_last, True, EPS, LEAKY, SLOPE, threads)
+        p = [pointer(t) for t in (weight, bias, small[0], small[1])]
+        _C.bn_act_forward(F32, pointer(x), *p, pointer(out[0]), *tail)
+        _C.bn_act_backward(
+            F32, pointer(dy), pointer(x), *p, pointer(out[1]), pointer(small[2]), pointer(small[3]), *tail
+        )
+        _C.bn_act_double_backward(
+            F32, pointer(out[1]), pointer(weight), pointer(bias), pointer(dy), pointer(x), *p, pointer(out[2]),
+            pointer(out[3]), pointer(small[4]), *tail,
+        )  # fmt: skip
+        _C.bias_act_backward(
+            F32, pointer(dy), pointer(out[0]), pointer(out[1]), pointer(small[5]), n, c, hw, channels_last, LEAKY,
+            SLOPE, threads,
+        )  # fmt: skip
+        return out + small
+
+    first, again, alone = run(8), run(8), run(1)
+    for a, b, one in zip(first, again, alone, strict=True):
+        assert torch.equal(a, b)  # bit for bit, and no NaN is left
+        torch.testing.assert_close(a, one, rtol=1e-5, atol=1e-5 * one.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: _C.bn_act_forward(2, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, True, EPS, 0, 0.0, 1), "dtype must be"),
+        (lambda: _C.bn_act_forward(0, 8, 0, 0, 8, 8, 8, 3, 3, 4, 2, True, True, EPS, 0, 0.0, 1), "G must divide N"),
+        (lambda: _C.bn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, True, EPS, TANH, 0.0, 1), "act must be"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 5, 0.0, 1), "act must be"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 0, 0.0, 0), "threads must be"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
+        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 1), "kind must be"),
+        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 1), "side must be"),
+        (lambda: _C.use_table("sse9"), "sse9"),
+    ],
+)
+def test_refusals(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()

@@ -54,7 +54,9 @@ FG_INLINE void merge(double& count, double& mean, double& m2, double count_b, do
 
 constexpr int COUNT = 0, MEAN = 1, M2 = 2;
 
-// First guess of the mean per column: any typical value serves (an error of k standard deviations costs k² roundings).
+// First guess of the mean per column, for the first block of a share: the mean of its first elements. If these are
+// outliers, the guess is off by d and the block's sum of squares exceeds its M2 by at most 8 times (128 rows to 16; 64
+// times for planes), which is what the cancellation can cost.
 template <class T>
 void guess_mean(const Grid& grid, const Share& share, int64_t group, const T* x, float* guess) {
   const auto finite = [](float v) { return std::isfinite(v) ? v : 0.0f; };
@@ -63,7 +65,10 @@ void guess_mean(const Grid& grid, const Share& share, int64_t group, const T* x,
     const int64_t rest = grid.group_elements % grid.width;
     for (int64_t j = 0; j < grid.padded; ++j) guess[j] = 0.0f;
     if (share.row0 < share.row1) {
-      for (int64_t j = 0; j < grid.width; ++j) guess[j] = finite(to_float(base[share.row0 * grid.width + j]));
+      const int64_t rows = share.row1 - share.row0 < 16 ? share.row1 - share.row0 : 16;
+      for (int64_t r = share.row0; r < share.row0 + rows; ++r)
+        for (int64_t j = 0; j < grid.width; ++j) guess[j] += to_float(base[r * grid.width + j]);
+      for (int64_t j = 0; j < grid.width; ++j) guess[j] = finite(guess[j] / static_cast<float>(rows));
     } else if (share.remainder) {
       for (int64_t j = 0; j < rest; ++j) guess[j] = finite(to_float(base[grid.group_elements - rest + j]));
     }

@@ -205,9 +205,12 @@ static void sweep_planes(const Grid& grid, const Share& share, int64_t group, co
   constexpr int64_t RUN = 4096;  // elements between two flushes
   const int64_t length = share.h1 - share.h0, samples = share.n1 - share.n0;
   if (length <= 0 || samples <= 0) return;
-  // Short planes: several samples of a channel share one flush, which costs about as much as 500 elements.
-  int64_t step = length >= RUN / 4 ? 1 : RUN / 2 / length;
-  if (step > samples) step = samples;
+  // Short planes: up to 8 samples of a channel share one flush. More of them would be as many streams of memory.
+  int64_t step = 1;
+  if constexpr (Body::SUMS > 0) {
+    step = 512 / length < 1 ? 1 : 512 / length < 8 ? 512 / length : 8;
+    if (step > samples) step = samples;
+  }
   const int64_t blocks = (samples + step - 1) / step;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t n0 = share.n0 + (reverse ? blocks - 1 - b : b) * step;

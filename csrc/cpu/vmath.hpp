@@ -32,7 +32,11 @@ FG_INLINE vf exp(vf x) {
   return select(gt(x, high), set1(std::numeric_limits<float>::infinity()), select(gt(low, x), zero(), e));
 }
 
-FG_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+// With e = exp(-|x|) nothing overflows, and a result below the normal range keeps its digits.
+FG_INLINE vf sigmoid(vf x) {
+  const vf one = set1(1.0f), e = exp(zero() - abs(x));
+  return select(gt(zero(), x), e, one) / (one + e);
+}
 
 // Odd polynomial of Cephes' tanhf below 0.625, where 1 - 2/(e^2x + 1) would cancel.
 FG_INLINE vf tanh(vf x) {
