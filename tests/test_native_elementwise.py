@@ -145,11 +145,11 @@ def bn_case(shape, dtype, groups, training, act, affine):
 SHAPES = [  # N, C, HW, groups
     (2, 64, 16, 1),
     (2, 3, 49, 2),
-    (6, 5, 1640, 3),  # enough for three threads, by pixels or samples
+    (6, 5, 1640, 3),  # enough for two threads, by pixels or samples
     (4, 17, 1, 1),  # BatchNorm1d
     (6, 130, 9, 2),
     (3, 1, 7, 1),
-    (64, 48, 16, 2),  # three threads, by channels
+    (64, 48, 16, 2),  # two threads, by channels
     (1, 2, 30011, 1),  # one sample: pixels are what threads can share
     (9, 100, 81, 3),
 ]
@@ -180,7 +180,7 @@ def run_bn_act(size, groups, dtype, channels_last, training, act, affine):
     inputs, y_want, first_want, second_want = bn_case(size, dtype, groups, training, act, affine)
     memory = {k: to_memory(inputs[k], channels_last) for k in ("x", "dy", "ddx")}
     weight, bias = inputs["weight"], inputs["bias"]
-    tail = (n, c, hw, groups, channels_last, training, EPS, act, SLOPE, 3)
+    tail = (n, c, hw, groups, channels_last, training, EPS, act, SLOPE, 2)
 
     def tensor_out():
         return Guarded(n * c * hw, DTYPES[dtype])
@@ -225,7 +225,7 @@ def run_bn_act(size, groups, dtype, channels_last, training, act, affine):
         check(d_weight.get(), second_want[2], F32, "d_weight")
 
 
-def run_statistics(x, channels_last, groups=1, threads=3):
+def run_statistics(x, channels_last, groups=1, threads=2):
     """mean, var [G, C] as bn_act_forward computes them in training."""
     n, c, hw = x.shape
     code = BF16 if x.dtype == torch.bfloat16 else F32
@@ -338,7 +338,7 @@ def run_bias_act(size, dtype, channels_last, act, with_bias):
         lambda y: y * (1 - y),
     ]
     y = Guarded(n * c * hw, DTYPES[dtype])
-    tail = (n, c, hw, channels_last, act, SLOPE, 3)
+    tail = (n, c, hw, channels_last, act, SLOPE, 2)
     x_memory, dy_memory = to_memory(x, channels_last), to_memory(dy, channels_last)
     _C.bias_act_forward(dtype, pointer(x_memory), pointer(bias), pointer(y), *tail)
     got = from_memory(y.get(), size, channels_last)
@@ -434,7 +434,7 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
     head = (KINDS.index(kind), side, smoothing)
     out = Guarded(7)
     logits = (pointer(fake), n_fake, pointer(real) if n_real else 0, n_real)
-    _C.gan_loss_forward(dtype, *logits, *head, pointer(out), 3)
+    _C.gan_loss_forward(dtype, *logits, *head, pointer(out), 2)
     r, f = (real64.detach(), fake64.detach()) if n_real else (torch.zeros(1).double() - 1e30, fake64.detach())
     want = [loss, r.mean(), f.mean(), r.sigmoid().mean(), f.sigmoid().mean(), (r > 0).double().mean()]
     want.append((f < 0).double().mean())
@@ -446,7 +446,7 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
     dloss = torch.tensor([1.75])
     dfake, dreal = torch.autograd.grad(loss, [fake64, real64], dloss.double()[0], allow_unused=True)
     got_fake, got_real = Guarded(n_fake, DTYPES[dtype]), Guarded(n_real, DTYPES[dtype])
-    _C.gan_loss_backward(dtype, pointer(dloss), *logits, *head, pointer(got_fake), pointer(got_real), 3)
+    _C.gan_loss_backward(dtype, pointer(dloss), *logits, *head, pointer(got_fake), pointer(got_real), 2)
     check(got_fake.get(), dfake, dtype, "dfake")
     if n_real:
         check(got_real.get(), torch.zeros_like(real64) if dreal is None else dreal, dtype, "dreal")

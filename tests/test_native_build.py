@@ -1,0 +1,83 @@
+"""The build of the native core: what it says of itself, and that its instruction-set tables stay apart."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch  # noqa: F401  first: it brings the OpenMP runtime
+
+_C = pytest.importorskip("fastgan._C", reason="the native core is not built")
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert info["compiler"] and info["standard"] >= 202002
+    assert info["tables"] == list(_C.tables()) and info["tables"][0] == "portable"
+    if info["cuda"] is None:
+        assert info["cuda_absent"]
+    else:
+        assert info["cuda"]["version"] and all(a.startswith("sm_") for a in info["cuda"]["archs"])
+
+
+def test_tables_are_chosen_best_first():
+    usable = [name for name, why in _C.tables().items() if not why]
+    assert "portable" in usable
+    try:
+        for name in usable:
+            _C.use_table(name)
+            assert _C.table() == name
+        for name, why in _C.tables().items():
+            if why:
+                with pytest.raises(ValueError, match=name) as refusal:
+                    _C.use_table(name)
+                assert why in str(refusal.value)
+                assert _C.table() == usable[-1]  # a refusal changes nothing
+    finally:
+        _C.use_table(None)
+    assert _C.table() == usable[-1]
+
+
+def test_cuda_devices():
+    """Without a driver the CUDA runtime answers with a reason, not with a crash."""
+    if _C.build_info()["cuda"] is None:
+        pytest.skip(_C.build_info()["cuda_absent"])
+    found = _C.cuda_devices()
+    assert found["runtime"] >= 11000
+    assert bool(found["devices"]) != bool(found["reason"])
+
+
+def test_no_torch_library_is_linked():
+    """One binary for every torch: nothing of torch, and no OpenMP runtime of our own."""
+    tool = shutil.which("readelf")
+    if tool is None or not sys.platform.startswith("linux"):
+        pytest.skip("no readelf here")
+    dynamic = subprocess.run([tool, "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = [line for line in dynamic.splitlines() if "(NEEDED)" in line]
+    assert needed and not [line for line in needed if "torch" in line or "c10" in line or "gomp" in line]
+
+
+def test_tables_share_no_weak_code():
+    """An inline function that two tables emit under one name would be kept once, maybe in its AVX-512 version."""
+    tool = shutil.which("nm")
+    folder = ROOT / "build" / "native" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    listed = (folder / "build.ninja").read_text() if (folder / "build.ninja").is_file() else ""
+    objects = [p for p in sorted((folder / "cpu").glob("*.o")) if f"build cpu/{p.name}:" in listed]
+    if tool is None or not objects:
+        pytest.skip("no nm or no object files of a build in this checkout")
+    holders = defaultdict(set)
+    for path in objects:
+        table = path.name.split(".")[1]
+        symbols = subprocess.run([tool, "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        for line in symbols.splitlines():
+            kind, name = line.split(" ", 2)[1:]
+            if kind in "WwVvu":
+                holders[name].add(table)
+    holders.pop("DW.ref.__gxx_personality_v0", None)  # data: the address of the C++ runtime's personality routine
+    shared = {name: sorted(tables) for name, tables in holders.items() if len(tables) > 1}
+    assert not shared
