@@ -50,6 +50,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def _step(grid: Path) -> str:
+    """step-0001500.png -> "step 1,500"."""
+    return f"step {int(grid.stem.removeprefix('step-')):,}"
+
+
 def _picture(path: Path, kind: str, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     caption = html.escape(caption)
@@ -63,7 +68,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers between `low` and `high`."""
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
-    unit = next(u * power for u in (1, 2, 5, 10) if u * power >= raw)
+    unit = next(u * power for u in (1, 2, 2.5, 5, 10) if u * power >= raw)
     first = math.ceil(low / unit)
     return [unit * k for k in range(first, math.floor(high / unit) + 1)]
 
@@ -145,7 +150,7 @@ def _sections(folder: Path, status: str, notes: Iterable[str], explanation: str)
     yield f"<p class='soft'>fastgan {html.escape(config['fastgan'])}, {html.escape(config['started'])}</p>"
     yield f"<div class='facts'>{_facts(records, status)}</div>"
     if grids:
-        yield _picture(grids[-1], "hero", f"samples from fixed noise, {grids[-1].stem.replace('-', ' ')}")
+        yield _picture(grids[-1], "hero", f"samples from fixed noise, {_step(grids[-1])}")
     for note in notes:
         yield f"<p><b>Note:</b> {html.escape(note)}</p>"
     yield "<h2>Losses</h2>" + _curves(records, {"d_loss": "discriminator", "g_loss": "generator"})
@@ -154,7 +159,7 @@ def _sections(folder: Path, status: str, notes: Iterable[str], explanation: str)
         yield "<h2>Penalty</h2>" + _curves(records, {"penalty": "penalty"})
     yield "<h2>Speed</h2>" + _curves(records[1:], {"images_per_second": "images/s"})
     if len(grids) > 1:
-        way = "".join(_picture(p, "", p.stem.replace("-", " ")) for p in _choose(grids[:-1], _MAX_GRIDS))
+        way = "".join(_picture(p, "", _step(p)) for p in _choose(grids[:-1], _MAX_GRIDS))
         yield f"<h2>The way there</h2><div class='way'>{way}</div>"
     yield "<h2>Recipe</h2>" + _table(recipe)
     yield "<h2>Machine</h2>" + _table(config["machine"])
