@@ -1,0 +1,136 @@
+"""What a benchmark file describes: a case, and the runners that do its work; and the record that is made of them.
+
+A case is one op (or a whole step), one shape, one direction and one dtype. Its runners are timed interleaved; every one
+of them becomes a row, also those that fail and those that lose.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timing
+import torch
+from ceilings import Ceilings
+
+from fastgan.backends import watching
+
+Work = list[dict[str, int]]  # pieces as cost() gives them: {"flops": .., "bytes": ..}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one comparison does; str() is its id. A step has the rows of both dtypes, and no dtype of its own."""
+
+    op: str
+    shape: str
+    direction: str
+    dtype: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.shape, self.direction, self.dtype) if part)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One way to do a case's work.
+
+    run: does it once.
+    work: what a perfect kernel would have to do; the bound of the row comes from it.
+    dtype: "float32" or "bfloat16": whose ceiling applies; rows are compared within a dtype.
+    ours: fastgan's rows; PyTorch's are what they are compared with.
+    """
+
+    run: Callable[[], object]
+    work: Work = field(default_factory=list)
+    dtype: str = "float32"
+    ours: bool = False
+
+
+def measure(
+    runners: Mapping[str, Runner],
+    *,
+    seconds: float,
+    ceilings: Ceilings | None,
+    device: str = "cpu",
+    stopwatch: timing.Stopwatch | None = None,
+    peak: Callable[[Callable[[], object], str], int] = timing.peak_memory,
+) -> list[dict[str, Any]]:
+    """Time the runners interleaved: one record a runner, ready for JSON (`record` names the keys)."""
+    timings = timing.interleave(
+        {name: r.run for name, r in runners.items()}, seconds=seconds, stopwatch=stopwatch, device=device
+    )
+    for name, runner in runners.items():
+        if not timings[name].failed:
+            timings[name].peak_bytes = peak(runner.run, device)
+    return [record(name, r, timings, runners, ceilings) for name, r in runners.items()]
+
+
+def record(
+    name: str,
+    runner: Runner,
+    timings: Mapping[str, timing.Timing],
+    runners: Mapping[str, Runner],
+    ceilings: Ceilings | None,
+) -> dict[str, Any]:
+    """A row: times in seconds, memory in bytes, share and ratio as fractions; None where there is nothing to say."""
+    t = timings[name]
+    bound = ceilings.bound(runner.work, runner.dtype) if ceilings and runner.work else None
+    rivals = [n for n, r in runners.items() if not r.ours and r.dtype == runner.dtype and not timings[n].failed]
+    best = min(rivals, key=lambda n: timings[n].median, default=None)
+    row: dict[str, Any] = {
+        "row": name,
+        "ours": runner.ours,
+        "dtype": runner.dtype,
+        "failed": t.failed,
+        "rounds": len(t.samples),
+        "iterations": t.iterations,
+        "first_call_s": t.first_call,
+        "median_s": None,
+        "min_s": None,
+        "q1_s": None,
+        "q3_s": None,
+        "samples_s": t.samples,
+        "peak_bytes": t.peak_bytes,
+        "flops": sum(piece["flops"] for piece in runner.work),
+        "bytes": sum(piece["bytes"] for piece in runner.work),
+        "bound_s": bound,
+        "share_of_bound": None,
+        "best_pytorch": best,
+        "speedup": None,
+        "backends": "",
+    }
+    if not t.failed:
+        low, high = t.quartiles
+        row |= {"median_s": t.median, "min_s": t.min, "q1_s": low, "q3_s": high}
+        row["share_of_bound"] = bound / t.median if bound is not None else None
+        row["speedup"] = timing.ratios(timings, best)[name] if best is not None else None
+        row["backends"] = backends_of(runner.run) if runner.ours else ""
+    return row
+
+
+def backends_of(run: Callable[[], object]) -> str:
+    """Which backends ran the op calls of one run: "native", or "native 41, reference 2 (conv2d 1, gan_loss 1)"."""
+    seen: dict[str, Counter[str]] = {}
+    with watching(lambda op, backend, reason: seen.setdefault(backend, Counter()).update([op.name])):
+        run()
+    if len(seen) < 2:
+        return next(iter(seen), "")
+    first, *rest = sorted(seen, key=lambda backend: -seen[backend].total())
+    told = [f"{b} {seen[b].total()} ({', '.join(f'{op} {n}' for op, n in sorted(seen[b].items()))})" for b in rest]
+    return ", ".join([f"{first} {seen[first].total()}", *told])
+
+
+def wanted(runners: Mapping[str, Runner], names: Collection[str]) -> dict[str, Runner]:
+    """The runners that were asked for, in their own order. Raises KeyError for a name that has no runner."""
+    missing = [name for name in names if name not in runners]
+    if missing:
+        raise KeyError(f"comparison: every row must have a runner, got none for {', '.join(missing)}")
+    return {name: runner for name, runner in runners.items() if name in names}

@@ -1,0 +1,191 @@
+"""Benchmarks under pytest: one test a row, the rows of a case timed interleaved, tables and JSON at the end.
+
+pytest-benchmark times one test after another, which is what an interleaved comparison must not do. So the first test of
+a case times all of its rows in turns; each row's test then replays its samples through the `benchmark` fixture (a timer
+that reads a clock which the samples advance), so that --benchmark-json, --benchmark-compare and --benchmark-group-by
+work on the real numbers. Our own tables replace pytest-benchmark's, which --benchmark-verbose brings back.
+"""
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["FASTGAN_CACHE"] = tempfile.mkdtemp(prefix="fastgan-benchmarks-")  # races are run anew, for this build
+os.environ.pop("FASTGAN_BACKEND", None)
+sys.path.insert(0, str(Path(__file__).parent))  # pytest runs with --import-mode=importlib, which adds no folder
+
+import ceilings
+import comparison
+import pytest
+import report
+import torch
+
+import fastgan
+from fastgan.backends import native
+from fastgan.doctor import machine
+
+# torch.compile warns about its own code; as errors these would fail its rows
+TORCH_COMPILE_WARNINGS = (
+    ".torch.jit.script_method. is deprecated:DeprecationWarning",  # importing inductor defines such a class
+    "The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",  # dynamo looks at D's input, G's output
+)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastgan")
+    group.addoption(
+        "--fastgan-json",
+        metavar="FILE",
+        help="write all rows as JSON; a folder gets a file named after the machine and the commit",
+    )
+    group.addoption(
+        "--fastgan-effort",
+        metavar="FACTOR",
+        type=float,
+        default=1.0,
+        help="multiplies the seconds given to each case; 0.1 for a quick look",
+    )
+
+
+def pytest_configure(config):
+    config.option.benchmark_quiet = True
+    config.addinivalue_line("python_files", "bench_*.py")
+    for warning in TORCH_COMPILE_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
+    config.stash[RESULTS] = {"cases": []}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "compare" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
+
+
+RESULTS = pytest.StashKey[dict]()
+
+
+class ReplayClock:
+    """A clock that only samples advance."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def read(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+CLOCK = ReplayClock()
+
+
+@pytest.fixture(scope="session")
+def session_facts(request):
+    """Measures the ceilings and notes what the numbers depend on, before the first case."""
+    results = request.config.stash[RESULTS]
+    results["machine"] = facts = {**machine(), **source(), "device": "cpu", "fastgan": fastgan.__version__}
+    module, reason = native()
+    facts["kernels"] = module.table() if module else reason
+    facts["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts["command"] = " ".join(["pytest", *request.config.invocation_params.args])
+    facts["load_before"] = load()
+    try:
+        found = ceilings.measure(torch.get_num_threads())
+        results["ceilings"] = found.raw
+    except ceilings.Unavailable as error:
+        found, results["ceilings"] = None, {"unavailable": str(error)}
+    yield found
+    facts["load_after"] = load()
+
+
+def load():
+    """The load average of the last minute: above 0.3 before the first case, the machine was not quiet."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def source():
+    """The commit that is measured, and whether files differ from it."""
+
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "--short=12", "HEAD") or "unknown", "dirty": bool(changed)}
+    except OSError:  # no git
+        return {"commit": "unknown", "dirty": None}
+
+
+@pytest.fixture
+def compare(request, benchmark, session_facts):
+    """compare(case, row, runners): time the case's rows (once), then report this row's samples.
+
+    case: a `comparison.Case`. runners: case -> {row: Runner}. Rows that no selected test asks for are not run.
+    """
+
+    def run(case, row, runners, seconds=1.2):
+        function = request.node.function
+        key = case.op, str(case)
+        results = request.config.stash[RESULTS]["cases"]
+        found = next((c for c in results if (c["op"], c["id"]) == key), None)
+        if found is None:
+            asked = [item.callspec.params["row"] for item in request.session.items if same_case(item, function, case)]
+            torch.manual_seed(0)
+            found = {
+                "op": case.op, "id": str(case), "shape": case.shape, "direction": case.direction, "dtype": case.dtype,
+                "rows": comparison.measure(
+                    comparison.wanted(runners(case), asked),
+                    seconds=seconds * request.config.getoption("--fastgan-effort"),
+                    ceilings=session_facts,
+                ),
+            }  # fmt: skip
+            results.append(found)
+        replay(benchmark, f"{case.op} {case}", next(r for r in found["rows"] if r["row"] == row))
+
+    benchmark.skipped = True  # or pytest-benchmark warns of an unused fixture where a row has no samples
+    return run
+
+
+def same_case(item, function, case):
+    return getattr(item, "function", None) is function and item.callspec.params["case"] == case
+
+
+def replay(benchmark, group, row):
+    """Hand a row's samples to pytest-benchmark; one without fails (ours) or is skipped (PyTorch's), with its reason."""
+    if row["failed"]:
+        (pytest.fail if row["ours"] else pytest.skip)(f"{row['row']}: {row['failed']}")
+    benchmark.group = group
+    benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("samples_s", "failed")})
+    samples = iter(row["samples_s"])
+    benchmark.pedantic(lambda: CLOCK.advance(next(samples)), rounds=len(row["samples_s"]))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    results = config.stash[RESULTS]
+    if not results["cases"]:
+        return
+    terminalreporter.section("fastgan against PyTorch")
+    for line in report.text(results):
+        terminalreporter.write_line(line)
+    path = config.getoption("--fastgan-json")
+    if path:
+        path = destination(Path(path), results["machine"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        terminalreporter.write_line(f"written: {path}")
+
+
+def destination(path, facts):
+    """The file itself, or <machine>-<commit>.json in a folder."""
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{facts['cpu']} {facts['kernels']} x{facts['cores']}").strip("-").lower()
+    return path / f"{name}-{facts['commit']}{'-dirty' if facts['dirty'] else ''}.json"
