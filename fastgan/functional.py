@@ -6,6 +6,7 @@ of x's dtype and layout. Forward-mode AD and torch.func transforms raise NotImpl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import _activation
-from fastgan._layout import planes
+from fastgan._layout import accumulation_dtype, dense, is_channels_last, planes
 from fastgan.ops import bias_act as _bias_act
 from fastgan.ops import bn_act as _bn_act
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
 from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops import gn_act as _gn_act
+from fastgan.ops import grad_norm_penalty as _grad_norm_penalty
+from fastgan.ops import interpolate as _interpolate
 from fastgan.training.penalties import gradient_penalty
 
 __all__ = [
@@ -30,7 +34,12 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_bn_act",
     "gan_loss",
+    "gn_act",
+    "grad_norm_penalty",
     "gradient_penalty",
+    "in_act",
+    "interpolate",
+    "ln_act",
 ]
 
 Size2 = int | Sequence[int]
@@ -255,21 +264,8 @@ def bn_act(
     """
     name = "bn_act"
     activation = _activation.check(name, activation, negative_slope, _bn_act.ACTIVATIONS)
-    if x.dim() < 2:
-        raise ValueError(f"{name}: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
-    n, channels, pixels = planes(x)
-    for what, v in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if v is not None and (tuple(v.shape) != (channels,) or v.device != x.device):
-            raise ValueError(
-                f"{name}: {what} must have shape ({channels},) on {x.device}, got {tuple(v.shape)} on {v.device}"
-            )
+    _check_norm(name, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    n, _, pixels = planes(x)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
@@ -316,6 +312,157 @@ def _update(
         for running, batch in ((running_mean, mean[g]), (running_var, var[g] * (count / (count - 1)))):
             if running is not None:
                 running.lerp_(batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step)
+
+
+def gn_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Group norm followed by an activation.
+
+    Args:
+        x: [N, C, *], floating.
+        num_groups: C must be a multiple of it; each group of C/num_groups channels of a sample has its own statistics.
+        weight, bias: [C] or None.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit, channels that num_groups does not divide, a single value per group.
+        TypeError: x is not floating.
+    """
+    name = "gn_act"
+    activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
+    _check_norm(name, x, weight=weight, bias=bias)
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"{name}: num_groups must divide the channels, got x {tuple(x.shape)} and {num_groups} groups")
+    if x.numel() == num_groups:
+        raise ValueError(f"{name}: a batch needs more than 1 value per group, got x {tuple(x.shape)}")
+    return _gn_act.op(x, weight, bias, int(num_groups), float(eps), activation, float(negative_slope))[0]
+
+
+def _check_norm(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """One clear sentence for an x that is not [N, C, *] floating, or vectors that are not [C] beside it."""
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
+    for what, v in vectors.items():
+        if v is not None and (tuple(v.shape) != (x.shape[1],) or v.device != x.device):
+            raise ValueError(
+                f"{op}: {what} must have shape ({x.shape[1]},) on {x.device}, got {tuple(v.shape)} on {v.device}"
+            )
+
+
+def in_act(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Instance norm followed by an activation: `gn_act` with a group a channel.
+
+    Args:
+        x: [N, C, *] with more than one value per channel, floating.
+        running_mean, running_var: [C] or None; updated in place with the batch's average where use_input_stats, and
+            needed where not.
+        weight, bias: [C] or None.
+        use_input_stats: statistics of each sample (True) or the running ones (False), which is eval-mode batch norm.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit, one value per channel, running statistics missing where they are needed.
+        TypeError: x is not floating.
+    """
+    name = "in_act"
+    activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
+    _check_norm(name, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{name}: running_mean and running_var must be given when use_input_stats=False, got None")
+        return bn_act(
+            x, running_mean, running_var, weight, bias, training=False, eps=eps,
+            activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+    n, channels, pixels = planes(x)
+    if pixels == 1:
+        raise ValueError(f"{name}: a sample needs more than 1 value per channel, got x {tuple(x.shape)}")
+    y, mean, var = _gn_act.op(x, weight, bias, channels, float(eps), activation, float(negative_slope))
+    if n and pixels and (running_mean is not None or running_var is not None):
+        # torch's rule: the running statistics follow the samples' average
+        mean, var = mean.mean(0, keepdim=True), var.mean(0, keepdim=True)
+        _update(running_mean, running_var, mean, var, pixels, momentum)
+    return y
+
+
+def ln_act(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Layer norm over the trailing dimensions followed by an activation: `gn_act` on x viewed as rows.
+
+    Args:
+        x: [*, *normalized_shape], floating.
+        normalized_shape: the trailing dimensions that share statistics.
+        weight, bias: of normalized_shape, or None.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: x is not floating.
+    """
+    name, shape = "ln_act", tuple(normalized_shape)
+    activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"{name}: x must end in normalized_shape {shape}, got x {tuple(x.shape)}")
+    for what, v in (("weight", weight), ("bias", bias)):
+        if v is not None and (tuple(v.shape) != shape or v.device != x.device):
+            raise ValueError(
+                f"{name}: {what} must have shape {shape} on {x.device}, got {tuple(v.shape)} on {v.device}"
+            )
+    # whole samples in channels_last: the parameters follow x's memory order, so that x is not copied
+    turned = is_channels_last(x) and len(shape) == 3
+    image = x.movedim(1, 3) if turned else x
+    weight, bias = (None if v is None else (v.movedim(0, 2) if turned else v).reshape(-1) for v in (weight, bias))
+    rows = image.reshape(-1, math.prod(shape))
+    y = _gn_act.op(rows, weight, bias, 1, float(eps), activation, float(negative_slope))[0].view(image.shape)
+    return y.movedim(3, 1) if turned else dense(y, is_channels_last(x))
 
 
 def gan_loss(
@@ -370,6 +517,70 @@ def gan_loss_statistics(
     if label_smoothing and kind not in _gan_loss.SMOOTHED:
         raise ValueError(f"{name}: label_smoothing needs one of {', '.join(_gan_loss.SMOOTHED)}, got kind {kind!r}")
     return _gan_loss.op(logits_fake, logits_real, kind, side, float(label_smoothing))
+
+
+def interpolate(
+    real: Tensor,
+    fake: Tensor,
+    epsilon: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Points between samples, epsilon real + (1 - epsilon) fake, one epsilon a sample (WGAN-GP); no resizing.
+
+    Args:
+        real, fake: [N, *], one shape, dtype and device, floating.
+        epsilon: [N]; None draws it uniformly from [0, 1).
+        generator: of the random numbers.
+
+    Returns:
+        real's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes or devices that differ.
+        TypeError: dtypes that differ or are not floating.
+    """
+    name = "interpolate"
+    if real.dim() < 1 or fake.shape != real.shape or fake.device != real.device:
+        raise ValueError(
+            f"{name}: fake must have real's shape [N, *] {tuple(real.shape)} on {real.device}, "
+            f"got {tuple(fake.shape)} on {fake.device}"
+        )
+    if fake.dtype != real.dtype or not real.is_floating_point():
+        raise TypeError(f"{name}: real and fake must have one floating dtype, got {real.dtype} and {fake.dtype}")
+    if epsilon is None:
+        dtype = accumulation_dtype(real.dtype)
+        epsilon = torch.rand(len(real), generator=generator, device=real.device, dtype=dtype)
+    elif tuple(epsilon.shape) != (len(real),) or epsilon.device != real.device:
+        raise ValueError(
+            f"{name}: epsilon must have shape ({len(real)},) on {real.device}, "
+            f"got {tuple(epsilon.shape)} on {epsilon.device}"
+        )
+    return _interpolate.op(real, fake, epsilon)
+
+
+def grad_norm_penalty(gradient: Tensor, target: float = 1.0) -> Tensor:
+    """(|g| - target)^2 of each sample's gradient g, with derivative 0 where |g| = 0.
+
+    Args:
+        gradient: [N, *], floating; norms are over everything but the first dimension, summed in float32 or better.
+        target: 1 for WGAN-GP and DRAGAN; 0 gives |g|^2, the penalty of R1 and R2.
+
+    Returns:
+        [N], float32 (float64 for float64).
+
+    Raises:
+        ValueError: gradient has fewer than 2 dimensions, or target is negative.
+        TypeError: gradient is not floating.
+    """
+    name = "grad_norm_penalty"
+    if gradient.dim() < 2:
+        raise ValueError(f"{name}: gradient must have at least 2 dimensions [N, *], got {tuple(gradient.shape)}")
+    if not gradient.is_floating_point():
+        raise TypeError(f"{name}: gradient must be a floating tensor, got {gradient.dtype}")
+    if not target >= 0:
+        raise ValueError(f"{name}: target must be >= 0, got {target}")
+    return _grad_norm_penalty.op(gradient, float(target))[0]
 
 
 def conv2d_bias_act(

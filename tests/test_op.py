@@ -13,7 +13,7 @@ def sample(name):
     """The op's example, with gradients asked of every tensor but statistics (constants of their x)."""
     op = OPS[name]
     names = [a.name for a in op.overload._schema.arguments]
-    leaves = [] if name == "bn_act_double_backward" else [n for n in names if n not in ("mean", "var")]
+    leaves = [] if name.endswith("_double_backward") else [n for n in names if n not in ("mean", "var")]
     return tuple(
         a.requires_grad_() if isinstance(a, torch.Tensor) and n in leaves else a
         for n, a in zip(names, op.example(), strict=True)
@@ -59,7 +59,7 @@ def test_opcheck(name, channels_last):
         torch.library.opcheck(OPS[name].overload, tuple(args), test_utils=tests)
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n != "bn_act_double_backward"])
+@pytest.mark.parametrize("name", [n for n in OPS if not n.endswith("_double_backward")])
 def test_compiles_without_graph_breaks(name):
     args, op = sample(name), OPS[name]
     leaves = [a for a in args if isinstance(a, torch.Tensor)]
@@ -110,7 +110,7 @@ def test_autocast_follows_torch(backend):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("name", ["conv2d", "bn_act", "bias_act", "gan_loss"])
+@pytest.mark.parametrize("name", ["conv2d", "bn_act", "gn_act", "bias_act", "gan_loss", "interpolate"])
 def test_forward_mode_and_functorch_raise(name):
     op, args = OPS[name], [a.detach() if isinstance(a, torch.Tensor) else a for a in sample(name)]
     run = lambda x: flat(op(x, *args[1:]))[0].sum()

@@ -2,7 +2,14 @@
 
 from fastgan.nn.conv import Conv2dBiasAct, Conv2dBNAct, ConvTranspose2dBiasAct, ConvTranspose2dBNAct
 from fastgan.nn.linear import LinearBNAct
-from fastgan.nn.norm import BatchNormAct1d, BatchNormAct2d, stat_groups
+from fastgan.nn.norm import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    GroupNormAct,
+    InstanceNormAct2d,
+    LayerNormAct,
+    stat_groups,
+)
 
 __all__ = [
     "BatchNormAct1d",
@@ -11,6 +18,9 @@ __all__ = [
     "Conv2dBiasAct",
     "ConvTranspose2dBNAct",
     "ConvTranspose2dBiasAct",
+    "GroupNormAct",
+    "InstanceNormAct2d",
+    "LayerNormAct",
     "LinearBNAct",
     "stat_groups",
 ]

@@ -1,9 +1,9 @@
-"""Batch norm + activation as modules, and the stat groups that let D(real) and D(fake) run as one batch."""
+"""Norm + activation as modules, and the stat groups that let D(real) and D(fake) run as one batch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,140 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
 
     Shape: [N, C] or [N, C, L] -> the same.
     """
+
+
+# ---- group, instance and layer norm: every sample by itself ----------------------------------------------------------
+
+
+def gn_act(norm: nn.GroupNorm, x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    """A torch group norm module followed by an activation, as one op."""
+    return functional.gn_act(
+        x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=activation, negative_slope=negative_slope
+    )
+
+
+def in_act(norm: nn.InstanceNorm2d, x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    """A torch instance norm module followed by an activation, as one op."""
+    if x.dim() not in (3, 4):
+        raise ValueError(f"in_act: x must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
+    y = functional.in_act(
+        x if x.dim() == 4 else x.unsqueeze(0), norm.running_mean, norm.running_var, norm.weight, norm.bias,
+        norm.training or not norm.track_running_stats, norm.momentum or 0.0, norm.eps,
+        activation=activation, negative_slope=negative_slope,
+    )  # fmt: skip
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def ln_act(norm: nn.LayerNorm, x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    """A torch layer norm module followed by an activation, as one op."""
+    return functional.ln_act(
+        x, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+        activation=activation, negative_slope=negative_slope,
+    )  # fmt: skip
+
+
+class GroupNormAct(nn.GroupNorm):
+    """`torch.nn.GroupNorm` followed by an activation, as one op; same parameters and state_dict.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: as `torch.nn.GroupNorm`.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Shape: [N, C, *] -> the same.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+    ):
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        self.activation = _activation.check("GroupNormAct", activation, negative_slope, ACTIVATIONS)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gn_act(self, x, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
+
+
+class InstanceNormAct2d(nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` followed by an activation, as one op; same parameters, buffers and state_dict.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as `torch.nn.InstanceNorm2d`.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Shape: [N, C, H, W] or [C, H, W] -> the same.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = _activation.check("InstanceNormAct2d", activation, negative_slope, ACTIVATIONS)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_act(self, x, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
+
+
+class LayerNormAct(nn.LayerNorm):
+    """`torch.nn.LayerNorm` followed by an activation, as one op; same parameters and state_dict.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm`.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Shape: [*, *normalized_shape] -> the same.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.2,
+    ):
+        shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        self.activation = _activation.check("LayerNormAct", activation, negative_slope, ACTIVATIONS)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ln_act(self, x, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,25 @@
 """The ops: one file each, with its card, cost, reference, native launcher and derivatives."""
 
-from fastgan.ops import bias_act, bn_act, conv2d, conv2d_weight, conv_transpose2d, gan_loss
+from fastgan.ops import (
+    bias_act,
+    bn_act,
+    conv2d,
+    conv2d_weight,
+    conv_transpose2d,
+    gan_loss,
+    gn_act,
+    grad_norm_penalty,
+    interpolate,
+)
 
-__all__ = ["bias_act", "bn_act", "conv2d", "conv2d_weight", "conv_transpose2d", "gan_loss"]
+__all__ = [
+    "bias_act",
+    "bn_act",
+    "conv2d",
+    "conv2d_weight",
+    "conv_transpose2d",
+    "gan_loss",
+    "gn_act",
+    "grad_norm_penalty",
+    "interpolate",
+]
