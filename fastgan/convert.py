@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgan.backends import watching
 from fastgan.nn.conv import conv_act, has_hooks
-from fastgan.nn.norm import bn_act
+from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
@@ -65,6 +65,27 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return bn_act(self, input, *_epilogue(self), self.stat_groups)
 
 
+class FusedGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm on fastgan's op, with the activation that follows it where there is one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gn_act(self, input, *_epilogue(self))
+
+
+class FusedInstanceNorm2d(nn.InstanceNorm2d):
+    """nn.InstanceNorm2d on fastgan's op, with the activation that follows it where there is one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return in_act(self, input, *_epilogue(self))
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm on fastgan's op, with the activation that follows it where there is one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ln_act(self, input, *_epilogue(self))
+
+
 class _Absorbed(nn.Module):
     """An activation that its predecessor computes, unless one of the two has hooks."""
 
@@ -94,12 +115,23 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: FusedConvTranspose2d,
     nn.BatchNorm1d: FusedBatchNorm1d,
     nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.GroupNorm: FusedGroupNorm,
+    nn.InstanceNorm2d: FusedInstanceNorm2d,
+    nn.LayerNorm: FusedLayerNorm,
     nn.ReLU: FusedReLU,
     nn.LeakyReLU: FusedLeakyReLU,
     nn.Tanh: FusedTanh,
     nn.Sigmoid: FusedSigmoid,
 }
-NORMS = (FusedBatchNorm1d, FusedBatchNorm2d)
+OPS: dict[type[nn.Module], str] = {  # what explain calls each fused layer
+    FusedConv2d: "conv2d",
+    FusedConvTranspose2d: "conv_transpose2d",
+    FusedBatchNorm1d: "bn_act",
+    FusedBatchNorm2d: "bn_act",
+    FusedGroupNorm: "gn_act",
+    FusedInstanceNorm2d: "in_act",
+    FusedLayerNorm: "ln_act",
+}
 CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
 
 
@@ -109,9 +141,10 @@ CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
 def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True) -> nn.Module:
     """Put a model's nn.Sequential chains on fastgan's fused ops, in place.
 
-    Fused are convolution and transposed convolution with the activation after them, batch norm with the (leaky) ReLU
-    after it, and either alone. Everything else is left as it is: hand-written forward methods, children with hooks,
-    parametrized or shared children, subclasses; `fastgan.explain(model)` lists each with its reason.
+    Fused are convolution and transposed convolution with the activation after them, batch, group, instance and layer
+    norm with the (leaky) ReLU after them, and either alone. Everything else is left as it is: hand-written forward
+    methods, children with hooks, parametrized or shared children, subclasses; `fastgan.explain(model)` lists each with
+    its reason.
 
     Args:
         model: any module; converted twice is converted once.
@@ -194,8 +227,8 @@ def _absorption_refusal(child: nn.Module, following: nn.Module, owners: Counter[
     """Why an activation is not computed by the layer before it, or ""."""
     if type(following) not in ACTIVATIONS:
         return "not an activation that we fuse"
-    if isinstance(child, NORMS) and ACTIVATIONS[type(following)] not in ("relu", "leaky_relu"):
-        return "batch norm fuses relu and leaky_relu"
+    if not isinstance(child, CONVOLUTIONS) and ACTIVATIONS[type(following)] not in ("relu", "leaky_relu"):
+        return "norms fuse relu and leaky_relu"
     if isinstance(following, nn.LeakyReLU) and following.negative_slope < 0:
         return "negative_slope below 0"
     return _refusal(following, owners)
@@ -278,10 +311,9 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
 
 def _row(name: str, m: nn.Module, in_chain: dict[int, nn.Sequential], owners: Counter[int]) -> Row:
     row = Row(name or "(model)", type(m).__name__, "torch")
-    if isinstance(m, (*CONVOLUTIONS, *NORMS)):
-        op = {FusedConv2d: "conv2d", FusedConvTranspose2d: "conv_transpose2d"}.get(type(m), "bn_act")
+    if type(m) in OPS:
         activation = _epilogue(m)[0]
-        row.runs = f"fastgan.{op}" + ("" if activation == "identity" else f" + {activation}")
+        row.runs = f"fastgan.{OPS[type(m)]}" + ("" if activation == "identity" else f" + {activation}")
         row.why = "" if activation != "identity" or "_fused_activation" not in m.__dict__ else "hooks: run apart"
     elif isinstance(m, _Absorbed):
         apart = _epilogue(m.__dict__["_fused_predecessor"])[0] == "identity"
@@ -289,7 +321,7 @@ def _row(name: str, m: nn.Module, in_chain: dict[int, nn.Sequential], owners: Co
     elif type(m).__module__.startswith("fastgan.nn"):
         row.runs = "fastgan"
     elif type(m) in ACTIVATIONS:
-        row.why = "no convolution or batch norm before it to compute it"
+        row.why = "no convolution or norm before it to compute it"
     elif type(m) in FUSED and id(m) not in in_chain:
         row.why = "called from a hand-written forward: left untouched"
     else:

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastgan
 from fastgan.convert import FusedBatchNorm2d, FusedConv2d
+from fastgan.training.step import mixes_samples
 
 
 def chain():
@@ -122,6 +123,48 @@ def test_proof_undoes_a_conversion_that_changes_numbers(monkeypatch):
     with pytest.raises(RuntimeError, match="must give the same numbers"):
         fastgan.convert(model, example_input=x)
     assert [type(m) for m in model] == classes and not any("_fused_activation" in m.__dict__ for m in model)
+
+
+def critic():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1), nn.LayerNorm([8, 8, 8]), nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(8, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.ReLU(True),
+        nn.Conv2d(12, 6, 4, 2, 1), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), nn.LeakyReLU(0.1),
+        nn.Conv2d(6, 6, 1), nn.InstanceNorm2d(6), nn.Tanh(), nn.Flatten(), nn.LayerNorm(96), nn.Linear(96, 1),
+    )  # fmt: skip
+
+
+def test_norms_of_critics_give_the_same_numbers_and_penalty_gradients():
+    model = critic().double()
+    twin = copy.deepcopy(model)
+    fastgan.convert(model)
+    rows = {r.name: (r.runs, r.why) for r in fastgan.explain(model).rows}
+    assert rows["1"] == ("fastgan.ln_act + leaky_relu", "") and rows["2"] == ("in the layer before it", "")
+    assert rows["4"] == ("fastgan.gn_act + relu", "") and rows["7"] == ("fastgan.in_act + leaky_relu", "")
+    assert rows["10"][0] == "fastgan.in_act" and rows["13"][0] == "fastgan.ln_act" and rows["11"][0] == "torch"
+
+    def penalty(critic, x):
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        loss = fastgan.functional.grad_norm_penalty(g).mean()
+        grads = torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True)
+        return [loss, *(torch.zeros(()) if v is None else v for v in grads)]
+
+    for training in (True, False, True):
+        model.train(training), twin.train(training)
+        x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+        for a, b in zip(results(model, x) + penalty(model, x), results(twin, x) + penalty(twin, x), strict=True):
+            assert a.shape == b.shape or not (a.any() or b.any())
+            assert (a - b).norm() <= 1e-9 * b.norm() + 1e-9
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_norms_of_critics_keep_the_batch_mergeable():
+    model = fastgan.convert(critic())
+    assert "running statistics" in mixes_samples(model)  # child 7 averages over the batch
+    model[7] = nn.InstanceNorm2d(6, affine=True)
+    assert mixes_samples(fastgan.convert(model)) == ""
 
 
 def test_explain_with_an_example_names_the_backends():

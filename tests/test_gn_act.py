@@ -115,7 +115,7 @@ def test_large_mean_keeps_its_variance(groups, layout, backend):
     with fastgan.backend(backend):
         y, mean, var = OPS["gn_act"](x, None, None, groups, 1e-5, "identity", 0.0)
     assert distance(y, want) < 4 * distance(F.group_norm(x, groups), want) + 1e-3
-    parts = x.double().view(4, groups, -1)
+    parts = x.double().reshape(4, groups, -1)
     assert distance(mean, parts.mean(-1)) < 1e-6
     if backend == "native" and "native" in OPS["gn_act"].backends:
         # not so PyTorch's: four digits are lost in NCHW, all in channels_last

@@ -8,6 +8,7 @@ from checks import BACKENDS, distance
 from torch import nn
 
 import fastgan
+from fastgan.training.step import mixes_samples
 
 X = (4, 6, 9, 7)
 BLOCKS = [
@@ -112,6 +113,46 @@ def test_linear_block_and_1d():
         fastgan.nn.BatchNormAct2d(5)(torch.randn(3, 5))
 
 
+PER_SAMPLE_NORMS = [
+    (fastgan.nn.GroupNormAct, nn.GroupNorm, (3, 6), {}),
+    (fastgan.nn.GroupNormAct, nn.GroupNorm, (2, 6, 1e-3, False), {}),
+    (fastgan.nn.InstanceNormAct2d, nn.InstanceNorm2d, (6,), {}),
+    (fastgan.nn.InstanceNormAct2d, nn.InstanceNorm2d, (6,), dict(affine=True, track_running_stats=True, momentum=0.3)),
+    (fastgan.nn.InstanceNormAct2d, nn.InstanceNorm2d, (6, 1e-3, None, True, True), {}),
+    (fastgan.nn.LayerNormAct, nn.LayerNorm, ((6, 9, 7),), {}),
+    (fastgan.nn.LayerNormAct, nn.LayerNorm, (7, 1e-3), dict(bias=False)),
+    (fastgan.nn.LayerNormAct, nn.LayerNorm, ([9, 7],), dict(elementwise_affine=False)),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", PER_SAMPLE_NORMS, ids=lambda c: f"{c[0].__name__}-{c[2]}-{c[3]}")
+def test_per_sample_norms_equal_torch_in_train_and_eval(case, backend):
+    ours_class, theirs_class, args, kwargs = case
+    ours, theirs = ours_class(*args, **kwargs, activation="relu"), theirs_class(*args, **kwargs)
+    for p in ours.parameters():
+        nn.init.normal_(p)
+    theirs.load_state_dict(ours.state_dict())
+    assert "activation=relu" in repr(ours) and isinstance(ours, theirs_class)
+    for training in (True, True, False):
+        ours.train(training), theirs.train(training)
+        x = torch.randn(X)
+        with fastgan.backend(backend):
+            torch.testing.assert_close(ours(x), theirs(x).relu(), rtol=1e-4, atol=1e-5)
+            if theirs_class is nn.InstanceNorm2d:
+                torch.testing.assert_close(ours(x[0]), theirs(x[0]).relu(), rtol=1e-4, atol=1e-5)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert torch.equal(copy.deepcopy(ours).eval()(x), ours(x))
+
+
+def test_per_sample_norms_count_as_per_sample():
+    per_sample = [c[0](*c[2], **c[3]) for c in PER_SAMPLE_NORMS]
+    tracks = ["running statistics" in mixes_samples(m) for m in per_sample]
+    assert tracks == [False, False, False, True, True, False, False, False]
+    assert all(mixes_samples(m) == "" for m, t in zip(per_sample, tracks, strict=True) if not t)
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["parametrization", "hook"])
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*:FutureWarning")
 def test_spectral_norm_on_the_inner_convolution(old):
@@ -164,3 +205,7 @@ def test_bad_arguments_are_one_sentence():
         fastgan.nn.Conv2dBNAct(3, 4, 3, activation="gelu")
     with pytest.raises(ValueError, match="negative_slope must be >= 0"):
         fastgan.nn.Conv2dBiasAct(3, 4, 3, negative_slope=-0.1)
+    with pytest.raises(ValueError, match="GroupNormAct: activation must be None or one of"):
+        fastgan.nn.GroupNormAct(1, 4, activation="tanh")
+    with pytest.raises(ValueError, match=r"in_act: x must be \[N, C, H, W\] or \[C, H, W\]"):
+        fastgan.nn.InstanceNormAct2d(4)(torch.randn(3, 4))
