@@ -33,8 +33,8 @@ struct Work {
   const Problem* problem;
   const Panels<K>* panels;
   const char* packed;
-  const char* zeros;    // a row of zeros, for taps that lie in the padding
-  bool batch_fastest;   // pixels ordered (position, image) instead of (image, position)
+  const char* zeros;   // a row of zeros, for taps that lie in the padding
+  bool batch_fastest;  // pixels ordered (position, image) instead of (image, position)
   Supply supply;
   bool adjacent;        // the taps of a row are neighbours in memory
   int64_t chunk;        // blocks whose pointers are prepared together
@@ -274,8 +274,8 @@ inline int copy_rows(const Work<K>& work, const PhasePair& pair, const BlockRows
 
 // bias, activation and rounding of a finished tile.
 template <class T>
-inline void store_tile(const Problem& p, const float* tile, int64_t ld, int rows, const int64_t* out, int64_t group,
-                       int64_t column, int64_t columns) {
+FG_NOINLINE void store_tile(const Problem& p, const float* tile, int64_t ld, int rows, const int64_t* out,
+                            int64_t group, int64_t column, int64_t columns) {
   const float* bias = p.bias ? p.bias + group * p.M + column : nullptr;
   for (int i = 0; i < rows; ++i, tile += ld) {
     T* to = static_cast<T*>(p.out) + out[i] + column;

@@ -122,9 +122,10 @@ inline Axis adjoint_axis(char* memory, int64_t source, int64_t out, int64_t kern
 
 // Both directions after translation. Channel counts are per group.
 struct Problem {
-  DType source_dtype;  // as the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied
+  DType
+      source_dtype;  // as the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied
   DType out_dtype;
-  const void* source;   // [N][SH][SW][groups * C]
+  const void* source;  // [N][SH][SW][groups * C]
   int64_t N, SH, SW;
   int64_t C;  // reduced over
   void* out;  // [N][OH][OW][groups * M]

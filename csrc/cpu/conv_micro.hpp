@@ -43,8 +43,8 @@ inline float load_unit(const char* p) {
 }
 
 template <bool DOT, int NV>
-inline void tile_vectors(const Run* run, int runs, const char* const* left, int64_t step, const char* panel, float* out,
-                         int64_t ld_out, bool accumulate) {
+FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left, int64_t step, const char* panel,
+                              float* out, int64_t ld_out, bool accumulate) {
   constexpr int ROW_BYTES = NV * VF * 4;
   vec acc[TILE_ROWS][NV];
 #pragma GCC unroll 8
@@ -109,8 +109,8 @@ struct BroadcastKernel {
 };
 
 template <bool DOT, int NC, int MR>
-inline void dot_rows(const Run* run, int runs, const char* const* left, const char* panel, int64_t panel_rows,
-                     float* out, int64_t ld_out) {
+FG_NOINLINE void dot_rows(const Run* run, int runs, const char* const* left, const char* panel, int64_t panel_rows,
+                          float* out, int64_t ld_out) {
   vec acc[MR][NC];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)

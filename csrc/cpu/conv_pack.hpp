@@ -79,9 +79,9 @@ struct PackPiece {
 // stage[rs][c - c0][VF] = weight[column + lane][c][rs]; lanes past M are zero. Reads run along whichever dimension is
 // contiguous in memory, and tiles of VF x VF are transposed in registers where that is not the columns' own.
 template <class W>
-inline void stage_weights(const Problem& p, const TapSlot* slot, const PackPiece& piece, float* stage) {
-  const W* w = static_cast<const W*>(p.weight) + piece.group * p.stride_g + piece.column * p.stride_m +
-               piece.c0 * p.stride_c;
+FG_NOINLINE void stage_weights(const Problem& p, const TapSlot* slot, const PackPiece& piece, float* stage) {
+  const W* w =
+      static_cast<const W*>(p.weight) + piece.group * p.stride_g + piece.column * p.stride_m + piece.c0 * p.stride_c;
   const int lanes = static_cast<int>(least(VF, p.M - piece.column));
   const int64_t depth = piece.c1 - piece.c0, taps = p.R * p.S;
   if (p.stride_m == 1) {
@@ -123,8 +123,8 @@ inline void stage_weights(const Problem& p, const TapSlot* slot, const PackPiece
 }
 
 template <class K>
-inline void emit_weights(const Problem& p, const Panels<K>& panels, const PackPiece& piece, const float* stage,
-                         char* packed) {
+FG_NOINLINE void emit_weights(const Problem& p, const Panels<K>& panels, const PackPiece& piece, const float* stage,
+                              char* packed) {
   const int64_t depth = piece.c1 - piece.c0;
   const vec zero = vset(0.0f);
   // Rounding: pairs are rounded as they are interleaved; fp32 panels for bf16 sources, here.

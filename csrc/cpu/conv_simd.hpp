@@ -24,6 +24,9 @@ constexpr int VF = 8;
 constexpr int VF = 4;
 #endif
 
+// Keeps one copy of a function that several kernels call: compile time, and no cost beside the work it does.
+#define FG_NOINLINE __attribute__((noinline))
+
 typedef float vec __attribute__((vector_size(VF * 4)));
 typedef int32_t veci __attribute__((vector_size(VF * 4)));
 typedef uint32_t vecu __attribute__((vector_size(VF * 4)));
@@ -103,11 +106,19 @@ inline vec vload(const bf16* p) {
 
 inline vec vload_n(const float* p, int n) { return vload_n(static_cast<const void*>(p), n); }
 
-inline vec vload_n(const bf16* p, int n) {
+// The first n of VF bf16 elements, zeros behind them.
+inline vech load_half_n(const bf16* p, int n) {
   vech h = {};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m256i m = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  std::memcpy(&h, &m, sizeof h);
+#else
   std::memcpy(&h, p, sizeof(bf16) * static_cast<size_t>(n));
-  return widen(h);
+#endif
+  return h;
 }
+
+inline vec vload_n(const bf16* p, int n) { return widen(load_half_n(p, n)); }
 
 inline void vstore(float* p, vec v) { vstore(static_cast<void*>(p), v); }
 
