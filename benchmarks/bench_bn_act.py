@@ -1,10 +1,11 @@
-"""bn_act: batch norm and activation as DCGAN-64 has them, training mode; to the second order on one of them."""
+"""bn_act: batch norm and activation as DCGAN-64 has them, training mode; two of them forward alone,
+one to the second order."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import Case
-from layers import BATCH, DIRECTIONS, DTYPES, PLAIN_ACTIVATIONS, ROWS, SLOPE, noise, rows
+from layers import BATCH, DTYPES, PLAIN_ACTIVATIONS, ROWS, SLOPE, cases, noise, rows
 
 import fastgan
 from fastgan.ops import bn_act
@@ -16,7 +17,7 @@ SHAPES = {
     "64x32x32-relu": (64, 32, "relu"),
 }
 SECOND = "forward+double backward"
-CASES = [Case("bn_act", shape, direction, dtype) for shape in SHAPES for direction in DIRECTIONS for dtype in DTYPES]
+CASES = cases("bn_act", SHAPES, forward_too=("512", "64x"))
 CASES += [Case("bn_act", "128x16x16-leaky_relu", SECOND, dtype) for dtype in DTYPES]
 
 

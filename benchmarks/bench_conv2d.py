@@ -1,15 +1,14 @@
-"""conv2d: the five layers of DCGAN-64's discriminator."""
+"""conv2d: the five layers of DCGAN-64's discriminator; two of them forward alone as well."""
 
 import pytest
 import torch.nn.functional as F
-from comparison import Case
-from layers import BATCH, D_LAYERS, DIRECTIONS, DTYPES, KERNEL, PLAIN_ACTIVATIONS, ROWS, SLOPE, noise, rows
+from layers import BATCH, D_LAYERS, KERNEL, PLAIN_ACTIVATIONS, ROWS, SLOPE, cases, noise, rows
 
 import fastgan
 from fastgan.ops import conv2d, conv2d_weight, conv_transpose2d
 
 LAYERS = {f"{v.name}-{v.channels}x{v.size}x{v.size}-to-{v.filters}x{v.out}x{v.out}-{v.activation}": v for v in D_LAYERS}
-CASES = [Case("conv2d", shape, direction, dtype) for shape in LAYERS for direction in DIRECTIONS for dtype in DTYPES]
+CASES = cases("conv2d", LAYERS, forward_too=("d1", "d2"))
 
 
 def runners(case):

@@ -1,20 +1,14 @@
-"""conv_transpose2d: the five layers of DCGAN-64's generator."""
+"""conv_transpose2d: the five layers of DCGAN-64's generator; two of them forward alone as well."""
 
 import pytest
 import torch.nn.functional as F
-from comparison import Case
-from layers import BATCH, DIRECTIONS, DTYPES, G_LAYERS, KERNEL, PLAIN_ACTIVATIONS, ROWS, SLOPE, noise, rows
+from layers import BATCH, G_LAYERS, KERNEL, PLAIN_ACTIVATIONS, ROWS, SLOPE, cases, noise, rows
 
 import fastgan
 from fastgan.ops import conv2d, conv2d_weight, conv_transpose2d
 
 LAYERS = {f"{v.name}-{v.channels}x{v.size}x{v.size}-to-{v.filters}x{v.out}x{v.out}-{v.activation}": v for v in G_LAYERS}
-CASES = [
-    Case("conv_transpose2d", shape, direction, dtype)
-    for shape in LAYERS
-    for direction in DIRECTIONS
-    for dtype in DTYPES
-]
+CASES = cases("conv_transpose2d", LAYERS, forward_too=("g4", "g5"))
 
 
 def runners(case):

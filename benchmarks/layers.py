@@ -7,7 +7,7 @@ forward, which records its graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,17 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": lambda t: torch.nn.functional.leaky_relu_(t, SLOPE),
     "tanh": torch.tanh,
 }
+
+
+def cases(op: str, shapes: Iterable[str], forward_too: tuple[str, ...]) -> list[Case]:
+    """Every shape forward and backward in both dtypes; shapes that start with one of `forward_too` also forward."""
+    return [
+        Case(op, shape, direction, dtype)
+        for shape in shapes
+        for direction in DIRECTIONS
+        if direction != "forward" or shape.startswith(forward_too)
+        for dtype in DTYPES
+    ]
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

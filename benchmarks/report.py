@@ -85,15 +85,18 @@ def bound(case: dict[str, Any]) -> str:
     return ", ".join(f"{dtype} bound {milliseconds(seconds)} ms" for dtype, seconds in bounds.items())
 
 
-def summary(cases: Iterable[dict[str, Any]]) -> str:
-    """How many of fastgan's rows win and lose, losses never folded into a mean."""
-    rows = [r for case in cases for r in case["rows"] if r["ours"] and not r["failed"] and r["speedup"] is not None]
-    default = [r for r in rows if "native" not in r["row"]]
-    failed = [f"{title(c)} {r['row']}" for c in cases for r in c["rows"] if r["ours"] and r["failed"]]
-    lost = sum(r["speedup"] < 1 for r in default)
-    told = f"{len(default)} rows of fastgan as users get it: {len(default) - lost} at least as fast as the best PyTorch"
-    told += f" row of their dtype, {lost} slower."
-    return told + (f" Failed: {', '.join(failed)}." if failed else "")
+def summary(cases: list[dict[str, Any]]) -> list[str]:
+    """How many of fastgan's rows win, lose and fail, by the row's name; losses are counted, never averaged away."""
+    rows = [(case, row) for case in cases for row in case["rows"] if row["ours"]]
+    lines = []
+    for name in dict.fromkeys(row["row"] for _, row in rows):
+        speedups = [row["speedup"] for _, row in rows if row["row"] == name and row["speedup"] is not None]
+        slower = sum(s < 1 for s in speedups)
+        lines += [
+            f"{name}: {len(speedups) - slower} of {len(speedups)} at least as fast as PyTorch's best row of the dtype "
+            f"(in either layout, compiled or not), {slower} slower"
+        ]
+    return lines + [f"failed: {title(case)} {row['row']}: {row['failed']}" for case, row in rows if row["failed"]]
 
 
 # ---- the terminal ---------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def text(results: dict[str, Any]) -> list[str]:
             padded = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:-1], widths[1:-1], strict=True))]
             lines += ["  ".join(["", *padded, line[-1]]).rstrip()]
         lines += [""]
-    return [*lines, summary(results["cases"])]
+    return [*lines, *summary(results["cases"])]
 
 
 def machine_lines(results: dict[str, Any]) -> list[str]:
@@ -137,7 +140,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
 def markdown(results: dict[str, Any]) -> list[str]:
     """Lines for the page: the machine, then a section an op and a table a case."""
     lines = [f"- {line}" for line in machine_lines(results)]
-    lines += [f"- {summary(results['cases'])}", ""]
+    lines += [*(f"- {line}" for line in summary(results["cases"])), ""]
     names = [*GROUPS, *sorted({case["op"] for case in results["cases"]} - set(GROUPS))]
     for name in names:
         cases = [case for case in results["cases"] if case["op"] == name]

@@ -1,0 +1,203 @@
+"""The benchmarks' runner, records and tables, on a stopwatch that does not wait."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+WHY = "installed without the source tree's benchmarks"
+ceilings = pytest.importorskip("ceilings", reason=WHY)
+comparison = pytest.importorskip("comparison", reason=WHY)
+report = pytest.importorskip("report", reason=WHY)
+timing = pytest.importorskip("timing", reason=WHY)
+
+
+class Watch:
+    """Answers with the seconds a call that a runner names, and remembers who was called."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.calls = seconds, []
+
+    def runners(self):
+        return {name: (lambda name=name: name) for name in self.seconds}
+
+    def __call__(self, run, iterations):
+        name = run()
+        self.calls.append((name, iterations))
+        value = self.seconds[name]
+        if isinstance(value, list):
+            value = value.pop(0) if len(value) > 1 else value[0]
+        return value * iterations
+
+
+def test_rounds_take_turns_and_each_starts_with_another():
+    watch = Watch(a=0.1, b=0.2, c=0.3)
+    timings = timing.interleave(watch.runners(), seconds=3.6, stopwatch=watch)
+    order = [name for name, _ in watch.calls][6:]  # after two warm-up calls each
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert len(rounds) == 6  # of 0.6 s
+    assert rounds[:4] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert [len(t.samples) for t in timings.values()] == [6, 6, 6]
+
+
+def test_rounds_are_bounded_on_both_sides():
+    assert len(timing.interleave(Watch(a=9.0).runners(), seconds=1, stopwatch=Watch(a=9.0))["a"].samples) == 5
+    watch = Watch(a=0.02)
+    assert len(timing.interleave(watch.runners(), seconds=1e3, stopwatch=watch)["a"].samples) == timing.MAX_ROUNDS
+
+
+def test_quick_calls_are_sampled_many_at_a_time():
+    watch = Watch(quick=1e-4, slow=0.5)
+    timings = timing.interleave(watch.runners(), seconds=1, stopwatch=watch)
+    assert timings["quick"].iterations == 100 and timings["slow"].iterations == 1
+    assert timings["quick"].median == pytest.approx(1e-4)
+
+
+def test_the_first_call_is_kept_apart():
+    watch = Watch(compiled=[7.0, 0.1])
+    t = timing.interleave(watch.runners(), stopwatch=watch)["compiled"]
+    assert t.first_call == 7.0 and t.median == pytest.approx(0.1)
+
+
+def test_statistics():
+    t = timing.Timing(samples=[5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (t.median, t.min, t.quartiles) == (3.0, 1.0, (2.0, 4.0))
+    assert timing.Timing(samples=[2.0]).quartiles == (2.0, 2.0)
+
+
+def test_ratios_are_the_baseline_over_each():
+    timings = {n: timing.Timing(samples=[s]) for n, s in (("base", 2.0), ("fast", 1.0), ("slow", 4.0))}
+    timings["broken"] = timing.Timing(failed="no")
+    assert timing.ratios(timings, "base") == {"base": 1.0, "fast": 2.0, "slow": 0.5, "broken": None}
+    assert set(timing.ratios(timings, "broken").values()) == {None}
+
+
+def fail_at(call):
+    calls = iter(range(1000))
+
+    def run():
+        if next(calls) >= call:
+            raise ValueError("\nno such kernel\nat line 3")
+
+    return run
+
+
+@pytest.mark.parametrize("call", [0, 4], ids=["first call", "in a round"])
+def test_a_failing_runner_is_reported_and_the_others_go_on(call):
+    watch = Watch(good=0.1)
+    runners = {"bad": fail_at(call), "good": lambda: "good"}
+
+    def stopwatch(run, iterations):
+        return watch(run, iterations) if run is runners["good"] else run() or 0.1
+
+    timings = timing.interleave(runners, seconds=2, stopwatch=stopwatch)
+    assert list(timings) == ["bad", "good"]
+    assert timings["bad"].failed == "ValueError: no such kernel" and not timings["bad"].samples
+    assert len(timings["good"].samples) >= 5 and not timings["good"].failed
+
+
+def test_the_highest_running_sum():
+    assert timing.highest(iter([4, -4, 3, 2, -5])) == 5
+    assert timing.highest(iter([-4, 2])) == 0
+
+
+def test_peak_memory_counts_what_is_live_at_once():
+    def run():
+        a = torch.empty(1000, dtype=torch.float32)
+        del a
+        return torch.empty(500, dtype=torch.float32) + torch.empty(500, dtype=torch.float32)
+
+    assert timing.peak_memory(run) == 6000
+
+
+RAW = {
+    "fp32_gflops": 100.0,
+    "bf16_avx512_gflops": 200.0,
+    "memory": [
+        {"mib": 1, "copy_gbs": 80.0, "triad_gbs": 70.0},
+        {"mib": 64, "copy_gbs": 20.0, "triad_gbs": 25.0},
+        {"mib": 256, "copy_gbs": 26.0, "triad_gbs": 10.0},
+    ],
+}
+CEILINGS = ceilings.read({"2": RAW}, 2)
+
+
+def test_ceilings_are_optimistic_between_footprints():
+    assert CEILINGS.gflops == {"float32": 100.0, "bfloat16": 200.0}
+    assert CEILINGS.bytes_per_second(1000) == 80e9
+    assert CEILINGS.bytes_per_second(63 << 20) == 80e9
+    assert CEILINGS.bytes_per_second(64 << 20) == 26e9  # a larger footprint was quicker: noise, and still reachable
+
+
+def test_a_bound_is_the_greater_of_arithmetic_and_memory_piece_by_piece():
+    work = [{"flops": 10**9, "bytes": 8}, {"flops": 1, "bytes": 8 * 10**5}]
+    assert CEILINGS.bound(work, "float32") == pytest.approx(1e-2 + 1e-5)
+    assert CEILINGS.bound(work, "bfloat16") == pytest.approx(5e-3 + 1e-5)
+
+
+def test_without_a_compiler_the_ceilings_say_so(monkeypatch):
+    monkeypatch.setattr(ceilings.shutil, "which", lambda name: None)
+    with pytest.raises(ceilings.Unavailable, match=r"a C\+\+ compiler must be on PATH, got none"):
+        ceilings.measure(1)
+
+
+def records(**seconds):
+    watch = Watch(**seconds)
+    work = [{"flops": 10**9, "bytes": 1000}]
+    runners = {
+        name: comparison.Runner(run, work, "bfloat16" if "bf16" in name else "float32", ours="fastgan" in name)
+        for name, run in watch.runners().items()
+    }
+    runners["compile"] = comparison.Runner(fail_at(0), work)
+
+    def stopwatch(run, iterations):
+        return run() if run is runners["compile"].run else watch(run, iterations)
+
+    return comparison.measure(runners, seconds=1, ceilings=CEILINGS, stopwatch=stopwatch, peak=lambda run, device: 42)
+
+
+def test_records_compare_within_a_dtype_and_keep_losing_and_failing_rows():
+    rows = {r["row"]: r for r in records(eager=0.4, tuned=0.2, tuned_bf16=0.1, fastgan=0.25, fastgan_bf16=0.05)}
+    assert list(rows) == ["eager", "tuned", "tuned_bf16", "fastgan", "fastgan_bf16", "compile"]
+    assert rows["fastgan"]["best_pytorch"] == "tuned" and rows["fastgan"]["speedup"] == pytest.approx(0.8)
+    assert rows["fastgan_bf16"]["best_pytorch"] == "tuned_bf16" and rows["fastgan_bf16"]["speedup"] == pytest.approx(2)
+    assert rows["eager"]["share_of_bound"] == pytest.approx(0.01 / 0.4) and rows["eager"]["peak_bytes"] == 42
+    assert rows["compile"]["failed"] == "ValueError: no such kernel" and rows["compile"]["median_s"] is None
+    keys = {"row", "ours", "dtype", "failed", "rounds", "median_s", "min_s", "q1_s", "q3_s", "samples_s", "peak_bytes"}
+    keys |= {"flops", "bytes", "bound_s", "share_of_bound", "best_pytorch", "speedup", "backends", "first_call_s"}
+    assert all(keys <= set(row) for row in rows.values())
+    json.dumps(list(rows.values()))
+
+
+def test_a_row_without_a_runner_is_refused():
+    with pytest.raises(KeyError, match="got none for fastgan"):
+        comparison.wanted({"eager": comparison.Runner(int)}, ["eager", "fastgan"])
+
+
+def results():
+    machine = dict(cpu="C", threads=2, cores=2, device="cpu", kernels="k", torch="t", fastgan="f", commit="abc")
+    machine |= dict(dirty=True, python="3", os="o", date="d", load_before=0.1, load_after=0.2, command="pytest")
+    case = dict(op="conv2d", id="i", shape="s", direction="forward", dtype="float32")
+    return {"machine": machine, "ceilings": RAW, "cases": [{**case, "rows": records(eager=0.2, fastgan=0.25)}]}
+
+
+def test_tables_show_losses_failures_and_the_machine():
+    lines = "\n".join(report.text(results()))
+    assert "0.80 (slower)" in lines and "ValueError: no such kernel" in lines
+    assert "commit abc with uncommitted changes" in lines and "bf16_avx512 200 GFLOP/s" in lines
+    assert "fastgan: 0 of 1 at least as fast" in lines
+    page = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+    new = report.replace(page, report.markdown(results()))
+    assert new.startswith("# Title\n") and new.endswith("\nafter\n") and "old" not in new
+    assert "| fastgan | 250 |" in new and "(slower)" in new
+    assert report.replace(new, report.markdown(results())) == new
+    with pytest.raises(ValueError, match="the page must have the line"):
+        report.replace("# Title\n", [])
+
+
+def test_results_without_ceilings_say_why():
+    without = results() | {"ceilings": {"unavailable": "no compiler"}}
+    assert "no bounds: no compiler" in "\n".join(report.text(without))
