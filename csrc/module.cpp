@@ -53,12 +53,6 @@ Strides strides_of(const char* op, const py::tuple& t) {
   return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
 }
 
-template <class F>
-F ready(const char* op, F kernel) {
-  if (!kernel) throw std::runtime_error(std::string(op) + ": this build has no such kernel");
-  return kernel;
-}
-
 // ---------------------------------------------------------------------------------------------- convolution
 
 ConvShape make_conv(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t OH, int64_t OW, int64_t R, int64_t S,
@@ -89,7 +83,7 @@ void conv2d(const ConvShape& conv, int dtype, Address x, Address w, int w_dtype,
                         act_of(op, act),
                         slope,
                         threads_of(op, threads)};
-  const auto kernel = ready(op, current().conv2d);
+  const auto kernel = current().conv2d;
   py::gil_scoped_release release;
   kernel(conv, args);
 }
@@ -108,7 +102,7 @@ void conv_transpose2d(const ConvShape& conv, int dtype, Address y, Address w, in
                                  act_of(op, act),
                                  slope,
                                  threads_of(op, threads)};
-  const auto kernel = ready(op, current().conv_transpose2d);
+  const auto kernel = current().conv_transpose2d;
   py::gil_scoped_release release;
   kernel(conv, args);
 }
@@ -120,7 +114,7 @@ void conv2d_weight(const ConvShape& conv, int dtype, Address x, Address dy, Addr
   const Conv2dWeightArgs args{
       dtype_of(op, dtype),    at(x), at(dy), at(dw), dtype_of(op, dw_dtype), {s[0], s[1], s[2], s[3]},
       threads_of(op, threads)};
-  const auto kernel = ready(op, current().conv2d_weight);
+  const auto kernel = current().conv2d_weight;
   py::gil_scoped_release release;
   kernel(conv, args);
 }
@@ -142,7 +136,7 @@ void bn_act_forward(int dtype, Address x, Address weight, Address bias, Address 
   constexpr auto op = "bn_act_forward";
   const BnShape shape = bn_shape(op, dtype, N, C, HW, G, channels_last, training, eps, act, slope, threads);
   const BnActForwardArgs args{at(x), at<float>(weight), at<float>(bias), at<float>(mean), at<float>(var), at(y)};
-  const auto kernel = ready(op, current().bn_act_forward);
+  const auto kernel = current().bn_act_forward;
   py::gil_scoped_release release;
   kernel(shape, args);
 }
@@ -154,7 +148,7 @@ void bn_act_backward(int dtype, Address dy, Address x, Address weight, Address b
   const BnShape shape = bn_shape(op, dtype, N, C, HW, G, channels_last, training, eps, act, slope, threads);
   const BnActBackwardArgs args{at(dy),         at(x),  at<float>(weight),  at<float>(bias), at<float>(mean),
                                at<float>(var), at(dx), at<float>(dweight), at<float>(dbias)};
-  const auto kernel = ready(op, current().bn_act_backward);
+  const auto kernel = current().bn_act_backward;
   py::gil_scoped_release release;
   kernel(shape, args);
 }
@@ -168,7 +162,7 @@ void bn_act_double_backward(int dtype, Address ddx, Address ddweight, Address dd
   const BnActDoubleBackwardArgs args{
       at(ddx),         at<float>(ddweight), at<float>(ddbias), at(dy),   at(x),   at<float>(weight),
       at<float>(bias), at<float>(mean),     at<float>(var),    at(d_dy), at(d_x), at<float>(d_weight)};
-  const auto kernel = ready(op, current().bn_act_double_backward);
+  const auto kernel = current().bn_act_double_backward;
   py::gil_scoped_release release;
   kernel(shape, args);
 }
@@ -188,7 +182,7 @@ void bias_act_forward(int dtype, Address x, Address bias, Address y, int64_t N, 
   constexpr auto op = "bias_act_forward";
   const BiasActShape shape = bias_act_shape(op, dtype, N, C, HW, channels_last, act, slope, threads);
   const BiasActForwardArgs args{at(x), at<float>(bias), at(y)};
-  const auto kernel = ready(op, current().bias_act_forward);
+  const auto kernel = current().bias_act_forward;
   py::gil_scoped_release release;
   kernel(shape, args);
 }
@@ -198,7 +192,7 @@ void bias_act_backward(int dtype, Address dy, Address y, Address dx, Address dbi
   constexpr auto op = "bias_act_backward";
   const BiasActShape shape = bias_act_shape(op, dtype, N, C, HW, channels_last, act, slope, threads);
   const BiasActBackwardArgs args{at(dy), at(y), at(dx), at<float>(dbias)};
-  const auto kernel = ready(op, current().bias_act_backward);
+  const auto kernel = current().bias_act_backward;
   py::gil_scoped_release release;
   kernel(shape, args);
 }
@@ -236,7 +230,7 @@ void gan_loss_forward(int dtype, Address fake, int64_t n_fake, Address real, int
   constexpr auto op = "gan_loss_forward";
   GanLossArgs args = gan_loss_args(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, threads);
   args.out = at<float>(out);
-  const auto kernel = ready(op, current().gan_loss_forward);
+  const auto kernel = current().gan_loss_forward;
   py::gil_scoped_release release;
   kernel(args);
 }
@@ -248,7 +242,7 @@ void gan_loss_backward(int dtype, Address dloss, Address fake, int64_t n_fake, A
   args.dloss = at<float>(dloss);
   args.dfake = at(dfake);
   args.dreal = at(dreal);
-  const auto kernel = ready(op, current().gan_loss_backward);
+  const auto kernel = current().gan_loss_backward;
   py::gil_scoped_release release;
   kernel(args);
 }

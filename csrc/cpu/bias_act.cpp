@@ -104,36 +104,48 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   }
 }
 
-}  // namespace
-
-#define FG_BY_ACT(kernel, T)                         \
-  switch (shape.act) {                               \
-    case ACT_IDENTITY:                               \
-      return kernel<T, ACT_IDENTITY>(shape, args);   \
-    case ACT_RELU:                                   \
-      return kernel<T, ACT_RELU>(shape, args);       \
-    case ACT_LEAKY_RELU:                             \
-      return kernel<T, ACT_LEAKY_RELU>(shape, args); \
-    case ACT_TANH:                                   \
-      return kernel<T, ACT_TANH>(shape, args);       \
-    case ACT_SIGMOID:                                \
-      return kernel<T, ACT_SIGMOID>(shape, args);    \
-  }
-
-void bias_act_forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
-  if (shape.dtype == BF16) {
-    FG_BY_ACT(forward, bf16)
-  } else {
-    FG_BY_ACT(forward, float)
+template <class T>
+void forward_by_act(const BiasActShape& shape, const BiasActForwardArgs& args) {
+  BiasActShape as_leaky = shape;
+  as_leaky.slope = 1.0f;
+  switch (shape.act) {
+    case ACT_RELU:
+      return forward<T, ACT_RELU>(shape, args);
+    case ACT_LEAKY_RELU:
+      return forward<T, ACT_LEAKY_RELU>(shape, args);
+    case ACT_TANH:
+      return forward<T, ACT_TANH>(shape, args);
+    case ACT_SIGMOID:
+      return forward<T, ACT_SIGMOID>(shape, args);
+    case ACT_IDENTITY:  // leaky_relu with slope 1, to the bit
+      return forward<T, ACT_LEAKY_RELU>(as_leaky, args);
   }
 }
 
-void bias_act_backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
-  if (shape.dtype == BF16) {
-    FG_BY_ACT(backward, bf16)
-  } else {
-    FG_BY_ACT(backward, float)
+template <class T>
+void backward_by_act(const BiasActShape& shape, const BiasActBackwardArgs& args) {
+  switch (shape.act) {
+    case ACT_RELU:
+      return backward<T, ACT_RELU>(shape, args);
+    case ACT_LEAKY_RELU:
+      return backward<T, ACT_LEAKY_RELU>(shape, args);
+    case ACT_TANH:
+      return backward<T, ACT_TANH>(shape, args);
+    case ACT_SIGMOID:
+      return backward<T, ACT_SIGMOID>(shape, args);
+    case ACT_IDENTITY:  // does not read y
+      return backward<T, ACT_IDENTITY>(shape, args);
   }
+}
+
+}  // namespace
+
+void bias_act_forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
+  shape.dtype == BF16 ? forward_by_act<bf16>(shape, args) : forward_by_act<float>(shape, args);
+}
+
+void bias_act_backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
+  shape.dtype == BF16 ? backward_by_act<bf16>(shape, args) : backward_by_act<float>(shape, args);
 }
 
 }  // namespace fg::ISA

@@ -1,6 +1,6 @@
 // One vector type, so that a kernel is written once and compiled for every instruction set:
 // vf holds VF floats; vm is the result of a comparison. Loads and stores take float or bf16, aligned or not.
-// A tail load fills the missing lanes with zero, a tail store leaves the bytes behind it untouched.
+// A tail load of n <= VF lanes fills the others with zero, a tail store leaves the bytes behind it untouched.
 #pragma once
 
 #include <cstdint>

@@ -115,10 +115,12 @@ struct Share {
 
 // ------------------------------------------------------------------------------------------------ columns
 
-// NR rows of `width` columns starting at element `at`; coefficients and sums are arrays with stride `padded`.
-template <int NR, class Body>
-static inline void sweep_rows(const Grid& grid, const Body& body, int64_t at, int64_t width, const float* coef,
-                              float* sums) {
+// A few rows of `width` columns starting at element `at`; coefficients and sums are arrays with stride `padded`. Taking
+// several rows at once reads these once for all of them. The loop over them is not unrolled: it would not be faster
+// (memory is the limit) and the body is compiled often enough.
+template <class Body>
+static inline void sweep_rows(const Grid& grid, const Body& body, int64_t at, int64_t rows, int64_t width,
+                              const float* coef, float* sums) {
   vf k[Body::COEFS + 1], s[Body::SUMS + 1];
   const auto open = [&](int64_t j) {
     for (int i = 0; i < Body::COEFS; ++i) k[i] = load(coef + i * grid.padded + j);
@@ -127,13 +129,13 @@ static inline void sweep_rows(const Grid& grid, const Body& body, int64_t at, in
   int64_t j = 0;
   for (; j + VF <= width; j += VF) {
     open(j);
-    for (int r = 0; r < NR; ++r) body(FullLane{at + r * grid.width + j}, k, s);
+    for (int64_t r = 0; r < rows; ++r) body(FullLane{at + r * grid.width + j}, k, s);
     for (int i = 0; i < Body::SUMS; ++i) store(sums + i * grid.padded + j, s[i]);
   }
   if (j == width) return;
   open(j);
   const int n = static_cast<int>(width - j);
-  for (int r = 0; r < NR; ++r) body(TailLane{at + r * grid.width + j, n}, k, s);
+  for (int64_t r = 0; r < rows; ++r) body(TailLane{at + r * grid.width + j, n}, k, s);
   for (int i = 0; i < Body::SUMS; ++i) {
     float* p = sums + i * grid.padded + j;
     store(p, select(first(n), s[i], load(p)));
@@ -143,24 +145,22 @@ static inline void sweep_rows(const Grid& grid, const Body& body, int64_t at, in
 template <class Body, class Flush>
 static void sweep_columns(const Grid& grid, const Share& share, int64_t group, const Body& body, const float* coef,
                           float* sums, bool reverse, const Flush& flush) {
-  constexpr int NR = 4;
-  constexpr int64_t BLOCK = 128;  // rows between two flushes
+  constexpr int64_t BLOCK = 128, ROWS = 4;  // rows between two flushes, rows at once
   const int64_t base = group * grid.group_elements;
   const auto clear = [&] {
     for (int64_t i = 0; i < Body::SUMS * grid.padded; ++i) sums[i] = 0.0f;
   };
   const auto rows = [&](int64_t begin, int64_t end) {
     clear();
-    int64_t r = begin;
-    for (; r + NR <= end; r += NR) sweep_rows<NR>(grid, body, base + r * grid.width, grid.width, coef, sums);
-    for (; r < end; ++r) sweep_rows<1>(grid, body, base + r * grid.width, grid.width, coef, sums);
+    for (int64_t r = begin; r < end; r += ROWS)
+      sweep_rows(grid, body, base + r * grid.width, end - r < ROWS ? end - r : ROWS, grid.width, coef, sums);
     if constexpr (Body::SUMS > 0) flush(sums, grid.padded, int64_t{0}, grid.width, end - begin);
   };
   const int64_t rest = share.remainder ? grid.group_elements % grid.width : 0;
   const auto incomplete_row = [&] {
     if (!rest) return;
     clear();
-    sweep_rows<1>(grid, body, base + grid.group_elements - rest, rest, coef, sums);
+    sweep_rows(grid, body, base + grid.group_elements - rest, 1, rest, coef, sums);
     if constexpr (Body::SUMS > 0) flush(sums, grid.padded, int64_t{0}, rest, int64_t{1});
   };
   if (reverse) {
@@ -187,16 +187,14 @@ static inline void sweep_run(const Body& body, int64_t at, int64_t length, const
     body(FullLane{at + h}, k, even);
     body(FullLane{at + h + VF}, k, odd);
   }
-  if (h + VF <= length) {
-    body(FullLane{at + h}, k, even);
-    h += VF;
+  while (h < length) {
+    const int n = length - h < VF ? static_cast<int>(length - h) : VF;
+    vf s[Body::SUMS + 1];
+    for (int i = 0; i < Body::SUMS; ++i) s[i] = odd[i];
+    body(TailLane{at + h, n}, k, s);
+    for (int i = 0; i < Body::SUMS; ++i) odd[i] = select(first(n), s[i], odd[i]);
+    h += n;
   }
-  if (h == length) return;
-  const int n = static_cast<int>(length - h);
-  vf s[Body::SUMS + 1];
-  for (int i = 0; i < Body::SUMS; ++i) s[i] = odd[i];
-  body(TailLane{at + h, n}, k, s);
-  for (int i = 0; i < Body::SUMS; ++i) odd[i] = select(first(n), s[i], odd[i]);
 }
 
 template <class Body, class Flush>

@@ -4,11 +4,15 @@
 #define FG_STRING_(x) #x
 #define FG_STRING(x) FG_STRING_(x)
 
-namespace fg::ISA {
+// The elementwise kernels gain nothing from AVX512_BF16 or AMX: those tables take avx512's (as setup.py knows).
+#ifdef __AVX512BF16__
+#define ELEMENTWISE avx512
+#else
+#define ELEMENTWISE ISA
+#endif
 
-void conv2d(const ConvShape&, const Conv2dArgs&);
-void conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&);
-void conv2d_weight(const ConvShape&, const Conv2dWeightArgs&);
+namespace fg::ELEMENTWISE {
+
 void bn_act_forward(const BnShape&, const BnActForwardArgs&);
 void bn_act_backward(const BnShape&, const BnActBackwardArgs&);
 void bn_act_double_backward(const BnShape&, const BnActDoubleBackwardArgs&);
@@ -17,33 +21,27 @@ void bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&);
 void gan_loss_forward(const GanLossArgs&);
 void gan_loss_backward(const GanLossArgs&);
 
-#ifdef FG_WITHOUT_conv2d
-#define conv2d nullptr
-#endif
-#ifdef FG_WITHOUT_conv_transpose2d
-#define conv_transpose2d nullptr
-#endif
-#ifdef FG_WITHOUT_conv2d_weight
-#define conv2d_weight nullptr
-#endif
-#ifdef FG_WITHOUT_bn_act
-#define bn_act_forward nullptr
-#define bn_act_backward nullptr
-#define bn_act_double_backward nullptr
-#endif
-#ifdef FG_WITHOUT_bias_act
-#define bias_act_forward nullptr
-#define bias_act_backward nullptr
-#endif
-#ifdef FG_WITHOUT_gan_loss
-#define gan_loss_forward nullptr
-#define gan_loss_backward nullptr
-#endif
+}  // namespace fg::ELEMENTWISE
+
+namespace fg::ISA {
+
+void conv2d(const ConvShape&, const Conv2dArgs&);
+void conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&);
+void conv2d_weight(const ConvShape&, const Conv2dWeightArgs&);
 
 extern const Table table;
 const Table table = {
-    FG_STRING(ISA),         conv2d,           conv_transpose2d,  conv2d_weight,    bn_act_forward,    bn_act_backward,
-    bn_act_double_backward, bias_act_forward, bias_act_backward, gan_loss_forward, gan_loss_backward,
+    FG_STRING(ISA),
+    conv2d,
+    conv_transpose2d,
+    conv2d_weight,
+    ELEMENTWISE::bn_act_forward,
+    ELEMENTWISE::bn_act_backward,
+    ELEMENTWISE::bn_act_double_backward,
+    ELEMENTWISE::bias_act_forward,
+    ELEMENTWISE::bias_act_backward,
+    ELEMENTWISE::gan_loss_forward,
+    ELEMENTWISE::gan_loss_backward,
 };
 
 }  // namespace fg::ISA
