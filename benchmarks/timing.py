@@ -76,32 +76,35 @@ def interleave(
     """
     watch = stopwatch or STOPWATCHES[device]
     timings = {name: Timing() for name in runners}
-    expected: dict[str, float] = {}
+    alive = []
     for name, run in runners.items():
         with _failing(timings[name]):
             timings[name].first_call = watch(run, 1)
             once = _once(run, warmup - 1, watch)
             timings[name].iterations = min(MAX_ITERATIONS, max(1, round(SAMPLE / max(once, 1e-9))))
-            expected[name] = once * timings[name].iterations
-    rounds = round(seconds / max(sum(expected.values()), 1e-9))
-    alive = list(expected)
+            alive.append(name)
+    spent = 0.0
     with _without_collector():
-        for turn in range(min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))):
-            start = turn % len(alive) if alive else 0
+        for turn in range(MAX_ROUNDS):
+            if not alive or (turn >= MIN_ROUNDS and spent >= seconds):
+                break
+            start = turn % len(alive)
             for name in alive[start:] + alive[:start]:
                 timing = timings[name]
                 with _failing(timing):
-                    timing.samples.append(watch(runners[name], timing.iterations) / timing.iterations)
+                    took = watch(runners[name], timing.iterations)
+                    timing.samples.append(took / timing.iterations)
+                    spent += took
             alive = [name for name in alive if not timings[name].failed]
     return timings
 
 
 def _once(run: Callable[[], object], calls: int, watch: Stopwatch) -> float:
-    """The quickest of `calls` calls, and of as many more as a sample takes: one call alone may be a noisy moment."""
-    quickest, spent = float("inf"), 0.0
-    while calls > 0 or spent < SAMPLE:
+    """The quickest of `calls` calls, and of more for what is quick: one call alone may be a noisy moment."""
+    quickest, spent, made = float("inf"), 0.0, 0
+    while made < calls or spent < SAMPLE or (made < 5 and quickest < 5 * SAMPLE):
         took = watch(run, 1)
-        quickest, spent, calls = min(quickest, took), spent + max(took, 1e-6), calls - 1
+        quickest, spent, made = min(quickest, took), spent + max(took, 1e-6), made + 1
     return quickest
 
 

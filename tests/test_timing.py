@@ -35,7 +35,7 @@ class Watch:
 
 def test_rounds_take_turns_and_each_starts_with_another():
     watch = Watch(a=0.1, b=0.2, c=0.3)
-    timings = timing.interleave(watch.runners(), seconds=3.6, stopwatch=watch)
+    timings = timing.interleave(watch.runners(), seconds=3.5, stopwatch=watch)
     order = [name for name, _ in watch.calls][6:]  # after two warm-up calls each
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert len(rounds) == 6  # of 0.6 s
