@@ -163,7 +163,7 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True) 
     owners = _owners(model)
     for chain in _chains(model):
         children = list(chain)
-        for child, following in zip(children, [*children[1:], None], strict=True):
+        for child, following in zip(children, [*children, None][1:], strict=True):
             if not _refusal(child, owners):
                 swapped.append((child, type(child)))
                 _fuse(child, following, owners, swapped)

@@ -52,6 +52,11 @@ def test_same_object_keys_parameters_and_numbers(make):
         torch.testing.assert_close(a, b)
 
 
+def test_empty_and_single_chains():
+    model = fastgan.convert(nn.Sequential(nn.Sequential(), nn.Sequential(nn.Conv2d(3, 4, 1))))
+    assert model(torch.randn(1, 3, 2, 2)).shape == (1, 4, 2, 2)
+
+
 def test_children_keep_their_types_and_survive_copying():
     model = fastgan.convert(chain())
     assert (

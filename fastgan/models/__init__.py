@@ -28,6 +28,8 @@ from .dcgan import (
 )
 from .mlp import MLPDiscriminator, MLPGenerator
 from .mlp import build as build_mlp
+from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
+from .resnet import SNGANDiscriminator, SNGANGenerator, build_sngan
 
 __all__ = [
     "DCGANDiscriminator",
@@ -37,6 +39,10 @@ __all__ = [
     "MLPDiscriminator",
     "MLPGenerator",
     "Preset",
+    "R3GANDiscriminator",
+    "R3GANGenerator",
+    "SNGANDiscriminator",
+    "SNGANGenerator",
     "build",
     "options",
     "presets",
@@ -66,6 +72,8 @@ _PRESETS = {
             "TensorFlow's Keras tutorial, tensorflow.org/tutorials/generative/dcgan",
         ),
         Preset("dcgan-64", build_dcgan, "pytorch/examples dcgan, after Radford et al. 2016 (arXiv:1511.06434)"),
+        Preset("sngan-32", build_sngan, "Miyato et al. 2018 (arXiv:1802.05957), table 4"),
+        Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
     )
 }
 

@@ -73,11 +73,12 @@ class DCGANDiscriminator(nn.Module):
 
     The generator's mirror: 4x4 convolutions with stride 2 and LeakyReLU(0.2), batch norm on all but the
     first; the last maps 4x4 to one number. 2,765,568 parameters at the defaults.
+    Without `norm` a bias takes each batch norm's place: a critic for gradient penalties, which batch norm would couple.
     """
 
     per_sample = True
 
-    def __init__(self, *, image_size: int = 64, channels: int = 3, width: int = 64):
+    def __init__(self, *, image_size: int = 64, channels: int = 3, width: int = 64, norm: bool = True):
         super().__init__()
         stages = _stages("DCGANDiscriminator", image_size)
         _check_positive("DCGANDiscriminator", channels=channels, width=width)
@@ -89,8 +90,8 @@ class DCGANDiscriminator(nn.Module):
         before = width
         for _ in range(stages - 1):
             layers += [
-                nn.Conv2d(before, before * 2, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(before * 2),
+                nn.Conv2d(before, before * 2, 4, 2, 1, bias=not norm),
+                *([nn.BatchNorm2d(before * 2)] if norm else []),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             before *= 2
@@ -112,11 +113,17 @@ def init_dcgan(module: nn.Module) -> None:
 
 
 def build_dcgan(
-    *, image_size: int = 64, channels: int = 3, latent: int = 100, g_width: int = 64, d_width: int = 64
+    *,
+    image_size: int = 64,
+    channels: int = 3,
+    latent: int = 100,
+    g_width: int = 64,
+    d_width: int = 64,
+    d_norm: bool = True,
 ) -> tuple[DCGANGenerator, DCGANDiscriminator]:
     """Both networks of `dcgan-64`, initialised as in the paper. `g_width` and `d_width`: its ngf and ndf."""
     generator = DCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
-    discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width)
+    discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, norm=d_norm)
     init_dcgan(generator)
     init_dcgan(discriminator)
     return generator, discriminator

@@ -1,0 +1,119 @@
+"""`sngan-32`: residual networks with spectral normalisation in the discriminator.
+
+Source: Miyato, Kataoka, Koyama, Yoshida 2018, Spectral Normalization for GANs (arXiv:1802.05957), table 4 (CIFAR-10).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class UpBlock(nn.Module):
+    """[N, C, H, W] -> [N, out, 2H, 2W]: norm, ReLU, upsample, 3x3, norm, ReLU, 3x3, plus an upsampled 1x1 shortcut."""
+
+    per_sample = True  # samples meet only inside batch norm
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 3, padding=1)
+        )
+        self.second = nn.Sequential(nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 3, padding=1))
+        self.shortcut = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + self.shortcut(x)
+
+
+class SNBlock(nn.Module):
+    """[N, C, H, W] -> [N, out, H/2, W/2] or [N, out, H, W]: two spectrally normalised 3x3 after ReLUs, and a shortcut.
+
+    The image's own block (`first`) has no ReLU before its first convolution.
+    """
+
+    per_sample = True
+
+    def __init__(self, channels: int, out: int, *, down: bool, first: bool = False):
+        super().__init__()
+        pool = [nn.AvgPool2d(2)] if down else []
+        self.residual = nn.Sequential(
+            *([] if first else [nn.ReLU()]),
+            spectral_norm(nn.Conv2d(channels, out, 3, padding=1)),
+            nn.ReLU(),
+            spectral_norm(nn.Conv2d(out, out, 3, padding=1)),
+            *pool,
+        )
+        learned = down or channels != out
+        self.shortcut = nn.Sequential(*([spectral_norm(nn.Conv2d(channels, out, 1))] if learned else []), *pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.residual(x) + self.shortcut(x)
+
+
+class SNGANGenerator(nn.Module):
+    """z [N, latent] to images [N, channels, image_size, image_size] in [-1, 1].
+
+    A dense layer to 4x4 maps of `width` channels, one `UpBlock` a doubling, batch norm, ReLU, 3x3, tanh.
+    """
+
+    per_sample = True
+
+    def __init__(self, *, image_size: int = 32, channels: int = 3, latent: int = 128, width: int = 256):
+        super().__init__()
+        self.latent, self.image_size, self.channels = latent, image_size, channels
+        self.width = width
+        self.dense = nn.Linear(latent, width * 16)
+        blocks = [UpBlock(width, width) for _ in range(_doublings("SNGANGenerator", image_size))]
+        self.main = nn.Sequential(
+            *blocks, nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.main(self.dense(z).view(-1, self.width, 4, 4))
+        return images
+
+
+class SNGANDiscriminator(nn.Module):
+    """Images to logits [N]: two halving blocks, two more, ReLU, sum over pixels, dense; all spectrally normalised."""
+
+    per_sample = True
+
+    def __init__(self, *, image_size: int = 32, channels: int = 3, width: int = 128):
+        super().__init__()
+        _doublings("SNGANDiscriminator", image_size)
+        self.image_size, self.channels = image_size, channels
+        self.main = nn.Sequential(
+            SNBlock(channels, width, down=True, first=True),
+            SNBlock(width, width, down=True),
+            SNBlock(width, width, down=False),
+            SNBlock(width, width, down=False),
+            nn.ReLU(),
+        )
+        self.dense = spectral_norm(nn.Linear(width, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.dense(self.main(images).sum((2, 3)))
+        return logits.flatten()
+
+
+def _doublings(name: str, image_size: int) -> int:
+    if image_size < 16 or image_size & (image_size - 1):
+        raise ValueError(f"{name}: image_size must be a power of two of at least 16, got {image_size!r}")
+    return image_size.bit_length() - 3
+
+
+def build_sngan(
+    *, image_size: int = 32, channels: int = 3, latent: int = 128, g_width: int = 256, d_width: int = 128
+) -> tuple[SNGANGenerator, SNGANDiscriminator]:
+    """Both networks of `sngan-32`, Xavier-initialised (gain sqrt(2) inside blocks) as the paper's code does."""
+    generator = SNGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
+    discriminator = SNGANDiscriminator(image_size=image_size, channels=channels, width=d_width)
+    for network in (generator, discriminator):
+        for name, parameter in network.named_parameters():  # a normalised weight is held as "...weight.original"
+            if parameter.dim() > 1:
+                inside = parameter.dim() == 4 and "shortcut" not in name
+                nn.init.xavier_uniform_(parameter, 2**0.5 if inside else 1.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+    return generator, discriminator

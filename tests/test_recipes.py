@@ -1,0 +1,31 @@
+"""Every named recipe trains at reduced width: twenty steps, finite losses, moving samples."""
+
+import pytest
+import torch
+
+import fastgan
+from fastgan.training.recipes import recipes
+
+NARROW = {
+    "mlp-28": {},
+    "dcgan-28": {"g_width": 8, "d_width": 8},
+    "dcgan-64": {"g_width": 8, "d_width": 8},
+    "sngan-32": {"g_width": 16, "d_width": 16},
+    "r3gan-small": {"g_width": 32, "d_width": 32},
+}
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_twenty_steps(name, tmp_path):
+    recipe = recipes()[name]
+    options = {**recipe.model_options, **NARROW[recipe.model]}
+    recipe = recipe.replace(
+        model_options=options, batch_size=8, steps=20, log_every=10, sample_every=0, sample_count=4, checkpoint_every=0
+    )
+    trainer = fastgan.Trainer(recipe, out=tmp_path / "run", device="cpu", quiet=True)
+    before = [p.detach().clone() for p in trainer.generator.parameters()]
+    result = trainer.fit()
+    assert result.step == 20 and result.reason == "steps"
+    assert all(torch.tensor(v).isfinite() for v in result.metrics.values())
+    assert ("penalty" in result.metrics) == (recipe.penalty is not None)
+    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.generator.parameters(), strict=True))
