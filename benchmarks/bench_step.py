@@ -20,7 +20,7 @@ from fastgan.ops import bn_act, conv2d, conv2d_weight, conv_transpose2d
 
 PRESETS = {"dcgan-64": (3, 64, 2e-4, (0.5, 0.999)), "dcgan-28": (1, 28, 1e-4, (0.9, 0.999))}
 LATENT = 100
-SECONDS = 30.0  # of rounds: a step takes about half a second, and there are seven rows
+SECONDS = 25.0  # of rounds: a step takes about half a second, and there are seven rows
 ROWS = (
     "eager",
     "eager-tuned",

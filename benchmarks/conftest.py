@@ -9,6 +9,7 @@ work on the real numbers. Our own tables replace pytest-benchmark's, which --ben
 import datetime
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def session_facts(request):
     """Measures the ceilings and notes what the numbers depend on, before the first case."""
     results = request.config.stash[RESULTS]
     results["machine"] = facts = {**machine(), **source(), "device": "cpu", "fastgan": fastgan.__version__}
+    facts["os"] = f"{platform.system()} {platform.machine()}"
     module, reason = native()
     facts["kernels"] = module.table() if module else reason
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -131,7 +133,7 @@ def compare(request, benchmark, session_facts):
     case: a `comparison.Case`. runners: case -> {row: Runner}. Rows that no selected test asks for are not run.
     """
 
-    def run(case, row, runners, seconds=1.2):
+    def run(case, row, runners, seconds=0.8):
         function = request.node.function
         key = case.op, str(case)
         results = request.config.stash[RESULTS]["cases"]

@@ -92,6 +92,8 @@ def summary(cases: list[dict[str, Any]]) -> list[str]:
     for name in dict.fromkeys(row["row"] for _, row in rows):
         speedups = [row["speedup"] for _, row in rows if row["row"] == name and row["speedup"] is not None]
         slower = sum(s < 1 for s in speedups)
+        if not speedups:
+            continue
         lines += [
             f"{name}: {len(speedups) - slower} of {len(speedups)} at least as fast as PyTorch's best row of the dtype "
             f"(in either layout, compiled or not), {slower} slower"
@@ -125,6 +127,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
         f"kernels {machine['kernels']}",
         f"torch {machine['torch']}, fastgan {machine['fastgan']} at commit {machine['commit']}{dirty}, "
         f"python {machine['python']}, {machine['os']}",
+        f"command: {machine['command']}",
         f"{machine['date']}, load average {machine['load_before']} before and {machine['load_after']} after",
     ]
     if "unavailable" in ceilings:
