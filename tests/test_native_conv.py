@@ -95,6 +95,11 @@ SHAPES = [
     Shape(2, 8, 11, 12, 16, 3, 3, (1, 1), (2, 2), (2, 2)),
     Shape(2, 17, 13, 12, 5, 3, 4, (2, 3), (2, 3), (2, 2)),
     Shape(13, 4, 12, 9, 6, 2, 3, (3, 2), (1, 4), (3, 4)),
+    # Images out of many channels: taps between source pixels, more and fewer than the stride.
+    Shape(3, 3, 13, 11, 32, 2, 3, (3, 4), (1, 2)),
+    Shape(2, 8, 19, 10, 32, 5, 3, (2, 2), (4, 0), (2, 1)),
+    Shape(2, 2, 9, 12, 96, 4, 5, (1, 2), (0, 3)),
+    Shape(1, 4, 64, 33, 32, 3, 3, (2, 2), (1, 1)),
     # Groups: two, odd ones, depthwise with multiplier 1 and 2.
     Shape(2, 32, 6, 6, 64, 3, 3, (1, 1), (1, 1), (1, 1), 2),
     Shape(13, 15, 6, 5, 10, 3, 3, (2, 2), (1, 1), (1, 1), 5),
@@ -253,7 +258,7 @@ def test_every_op_matches_float64(table, shape, dtype):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (2, 3, 0, 1), (3, 1, 2, 0), (1, 0, 3, 2), (1, 2, 3, 0)])
 @pytest.mark.parametrize("step", [1, 3])
 def test_any_weight_strides_and_fp32_master_weights(table, order, step):
-    for shape in (SHAPES[1], SHAPES[6], SHAPES[16], SHAPES[20]):
+    for shape in (SHAPES[1], SHAPES[6], SHAPES[16], SHAPES[21], SHAPES[26]):
         for op in OPS:
             for w_dtype in DTYPES:
                 got = run(op, shape, torch.bfloat16, w_dtype, order, step)
@@ -283,7 +288,7 @@ def test_fp32_master_weights_are_rounded_to_bf16(table):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
 def test_epilogue(table, act, dtype):
-    for shape in (SHAPES[0], SHAPES[2], SHAPES[12], SHAPES[15], SHAPES[22]):
+    for shape in (SHAPES[0], SHAPES[2], SHAPES[12], SHAPES[15], SHAPES[21], SHAPES[26]):
         for op, channels in (("conv2d", shape.k), ("conv_transpose2d", shape.c)):
             bias = torch.linspace(-2, 2, channels)
             got = run(op, shape, dtype, bias=bias, act=act).double()

@@ -146,13 +146,30 @@ struct BlockRows {
   const char* base[K::ROWS];
   int32_t h0[K::ROWS], h1[K::ROWS], w0[K::ROWS], w1[K::ROWS];  // valid taps of the row
   int32_t H0, H1, W0, W1;                                      // of any row
-  bool uniform;                                                // the same for every row
+  bool uniform;                                                // of every row; then h0 to w1 are not set
 };
 
 template <class K>
-inline BlockRows<K> block_rows(const Work<K>& work, const PhasePair& pair, int64_t group, int count, Cursor& cursor,
-                               int64_t* out) {
-  BlockRows<K> b;
+inline void block_rows(const Work<K>& work, const PhasePair& pair, int64_t group, int count, Cursor& cursor,
+                       BlockRows<K>& b, int64_t* out) {
+  const Problem& p = *work.problem;
+  // Blocks of one position, or of one image row away from its edges, are the rule: equally spaced rows.
+  const bool one_position = work.batch_fastest && cursor.n + count <= p.N;
+  const bool one_row = !work.batch_fastest && cursor.qw >= pair.w_inside && cursor.qw + count <= pair.w_outside;
+  if (one_position || one_row) {
+    const int64_t step = one_position ? p.SH * p.SW * work.pixel : p.w.step * work.pixel;
+    const int64_t out_step = (one_position ? p.OH * p.OW : p.w.out_step) * p.groups * p.M;
+    for (int i = 0; i < K::ROWS; ++i) b.base[i] = cursor.base + (i < count ? i : 0) * step;
+    for (int i = 0; i < K::ROWS; ++i) out[i] = cursor.out + i * out_step;
+    b.H0 = pair.h->lo[cursor.qh], b.H1 = pair.h->hi[cursor.qh];
+    b.W0 = pair.w->lo[cursor.qw], b.W1 = pair.w->hi[cursor.qw];
+    b.uniform = true;
+    (one_position ? cursor.n : cursor.qw) += count - 1;
+    cursor.base += (count - 1) * step;
+    cursor.out += (count - 1) * out_step;
+    advance(work, pair, group, cursor);
+    return;
+  }
   for (int i = 0; i < count; ++i) {
     b.base[i] = cursor.base;
     out[i] = cursor.out;
@@ -163,16 +180,13 @@ inline BlockRows<K> block_rows(const Work<K>& work, const PhasePair& pair, int64
   for (int i = count; i < K::ROWS; ++i)
     b.base[i] = b.base[0], b.h0[i] = b.h0[0], b.h1[i] = b.h1[0], b.w0[i] = b.w0[0], b.w1[i] = b.w1[0];
   b.H0 = b.h0[0], b.H1 = b.h1[0], b.W0 = b.w0[0], b.W1 = b.w1[0];
-  int32_t differs = 0;
   for (int i = 1; i < K::ROWS; ++i) {
-    differs |= (b.h0[i] ^ b.h0[0]) | (b.h1[i] ^ b.h1[0]) | (b.w0[i] ^ b.w0[0]) | (b.w1[i] ^ b.w1[0]);
     b.H0 = b.h0[i] < b.H0 ? b.h0[i] : b.H0;
     b.H1 = b.h1[i] > b.H1 ? b.h1[i] : b.H1;
     b.W0 = b.w0[i] < b.W0 ? b.w0[i] : b.W0;
     b.W1 = b.w1[i] > b.W1 ? b.w1[i] : b.W1;
   }
-  b.uniform = differs == 0;
-  return b;
+  b.uniform = false;
 }
 
 // Bytes from a row's base to the source pixel of a tap.
@@ -216,17 +230,17 @@ inline int point_to_row_runs(const Work<K>& work, const PhasePair& pair, const B
   for (int32_t th = b.H0; th < b.H1; ++th, ++runs, left += K::ROWS) {
     run[runs] = {th * units, units};
     const int64_t bytes = taps > 0 ? tap_bytes(work, pair, th, 0) : 0;
+    for (int i = 0; i < K::ROWS; ++i) left[i] = b.base[i] + bytes;
+    if (b.uniform && b.W1 - b.W0 == taps) continue;
     for (int i = 0; i < K::ROWS; ++i) {
-      left[i] = b.base[i] + bytes;
-      if (b.h0[i] <= th && th < b.h1[i]) {
-        if (b.w1[i] - b.w0[i] == taps) continue;
+      const int64_t w0 = b.uniform ? b.W0 : b.w0[i], w1 = b.uniform ? b.W1 : b.w1[i];
+      if (!b.uniform && (th < b.h0[i] || th >= b.h1[i])) {
+        left[i] = work.zeros;
+      } else if (w1 - w0 < taps) {
         char* copy = copies + (runs * K::ROWS + i) * units * 4;
         std::memset(copy, 0, static_cast<size_t>(units * 4));
-        const int64_t from = b.w0[i] * work.pixel;
-        std::memcpy(copy + from, left[i] + from, static_cast<size_t>((b.w1[i] - b.w0[i]) * work.pixel));
+        std::memcpy(copy + w0 * work.pixel, left[i] + w0 * work.pixel, static_cast<size_t>((w1 - w0) * work.pixel));
         left[i] = copy;
-      } else {
-        left[i] = work.zeros;
       }
     }
   }
@@ -242,18 +256,20 @@ inline int copy_rows(const Work<K>& work, const PhasePair& pair, const BlockRows
   const int64_t w1 = panels.merged ? pair.w->taps : b.W1, w0 = panels.merged ? 0 : b.W0;
   const int64_t h1 = panels.merged ? pair.h->taps : b.H1, h0 = panels.merged ? 0 : b.H0;
   for (int i = 0; i < count; ++i) {
+    const int64_t bh0 = b.uniform ? b.H0 : b.h0[i], bh1 = b.uniform ? b.H1 : b.h1[i];
+    const int64_t bw0 = b.uniform ? b.W0 : b.w0[i], bw1 = b.uniform ? b.W1 : b.w1[i];
     char* at = copies + i * row_bytes;
     char* const end = panels.merged ? at + row_bytes : at + (h1 - h0) * (w1 - w0) * step;
-    if (bytes != step || b.h1[i] - b.h0[i] < h1 - h0 || b.w1[i] - b.w0[i] < w1 - w0 || panels.merged)
+    if (bytes != step || bh1 - bh0 < h1 - h0 || bw1 - bw0 < w1 - w0 || panels.merged)
       std::memset(at, 0, static_cast<size_t>(end - at));
     for (int64_t th = h0; th < h1; ++th, at += (w1 - w0) * step) {
-      if (th < b.h0[i] || th >= b.h1[i]) continue;
+      if (th < bh0 || th >= bh1) continue;
       if (work.adjacent && step == bytes) {
-        std::memcpy(at + (b.w0[i] - w0) * step, b.base[i] + tap_bytes(work, pair, th, b.w0[i]),
-                    static_cast<size_t>((b.w1[i] - b.w0[i]) * step));
+        std::memcpy(at + (bw0 - w0) * step, b.base[i] + tap_bytes(work, pair, th, bw0),
+                    static_cast<size_t>((bw1 - bw0) * step));
         continue;
       }
-      for (int64_t tw = b.w0[i]; tw < b.w1[i]; ++tw)
+      for (int64_t tw = bw0; tw < bw1; ++tw)
         std::memcpy(at + (tw - w0) * step, b.base[i] + tap_bytes(work, pair, th, tw), static_cast<size_t>(bytes));
     }
   }
@@ -277,19 +293,26 @@ template <class T>
 FG_NOINLINE void store_tile(const Problem& p, const float* tile, int64_t ld, int rows, const int64_t* out,
                             int64_t group, int64_t column, int64_t columns) {
   const float* bias = p.bias ? p.bias + group * p.M + column : nullptr;
+  const int64_t whole = columns / VF * VF;
+  const int rest = static_cast<int>(columns - whole);
+  T* const to = static_cast<T*>(p.out) + column;
+  if (!bias && p.act == ACT_IDENTITY) {
+    for (int i = 0; i < rows; ++i, tile += ld) {
+      for (int64_t j = 0; j < whole; j += VF) vstore(to + out[i] + j, vload(tile + j));
+      if (rest) vstore_n(to + out[i] + whole, vload_n(tile + whole, rest), rest);
+    }
+    return;
+  }
   for (int i = 0; i < rows; ++i, tile += ld) {
-    T* to = static_cast<T*>(p.out) + out[i] + column;
-    int64_t j = 0;
-    for (; j + VF <= columns; j += VF) {
+    for (int64_t j = 0; j < whole; j += VF) {
       vec v = vload(tile + j);
       if (bias) v += vload(bias + j);
-      vstore(to + j, vact(v, p.act, p.slope));
+      vstore(to + out[i] + j, vact(v, p.act, p.slope));
     }
-    if (j < columns) {
-      const int rest = static_cast<int>(columns - j);
-      vec v = vload_n(tile + j, rest);
-      if (bias) v += vload_n(bias + j, rest);
-      vstore_n(to + j, vact(v, p.act, p.slope), rest);
+    if (rest) {
+      vec v = vload_n(tile + whole, rest);
+      if (bias) v += vload_n(bias + whole, rest);
+      vstore_n(to + out[i] + whole, vact(v, p.act, p.slope), rest);
     }
   }
 }
@@ -305,7 +328,8 @@ inline void compute_chunk(const Work<K>& work, const Tables<K>& t, const PhasePa
   Cursor cursor = cursor_at(work, pair, group, first);
   for (int64_t m = 0; m < blocks; ++m) {
     const int count = static_cast<int>(least(K::ROWS, total - first - m * K::ROWS));
-    const BlockRows<K> b = block_rows(work, pair, group, count, cursor, t.out + m * K::ROWS);
+    BlockRows<K> b;
+    block_rows(work, pair, group, count, cursor, b, t.out + m * K::ROWS);
     Run* run = t.run + m * t.max_runs;
     const char** left = t.left + m * t.max_runs * K::ROWS;
     char* copies = t.copies + m * K::ROWS * t.row_bytes;

@@ -13,9 +13,10 @@ namespace {
 
 struct PhasePair {
   const AxisPhase *h, *w;
-  int64_t taps;    // h->taps * w->taps
-  int64_t units;   // rows of a panel
-  int64_t offset;  // bytes, of group 0's first panel
+  int64_t taps;                 // h->taps * w->taps
+  int64_t units;                // rows of a panel
+  int64_t offset;               // bytes, of group 0's first panel
+  int64_t w_inside, w_outside;  // between them, output columns of the phase use all of w's taps
 };
 
 struct TapSlot {
@@ -63,6 +64,10 @@ inline void plan_panels(const Problem& p, Panels<K>& panels) {
     q.taps = q.h->taps * q.w->taps;
     q.units = panels.merged ? round_up(q.taps * p.C, RUN) / K::PER_UNIT : q.taps * panels.tap_units;
     q.offset = panels.bytes;
+    q.w_inside = 0;
+    while (q.w_inside < q.w->count && q.w->hi[q.w_inside] - q.w->lo[q.w_inside] < q.w->taps) ++q.w_inside;
+    q.w_outside = q.w_inside;
+    while (q.w_outside < q.w->count && q.w->hi[q.w_outside] - q.w->lo[q.w_outside] == q.w->taps) ++q.w_outside;
     panels.bytes += q.units * p.groups * panels.columns * 4;
     for (int64_t t = 0; t < q.taps; ++t)
       panels.slot[q.h->tap[t / q.w->taps].index * p.S + q.w->tap[t % q.w->taps].index] = {static_cast<int32_t>(i),
