@@ -293,6 +293,8 @@ class BuildNative(build_ext):
                 raise SystemExit(f"fastgan._C could not be built: {error}") from error
             print(f"warning: fastgan is installed without its native core: {error}", file=sys.stderr, flush=True)
             folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("_C.*"):  # of an earlier build: its functions may differ from the sources'
+                stale.unlink()
             note.write_text(f"{error}\n")
 
     def build_extension(self, ext: Extension) -> None:
