@@ -225,16 +225,18 @@ FG_NOINLINE void gather_segment(const Gradient& g, const Segment& segment, const
   const T* from[CHUNK_UNITS * K::PER_UNIT];
   for (int t = 0; t < runs; ++t) {
     const int64_t begin = run[t].row * K::PER_UNIT, units = run[t].units;
-    for (int64_t i = begin; i < begin + units * K::PER_UNIT; ++i) {
-      if (i >= count) {
-        from[i] = zeros;
-        continue;
-      }
-      const bool row = static_cast<uint32_t>(px.ih[i] + dh) < H;
-      const bool first = static_cast<uint32_t>(px.iw[i] + dw) < W;
-      from[i] = row & first ? x + px.at[i] : zeros;
-      if (more == 0 || !row || (first && px.iw[i] + dw + more < s.W)) continue;
-      // Some taps of the row are padding: the others are copied between zeros.
+    const int64_t stop = begin + units * K::PER_UNIT, real = least(stop, count);
+    int32_t clipped = 0;  // rows of taps of which some lie in the padding
+    for (int64_t i = begin; i < real; ++i) {
+      const int32_t row = static_cast<uint32_t>(px.ih[i] + dh) < H;
+      const int32_t whole =
+          (static_cast<uint32_t>(px.iw[i] + dw) < W) & (static_cast<uint32_t>(px.iw[i] + dw + more) < W);
+      from[i] = row & whole ? x + px.at[i] : zeros;
+      clipped |= row & ~whole;
+    }
+    for (int64_t i = real; i < stop; ++i) from[i] = zeros;
+    for (int64_t i = begin; more > 0 && (clipped & 1) && i < real; ++i) {
+      if (from[i] != zeros || static_cast<uint32_t>(px.ih[i] + dh) >= H) continue;
       T* copy = edges + i * K::COLUMNS;
       const int64_t left = px.iw[i] + dw;  // column of the first tap
       const int64_t e0 = left < 0 ? least(segment.count, -left * g.C - segment.in_tap) : 0;
@@ -293,16 +295,32 @@ struct Fetch {
   const char* end;
   int64_t bytes;  // per call
 
+  static Fetch spread(const char* from, const char* to, int64_t calls) { return {from, to, (to - from) / calls + 64}; }
+
   void some() {
     const char* stop = at + bytes < end ? at + bytes : end;
     for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
+// The stretch of x that the columns j0 to j1 read at the pixels of a whole chunk in (image, position) order.
+template <class T>
+inline Fetch fetch_x(const Gradient& g, int64_t first, int64_t j0, int64_t j1, int64_t calls) {
+  const ConvShape& s = *g.s;
+  const auto element = [&](int64_t pixel, int64_t j) {
+    const Pixel p = pixel_at(g, pixel);
+    const int64_t ih = p.oh * s.stride_h - s.pad_h + j / g.C / s.S * s.dil_h, iw = p.ow * s.stride_w;
+    return most(0, least(s.N * s.H * s.W, (p.n * s.H + ih) * s.W + iw)) * s.C;
+  };
+  const T* x = static_cast<const T*>(g.a->x);
+  const int64_t from = element(first, j0), to = most(from, element(first + g.chunk - 1, j1));
+  return Fetch::spread(reinterpret_cast<const char*>(x + from), reinterpret_cast<const char*>(x + to), calls);
+}
+
 // One block of columns, over one chunk of pixels.
 template <class K, class T>
 inline bool add_chunk(const Gradient& g, int64_t split, int64_t group, int64_t block, int64_t chunk, bool started,
-                      const char* dy, const T* zeros, Own<K, T>& own, float* sums, Fetch& fetch) {
+                      const char* dy, const T* zeros, Own<K, T>& own, float* sums, Fetch& next_dy, Fetch& next_x) {
   const ConvShape& s = *g.s;
   const int64_t j0 = first_column<K>(g, block), width = first_column<K>(g, block + 1) - j0;
   const int64_t first = chunk * g.chunk, count = least(g.chunk, g.pixels - first);
@@ -322,7 +340,8 @@ inline bool add_chunk(const Gradient& g, int64_t split, int64_t group, int64_t b
         const int64_t row = group * g.K + k + (i < rows ? i : 0);
         left[t * K::ROWS + i] = dy + (K::RUN_UNITS > 1 ? row * g.units + run[t].row : run[t].row * s.K + row) * 4;
       }
-    fetch.some();
+    next_dy.some();
+    next_x.some();
     K::tile(run, runs, left, s.K * 4, static_cast<int>(rows), reinterpret_cast<const char*>(own.panel), g.units,
             static_cast<int>(width), out + k * width, width, started);
   }
@@ -334,6 +353,7 @@ inline void add_up(const Gradient& g, int64_t split, int64_t group, int64_t part
                    float* units, float* sums) {
   const ConvShape& s = *g.s;
   const int64_t block0 = part * g.together, block1 = least(g.blocks, block0 + g.together);
+  const int64_t j_first = first_column<K>(g, block0), j_last = least(first_column<K>(g, block1), s.R * s.S * g.C) - 1;
   bool started[MAX_TOGETHER] = {};
   std::memset(own.panel, 0, sizeof own.panel);  // columns past the last are never written, but must not be denormals
   const int64_t from = g.chunks * split / g.splits, to = g.chunks * (split + 1) / g.splits;
@@ -341,15 +361,16 @@ inline void add_up(const Gradient& g, int64_t split, int64_t group, int64_t part
     const int64_t first = chunk * g.chunk, chunk_bytes = g.units * s.K * 4;
     const char* dy = g.left ? g.left + chunk * chunk_bytes : reinterpret_cast<const char*>(units);
     if (!g.left) rearrange_chunk<K, T>(g, chunk, zeros, units);
-    Fetch fetch = {dy + chunk_bytes, dy, 0};
-    if (g.left && chunk + 2 < g.chunks) {
-      fetch.end = fetch.at + chunk_bytes;
-      fetch.bytes = chunk_bytes / ((block1 - block0) * ceil_div(g.K, K::ROWS)) + 64;
+    const int64_t tiles = (block1 - block0) * ceil_div(g.K, K::ROWS);
+    Fetch next_dy = {dy, dy, 0}, next_x = {dy, dy, 0};
+    if (chunk + 2 < g.chunks) {
+      if (g.left) next_dy = Fetch::spread(dy + chunk_bytes, dy + 2 * chunk_bytes, tiles);
+      if (!g.batch_fastest) next_x = fetch_x<T>(g, first + g.chunk, j_first, j_last, tiles);
     }
     find_pixels(g, first, least(g.chunk, g.pixels - first), own.pixels);
     for (int64_t b = block0; b < block1; ++b)
       started[b - block0] =
-          add_chunk<K, T>(g, split, group, b, chunk, started[b - block0], dy, zeros, own, sums, fetch);
+          add_chunk<K, T>(g, split, group, b, chunk, started[b - block0], dy, zeros, own, sums, next_dy, next_x);
   }
   for (int64_t b = block0; b < block1; ++b) {
     const int64_t width = first_column<K>(g, b + 1) - first_column<K>(g, b);
