@@ -167,6 +167,54 @@ void bn_act_double_backward(int dtype, Address ddx, Address ddweight, Address dd
   kernel(shape, args);
 }
 
+// ---------------------------------------------------------------------------------------------- gn_act
+
+GnShape gn_shape(const char* op, int dtype, int64_t N, int64_t C, int64_t HW, int64_t groups, bool channels_last,
+                 float eps, int act, float slope, int threads) {
+  if (N < 0 || C < 0 || HW < 0 || groups < 1 || C % groups)
+    refuse(std::string(op) + ": N, C and HW must not be negative and groups must divide C, got N=" + std::to_string(N) +
+           ", C=" + std::to_string(C) + ", HW=" + std::to_string(HW) + ", groups=" + std::to_string(groups));
+  return {dtype_of(op, dtype),    N, C, HW, groups, channels_last, eps, act_of(op, act, ACT_LEAKY_RELU), slope,
+          threads_of(op, threads)};
+}
+
+void gn_act_forward(int dtype, Address x, Address weight, Address bias, Address mean, Address var, Address y, int64_t N,
+                    int64_t C, int64_t HW, int64_t groups, bool channels_last, float eps, int act, float slope,
+                    int threads) {
+  constexpr auto op = "gn_act_forward";
+  const GnShape shape = gn_shape(op, dtype, N, C, HW, groups, channels_last, eps, act, slope, threads);
+  const GnActForwardArgs args{at(x), at<float>(weight), at<float>(bias), at<float>(mean), at<float>(var), at(y)};
+  const auto kernel = current().gn_act_forward;
+  py::gil_scoped_release release;
+  kernel(shape, args);
+}
+
+void gn_act_backward(int dtype, Address dy, Address x, Address weight, Address bias, Address mean, Address var,
+                     Address dx, Address dweight, Address dbias, int64_t N, int64_t C, int64_t HW, int64_t groups,
+                     bool channels_last, float eps, int act, float slope, int threads) {
+  constexpr auto op = "gn_act_backward";
+  const GnShape shape = gn_shape(op, dtype, N, C, HW, groups, channels_last, eps, act, slope, threads);
+  const GnActBackwardArgs args{at(dy),         at(x),  at<float>(weight),  at<float>(bias), at<float>(mean),
+                               at<float>(var), at(dx), at<float>(dweight), at<float>(dbias)};
+  const auto kernel = current().gn_act_backward;
+  py::gil_scoped_release release;
+  kernel(shape, args);
+}
+
+void gn_act_double_backward(int dtype, Address ddx, Address ddweight, Address ddbias, Address dy, Address x,
+                            Address weight, Address bias, Address mean, Address var, Address d_dy, Address d_x,
+                            Address d_weight, int64_t N, int64_t C, int64_t HW, int64_t groups, bool channels_last,
+                            float eps, int act, float slope, int threads) {
+  constexpr auto op = "gn_act_double_backward";
+  const GnShape shape = gn_shape(op, dtype, N, C, HW, groups, channels_last, eps, act, slope, threads);
+  const GnActDoubleBackwardArgs args{
+      at(ddx),         at<float>(ddweight), at<float>(ddbias), at(dy),   at(x),   at<float>(weight),
+      at<float>(bias), at<float>(mean),     at<float>(var),    at(d_dy), at(d_x), at<float>(d_weight)};
+  const auto kernel = current().gn_act_double_backward;
+  py::gil_scoped_release release;
+  kernel(shape, args);
+}
+
 // ---------------------------------------------------------------------------------------------- bias_act
 
 BiasActShape bias_act_shape(const char* op, int dtype, int64_t N, int64_t C, int64_t HW, bool channels_last, int act,
@@ -355,6 +403,17 @@ PYBIND11_MODULE(_C, m) {
         arg("dy"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("d_dy"), arg("d_x"),
         arg("d_weight"), arg("N"), arg("C"), arg("HW"), arg("G"), arg("channels_last"), arg("training"), arg("eps"),
         arg("act"), arg("slope"), arg("threads"));
+
+  m.def("gn_act_forward", &gn_act_forward, arg("dtype"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"),
+        arg("y"), arg("N"), arg("C"), arg("HW"), arg("groups"), arg("channels_last"), arg("eps"), arg("act"),
+        arg("slope"), arg("threads"));
+  m.def("gn_act_backward", &gn_act_backward, arg("dtype"), arg("dy"), arg("x"), arg("weight"), arg("bias"), arg("mean"),
+        arg("var"), arg("dx"), arg("dweight"), arg("dbias"), arg("N"), arg("C"), arg("HW"), arg("groups"),
+        arg("channels_last"), arg("eps"), arg("act"), arg("slope"), arg("threads"));
+  m.def("gn_act_double_backward", &gn_act_double_backward, arg("dtype"), arg("ddx"), arg("ddweight"), arg("ddbias"),
+        arg("dy"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("d_dy"), arg("d_x"),
+        arg("d_weight"), arg("N"), arg("C"), arg("HW"), arg("groups"), arg("channels_last"), arg("eps"), arg("act"),
+        arg("slope"), arg("threads"));
 
   m.def("bias_act_forward", &bias_act_forward, arg("dtype"), arg("x"), arg("bias"), arg("y"), arg("N"), arg("C"),
         arg("HW"), arg("channels_last"), arg("act"), arg("slope"), arg("threads"));

@@ -99,6 +99,21 @@ struct BnActDoubleBackwardArgs {
   float* d_weight;   // [C]; null: not wanted
 };
 
+// What gn_act's three directions share. x as for bn_act; mean and var are float32 [N][groups], always of x itself.
+struct GnShape {
+  DType dtype;
+  int64_t N, C, HW, groups;
+  bool channels_last;
+  float eps;
+  Act act;  // identity, relu or leaky_relu
+  float slope;
+  int threads;
+};
+
+using GnActForwardArgs = BnActForwardArgs;  // but mean and var are [N][groups] and always written
+using GnActBackwardArgs = BnActBackwardArgs;
+using GnActDoubleBackwardArgs = BnActDoubleBackwardArgs;
+
 struct BiasActShape {
   DType dtype;
   int64_t N, C, HW;
@@ -142,6 +157,9 @@ struct Table {
   void (*bn_act_forward)(const BnShape&, const BnActForwardArgs&);
   void (*bn_act_backward)(const BnShape&, const BnActBackwardArgs&);
   void (*bn_act_double_backward)(const BnShape&, const BnActDoubleBackwardArgs&);
+  void (*gn_act_forward)(const GnShape&, const GnActForwardArgs&);
+  void (*gn_act_backward)(const GnShape&, const GnActBackwardArgs&);
+  void (*gn_act_double_backward)(const GnShape&, const GnActDoubleBackwardArgs&);
   void (*bias_act_forward)(const BiasActShape&, const BiasActForwardArgs&);
   void (*bias_act_backward)(const BiasActShape&, const BiasActBackwardArgs&);
   void (*gan_loss_forward)(const GanLossArgs&);

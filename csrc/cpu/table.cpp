@@ -16,6 +16,9 @@ namespace fg::ELEMENTWISE {
 void bn_act_forward(const BnShape&, const BnActForwardArgs&);
 void bn_act_backward(const BnShape&, const BnActBackwardArgs&);
 void bn_act_double_backward(const BnShape&, const BnActDoubleBackwardArgs&);
+void gn_act_forward(const GnShape&, const GnActForwardArgs&);
+void gn_act_backward(const GnShape&, const GnActBackwardArgs&);
+void gn_act_double_backward(const GnShape&, const GnActDoubleBackwardArgs&);
 void bias_act_forward(const BiasActShape&, const BiasActForwardArgs&);
 void bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&);
 void gan_loss_forward(const GanLossArgs&);
@@ -38,6 +41,9 @@ const Table table = {
     ELEMENTWISE::bn_act_forward,
     ELEMENTWISE::bn_act_backward,
     ELEMENTWISE::bn_act_double_backward,
+    ELEMENTWISE::gn_act_forward,
+    ELEMENTWISE::gn_act_backward,
+    ELEMENTWISE::gn_act_double_backward,
     ELEMENTWISE::bias_act_forward,
     ELEMENTWISE::bias_act_backward,
     ELEMENTWISE::gan_loss_forward,
