@@ -1,4 +1,4 @@
-"""The native CPU kernels bn_act, bias_act and gan_loss against float64 PyTorch with autograd, by table."""
+"""The native CPU kernels bn_act, gn_act, bias_act and gan_loss against float64 PyTorch with autograd, by table."""
 
 import functools
 import math
@@ -311,6 +311,160 @@ def test_absent_outputs(table, dtype, channels_last):
     assert d_x.get().eq(0).all() and d_weight.get().eq(0).all()
 
 
+# ------------------------------------------------------------------------------------------------ gn_act
+
+
+@functools.cache
+def gn_case(shape, dtype, groups, act, affine):
+    """Inputs in the kernel's dtypes and every derivative in float64."""
+    n, c, hw = shape
+    for seed in range(20):
+        gen = torch.Generator().manual_seed(seed)
+
+        def draw(*size):
+            return torch.randn(*size, generator=gen)  # noqa: B023  called in this turn of the loop only
+
+        x = (draw(n, c, hw) * 2 + 3 * draw(1, c, 1)).to(DTYPES[dtype])
+        dy, ddx = (draw(n, c, hw).to(DTYPES[dtype]) for _ in range(2))
+        weight, bias = (draw(c) + 1, draw(c)) if affine else (None, None)
+        ddweight, ddbias = (draw(c), draw(c)) if affine else (None, None)
+        x64, dy64 = x.double().requires_grad_(), dy.double().requires_grad_()
+        w64, b64 = (weight.double().requires_grad_(), bias.double().requires_grad_()) if affine else (None, None)
+        t = F.group_norm(x64, groups, w64, b64, EPS)
+        if act == IDENTITY or t.abs().min() > 1e-6:  # no element so near the kink that rounding decides on its side
+            break
+    y = activation(t, act)
+    leaves = [x64, *([w64, b64] if affine else [])]
+    first = torch.autograd.grad(y, leaves, dy64, create_graph=True)
+    cotangents = [ddx.double(), *([ddweight.double(), ddbias.double()] if affine else [])]
+    objective = sum((a * b).sum() for a, b in zip(first, cotangents, strict=True))
+    second = torch.autograd.grad(objective, [dy64, x64, *([w64] if affine else [])])
+    parts = x.double().view(n, groups, -1)
+    inputs = dict(x=x, dy=dy, ddx=ddx, weight=weight, bias=bias, ddweight=ddweight, ddbias=ddbias)
+    inputs |= dict(mean=parts.mean(2), var=parts.var(2, correction=0))
+    return inputs, y.detach(), [f.detach() for f in first], [s.detach() for s in second]
+
+
+def assert_statistics(mean, var, want_mean, want_var):
+    """The mean to its own rounding, or to a millionth of the standard deviation."""
+    want_mean, want_var = want_mean.flatten(), want_var.flatten()
+    assert ((mean.get() - want_mean).abs() <= 2e-7 * want_mean.abs() + 1e-6 * want_var.sqrt()).all()
+    torch.testing.assert_close(var.get(), want_var.float(), rtol=1e-5, atol=0)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize(
+    "shape",  # N, C, HW, groups
+    [
+        (3, 24, 49, 4),
+        (2, 3, 49, 3),
+        (64, 48, 16, 6),  # two threads, each with its own samples or groups
+        (1, 40, 900, 5),  # two threads on one sample (channels_last)
+        (3, 20, 1100, 20),
+        (2, 6, 5003, 2),  # sums of more than one run
+        (5, 130, 1, 1),  # rows
+        (40, 24, 1, 3),
+        (3, 9001, 1, 1),
+        (400, 100, 1, 2),  # more rows than are added up in fp32
+        (6, 1, 9, 1),
+    ],
+    ids=str,
+)
+def test_gn_act(table, shape, dtype, channels_last):
+    *size, groups = shape
+    for act, affine in [(LEAKY, True), (RELU, True), (IDENTITY, False)]:
+        run_gn_act(tuple(size), groups, dtype, channels_last, act, affine)
+
+
+def run_gn_act(size, groups, dtype, channels_last, act, affine):
+    """Forward, backward and double backward of one case."""
+    n, c, hw = size
+    inputs, y_want, first_want, second_want = gn_case(size, dtype, groups, act, affine)
+    memory = {k: to_memory(inputs[k], channels_last) for k in ("x", "dy", "ddx")}
+    dy, x = pointer(memory["dy"]), pointer(memory["x"])
+    weight, bias = pointer(inputs["weight"]), pointer(inputs["bias"])
+    tail = (n, c, hw, groups, channels_last, EPS, act, SLOPE, 2)
+
+    def tensor_out():
+        return Guarded(n * c * hw, DTYPES[dtype])
+
+    def compare(out, want, what):
+        check(from_memory(out.get(), size, channels_last), want, dtype, what)
+
+    y, mean, var = tensor_out(), Guarded(n * groups), Guarded(n * groups)
+    _C.gn_act_forward(dtype, x, weight, bias, pointer(mean), pointer(var), pointer(y), *tail)
+    assert_statistics(mean, var, inputs["mean"], inputs["var"])
+    compare(y, y_want, "y")
+
+    # from the statistics that the forward wrote
+    dx, dweight, dbias = tensor_out(), Guarded(c), Guarded(c)
+    _C.gn_act_backward(
+        dtype, dy, x, weight, bias, pointer(mean), pointer(var), pointer(dx), pointer(dweight) if affine else 0,
+        pointer(dbias) if affine else 0, *tail,
+    )  # fmt: skip
+    compare(dx, first_want[0], "dx")
+    d_dy, d_x, d_weight = tensor_out(), tensor_out(), Guarded(c)
+    _C.gn_act_double_backward(
+        dtype, pointer(memory["ddx"]), pointer(inputs["ddweight"]), pointer(inputs["ddbias"]), dy, x, weight, bias,
+        pointer(mean), pointer(var), pointer(d_dy), pointer(d_x), pointer(d_weight) if affine else 0, *tail,
+    )  # fmt: skip
+    compare(d_dy, second_want[0], "d_dy")
+    compare(d_x, second_want[1], "d_x")
+    if affine:
+        check(dweight.get(), first_want[1], F32, "dweight")
+        check(dbias.get(), first_want[2], F32, "dbias")
+        check(d_weight.get(), second_want[2], F32, "d_weight")
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(2, 8, 4000, 2), (3, 8000, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["large mean", "outlier first", "two levels", "constant"])
+def test_gn_statistics_do_not_cancel(table, channels_last, shape, kind):
+    *size, groups = shape
+    n, c, hw = size
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    if kind == "large mean":
+        x += 3e4
+    elif kind == "outlier first":
+        x[:, 0, 0] = 300.0
+    elif kind == "two levels":
+        x[:, c // 2 + 1 :] += 2000.0
+    else:
+        x = torch.full_like(x, 1234.567)
+    memory, y, mean, var = to_memory(x, channels_last), Guarded(x.numel()), Guarded(n * groups), Guarded(n * groups)
+    tail = (n, c, hw, groups, channels_last, EPS, IDENTITY, 0.0, 2)
+    _C.gn_act_forward(F32, pointer(memory), 0, 0, pointer(mean), pointer(var), pointer(y), *tail)
+    parts = x.double().view(n * groups, -1)
+    want_mean, want_var = parts.mean(1), parts.var(1, correction=0)
+    assert_statistics(mean, var, want_mean, want_var)
+
+
+@layouts
+@pytest.mark.parametrize("n, hw", [(0, 4), (2, 0)])
+def test_gn_empty_and_absent_outputs(table, channels_last, n, hw):
+    """Empty: no pointer is touched but those of the parameters' gradients, which are 0. Absent: not needed."""
+    trap = 8
+    dweight, dbias, d_weight = (Guarded(4) for _ in range(3))
+    tail = (n, 4, hw, 2, channels_last, EPS, LEAKY, SLOPE, 2)
+    _C.gn_act_forward(F32, trap, trap, trap, trap, trap, trap, *tail)
+    _C.gn_act_backward(F32, trap, trap, trap, trap, trap, trap, trap, pointer(dweight), pointer(dbias), *tail)
+    _C.gn_act_double_backward(
+        F32, trap, trap, trap, trap, trap, trap, trap, trap, trap, trap, trap, pointer(d_weight), *tail
+    )
+    for out in (dweight, dbias, d_weight):
+        assert out.get().eq(0).all()
+    for size, groups in [((3, 20, 37), 4), ((3, 40, 1), 2)]:
+        inputs, _, first_want, _ = gn_case(size, F32, groups, LEAKY, True)
+        dy, x = (to_memory(inputs[k], channels_last) for k in ("dy", "x"))
+        w, b = pointer(inputs["weight"]), pointer(inputs["bias"])
+        mean, var, dbias = inputs["mean"].float(), inputs["var"].float(), Guarded(size[1])
+        tail = (*size, groups, channels_last, EPS, LEAKY, SLOPE, 2)
+        statistics = pointer(mean), pointer(var)
+        _C.gn_act_backward(F32, pointer(dy), pointer(x), w, b, *statistics, 0, 0, pointer(dbias), *tail)
+        check(dbias.get(), first_want[2], F32, "dbias alone")
+
+
 # ------------------------------------------------------------------------------------------------ bias_act
 
 
@@ -504,6 +658,8 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bn_act_forward(2, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, True, EPS, 0, 0.0, 1), "dtype must be"),
         (lambda: _C.bn_act_forward(0, 8, 0, 0, 8, 8, 8, 3, 3, 4, 2, True, True, EPS, 0, 0.0, 1), "G must divide N"),
         (lambda: _C.bn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, True, EPS, TANH, 0.0, 1), "act must be"),
+        (lambda: _C.gn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 2, True, EPS, 0, 0.0, 1), "groups must divide C"),
+        (lambda: _C.gn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, EPS, TANH, 0.0, 1), "act must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 5, 0.0, 1), "act must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 0, 0.0, 0), "threads must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),

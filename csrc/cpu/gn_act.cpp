@@ -128,12 +128,14 @@ struct Row {
   }
 };
 
-// Mean and biased variance of n contiguous elements.
+// Mean and biased variance of n contiguous elements, in blocks of 1024: channels of unlike means drive the partial sums
+// of a longer block up, and bf16 data repeat values, so that the roundings of these sums would add up, too.
 template <class T>
 void run_statistics(const T* x, int64_t n, float* mean, float* var) {
+  constexpr int64_t BLOCK = 1024;
   double count = 0.0, m = 0.0, m2 = 0.0;
-  for (int64_t begin = 0; begin < n; begin += RUN) {
-    const int64_t end = begin + RUN < n ? begin + RUN : n;
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    const int64_t end = begin + BLOCK < n ? begin + BLOCK : n;
     // Shift by the mean of the first elements: see guess_mean.
     const int64_t sample = end - begin < 64 ? end - begin : 64;
     vf typical = zero();
