@@ -61,7 +61,7 @@ def mixes_samples(discriminator: nn.Module) -> str:
         elif isinstance(m, nn.InstanceNorm2d | nn.InstanceNorm1d | nn.InstanceNorm3d) and m.track_running_stats:
             return f"{where} tracks running statistics over the whole batch"
         elif not (
-            isinstance(m, PER_SAMPLE) and _torch_forward(m)
+            (isinstance(m, PER_SAMPLE) and _torch_forward(m))
             or type(m).forward is nn.Sequential.forward
             or getattr(m, "per_sample", False)
         ):
@@ -127,9 +127,7 @@ class GANStep:
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
         if d_steps < 1 or penalty_every < 1:
-            raise ValueError(
-                f"GANStep: d_steps and penalty_every must be >= 1, got {d_steps} and {penalty_every}"
-            )
+            raise ValueError(f"GANStep: d_steps and penalty_every must be >= 1, got {d_steps} and {penalty_every}")
         self.generator, self.discriminator = generator, discriminator
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
@@ -147,9 +145,7 @@ class GANStep:
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
-    def __call__(
-        self, real: Tensor | Sequence[Tensor], labels: Any = None, z: Any = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, real: Tensor | Sequence[Tensor], labels: Any = None, z: Any = None) -> dict[str, Tensor]:
         """Train on one batch (or on `d_steps` batches) of real images.
 
         Args:
@@ -179,7 +175,11 @@ class GANStep:
         with self._autocast():
             logits_real, logits_fake = self._discriminate(self._seen(real), self._seen(fake), labels)
         loss, statistics = functional.gan_loss_statistics(
-            _wide(logits_fake), _wide(logits_real), kind=self.loss, side="d", label_smoothing=self.label_smoothing
+            _wide(logits_fake),
+            _wide(logits_real),
+            kind=self.loss,
+            side="d",
+            label_smoothing=self.label_smoothing,
         )
         metrics = {"d_loss": loss.detach()}
         names = ("logit_real", "logit_fake", "d_real", "d_fake")
@@ -265,9 +265,7 @@ class GANStep:
         if not isinstance(value, list | tuple):
             return value
         if len(value) != self.d_steps:
-            raise ValueError(
-                f"GANStep: a sequence must have d_steps={self.d_steps} batches, got {len(value)}"
-            )
+            raise ValueError(f"GANStep: a sequence must have d_steps={self.d_steps} batches, got {len(value)}")
         return value[i]
 
 
