@@ -1,11 +1,11 @@
 """Logits and gradient norms of a piecewise linear discriminator, from ordinary forward ops: no double backward.
 
-With the masks of its activations held fixed, such a discriminator is a chain (a graph, with residual sums) of maps that
-are linear in their input, y = A(w) h + b. The gradient of the summed logits with respect to x is then one more ordinary
-pass, the adjoint g_l; the penalty's gradient with respect to g_0 is carried forward by a third, the tangent v_l, and one
-weight gradient of v_l against g_l finishes: four forwards' worth of work (4F) instead of double backward's 6F and more.
-Where the logits are one a sample, the loss's own gradient is s_n g_l, so the same weight gradient, of s_n h_l + v_l
-against g_l, does loss and penalty together. Derivation and costs: docs/penalties.md.
+With the masks of its activations held fixed, such a discriminator is a graph of maps that are linear in their input,
+y = A(w) h + b. The gradient of the summed logits with respect to x is then one more ordinary pass, the adjoint g_l; the
+penalty's derivative with respect to g_0 is carried forward by a third, the tangent v_l; and one weight gradient, of v_l
+against g_l, finishes: four forwards' worth of work (4F), where double backward takes 6F and more. Where there is one
+logit a sample, the loss's own gradient is s_n g_l, so the same weight gradient, of s_n h_l + v_l against g_l, does loss
+and penalty together. Derivation and costs: docs/penalties.md.
 
 How a discriminator is taken apart: it is run, each time, on a `Traced` input, a tensor without data whose ops arrive at
 `Tape.dispatch` one by one. RULES says which are linear; any other op declines, so whatever is not known to qualify does
@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastgan.training.linear_rules import RULES, Declined, Step, Traced, scaled
+from fastgan.training.linear_rules import RULES
+from fastgan.training.linear_steps import Declined, Step, Traced, scaled
 
 WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # torch's older weight hooks: they look at the module, never at its input
 
@@ -94,7 +95,7 @@ class Tape:
             raise Declined("it uses a value of another run")
         if h.detached:
             raise Declined("it uses a detached value")
-        if h.seen != h.storage.changes:
+        if h.seen != h.alias.changes:
             raise Declined("it reads a view of a value that was changed in place")
         value: Tensor = h.data_of
         return value
@@ -106,7 +107,7 @@ class Tape:
         """Run and record one op."""
         name = str(func)
         if name == "aten.detach.default":  # autograd's saved outputs come this way too: refuse only its use
-            copy = self.wrap(args[0].data_of, args[0].index)
+            copy = self.wrap(args[0].data_of, args[0].node)
             copy.detached = True
             return copy
         changes = func._schema.is_mutable
@@ -119,16 +120,16 @@ class Tape:
             return self._move(args[0], out)
         if func.is_view:
             for view in out if isinstance(out, list) else [out]:
-                view.storage, view.seen = args[0].storage, args[0].seen
+                view.alias, view.seen = args[0].alias, args[0].seen
         return out
 
     def _move(self, target: Traced, result: Traced) -> Traced:
         """An in-place op was run out of place: let its target stand for the result from now on."""
         if result.shape != target.shape or result.dtype != target.dtype:
             raise Declined("an in-place op that changes shape or dtype has no rule")
-        target.data_of, target.index = result.data_of, result.index
-        target.storage.changes += 1
-        target.seen = target.storage.changes
+        target.data_of, target.node = result.data_of, result.node
+        target.alias.changes += 1
+        target.seen = target.alias.changes
         return target
 
     def escaped(self) -> bool:
@@ -334,7 +335,7 @@ def _run(discriminator: nn.Module, x: Tensor, labels: Tensor | None, loss: bool)
         out = discriminator(start) if labels is None else discriminator(start, labels)
     if not isinstance(out, Traced):
         raise Declined("its output is not one tensor that depends on x")
-    logits, output = tape.read(out), out.index
+    logits, output = tape.read(out), out.node
     del out, start
     if not torch.compiler.is_compiling() and tape.escaped():
         raise Declined("it keeps a reference to its activations")

@@ -1,6 +1,8 @@
 """Gradient penalties on the discriminator, exact to second order.
 
 The gradient norms are per sample and accumulated in float32 or better, whatever dtype the discriminator computes in.
+Two routes give them, chosen by what the discriminator is made of: forward ops alone where it is piecewise linear
+(`fastgan.training.linearised`), else double backward through our ops. The numbers are the same to rounding.
 """
 
 from __future__ import annotations
@@ -8,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgan.training import linearised
+
 KINDS = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
+SQUARED = ("r1", "r2", "r1r2")  # weight/2 mean |g|^2, at the loss's own samples
 
 
 def gradient_penalty(
@@ -43,12 +48,32 @@ def gradient_penalty(
         raise ValueError(f"gradient_penalty: fake must be given for kind {kind!r}, got None")
     if fake is not None and fake.shape != real.shape:
         raise ValueError(f"gradient_penalty: fake must have real's shape {tuple(real.shape)}, got {tuple(fake.shape)}")
-    if kind in ("r1", "r2", "r1r2"):
-        at = [x for x, kinds in ((real, ("r1", "r1r2")), (fake, ("r2", "r1r2"))) if kind in kinds and x is not None]
-        norms = [_squared_norms(discriminator, x, labels).mean() for x in at]
-        return 0.5 * weight * torch.stack(norms).sum()
+    if kind in SQUARED:
+        at: dict[str, list[Tensor | None]] = {"r1": [real], "r2": [fake], "r1r2": [real, fake]}
+        return squared_penalty([_squared_norms(discriminator, x, labels) for x in at[kind] if x is not None], weight)
     points = _points(real, fake, kind, generator)
     return weight * (_norm(_squared_norms(discriminator, points, labels)) - 1).square().mean()
+
+
+def squared_penalty(squared_norms: list[Tensor], weight: float) -> Tensor:
+    """r1, r2 (one [N] of squared norms) or r1r2 (two of them)."""
+    return 0.5 * weight * torch.stack([q.mean() for q in squared_norms]).sum()
+
+
+def logits_and_norms(discriminator: nn.Module, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A discriminator's logits and, from the same pass, the squared norm of each sample's gradient.
+
+    Args:
+        discriminator: any module x -> logits (or x, labels -> logits).
+        x: [N, *] samples, floating.
+        labels: [N] passed to the discriminator as its second argument, or None.
+
+    Returns:
+        logits as the discriminator gives them, and [N] squared norms |d sum(logits) / dx|^2 in float32 (float64 for
+        float64). A loss of both is differentiable once; by double backward (see `fastgan.explain`) more often.
+    """
+    found = linearised.logits_and_squared_norms(discriminator, x, labels)
+    return _double_backward(discriminator, x, labels) if found is None else found
 
 
 def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None) -> Tensor:
@@ -64,12 +89,35 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
 
 def _squared_norms(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
     """|dD/dx|^2 of each sample, [N], as a differentiable function of the parameters."""
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad():
+    if not torch.compiler.is_dynamo_compiling():
+        return _norms_alone(discriminator, x, labels)
+    if not hasattr(torch._dynamo, "nonstrict_trace") or _version() < (2, 13):
+        raise NotImplementedError(
+            f"gradient_penalty: torch.compile of a penalty needs torch >= 2.13, got {torch.__version__}; "
+            "call it outside the compiled function"
+        )
+    # handed over whole to AOTAutograd, which runs this very code on its tracing tensors
+    return torch._dynamo.nonstrict_trace(_norms_alone)(discriminator, x, labels)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def _norms_alone(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    x = x.detach()
+    found = linearised.logits_and_squared_norms(discriminator, x, labels, loss=False)
+    return (_double_backward(discriminator, x, labels) if found is None else found)[1]
+
+
+def _double_backward(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(logits, squared norms) by autograd, for any discriminator."""
+    x = x if x.requires_grad else x.detach().requires_grad_(True)
+    with torch.enable_grad(), linearised.eagerly(discriminator):
         logits = discriminator(x) if labels is None else discriminator(x, labels)
         (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        return wide.flatten(1).square().sum(1)
+        return logits, wide.reshape(x.shape[0], -1).square().sum(1)
 
 
 def _norm(squared: Tensor) -> Tensor:

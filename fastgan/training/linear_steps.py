@@ -1,0 +1,386 @@
+"""One op of a discriminator, linear in what it reads: what it does to a cotangent, to a tangent and to its weights.
+
+A `Step` is y = A(w) h + b. Its four methods are what the passes of `fastgan.training.linearised` need: A' g, A v, the
+gradient of <g, A(w) u> with respect to w, and that of <g, b>. Tensors live in one list that the passes hand in (`t`),
+so that autograd can save it; a step keeps indices into it ("slots"), shapes and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastgan import _activation
+from fastgan._layout import accumulation_dtype, is_channels_last, per_channel
+from fastgan._op import OPS
+from fastgan.ops.conv2d import input_padding
+
+if TYPE_CHECKING:
+    from fastgan.training.linearised import Tape
+
+aten = torch.ops.aten
+Found = Iterable[tuple[int, Tensor]]
+
+
+class Declined(Exception):
+    """The discriminator, or this use of it, does not qualify; str() is the reason."""
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+class Alias:
+    """What a value and its views share: how often it was changed in place."""
+
+    changes = 0
+
+
+class Traced(Tensor):
+    """A value that depends on x, as the discriminator's code sees it: shape, dtype and layout, but no data to reach.
+
+    Ops reach `tape.dispatch` with it (below autograd and autocast, so in canonical form and with their casts visible);
+    what goes around them, a kernel launched on a pointer or a C++ extension, finds no storage and raises.
+    """
+
+    tape: Tape
+    data_of: Tensor  # the value itself
+    node: int
+    alias: Alias
+    seen: int  # alias.changes when this view of it was made
+    detached: bool
+
+    @staticmethod
+    def __new__(cls, tape: Tape, value: Tensor, node: int) -> Traced:
+        self: Traced = Tensor._make_wrapper_subclass(
+            cls, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
+        )
+        self.tape, self.data_of, self.node = tape, value, node
+        self.alias, self.seen, self.detached = Alias(), 0, False
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # also inside an autograd.Function's forward, whose own backward must not be overlooked
+        if not torch.is_grad_enabled():
+            raise Declined("it runs under torch.no_grad or inside an autograd.Function")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        tape = next(a.tape for a in leaves if isinstance(a, cls))
+        return tape.dispatch(func, args, kwargs or {})
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """One op: y = A(w) h + b. `inputs` are the indices of the values h that it reads."""
+
+    def __init__(self, inputs: Sequence[int]):
+        self.inputs = tuple(inputs)
+        self.factors: tuple[int, ...] = ()  # slots of weights in A that want a gradient
+        self.terms: tuple[int, ...] = ()  # slots of weights in b that want a gradient
+        self.primal: int | None = None  # slot of h, kept where the loss needs it for the factors
+        self.cotangent: int | None = None  # slot of g, kept by the adjoint pass where anything here is learnt
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        """A' g, one for each input."""
+        raise NotImplementedError
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        """A v; at least one of v is not None, which stands for zero."""
+        raise NotImplementedError
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        """The gradients of <g, A(w) u> with respect to the factors."""
+        return ()
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        """The gradients of sum_n scale[n] <g[n], b[n]> with respect to the terms (scale None: ones)."""
+        return ()
+
+
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Sample n times scale[n]."""
+    return x if scale is None else x * scale.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+
+
+def channel_sums(g: Tensor, scale: Tensor | None) -> Tensor:
+    """sum over n and pixels of scale[n] g[n, c, ...]: [C], in the accumulating dtype."""
+    dtype = accumulation_dtype(g.dtype)
+    if scale is None:
+        return g.sum([d for d in range(g.dim()) if d != 1], dtype=dtype)
+    per_sample = g.sum(list(range(2, g.dim())), dtype=dtype) if g.dim() > 2 else g.to(dtype)
+    return scale.to(dtype) @ per_sample
+
+
+def fold(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The adjoint of broadcasting: x summed to `shape`."""
+    return (x if x.shape == torch.Size(shape) else x.sum_to_size(*shape)).to(dtype)
+
+
+class Map(Step):
+    """An op without weights, given by what it does to tangents and cotangents."""
+
+    def __init__(self, index: int, tangent: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
+        super().__init__((index,))
+        self._tangent, self._adjoint = tangent, adjoint
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (self._adjoint(g),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        return self._tangent(_only(v))
+
+
+def _only(v: Sequence[Tensor | None]) -> Tensor:
+    """The tangent of a step with one input."""
+    (tangent,) = v
+    if tangent is None:
+        raise RuntimeError("linearised: a step must have a tangent to pass on, got none")
+    return tangent
+
+
+class Gate(Step):
+    """(Leaky) ReLU: phi'(t) read from the sign of y = phi(t), which the next layer keeps anyway."""
+
+    def __init__(self, index: int, y: int, activation: str, slope: float):
+        super().__init__((index,))
+        self.y, self.activation, self.slope = y, activation, slope
+
+    def _times(self, g: Tensor, y: Tensor) -> Tensor:
+        if y.dim() < 2:
+            return _activation.backward(g, y, self.activation, self.slope)
+        gated: Tensor = OPS["bias_act_backward"](g, y, self.activation, self.slope, False)[0]
+        return gated
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (self._times(g, t[self.y]),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        return self._times(_only(v), t[self.y])
+
+
+class Convolution(Step):
+    """A 2-D convolution on fastgan's ops."""
+
+    def __init__(self, index: int, weight: int, bias: int | None, shape: torch.Size, geometry: tuple, groups: int):
+        super().__init__((index,))
+        self.weight, self.bias, self.shape = weight, bias, shape
+        self.stride, self.padding, self.dilation = geometry
+        self.groups = groups
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        weight = t[self.weight]
+        extra = input_padding(self.shape, g.shape, weight.shape, self.stride, self.padding, self.dilation)
+        return (
+            OPS["conv_transpose2d"](
+                g, weight, None, self.stride, self.padding, extra, self.groups, self.dilation, "identity", 0.0
+            ),
+        )
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        y: Tensor = OPS["conv2d"](
+            _only(v), t[self.weight], None, self.stride, self.padding, self.dilation, self.groups, "identity", 0.0
+        )
+        return y
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        weight = t[self.weight]
+        kernel, last = list(weight.shape[2:]), is_channels_last(weight)
+        yield (
+            self.weight,
+            OPS["conv2d_weight"](u, g, kernel, self.stride, self.padding, self.dilation, self.groups, last),
+        )
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        if self.bias is not None:
+            yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
+
+
+class TransposedConvolution(Convolution):
+    """A 2-D transposed convolution: the same with the roles of input and output exchanged."""
+
+    output_padding: list[int]
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        dx = OPS["conv2d"](
+            g, t[self.weight], None, self.stride, self.padding, self.dilation, self.groups, "identity", 0.0
+        )
+        # with output_padding >= stride the forward convolution yields extra rows
+        return (dx[:, :, : self.shape[2], : self.shape[3]],)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        y: Tensor = OPS["conv_transpose2d"](
+            _only(v), t[self.weight], None, self.stride, self.padding, self.output_padding, self.groups,
+            self.dilation, "identity", 0.0,
+        )  # fmt: skip
+        return y
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        return super().factor_gradients(t, g, u)
+
+
+class ConvolutionNd(Step):
+    """A 1-D or 3-D convolution, transposed or not, on ATen's ops."""
+
+    def __init__(self, index: int, weight: int, bias: int | None, shape: torch.Size, how: tuple):
+        super().__init__((index,))
+        self.weight, self.bias, self.shape, self.how = weight, bias, shape, how
+
+    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(g, x, weight, None, *self.how, mask)
+        return results
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (self._backward(g, g.new_empty(self.shape), t[self.weight], [True, False, False])[0],)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        y: Tensor = aten.convolution(_only(v), t[self.weight], None, *self.how)
+        return y
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        yield self.weight, self._backward(g, u, t[self.weight], [False, True, False])[1]
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        if self.bias is not None:
+            yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
+
+
+class Matmul(Step):
+    """h @ w: h [N, I] with w [I, O] or [I], or h [B, N, I] with w [B, I, O]."""
+
+    def __init__(self, index: int, weight: int):
+        super().__init__((index,))
+        self.weight = weight
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        w = t[self.weight]
+        return (torch.outer(g, w) if w.dim() == 1 else g @ w.mT,)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        return _only(v) @ t[self.weight]
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        yield self.weight, u.mT @ g
+
+
+class Product(Step):
+    """h * w, or h / w, with broadcasting."""
+
+    def __init__(self, index: int, weight: int, shape: torch.Size, dtype: torch.dtype, divide: bool):
+        super().__init__((index,))
+        self.weight, self.shape, self.dtype, self.divide = weight, shape, dtype, divide
+
+    def _times(self, x: Tensor, w: Tensor) -> Tensor:
+        return x / w if self.divide else x * w
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (fold(self._times(g, t[self.weight]), self.shape, self.dtype),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        return self._times(_only(v), t[self.weight])
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        w = t[self.weight]
+        product = -(u * g) / w.square() if self.divide else u * g
+        yield self.weight, fold(product, w.shape, w.dtype)
+
+
+class Sum(Step):
+    """sum_j c_j h_j + offset, with broadcasting; `parts` are (index, shape, dtype, c)."""
+
+    def __init__(self, parts: Sequence[tuple[int, torch.Size, torch.dtype, Any]], like: Tensor):
+        super().__init__([index for index, *_ in parts])
+        self.parts, self.shape, self.dtype = parts, like.shape, like.dtype
+        self.offset: tuple[int, Any] | None = None  # (slot, coefficient) of an offset that is learnt
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return [fold(g if c == 1 else g * c, shape, dtype) for _, shape, dtype, c in self.parts]
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        pairs = zip(v, self.parts, strict=True)
+        moved = [(x if c == 1 else x * c).to(self.dtype).expand(self.shape) for x, (*_, c) in pairs if x is not None]
+        return moved[0] if len(moved) == 1 else torch.stack(moved).sum(0) if len(moved) > 2 else moved[0] + moved[1]
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        if self.offset is not None:
+            slot, c = self.offset
+            g = scaled(g, scale)
+            yield slot, fold(g if c == 1 else g * c, t[slot].shape, t[slot].dtype)
+
+
+class Bias(Step):
+    """h + b with b along the last dimension (addmm) or the channels (bias_act)."""
+
+    def __init__(self, index: int, bias: int, dim: int):
+        super().__init__((index,))
+        self.bias, self.dim = bias, dim
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (g,)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        return _only(v)
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
+
+
+class Concatenation(Step):
+    """cat or stack of values and of tensors that do not depend on x; `parts` are (index or slot, is value, extent)."""
+
+    def __init__(self, parts: Sequence[tuple[int | None, bool, torch.Size]], dim: int, like: Tensor):
+        super().__init__([where for where, value, _ in parts if value and where is not None])
+        self.parts, self.dim, self.dtype = parts, dim, like.dtype
+
+    def _pieces(self, g: Tensor) -> Sequence[Tensor]:
+        return g.split([shape[self.dim] for *_, shape in self.parts], self.dim)
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return [piece for piece, (_, value, _) in zip(self._pieces(g), self.parts, strict=True) if value]
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        like = next(x for x in v if x is not None)
+        given = iter(v)
+        pieces = [(next(given) if value else None, shape) for _, value, shape in self.parts]
+        return torch.cat([like.new_zeros(shape) if x is None else x for x, shape in pieces], self.dim)
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        for piece, (slot, value, _) in zip(self._pieces(scaled(g, scale)), self.parts, strict=True):
+            if slot in self.terms and not value:
+                yield slot, piece.to(t[slot].dtype)
+
+
+class EvalNorm(Step):
+    """Batch norm with running statistics: y = w (h - mean) rstd + b along the channels. The primal is h - mean."""
+
+    def __init__(self, index: int, weight: int | None, bias: int | None, rstd: int):
+        super().__init__((index,))
+        self.weight, self.bias, self.rstd = weight, bias, rstd
+
+    def _scale(self, t: list[Tensor], x: Tensor) -> Tensor:
+        scale = t[self.rstd] if self.weight is None else t[self.rstd] * t[self.weight]
+        return per_channel(scale, x).to(x.dtype)
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (g * self._scale(t, g),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        x = _only(v)
+        return x * self._scale(t, x)
+
+    def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
+        if self.weight is not None:
+            yield self.weight, (channel_sums(u * g, None) * t[self.rstd]).to(t[self.weight].dtype)
+
+    def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
+        if self.bias is not None:
+            yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
