@@ -123,7 +123,7 @@ def channel_sums(g: Tensor, scale: Tensor | None) -> Tensor:
 
 def fold(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The adjoint of broadcasting: x summed to `shape`."""
-    return (x if x.shape == torch.Size(shape) else x.sum_to_size(*shape)).to(dtype)
+    return (x if x.shape == torch.Size(shape) else x.sum_to_size(tuple(shape))).to(dtype)
 
 
 class Map(Step):
