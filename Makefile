@@ -35,7 +35,7 @@ types: setup  ## mypy on fastgan/
 	$(BIN)/mypy
 
 docs: setup  ## the documentation, strictly, into site/
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
