@@ -54,10 +54,9 @@ def native() -> tuple[ModuleType | None, str]:
     try:
         import fastgan._C as _C
     except ImportError as error:
-        return (
-            None,
-            f"fastgan._C is not built or does not load here ({error}); reinstall with a C++20 compiler on PATH",
-        )
+        note = Path(__file__).with_name("_C_build_failure.txt")  # setup.py leaves the compiler's last words there
+        why = note.read_text().strip() if note.exists() else str(error)
+        return None, f"fastgan._C is not built or does not load here ({why}); reinstall with a C++20 compiler on PATH"
     return _C, ""
 
 
