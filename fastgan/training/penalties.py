@@ -11,6 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.training import linearised
+from fastgan.training.linearised import logits_and_squared_norms as forward_logits_and_norms
+from fastgan.training.linearised import verdict
+
+__all__ = [
+    "KINDS",
+    "SQUARED",
+    "forward_logits_and_norms",
+    "gradient_penalty",
+    "logits_and_norms",
+    "squared_penalty",
+    "verdict",
+]
 
 KINDS = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 SQUARED = ("r1", "r2", "r1r2")  # weight/2 mean |g|^2, at the loss's own samples
@@ -97,11 +109,19 @@ def _squared_norms(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -
             "call it outside the compiled function"
         )
     # handed over whole to AOTAutograd, which runs this very code on its tracing tensors
-    return torch._dynamo.nonstrict_trace(_norms_alone)(discriminator, x, labels)
+    rest = () if labels is None else (labels,)  # it takes no None
+    # read here, so that the compiled code is guarded by the modes that it was made for
+    modes = [m.training for m in discriminator.modules()]
+    norms: Tensor = torch._dynamo.nonstrict_trace(_norms_in_modes)(discriminator, modes, x, *rest)
+    return norms
 
 
 def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def _norms_in_modes(discriminator: nn.Module, modes: list[bool], x: Tensor, labels: Tensor | None = None) -> Tensor:
+    return _norms_alone(discriminator, x, labels)
 
 
 def _norms_alone(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
