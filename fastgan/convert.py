@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastgan.backends import watching
 from fastgan.nn.conv import conv_act, has_hooks
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act
+from fastgan.training import linearised
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
@@ -276,6 +277,7 @@ class Report:
 
     rows: list[Row]
     calls: list[tuple[str, str, str]] = field(default_factory=list)  # (op, backend, reason), as they ran
+    penalty: str = ""  # a discriminator's route to a gradient penalty: forward ops, or double backward and why
 
     def __str__(self) -> str:
         table = [("layer", "class", "runs as", "why")]
@@ -285,7 +287,8 @@ class Report:
             table += [("", "", "", ""), ("op", "calls", "backend", "why")]
             table += [(op, str(n), backend, why) for (op, backend, why), n in counted.items()]
         widths = [max(len(row[i]) for row in table) for i in range(4)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, "", f"penalty: {self.penalty}"] if self.penalty else lines)
 
 
 def explain(model: nn.Module, example_input: Any = None) -> Report:
@@ -293,7 +296,9 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
 
     Args:
         model: any module, converted or not.
-        example_input: a tensor or tuple of arguments to run the model on once (eval mode, no gradients).
+        example_input: a tensor or tuple of arguments to run the model on once (eval mode, no gradients). A model that
+            gives fewer numbers than it takes is looked at as a discriminator too, in the mode that it is in: by which
+            route a gradient penalty on it would go.
     """
     owners = _owners(model)
     in_chain = {id(c): chain for chain in _chains(model) for c in chain}
@@ -305,7 +310,10 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
     report = Report(rows)
     if example_input is not None:
         with watching(lambda op, backend, reason: report.calls.append((op.name, backend, reason))):
-            _outputs(model, example_input)
+            outputs = _outputs(model, example_input)
+        x, *labels = example_input if isinstance(example_input, tuple) else (example_input,)
+        if len(outputs) == 1 and len(labels) < 2 and outputs[0].numel() < x.numel():
+            report.penalty = linearised.route(model, x, *labels)
     return report
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -260,12 +259,28 @@ class Linearised(torch.autograd.Function):
         return logits.view_as(logits), squared
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlogits: Tensor | None, dsquared: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient, *tensors = ctx.saved_tensors
-        with torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             found = ctx.tape.gradients(tensors, gradient, dlogits, dsquared)
+        if torch.is_grad_enabled():  # create_graph=True: these gradients must not pass for constants
+            found = {slot: Last.apply(g.detach().requires_grad_()) for slot, g in found.items()}
         return (None, None, None, *(found.get(slot) for slot in ctx.tape.learnt))
+
+
+class Last(torch.autograd.Function):
+    """The identity, on what cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor) -> Tensor:
+        return g.view_as(g)
+
+    @staticmethod
+    def backward(ctx: Any, dg: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "gradient_penalty: its gradient cannot be differentiated again on the route by forward ops, got a request "
+            "for it; use torch.autograd.grad(..., create_graph=True) on the discriminator itself"
+        )
 
 
 # ---- the route ------------------------------------------------------------------------------------------------------
