@@ -98,3 +98,60 @@ def test_an_opaque_backward_is_caught_and_named():
     )
     with pytest.raises(AssertionError, match=r"3\.weight: (missing|wrong)"):
         assert_penalty_complete(d, torch.randn(4, 2, 2, 2))
+
+
+class Reversed(torch.autograd.Function):
+    """An exact first derivative whose own derivative is off by one percent."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        slope = 1 - torch.tanh(x) ** 2
+        return dy * (1.01 * slope - 0.01 * slope.detach())
+
+
+class AlmostTanh(nn.Module):
+    def forward(self, x):
+        return Reversed.apply(x)
+
+
+def test_a_second_derivative_off_by_one_percent_is_caught():
+    d = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), AlmostTanh(), nn.Linear(6, 1))
+    with pytest.raises(AssertionError, match=r"1\.(weight|bias): wrong"):
+        assert_penalty_complete(d, torch.randn(4, 2, 2, 2))
+    d[2] = nn.Tanh()
+    assert_penalty_complete(d, torch.randn(4, 2, 2, 2))
+
+
+class Untidy(nn.Module):
+    """Unused, frozen and empty parameters, labels, batch norm in training, both spectral norms, dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.empty = nn.Linear(3, 3), nn.Parameter(torch.zeros(0))
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 6, 4, 2, 1))
+        self.norm, self.dropout = nn.BatchNorm2d(6), nn.Dropout(0.5)
+        self.second = nn.utils.spectral_norm(nn.Linear(6 * 16, 4))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.embed = nn.Embedding(3, 4)
+
+    def forward(self, x, labels):
+        h = nn.functional.leaky_relu(self.norm(self.first(x)), 0.2)
+        h = self.frozen(nn.functional.silu(self.second(self.dropout(h).flatten(1))))
+        return (h * self.embed(labels)).sum(1)
+
+
+def test_untidy_discriminators_pass_and_stay_as_they_are():
+    d, x, labels = Untidy(), torch.randn(6, 2, 8, 8), torch.arange(6) % 3
+    d(x, labels)  # the older spectral norm leaves a computed weight behind, which deepcopy refuses
+    before = {name: v.clone() for name, v in d.state_dict().items()}
+    state = torch.get_rng_state()
+    assert_penalty_complete(d, x, labels=labels)
+    assert all(torch.equal(v, before[name]) for name, v in d.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state()) and d.training and d.dropout.training
+    assert_penalty_complete(nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).requires_grad_(False), x)
