@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgan
 from fastgan import functional
@@ -307,6 +308,64 @@ def test_steps_with_spectral_norm_or_dropout_are_not_merged():
         torch.testing.assert_close(metrics["d_loss"], want.detach())
         torch.testing.assert_close(metrics["penalty"], textbook(d2, real, fake, "r1", 10.0, ()).detach())
         assert "forward ops (4F)" in step.explain() and "together" not in step.explain()
+
+
+class Conditional(Projection):
+    per_sample = True  # so that GANStep may run both halves as one batch
+
+
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.net = nn.Embedding(3, 4), nn.Linear(4, 2 * 64)
+
+    def forward(self, z, labels):
+        return self.net(z + self.embed(labels)).view(-1, 2, 8, 8)
+
+
+@pytest.mark.parametrize("penalty", ["r1", "r2", "r1r2"])
+def test_merged_steps_pass_labels(penalty, monkeypatch):
+    torch.manual_seed(2)
+    nets = [(Labelled().double(), Conditional().double())]
+    nets.append(copy.deepcopy(nets[0]))
+    steps = [
+        fastgan.GANStep(g, d, latent=4, g_optimizer=adam(g), d_optimizer=adam(d), penalty=penalty) for g, d in nets
+    ]
+    for _ in range(10):
+        real, z = torch.randn(N, 2, 8, 8).double(), torch.randn(N, 4).double()
+        merged = steps[0](real, labels=LABELS, z=z)
+        with monkeypatch.context() as patch:
+            patch.setattr(penalties, "forward_logits_and_norms", lambda *a, **k: None)
+            patch.setattr(linearised, "logits_and_squared_norms", lambda *a, **k: None)
+            apart = steps[1](real, labels=LABELS, z=z)
+        torch.testing.assert_close(merged, apart)
+    assert "together with the loss" in steps[0].explain()
+    for a, b in zip(nets[0][1].parameters(), nets[1][1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+class NoReadBack(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("penalty", ["r1", "r1r2", "wgan-gp"])
+def test_the_penalised_step_reads_nothing_back(penalty, precision):
+    g, d = (m.float() for m in networks("scalar"))
+    step = fastgan.GANStep(
+        g, d, latent=4, g_optimizer=adam(g), d_optimizer=adam(d), penalty=penalty, precision=precision
+    )
+    real = torch.randn(N, 2, 8, 8)
+    step(real)
+    before = [p.clone() for p in d.parameters()]
+    for optimizer in (step.g_optimizer, step.d_optimizer):  # Adam itself reads its step counter
+        optimizer.step = lambda *args, **kwargs: None
+    with NoReadBack():
+        metrics = step(real)
+    assert metrics["penalty"].dtype == torch.float32 and "forward ops (4F)" in step.explain()
+    assert all(torch.equal(p, q) for p, q in zip(d.parameters(), before, strict=True))
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------

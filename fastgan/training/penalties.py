@@ -94,7 +94,8 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
     if kind == "wgan-gp" and fake is not None:
         shape = (real.shape[0], *(1,) * (real.dim() - 1))
         epsilon = torch.rand(shape, generator=generator, device=real.device, dtype=real.dtype)
-        return torch.lerp(fake.detach(), real, epsilon)
+        # under autocast G gives 16-bit images beside float32 ones
+        return torch.lerp(fake.detach().to(real.dtype), real, epsilon)
     noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=real.dtype)
     return real + 0.5 * real.std() * noise
 

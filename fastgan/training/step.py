@@ -218,7 +218,7 @@ class GANStep:
         if self.penalty == "r1r2":
             if real.shape != fake.shape:
                 return None
-            found = forward(d, torch.cat([real.to(fake.dtype), fake]), _twice(labels))
+            found = forward(d, torch.cat([real, fake.to(real.dtype)]), _twice(labels))
             if found is None:
                 return None
             (logits_real, logits_fake), norms = found[0].chunk(2), list(found[1].chunk(2))
