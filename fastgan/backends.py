@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -45,6 +46,16 @@ class Backend:
     declines: Callable[..., str] = lambda *args: ""
 
 
+def triton(stem: str, name: str = "") -> Backend:
+    """LAUNCHERS[name] of kernels/<stem>.py, imported when it is first asked: `import triton` takes half a second."""
+
+    def found() -> Backend:
+        launcher: Backend = importlib.import_module(f"fastgan.kernels.{stem}").LAUNCHERS[name or stem]
+        return launcher
+
+    return Backend(lambda *args: found().run(*args), lambda *args: found().declines(*args))
+
+
 # ---- what exists ----------------------------------------------------------------------------------------------------
 
 
@@ -60,9 +71,13 @@ def native() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
-@functools.cache
 def missing(name: str) -> str:
-    """Why a backend cannot run on this machine at all, or ""."""
+    """Why a backend cannot run on this machine at all, or ""; an emulated one can."""
+    return "" if name in _emulated else _missing(name)
+
+
+@functools.cache
+def _missing(name: str) -> str:
     if name == "native":
         return native()[1]
     if name == "cuda":
@@ -122,6 +137,20 @@ class backend:
         _forced = self._before
 
 
+@contextlib.contextmanager
+def emulated(name: str) -> Iterator[None]:
+    """Within: the GPU backend `name` runs on CPU tensors, and is the one forced (`fastgan.testing.emulate`)."""
+    before = set(_emulated)
+    _emulated.add(name)
+    _chosen.clear()
+    try:
+        with backend(name):
+            yield
+    finally:
+        _emulated.intersection_update(before)
+        _chosen.clear()
+
+
 class racing:
     """Switch racing off (or on): `with fastgan.racing(False): ...`, or as a plain call for good.
 
@@ -148,6 +177,7 @@ _racing = True
 _chosen: dict[tuple, Callable[..., Any]] = {}  # decisions of this process; bounded by MAX_CHOSEN
 _winners: dict[str, str] | None = None  # races won on this machine: loaded from disk at the first race
 _disabled: dict[tuple[str, str], str] = {}  # (op, backend) that failed its proof -> the reason
+_emulated: set[str] = set()  # GPU backends that run on CPU tensors just now
 _watchers: list[Callable[[Op, str, str], None]] = []
 MAX_CHOSEN = 4096
 
@@ -193,7 +223,7 @@ def _decide(op: Op, args: tuple, key: tuple) -> tuple[str, str]:
 def refusal(op: Op, name: str, args: tuple) -> str:
     """Why `name` cannot run this call, or ""."""
     device = args[0].device.type
-    if DEVICES[name] and device not in DEVICES[name]:
+    if DEVICES[name] and device not in (("cpu",) if name in _emulated else DEVICES[name]):
         return f"{name} does not run on {device}"
     return missing(name) or _disabled.get((op.name, name), "") or op.backends[name].declines(*args)
 

@@ -1,8 +1,14 @@
-"""Checks for users' models: does every parameter get its exact second-order gradient?"""
+"""Checks: does every parameter get its exact second-order gradient, and do GPU kernels run right, without a GPU?"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from fastgan.backends import emulated
 from fastgan.training.penalties import gradient_penalty
+
+EMULATORS = {"triton": "triton_checker", "cuda": "cuda_shim"}  # backend -> module of tests/emulation
 
 # Relative errors allowed. Central differences at h = 1e-6 in float64 are good to about 1e-6 of the gradient's norm; a
 # float32 run may differ from the float64 one by flipped activation signs, about 1e-3.
@@ -136,3 +145,45 @@ def _difference(
         values.append(_penalty(_copy(module), real, labels).item())
     p.copy_(before)
     return (values[0] - values[1]) / (2 * h)
+
+
+# ---- GPU kernels on a machine without a GPU --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def emulate(name: str) -> Iterator[Any]:
+    """Within: every op runs its `name` kernels ("triton" or "cuda") on CPU tensors, checked as they run.
+
+    Needs a source checkout (tests/emulation). Triton kernels run in an instrumented interpreter, CUDA kernels compiled
+    by the host's compiler against a shim; both raise on out-of-bounds accesses and races, and are slow: keep tensors
+    small.
+    A case that the backend declines runs on the reference, as on a GPU.
+
+    Args:
+        name: "triton" or "cuda".
+
+    Yields:
+        The emulator's record of what ran: launches and the bytes that they moved.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: outside a source checkout, or where the emulator cannot be built; says why.
+    """
+    if name not in EMULATORS:
+        raise ValueError(f"emulate: name must be one of {', '.join(EMULATORS)}, got {name!r}")
+    with _emulator(name).emulation() as record, emulated(name):
+        yield record
+
+
+def _emulator(name: str) -> Any:
+    """The module of tests/emulation, loaded by its path: tests are no package."""
+    module = f"fastgan_{EMULATORS[name]}"
+    if module not in sys.modules:
+        path = Path(__file__).parents[1] / "tests" / "emulation" / f"{EMULATORS[name]}.py"
+        spec = importlib.util.spec_from_file_location(module, path)
+        if not path.exists() or spec is None or spec.loader is None:
+            raise RuntimeError(f"emulate: needs a source checkout with its tests/emulation, got none at {path}")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        sys.modules[module] = loaded
+    return sys.modules[module]
