@@ -210,7 +210,7 @@ def _decide(op: Op, args: tuple, key: tuple) -> tuple[str, str]:
         return _forced, ""
     able = [name for name in NAMES if name in reasons and not reasons[name]] if _forced == "auto" else ["reference"]
     told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
-    if len(able) == 1 or not _racing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if len(able) == 1 or not _racing or _capturing():
         return able[0], told
     digest = _digest(key)
     winner = winners().get(digest)
@@ -218,6 +218,15 @@ def _decide(op: Op, args: tuple, key: tuple) -> tuple[str, str]:
         winner, told = _race(op, args, able)
         _remember(digest, winner)
     return winner, told or ("raced" if winner != "reference" else "PyTorch's own op won the race")
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def may_race(device: torch.device) -> bool:
+    """Whether a kernel may try its configurations now: on a real GPU, racing on, no graph being captured."""
+    return _racing and device.type == "cuda" and not _capturing()
 
 
 def refusal(op: Op, name: str, args: tuple) -> str:
@@ -347,7 +356,8 @@ def cache_dir() -> Path:
 
 
 def winners() -> dict[str, str]:
-    """Races won so far on this machine and version: {digest of (op, case): backend}; put into checkpoints."""
+    """Races won so far on this machine and version: {digest of (op, case): backend, or configuration of a kernel}; put
+    into checkpoints."""
     global _winners
     if _winners is None:
         _winners = _read_winners()
@@ -360,11 +370,21 @@ def load_winners(known: dict[str, str]) -> None:
     _chosen.clear()
 
 
+def remembered(case: tuple) -> str | None:
+    """What won a kernel's own race, over its configurations: "config ...", as `remember` was given it."""
+    return winners().get(_digest(case))
+
+
+def remember(case: tuple, config: str) -> None:
+    """Keep the winner of a kernel's own race; it starts with "config "."""
+    _remember(_digest(case), config)
+
+
 def _read_winners() -> dict[str, str]:
     """The cache file; one that is missing, unreadable or damaged counts as empty (the races are run again)."""
     try:
         read = json.loads((cache_dir() / "winners.json").read_text())
-        return {str(k): v for k, v in read.items() if v in NAMES}
+        return {str(k): v for k, v in read.items() if v in NAMES or str(v).startswith("config ")}
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -60,27 +60,30 @@ def wide(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.numel() >= WIDE_FROM for t in tensors)
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+def launch(
+    kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int | None = None, **constants: Any
+) -> None:
     """kernel[(programs,)](*args, **constants) on the stream of args[0]'s device.
 
     Triton's own front door binds, specialises and looks up at every call. Here the compiled kernel is kept under what
     it was specialised for: dtypes, 16-byte alignment of pointers, integers that are 1 or multiples of 16, constants.
     A kernel's parameters are its arguments first and then its constants, in the order in which they come here.
     """
+    # fusing a*b+c is torch's own habit; said explicitly, since Triton is about to change its default
+    options = {"num_warps": num_warps, "enable_fp_fusion": True} | ({"num_stages": num_stages} if num_stages else {})
     if _recording is not None:
-        _recording.append(_case(kernel, args, constants, num_warps))
+        _recording.append(_case(kernel, args, constants, options))
         return
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, programs, *args, num_warps=num_warps, **constants)
-    key = (kernel.fn, device, num_warps, *constants.values(), *map(_specialised, args))
+            return launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constants)
+    key = (kernel.fn, device, num_warps, num_stages, *constants.values(), *map(_specialised, args))
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(programs, 1, 1)](*args, *constants.values())
         return
-    # fusing a*b+c is torch's own habit; said explicitly, since Triton is about to change its default
-    compiled = kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+    compiled = kernel[(programs,)](*args, **constants, **options)
     if compiled is not None:  # None: emulated
         _compiled[key] = compiled
 
@@ -116,13 +119,13 @@ def _recorder() -> Iterator[list[Case]]:
         _recording = before
 
 
-def _case(kernel: Any, args: tuple, constants: dict[str, Any], num_warps: int) -> Case:
+def _case(kernel: Any, args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> Case:
     """Triton's types of a launch: `None` counts as a constant, as it does in Triton."""
     names = [p.name for p in kernel.params]
     given = dict(zip(names, args, strict=False))
     signature = {name: _type(a) for name, a in given.items() if a is not None}
     nothing = {name: None for name, a in given.items() if a is None}
-    return kernel, signature, {**nothing, **constants}, {"num_warps": num_warps, "enable_fp_fusion": True}
+    return kernel, signature, {**nothing, **constants}, options
 
 
 def _type(a: Any) -> str:

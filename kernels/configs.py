@@ -1,0 +1,265 @@
+"""Tile configurations of the convolution kernels: a short list, a cost model that orders it, a short race that decides.
+
+The model needs no GPU: it counts the programs a configuration makes, how many fit a multiprocessor by shared memory,
+registers and warps, how many waves that gives, and what a wave costs in the tensor cores and in memory traffic. On a
+GPU the best few are raced once per case, and the winner is kept on disk beside those of the backends. Where nothing may
+be raced (racing switched off, a graph being captured, an emulated run) the model's first choice runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan.backends import may_race, remember, remembered
+
+RACED = 4  # configurations raced a case: each may cost a compilation of 1 to 2 s the first time
+CASE_SECONDS = 6.0  # after which no further configuration of a case is begun
+PROCESS_SECONDS = 120.0  # of racing in one process; later cases take the model's first choice
+QUIET_SECONDS = 2.0  # after which one line says what takes so long
+ROUNDS = 5
+
+
+class Config(NamedTuple):
+    """A tile, how it is computed, and into how many parts the inner index is split."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class Product(NamedTuple):
+    """A convolution as `batch` products of [m, k] and [k, n]; channels: how many of its inner (of a weight gradient:
+    column) index lie together in memory; precision: of float32 dots."""
+
+    m: int
+    n: int
+    k: int
+    batch: int
+    channels: int
+    precision: str
+
+
+class Card(NamedTuple):
+    """What the model needs to know of a GPU. Per multiprocessor: shared memory, threads, registers; per program: the
+    most shared memory. flops: dense, by kind of dot, and bytes: of its memory, a second (vendor's peak figures)."""
+
+    name: str
+    multiprocessors: int
+    shared: int
+    shared_program: int
+    threads: int
+    flops_16: float
+    flops_tf32: float
+    flops_ieee: float
+    bytes: float
+    warp: int = 32
+
+
+# Peak figures of the vendors' data sheets (dense, boost clock): NVIDIA A100 80GB SXM, RTX A6000 / RTX 3090 (GA102
+# whitepaper), L40S / RTX 4090 (Ada whitepaper), H100 SXM, B200 (HGX), RTX 5090 (Blackwell whitepaper); AMD MI250X (one
+# of its two dies), MI300X. Shared memory and threads: CUDA C++ Programming Guide, compute capabilities; AMD: CDNA ISA.
+CARDS = {
+    "sm_80": Card("A100 80GB SXM", 108, 167936, 166912, 2048, 312e12, 156e12, 19.5e12, 2.04e12),
+    "sm_86": Card("RTX 3090", 82, 102400, 101376, 1536, 71e12, 35.6e12, 35.6e12, 0.936e12),
+    "sm_89": Card("RTX 4090", 128, 102400, 101376, 1536, 165e12, 82.6e12, 82.6e12, 1.008e12),
+    "sm_90": Card("H100 SXM", 132, 233472, 232448, 2048, 989e12, 495e12, 67e12, 3.35e12),
+    "sm_100": Card("B200", 148, 233472, 232448, 2048, 2250e12, 1100e12, 75e12, 8.0e12),
+    "sm_120": Card("RTX 5090", 170, 102400, 101376, 1536, 209e12, 104.8e12, 104.8e12, 1.792e12),
+    "gfx90a": Card("MI250X, one die", 110, 65536, 65536, 2048, 191.5e12, 23.9e12, 23.9e12, 1.6e12, 64),
+    "gfx942": Card("MI300X", 304, 65536, 65536, 2048, 1307e12, 653.7e12, 81.7e12, 5.3e12, 64),
+}
+DEFAULT = "sm_80"  # for CPU tensors: emulated and recorded launches
+REGISTERS = 65536  # 32-bit ones of a multiprocessor (NVIDIA); a gfx9 one has twice that
+LATENCY = 2e-6  # seconds before a program's first dot and after its last: loads from memory, launch
+STEP_LATENCY = 4e-7  # seconds of one step with nothing to hide behind; num_stages - 1 steps hide each other
+
+# (block_m, block_n, block_k, warps). 16-bit: 64 inner elements are 128 bytes, a whole cache line.
+TILES_16 = [
+    (128, 128, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 32, 64, 4), (128, 16, 64, 4),
+    (64, 32, 64, 4), (32, 64, 64, 4), (32, 32, 64, 4), (16, 64, 64, 4), (64, 16, 64, 4), (16, 16, 64, 2),
+    (64, 64, 32, 4), (64, 64, 16, 4), (32, 32, 16, 2),
+]  # fmt: skip
+TILES_TF32 = [
+    (128, 64, 32, 4), (64, 128, 32, 4), (64, 64, 32, 4), (128, 32, 32, 4), (128, 16, 32, 4), (64, 32, 32, 4),
+    (32, 64, 32, 4), (32, 32, 32, 4), (16, 64, 32, 4), (64, 16, 32, 4), (16, 16, 32, 2), (32, 32, 16, 2),
+]  # fmt: skip
+# Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps of 8 and small tiles.
+TILES_IEEE = [(64, 64, 8, 8), (64, 32, 8, 4), (32, 64, 8, 4), (32, 32, 8, 4), (64, 16, 8, 4), (16, 64, 8, 4), (16, 16, 8, 2)]
+SPLITS = (1, 2, 4, 8, 16, 32)
+
+
+def capability(device: torch.device) -> str:
+    """`sm_90`, `gfx942`; what a card is for the model and for the cache. DEFAULT for CPU tensors."""
+    if device.type != "cuda":
+        return DEFAULT
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """The table's card of this capability (the nearest older one where it is not listed), with the device's own counts."""
+    name = capability(device)
+    known = CARDS.get(name) or CARDS[max((c for c in CARDS if _order(c) <= _order(name)), key=_order, default=DEFAULT)]
+    if device.type != "cuda":
+        return known
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", known.shared_program)
+    return known._replace(multiprocessors=found.multi_processor_count, shared_program=min(known.shared_program, shared))
+
+
+def _order(name: str) -> tuple[str, int]:
+    family, _, number = name.partition("_") if name.startswith("sm_") else (name[:4], "", name[4:])
+    return family, int(number, 16)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def candidates(product: Product, dtype: torch.dtype, card: Card) -> list[Config]:
+    """The configurations that can launch on a card, with the splits that leave each part at least two steps."""
+    tiles = TILES_16 if dtype.itemsize == 2 else TILES_TF32 if product.precision == "tf32" else TILES_IEEE
+    found = []
+    for m, n, k, warps in tiles:
+        stages = 2 if card.warp == 64 else 3
+        config = Config(m, n, k, warps, stages)
+        if shared_bytes(config, dtype) > card.shared_program:
+            continue
+        steps = -(-product.k // k)
+        found += [config._replace(splits=s) for s in SPLITS if s == 1 or steps >= 2 * s]
+    return found
+
+
+def shared_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Shared memory of a program: the tiles of its steps in flight."""
+    return (config.block_m + config.block_n) * config.block_k * dtype.itemsize * config.num_stages
+
+
+def programs_together(config: Config, dtype: torch.dtype, card: Card) -> int:
+    """Programs that one multiprocessor holds at once, by shared memory, registers and threads."""
+    threads = config.num_warps * card.warp
+    registers = 40 + 3 * config.block_m * config.block_n // (2 * threads)  # addresses and masks, accumulators
+    by_registers = REGISTERS * (card.warp // 32) // (min(registers, 255) * threads)
+    return max(1, min(card.shared // shared_bytes(config, dtype), by_registers, card.threads // threads, 16))
+
+
+def seconds(config: Config, product: Product, dtype: torch.dtype, card: Card) -> float:
+    """The model's time of a product under a configuration; only its order means anything."""
+    m, n, k, batch = product.m, product.n, product.k, product.batch
+    programs = -(-m // config.block_m) * -(-n // config.block_n) * batch * config.splits
+    steps = -(-(-(-k // config.block_k)) // config.splits)
+    together = programs_together(config, dtype, card)
+    waves = programs / (card.multiprocessors * together)
+    waves = math.ceil(waves) if waves < 8 else waves  # programs end at different times once there are many
+    busy = min(together, -(-programs // card.multiprocessors))
+    peak = card.flops_16 if dtype.itemsize == 2 else getattr(card, f"flops_{product.precision}")
+    # a tensor core instruction needs 64 rows and 4 warps to run at its rate: smaller tiles feed it less
+    fed = min(1.0, config.block_m / 64) ** 0.5 * min(1.0, config.block_n / 64) ** 0.5
+    flops = 2 * config.block_m * config.block_n * config.block_k * busy / (peak / card.multiprocessors * fed)
+    # operands come mostly from the L2 cache: about three times the memory's rate
+    loaded = (config.block_m + config.block_n) * config.block_k * dtype.itemsize * busy
+    moved = loaded / (3 * card.bytes / card.multiprocessors)
+    step = max(flops, moved, STEP_LATENCY / (config.num_stages - 1))
+    parts = 0.0 if config.splits == 1 else LATENCY + 8 * config.splits * m * n * batch / card.bytes
+    return waves * (steps * step + LATENCY) + parts
+
+
+def ranked(product: Product, dtype: torch.dtype, card: Card) -> list[Config]:
+    """The configurations, the model's best first."""
+    return sorted(candidates(product, dtype, card), key=lambda c: (seconds(c, product, dtype, card), c))
+
+
+# ---- the race -------------------------------------------------------------------------------------------------------
+
+_first: dict[tuple, list[Config]] = {}  # case -> ranking
+_raced: dict[tuple, Config] = {}
+_spent = 0.0
+_told = False
+
+
+def tuned(op: str, x: Tensor, product: Product, case: tuple, run: Callable[[Config], Tensor]) -> Tensor:
+    """run(config) with the configuration for this case, raced if it is new and may be raced.
+
+    case: whatever the launch depends on beside x's dtype and device, printable.
+    """
+    key = (op, str(x.dtype), capability(x.device), product, case)
+    config = _raced.get(key)
+    if config is None:
+        if key not in _first:
+            _first[key] = ranked(product, x.dtype, card(x.device))
+        config = _first[key][0]
+        if may_race(x.device):
+            config = _raced[key] = _winner(key, run)
+    return run(config)
+
+
+def _winner(key: tuple, run: Callable[[Config], Any]) -> Config:
+    """From the cache, or from a race of the model's best, which is then kept."""
+    known = remembered(("config", *key))
+    config = Config(*map(int, known.split()[1:])) if known else None
+    if config in _first[key]:
+        return config
+    if _spent > PROCESS_SECONDS:
+        return _first[key][0]
+    config = race(_first[key][:RACED], run, f"{key[0]} {key[1]}")
+    remember(("config", *key), "config " + " ".join(map(str, config)))
+    return config
+
+
+def race(configs: list[Config], run: Callable[[Config], Any], what: str = "") -> Config:
+    """The fastest of these by the best of ROUNDS runs; one that fails to compile or to launch is out.
+
+    Raises what the first of them raised if all fail.
+    """
+    global _spent, _told
+    begin, best, errors = _clock(), {}, []
+    for config in configs:
+        if best and _clock() - begin > CASE_SECONDS:
+            break
+        try:
+            run(config)  # compiles
+            best[config] = min(_measure(lambda: run(config)) for _ in range(ROUNDS))  # noqa: B023 (called at once)
+        except Exception as error:  # out of shared memory or registers, a compiler's refusal
+            errors.append(error)
+        if not _told and _spent + _clock() - begin > QUIET_SECONDS:
+            _told = True
+            line = f"fastgan: racing Triton configurations ({what} and others), once a case and GPU"
+            print(f"{line}; `fastgan doctor --prove` does it ahead", file=sys.stderr, flush=True)
+    _spent += _clock() - begin
+    if not best:
+        raise errors[0]
+    return min(best, key=best.__getitem__)
+
+
+_clock = time.perf_counter
+
+
+def _measure(run: Callable[[], Any]) -> float:
+    """Seconds of one run on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
