@@ -47,15 +47,23 @@ class Config(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A convolution as `batch` products of [m, k] and [k, n]; channels: how many of its inner (of a weight gradient:
-    column) index lie together in memory; precision: of float32 dots."""
+    """A convolution as `batch` products of [m, k] and [k, n].
+
+    channels   how many elements of x's index (`gathered`: "k" the inner one, "n" the columns) belong to one tap
+    precision  of float32 dots
+    """
 
     m: int
     n: int
     k: int
     batch: int
     channels: int
+    gathered: str
     precision: str
+
+    def flat(self, config: Config) -> bool:
+        """Whether a tile holds elements of several taps."""
+        return self.channels < (config.block_k if self.gathered == "k" else config.block_n)
 
 
 class Card(NamedTuple):
@@ -94,16 +102,20 @@ STEP_LATENCY = 4e-7  # seconds of one step with nothing to hide behind; num_stag
 
 # (block_m, block_n, block_k, warps). 16-bit: 64 inner elements are 128 bytes, a whole cache line.
 TILES_16 = [
-    (128, 128, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 32, 64, 4), (128, 16, 64, 4),
-    (64, 32, 64, 4), (32, 64, 64, 4), (32, 32, 64, 4), (16, 64, 64, 4), (64, 16, 64, 4), (16, 16, 64, 2),
-    (64, 64, 32, 4), (64, 64, 16, 4), (32, 32, 16, 2),
+    (128, 128, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 16, 64, 4), (32, 64, 64, 4),
+    (16, 64, 64, 4), (32, 32, 64, 4), (128, 64, 32, 8), (64, 64, 32, 4), (64, 16, 32, 4), (32, 32, 32, 4),
+    (16, 16, 32, 2),
 ]  # fmt: skip
 TILES_TF32 = [
-    (128, 64, 32, 4), (64, 128, 32, 4), (64, 64, 32, 4), (128, 32, 32, 4), (128, 16, 32, 4), (64, 32, 32, 4),
-    (32, 64, 32, 4), (32, 32, 32, 4), (16, 64, 32, 4), (64, 16, 32, 4), (16, 16, 32, 2), (32, 32, 16, 2),
+    (128, 64, 32, 8), (64, 64, 32, 4), (128, 16, 32, 4), (32, 64, 32, 4), (16, 64, 32, 4), (32, 32, 32, 4),
+    (64, 64, 16, 4), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2),
 ]  # fmt: skip
-# Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps of 8 and small tiles.
-TILES_IEEE = [(64, 64, 8, 8), (64, 32, 8, 4), (32, 64, 8, 4), (32, 32, 8, 4), (64, 16, 8, 4), (16, 64, 8, 4), (16, 16, 8, 2)]
+# Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps are short and tiles small.
+TILES_IEEE = [
+    (64, 64, 16, 8), (64, 32, 16, 4), (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
+    (16, 16, 16, 2),
+]  # fmt: skip
+GATHERED_BYTES = 64  # of a step whose taps differ from element to element: an address and a mask each, so registers
 SPLITS = (1, 2, 4, 8, 16, 32)
 
 
@@ -119,7 +131,7 @@ def capability(device: torch.device) -> str:
 
 @functools.cache
 def card(device: torch.device) -> Card:
-    """The table's card of this capability (the nearest older one where it is not listed), with the device's own counts."""
+    """The table's card of this capability (where it is not listed the nearest older one), with the device's counts."""
     name = capability(device)
     known = CARDS.get(name) or CARDS[max((c for c in CARDS if _order(c) <= _order(name)), key=_order, default=DEFAULT)]
     if device.type != "cuda":
@@ -144,9 +156,10 @@ def candidates(product: Product, dtype: torch.dtype, card: Card) -> list[Config]
     for m, n, k, warps in tiles:
         stages = 2 if card.warp == 64 else 3
         config = Config(m, n, k, warps, stages)
-        if shared_bytes(config, dtype) > card.shared_program:
+        too_wide = product.flat(config) and k * dtype.itemsize > GATHERED_BYTES
+        if too_wide or shared_bytes(config, dtype) > card.shared_program:
             continue
-        steps = -(-product.k // k)
+        steps = math.ceil(product.k / k)
         found += [config._replace(splits=s) for s in SPLITS if s == 1 or steps >= 2 * s]
     return found
 
@@ -167,12 +180,12 @@ def programs_together(config: Config, dtype: torch.dtype, card: Card) -> int:
 def seconds(config: Config, product: Product, dtype: torch.dtype, card: Card) -> float:
     """The model's time of a product under a configuration; only its order means anything."""
     m, n, k, batch = product.m, product.n, product.k, product.batch
-    programs = -(-m // config.block_m) * -(-n // config.block_n) * batch * config.splits
-    steps = -(-(-(-k // config.block_k)) // config.splits)
+    programs = math.ceil(m / config.block_m) * math.ceil(n / config.block_n) * batch * config.splits
+    steps = math.ceil(math.ceil(k / config.block_k) / config.splits)
     together = programs_together(config, dtype, card)
     waves = programs / (card.multiprocessors * together)
     waves = math.ceil(waves) if waves < 8 else waves  # programs end at different times once there are many
-    busy = min(together, -(-programs // card.multiprocessors))
+    busy = min(together, math.ceil(programs / card.multiprocessors))
     peak = card.flops_16 if dtype.itemsize == 2 else getattr(card, f"flops_{product.precision}")
     # a tensor core instruction needs 64 rows and 4 warps to run at its rate: smaller tiles feed it less
     fed = min(1.0, config.block_m / 64) ** 0.5 * min(1.0, config.block_n / 64) ** 0.5

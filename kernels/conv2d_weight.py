@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,8 +15,8 @@ from fastgan.kernels.implicit_gemm import declines, merge_splits, precision, spr
 from fastgan.kernels.launching import launch, wide
 from fastgan.ops.conv2d_weight import weight_shape
 
-# Bound: 2 K (taps C/groups) pixels flops; x, dy once. Its output is small (1 M elements at 256 x 256 x 16) and its inner
-# index long (131,072 pixels of a DCGAN layer), so a tile an output would fill 64 of 132 multiprocessors at 128 x 128:
+# Bound: 2 K (taps C/groups) pixels flops; x, dy once. Its output is small (1 M elements at 256 x 256 x 16) and its
+# inner index long (131,072 pixels of a DCGAN layer): at 128 x 128 the tiles would fill 64 of 132 multiprocessors. So
 # the pixels are split, and each part's sum goes to memory in float32 (8 bytes an element and split, written and read).
 
 
@@ -75,9 +74,7 @@ def conv2d_weight_kernel(
         if WIDE:
             sample = sample.to(tl.int64)
             p = p.to(tl.int64)
-        a = tl.load(
-            dy + (p * K + group * KG)[:, None] + k[None, :], mask=is_pixel[:, None] & is_k[None, :], other=0.0
-        )
+        a = tl.load(dy + (p * K + group * KG)[:, None] + k[None, :], mask=is_pixel[:, None] & is_k[None, :], other=0.0)
         base = sample * (H * W * C) + group * CG
         if FLAT:
             h = (row * stride_h)[:, None] + tap_h[None, :]
@@ -122,7 +119,7 @@ def conv2d_weight(x, dy, kernel, stride, padding, dilation, groups, weight_chann
     shape = weight_shape(x, dy, kernel, groups)
     x_, dy_ = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, dy))
     k, cg, r, s = shape
-    product = Product(k // groups, r * s * cg, dy[:, 0].numel(), groups, cg, precision(x))
+    product = Product(k // groups, r * s * cg, dy[:, 0].numel(), groups, cg, "n", precision(x))
     geometry = (*stride, *padding, *dilation)
     return tuned(
         "conv2d_weight", x_, product, (tuple(x.shape), tuple(dy.shape), shape, geometry, groups, weight_channels_last),

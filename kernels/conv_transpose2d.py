@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -153,7 +152,7 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, d
     phases = math.prod(geometry.stride)
     product = Product(
         -(-launched[0] * launched[2] * launched[3] // phases), weight_.shape[1],
-        -(-weight_[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, precision(x),
+        -(-weight_[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, "k", precision(x),
     )  # fmt: skip
     y = tuned(
         "conv_transpose2d", x_, product, (tuple(x_.shape), launched, tuple(weight_.shape), geometry, groups),

@@ -1,8 +1,8 @@
 """What the three convolution kernels share: the implicit GEMM over taps and channels, its epilogue, its second stage.
 
 Tensors are channels_last in memory: x is [N, H, W, C], y is [N, OH, OW, K], a weight [A, R, S, B] (of PyTorch's
-[A, B, R, S]). A convolution is then a matrix product whose rows are output pixels, whose columns are output channels and
-whose inner index runs over taps and input channels; the left matrix is never made, its tiles are gathered from x.
+[A, B, R, S]). A convolution is then a matrix product whose rows are output pixels, whose columns are output channels
+and whose inner index runs over taps and input channels; the left matrix is never made, its tiles are gathered from x.
 
 Forward and adjoint differ in where the taps lie and nowhere else: per axis, tap t of an output pixel reads the input at
 `origin + t step`. So one loop serves both.
@@ -10,15 +10,13 @@ Forward and adjoint differ in where the taps lie and nowhere else: per axis, tap
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan.kernels.launching import declines as declines_activations
-from fastgan.kernels.launching import launch, power_of_2
+from fastgan.kernels.launching import launch
 from fastgan.kernels.numerics import activate
 
 

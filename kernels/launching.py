@@ -120,17 +120,18 @@ def _recorder() -> Iterator[list[Case]]:
 
 
 def _case(kernel: Any, args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> Case:
-    """Triton's types of a launch: `None` counts as a constant, as it does in Triton."""
+    """A launch in the words of Triton's own ahead-of-time compiler: `None` and integers of 1 are constants, and ":16"
+    marks what is a multiple of 16 (pointers too), without which loads come out scalar."""
     names = [p.name for p in kernel.params]
     given = dict(zip(names, args, strict=False))
-    signature = {name: _type(a) for name, a in given.items() if a is not None}
-    nothing = {name: None for name, a in given.items() if a is None}
-    return kernel, signature, {**nothing, **constants}, options
+    fixed = {name: a for name, a in given.items() if a is None or (isinstance(a, int) and a == 1)}
+    signature = {name: _type(a) for name, a in given.items() if name not in fixed}
+    return kernel, signature, {**fixed, **constants}, options
 
 
 def _type(a: Any) -> str:
     if isinstance(a, Tensor):
-        return f"*{DTYPES[a.dtype]}"
+        return f"*{DTYPES[a.dtype]}:16"
     if isinstance(a, int):
-        return "i32" if -(2**31) <= a < 2**31 else "i64"
+        return ("i32" if -(2**31) <= a < 2**31 else "i64") + (":16" if a % 16 == 0 else "")
     return "fp32"
