@@ -9,7 +9,7 @@ import triton.language as tl
 from fastgan._layout import dense, is_channels_last, planes
 from fastgan.backends import Backend
 from fastgan.kernels.column_sums import column_sums
-from fastgan.kernels.launching import chunks_of, declines, launch, tile, wide
+from fastgan.kernels.launching import FLOATS, chunks_of, contiguous, declines, launch, meta, recorded, tile, wide
 from fastgan.kernels.numerics import activate, activate_backward, element_offsets, load_channels
 
 
@@ -60,6 +60,7 @@ def bias_act_backward_kernel(
 def _forward(x, bias, activation, slope):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
+    (bias,) = contiguous(bias)
     y = torch.empty_like(x)
     n, c, p = planes(x)
     channels_last |= p == 1
@@ -96,3 +97,17 @@ LAUNCHERS = {
     "bias_act": Backend(_forward, lambda x, *rest: declines(x)),
     "bias_act_backward": Backend(_backward, lambda dy, y, *rest: declines(y, dy)),
 }
+
+
+def static_cases():
+    """What the compile checks compile: DCGAN's output layer and the largest activations, in both layouts."""
+    return recorded(
+        run
+        for dtype in FLOATS
+        for shape, last in [((128, 64, 64, 64), True), ((128, 64, 64, 64), False), ((128, 3, 64, 64), True)]
+        for x in [meta(shape, dtype, last)]
+        for run in (
+            lambda x=x: _forward(x, meta(x.shape[1:2], torch.float32), "tanh", 0.0),
+            lambda x=x: _backward(x, x, "leaky_relu", 0.2, True),
+        )
+    )

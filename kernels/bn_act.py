@@ -13,7 +13,9 @@ from fastgan.kernels.normalisation import plan
 def _forward(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
     statistics = None
     if not training:
-        statistics = tuple(s.to(torch.float32, copy=True).unsqueeze(0) for s in (running_mean, running_var))
+        statistics = tuple(
+            s.to(torch.float32, copy=True).contiguous().unsqueeze(0) for s in (running_mean, running_var)
+        )
     case = plan(x, groups if training else 1, 1, may_be_resident=training)
     return normalisation.forward(case, x, weight, bias, eps, activation, slope, statistics)
 

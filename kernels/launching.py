@@ -58,6 +58,11 @@ def declines(first: Tensor, *rest: Tensor | None) -> str:
     return "an empty tensor" if any(t is not None and t.numel() == 0 for t in (first, *rest)) else ""
 
 
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors as the kernels read them; None stays None."""
+    return [None if v is None else v.contiguous() for v in vectors]
+
+
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an offset into one of these may pass 32 bits."""
     return any(t is not None and t.numel() >= WIDE_FROM for t in tensors)
@@ -101,12 +106,19 @@ def _specialised(a: Any) -> Any:
 
 def recorded(runs: Iterator[Callable[[], Any]]) -> list[Case]:
     """The launches that these calls would make, on tensors of the "meta" device: (kernel, signature, constexprs,
-    options), without doubles. What the compile checks compile is so what users launch, at sizes no test could hold."""
+    options), without doubles. What the compile checks compile is so what users launch, at sizes no test could hold.
+    Sizes are named S, C, P, CG, rows (multiples of 16 where the layer's are); other integers are counts."""
     with _recorder() as cases:
         for run in runs:
             run()
     unique = {repr((kernel.fn, *rest)): (kernel, *rest) for kernel, *rest in cases}
     return list(unique.values())
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor without memory, for `recorded`."""
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if channels_last else t
 
 
 @contextlib.contextmanager
@@ -120,12 +132,11 @@ def _recorder() -> Iterator[list[Case]]:
 
 
 def _case(kernel: Any, args: tuple, constants: dict[str, Any], num_warps: int) -> Case:
-    """Triton's types of a launch: `None` counts as a constant, as it does in Triton."""
-    names = [p.name for p in kernel.params]
-    given = dict(zip(names, args, strict=False))
-    signature = {name: _type(a) for name, a in given.items() if a is not None}
-    nothing = {name: None for name, a in given.items() if a is None}
-    return kernel, signature, {**nothing, **constants}, {"num_warps": num_warps, "enable_fp_fusion": True}
+    """Triton's types of a launch: `None` and the integer 1 count as constants, as they do in Triton."""
+    given = dict(zip((p.name for p in kernel.params), args, strict=False))
+    fixed = {name: a for name, a in given.items() if a is None or (isinstance(a, int) and a == 1)}
+    signature = {name: _type(a) for name, a in given.items() if name not in fixed}
+    return kernel, signature, {**fixed, **constants}, {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
 def _type(a: Any) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastgan._layout import dense, is_channels_last, planes
 from fastgan.kernels.column_sums import column_sums
-from fastgan.kernels.launching import chunks_of, launch, power_of_2, tile, wide
+from fastgan.kernels.launching import FLOATS, chunks_of, contiguous, launch, meta, power_of_2, recorded, tile, wide
 from fastgan.kernels.numerics import (
     activate,
     activate_backward,
@@ -33,7 +33,7 @@ from fastgan.kernels.numerics import (
     merge_moments,
 )
 
-RESIDENT = 8192  # elements of a tensor that one program may hold: 32 registers a thread at 8 warps, three tensors fit
+RESIDENT = 8192  # elements of a tensor that one program may hold: 16 registers a thread at 16 warps; three fit
 MERGED = 8192  # sums that a merging program may hold at a time: chunks by channels
 SECTOR = 32  # bytes; a program that takes less from a row of memory wastes traffic
 LEAST_PIXELS = 64  # per sample, to stream: the sums of a group norm are 8 bytes a sample and channel
@@ -582,7 +582,7 @@ def declines_plan(p: Plan) -> str:
 
 
 def _warps(p: Plan) -> int:
-    return min(8, max(1, p.block_s * p.block_c // 512))
+    return min(16, max(1, p.block_s * p.block_c // 512))
 
 
 def _constants(p: Plan, x: Tensor, activation: str | None = None) -> dict[str, Any]:
@@ -597,6 +597,7 @@ def _blocks(p: Plan) -> dict[str, int]:
 def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
     """(y, mean, var) [G, NG] float32; statistics: (mean, var) given, as in eval mode."""
     x = dense(x, is_channels_last(x))
+    weight, bias = contiguous(weight, bias)
     y, slope = torch.empty_like(x), float(slope)
     m = p.merge
     if statistics is not None:
@@ -637,6 +638,7 @@ def _parts(p: Plan) -> tuple[int, int]:
 def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation, slope):
     """(dx, dweight, dbias) with [C] float32 gradients."""
     dy, x = (dense(t, is_channels_last(x)) for t in (dy, x))
+    weight, bias, mean, var = contiguous(weight, bias, mean, var)
     dx, slope, inv_m = torch.empty_like(x), float(slope), p.inv_m if training else 0.0
     m = p.merge
     if p.resident:
@@ -672,6 +674,7 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     """(d_dy, d_x, d_weight) with d_weight [C] float32."""
     last = is_channels_last(x)
     dy, x, ddx = dense(dy, last), dense(x, last), None if ddx is None else dense(ddx, last)
+    ddweight, ddbias, weight, bias, mean, var = contiguous(ddweight, ddbias, weight, bias, mean, var)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     slope, inv_m, m = float(slope), p.inv_m if training else 0.0, p.merge
     constants = _constants(p, x, activation)
@@ -701,3 +704,37 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
         d_dy, d_x, p.S, p.C, p.P, p.CG, p.G, eps, slope, **constants, **_blocks(p),
     )  # fmt: skip
     return d_dy, d_x, column_sums(d_weight)[0]
+
+
+# ---- for ahead-of-time compilation -----------------------------------------------------------------------------------
+
+
+def static_cases():
+    """Both routes of both norms: DCGAN layers streamed and resident, a group norm, a layer norm, 2^31 elements."""
+    return recorded(
+        run
+        for dtype in FLOATS
+        for shape, last, groups, channels_a_group in [
+            ((128, 64, 32, 32), True, 2, 1),
+            ((128, 64, 32, 32), False, 2, 1),
+            ((64, 512, 4, 4), True, 1, 1),
+            ((64, 512, 4, 4), False, 1, 1),
+            ((64, 128, 64, 64), True, 64, 8),
+            ((64, 128, 16, 16), False, 64, 4),
+            ((4096, 1024), False, 4096, 1024),
+            ((512, 64, 256, 256), True, 2, 1),
+        ]
+        for run in _every_direction(meta(shape, dtype, last), groups, channels_a_group)
+    )
+
+
+def _every_direction(x, groups, channels_a_group):
+    p = plan(x, groups, channels_a_group)
+    weight, bias = (meta((p.C,), torch.float32) for _ in range(2))
+    mean, var = (meta((p.G, p.NG), torch.float32) for _ in range(2))
+    scalars = 1e-5, "leaky_relu", 0.2
+    yield lambda: forward(p, x, weight, bias, *scalars)
+    yield lambda: forward(plan(x, groups, channels_a_group, False), x, weight, bias, *scalars, (mean, var))
+    yield lambda: backward(p, x, x, weight, bias, mean, var, True, *scalars)
+    for ddx, dd in ((x, weight), (None, None)):
+        yield lambda ddx=ddx, dd=dd: double_backward(p, x, ddx, dd, dd, x, weight, bias, mean, var, True, *scalars)

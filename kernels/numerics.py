@@ -49,6 +49,18 @@ def sigmoid(t):
 
 
 @triton.jit
+def log1p(e):
+    """log(1 + e) for e >= 0 with every digit of a small e, after Kahan: the rounding of 1 + e is divided out again."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus(t):
+    return activate(t, 0.0, "relu") + log1p(tl.exp(-tl.abs(t)))
+
+
+@triton.jit
 def activate(t, slope, ACTIVATION: tl.constexpr):
     """phi(t). A NaN stays one, as in torch."""
     if ACTIVATION == "relu":

@@ -45,6 +45,10 @@ def cost_backward(x: Tensor) -> dict[str, int]:
     return {"bytes": 5 * x.numel() * x.element_size(), "flops": 12 * x.numel()}
 
 
+def cost_double_backward(x: Tensor) -> dict[str, int]:
+    return {"bytes": 7 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
+
+
 def grouped(x: Tensor, groups: int) -> Tensor:
     """[N, C, *] -> [G, N/G, C, *], a view."""
     return x.unflatten(0, (groups, -1))

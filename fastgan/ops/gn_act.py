@@ -48,6 +48,10 @@ def cost_backward(x: Tensor) -> dict[str, int]:
     return {"bytes": 3 * x.numel() * x.element_size(), "flops": 12 * x.numel()}
 
 
+def cost_double_backward(x: Tensor) -> dict[str, int]:
+    return {"bytes": 5 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
+
+
 def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     empty = x.new_empty(x.shape[0], groups, dtype=accumulation_dtype(x.dtype))
     return empty, torch.empty_like(empty)
