@@ -8,8 +8,9 @@ import triton.language as tl
 
 from fastgan._layout import dense, is_channels_last, planes
 from fastgan.backends import Backend
-from fastgan.kernels.launching import chunks_of, declines, launch, recorded, tile, wide
-from fastgan.kernels.numerics import activate, activate_backward, column_sums_kernel, element_offsets, load_channels
+from fastgan.kernels.column_sums import column_sums
+from fastgan.kernels.launching import FLOATS, chunks_of, contiguous, declines, launch, meta, recorded, tile, wide
+from fastgan.kernels.numerics import activate, activate_backward, element_offsets, load_channels
 
 
 # Bound: 2 accesses and about 2 flops an element (10 for tanh): memory on every card.
@@ -40,7 +41,7 @@ def bias_act_backward_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = tl.program_id(0) // blocks
-    first = chunk.to(tl.int64) * rows if WIDE else chunk * rows
+    first = chunk * rows
     sums = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(first, tl.minimum(first + rows, S), BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
@@ -59,6 +60,7 @@ def bias_act_backward_kernel(
 def _forward(x, bias, activation, slope):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
+    (bias,) = contiguous(bias)
     y = torch.empty_like(x)
     n, c, p = planes(x)
     channels_last |= p == 1
@@ -88,23 +90,24 @@ def _backward(dy, y, activation, slope, want_bias):
         bias_act_backward_kernel, chunks * blocks, dy, y, dx, partial, n * p, c, p, chunks, rows, float(slope),
         ACTIVATION=activation, CHANNELS_LAST=channels_last, WIDE=wide(y), BLOCK_S=block_s, BLOCK_C=block_c,
     )  # fmt: skip
-    return dx, column_sums(partial.unsqueeze(0))[0] if want_bias else y.new_empty(0, dtype=torch.float32)
-
-
-def column_sums(partial: torch.Tensor) -> torch.Tensor:
-    """[A, R, C] -> [A, C]."""
-    arrays, rows, c = partial.shape
-    if rows == 1:
-        return partial.squeeze(1)
-    total = partial.new_empty(arrays, c)
-    block_r, block_c = tile(rows, c, 1, True)
-    launch(
-        column_sums_kernel, arrays * triton.cdiv(c, block_c), partial, total, rows, c, BLOCK_R=block_r, BLOCK_C=block_c
-    )
-    return total
+    return dx, column_sums(partial)[0] if want_bias else y.new_empty(0, dtype=torch.float32)
 
 
 LAUNCHERS = {
     "bias_act": Backend(_forward, lambda x, *rest: declines(x)),
     "bias_act_backward": Backend(_backward, lambda dy, y, *rest: declines(y, dy)),
 }
+
+
+def static_cases():
+    """What the compile checks compile: DCGAN's output layer and the largest activations, in both layouts."""
+    return recorded(
+        run
+        for dtype in FLOATS
+        for shape, last in [((128, 64, 64, 64), True), ((128, 64, 64, 64), False), ((128, 3, 64, 64), True)]
+        for x in [meta(shape, dtype, last)]
+        for run in (
+            lambda x=x: _forward(x, meta(x.shape[1:2], torch.float32), "tanh", 0.0),
+            lambda x=x: _backward(x, x, "leaky_relu", 0.2, True),
+        )
+    )

@@ -8,17 +8,19 @@ be raced (racing switched off, a graph being captured, an emulated run) the mode
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgan.backends import may_race, remember, remembered
+from fastgan.kernels.launching import Case, recorded
 
 RACED = 4  # configurations raced a case: each may cost a compilation of 1 to 2 s the first time
 CASE_SECONDS = 6.0  # after which no further configuration of a case is begun
@@ -95,7 +97,7 @@ CARDS = {
     "gfx90a": Card("MI250X, one die", 110, 65536, 65536, 2048, 191.5e12, 23.9e12, 23.9e12, 1.6e12, 64),
     "gfx942": Card("MI300X", 304, 65536, 65536, 2048, 1307e12, 653.7e12, 81.7e12, 5.3e12, 64),
 }
-DEFAULT = "sm_80"  # for CPU tensors: emulated and recorded launches
+DEFAULT = "sm_80"  # for CPU tensors: emulated launches
 REGISTERS = 65536  # 32-bit ones of a multiprocessor (NVIDIA); a gfx9 one has twice that
 LATENCY = 2e-6  # seconds before a program's first dot and after its last: loads from memory, launch
 STEP_LATENCY = 4e-7  # seconds of one step with nothing to hide behind; num_stages - 1 steps hide each other
@@ -120,19 +122,22 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 
 
 def capability(device: torch.device) -> str:
-    """`sm_90`, `gfx942`; what a card is for the model and for the cache. DEFAULT for CPU tensors."""
+    """`sm_90`, `gfx942`: what a card is for the model and for the cache. For CPU and meta tensors the assumed one."""
     if device.type != "cuda":
-        return DEFAULT
+        return _assumed
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
-@functools.cache
 def card(device: torch.device) -> Card:
+    return _card(device, capability(device))
+
+
+@functools.cache
+def _card(device: torch.device, name: str) -> Card:
     """The table's card of this capability (where it is not listed the nearest older one), with the device's counts."""
-    name = capability(device)
     known = CARDS.get(name) or CARDS[max((c for c in CARDS if _order(c) <= _order(name)), key=_order, default=DEFAULT)]
     if device.type != "cuda":
         return known
@@ -144,6 +149,18 @@ def card(device: torch.device) -> Card:
 def _order(name: str) -> tuple[str, int]:
     family, _, number = name.partition("_") if name.startswith("sm_") else (name[:4], "", name[4:])
     return family, int(number, 16)
+
+
+def precision(x: Tensor) -> str:
+    """How a dot of float32 operands may round them: as torch's own convolutions on that device are allowed to."""
+    if _every is not None:
+        return _every
+    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
+        return "ieee"
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # torch 2.9 and newer; follows allow_tf32 too
+        return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if cudnn.allow_tf32 else "ieee"
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -205,6 +222,8 @@ def ranked(product: Product, dtype: torch.dtype, card: Card) -> list[Config]:
 
 # ---- the race -------------------------------------------------------------------------------------------------------
 
+_assumed = DEFAULT
+_every: str | None = None  # the precision at which `tuned` runs every candidate, for the compile checks
 _first: dict[tuple, list[Config]] = {}  # case -> ranking
 _raced: dict[tuple, Config] = {}
 _spent = 0.0
@@ -216,6 +235,8 @@ def tuned(op: str, x: Tensor, product: Product, case: tuple, run: Callable[[Conf
 
     case: whatever the launch depends on beside x's dtype and device, printable.
     """
+    if _every is not None:
+        return _run_every(product, x, run)
     key = (op, str(x.dtype), capability(x.device), product, case)
     config = _raced.get(key)
     if config is None:
@@ -276,3 +297,50 @@ def _measure(run: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+# ---- for ahead-of-time compilation ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def assumed(capability: str) -> Iterator[None]:
+    """Within: launches on CPU and meta tensors are configured for a card of this capability."""
+    global _assumed
+    before, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def every_candidate(run: Callable[[tuple[int, int], torch.dtype], Any], layers: list[tuple[int, int]]) -> list[Case]:
+    """The launches of a convolution with every configuration that could be raced on the assumed card.
+
+    run(channels, dtype) calls the launcher on meta tensors of a layer.
+    """
+    kinds = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee")]
+    kinds += [] if _assumed.startswith("gfx") else [(torch.float32, "tf32")]
+    cases: list[Case] = []
+    for dtype, rounding in kinds:
+        with _running_every(rounding):
+            cases += recorded(functools.partial(run, channels, dtype) for channels in layers)
+    return cases
+
+
+@contextlib.contextmanager
+def _running_every(rounding: str) -> Iterator[None]:
+    global _every
+    _every = rounding
+    try:
+        yield
+    finally:
+        _every = None
+
+
+def _run_every(product: Product, x: Tensor, run: Callable[[Config], Tensor]) -> Tensor:
+    """All tiles unsplit, and the first one split; float16 differs from bfloat16 in one type: its first tile will do."""
+    found = candidates(product, x.dtype, card(x.device))
+    tiles = [c for c in found if c.splits == 1][: 1 if x.dtype == torch.float16 else None]
+    for config in [*tiles, *(c for c in found if c.splits == 2)][: len(tiles) + 1]:
+        y = run(config)
+    return y

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan.backends import Backend
-from fastgan.kernels.configs import Config, Product, tuned
-from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, precision, spread, store_tile
-from fastgan.kernels.launching import launch, wide
+from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.launching import launch, meta, wide
 from fastgan.ops.conv2d import channels_last, output_shape
 
 # Bound: 2 M K taps C/groups flops; x, weight and y once. A DCGAN layer (k4 s2, 128 to 256 channels, 16x16 out, batch
@@ -63,10 +64,13 @@ def conv2d_kernel(
     store_tile(y, bias, acc, m * K, inside, group * KG + k, is_output, slope, split, size, SPLITS, ACTIVATION)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Any, shape: tuple, geometry: Any, rest: tuple, config: Config) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: tuple, epilogue: Any, product: Product,
+    config: Config,
+) -> Tensor:  # fmt: skip
     """x and weight in channels_last -> y in channels_last."""
     (n, c, h, w), (_, k, oh, ow), (_, cg, r, s) = x.shape, shape, weight.shape
-    groups, activation, slope = rest
+    groups, (activation, slope) = c // cg, epilogue
     y = empty(shape, x, True)
     out = y if config.splits == 1 else spread(y, config.splits)
     m, kg = n * oh * ow, k // groups
@@ -74,8 +78,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Any, shape: tuple, geometry: Any, r
     launch(
         conv2d_kernel, programs, x, weight, bias if config.splits == 1 else None, out, m, h, w, oh, ow, c, cg, k, kg,
         r, s, *geometry, y.numel(), float(slope), SPLITS=config.splits,
-        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=precision(x), FLAT=cg < config.block_k,
-        WIDE=wide(x, y), **config.blocks, **config.options,
+        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
+        FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
     )  # fmt: skip
     if config.splits > 1:
         merge_splits(out, bias, y, k, slope, activation)
@@ -96,10 +100,20 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope
     )
     geometry = (*stride, *padding, *dilation)
     y = tuned(
-        "conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry, groups),
-        lambda config: _launch(x_, weight_, bias, shape, geometry, (groups, activation, slope), config),
+        "conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry),
+        lambda config: _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, config),
     )  # fmt: skip
     return dense(y, channels_last(x, weight))
 
 
 LAUNCHERS = {"conv2d": Backend(conv2d, lambda x, weight, bias, *rest: declines(x, weight, bias))}
+
+
+def static_cases():
+    """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB image."""
+    return every_candidate(lambda channels, dtype: conv2d(*_arguments(*channels, dtype)), [(128, 256), (3, 64)])
+
+
+def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:
+    x, weight = meta((128, c, 32, 32), dtype, True), meta((k, c, 4, 4), dtype, True)
+    return x, weight, meta((k,), dtype), [2, 2], [1, 1], [1, 1], 1, "tanh", 0.0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, empty
 from fastgan.backends import Backend
-from fastgan.kernels.configs import Config, Product, tuned
-from fastgan.kernels.implicit_gemm import declines, merge_splits, precision, spread
-from fastgan.kernels.launching import launch, wide
+from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import declines, merge_splits, spread
+from fastgan.kernels.launching import launch, meta, wide
 from fastgan.ops.conv2d_weight import weight_shape
 
 # Bound: 2 K (taps C/groups) pixels flops; x, dy once. Its output is small (1 M elements at 256 x 256 x 16) and its
@@ -94,21 +94,22 @@ def conv2d_weight_kernel(
     tl.store(dweight + split.to(tl.int64) * size + at, acc.to(dweight.dtype.element_ty), mask=mask)
 
 
-def _launch(x: Tensor, dy: Tensor, shape: tuple, geometry: Any, rest: tuple, config: Config) -> Tensor:
+def _launch(
+    x: Tensor, dy: Tensor, shape: tuple, geometry: tuple, weight_channels_last: bool, product: Product, config: Config
+) -> Tensor:
     """x and dy in channels_last -> dweight in either layout."""
     (n, c, h, w), (_, k, oh, ow), (_, cg, r, s) = x.shape, dy.shape, shape
-    groups, weight_channels_last = rest
-    split = config.splits > 1
+    groups, split = c // cg, config.splits > 1
     # the second stage runs over memory in order, so the parts must lie in the order of what it writes
     dweight = empty(shape, x, weight_channels_last)
     out = spread(dweight, config.splits) if split else dweight
     strides = (r * s * cg, cg, 1) if weight_channels_last else (r * s * cg, 1, r * s)
-    flat, kg = cg < config.block_n, k // groups
+    flat, kg = product.flat(config), k // groups
     columns = triton.cdiv(r * s * cg, config.block_n) if flat else r * s * triton.cdiv(cg, config.block_n)
     launch(
         conv2d_weight_kernel, triton.cdiv(kg, config.block_m) * columns * groups * config.splits, x, dy, out,
         n * oh * ow, h, w, oh, ow, c, cg, k, kg, r, s, *geometry, *strides, dweight.numel(), SPLITS=config.splits,
-        PRECISION=precision(x), FLAT=flat, WIDE=wide(x, dy), **config.blocks, **config.options,
+        PRECISION=product.precision, FLAT=flat, WIDE=wide(x, dy), **config.blocks, **config.options,
     )  # fmt: skip
     if split:
         merge_splits(out, None, dweight, 1, 0.0, "identity")
@@ -122,9 +123,19 @@ def conv2d_weight(x, dy, kernel, stride, padding, dilation, groups, weight_chann
     product = Product(k // groups, r * s * cg, dy[:, 0].numel(), groups, cg, "n", precision(x))
     geometry = (*stride, *padding, *dilation)
     return tuned(
-        "conv2d_weight", x_, product, (tuple(x.shape), tuple(dy.shape), shape, geometry, groups, weight_channels_last),
-        lambda config: _launch(x_, dy_, shape, geometry, (groups, weight_channels_last), config),
+        "conv2d_weight", x_, product, (tuple(x.shape), tuple(dy.shape), shape, geometry, weight_channels_last),
+        lambda config: _launch(x_, dy_, shape, geometry, weight_channels_last, product, config),
     )  # fmt: skip
 
 
 LAUNCHERS = {"conv2d_weight": Backend(conv2d_weight, lambda x, dy, *rest: declines(x, dy))}
+
+
+def static_cases():
+    """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB image."""
+    return every_candidate(lambda channels, dtype: conv2d_weight(*_arguments(*channels, dtype)), [(128, 256), (3, 64)])
+
+
+def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:
+    x, dy = meta((128, c, 32, 32), dtype, True), meta((128, k, 16, 16), dtype, True)
+    return x, dy, [4, 4], [2, 2], [1, 1], [1, 1], 1, True

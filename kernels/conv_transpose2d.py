@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan.backends import Backend
-from fastgan.kernels.configs import Config, Product, tuned
-from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, precision, spread, store_tile
-from fastgan.kernels.launching import launch, wide
+from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.launching import launch, meta, wide
 from fastgan.ops.conv2d import channels_last
 from fastgan.ops.conv_transpose2d import output_shape
 
@@ -111,10 +112,13 @@ class Geometry(NamedTuple):
         ]
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Any, shape: tuple, geometry: Geometry, rest: tuple, config: Config):
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: Geometry, epilogue: Any, product: Product,
+    config: Config,
+) -> Tensor:  # fmt: skip
     """x and weight in channels_last -> y in channels_last."""
     (n, c, h, w), (_, k, oh, ow), (_, kg, r, s) = x.shape, shape, weight.shape
-    groups, activation, slope = rest
+    groups, (activation, slope) = k // kg, epilogue
     phases = [min(stride, size) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
     q = [triton.cdiv(size, stride) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
     y = empty(shape, x, True)
@@ -125,8 +129,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Any, shape: tuple, geometry: Geomet
         conv_transpose2d_kernel, tiles * groups * config.splits, x, weight, bias if config.splits == 1 else None, out,
         m, h, w, *q, oh, ow, c, cg, k, kg, r, s, *geometry.stride, *geometry.padding, *geometry.dilation,
         *geometry.steps, *geometry.inverses, *phases, y.numel(), float(slope), SPLITS=config.splits,
-        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=precision(x), FLAT=cg < config.block_k,
-        WIDE=wide(x, y), **config.blocks, **config.options,
+        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
+        FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
     )  # fmt: skip
     if config.splits > 1:
         merge_splits(out, bias, y, k, slope, activation)
@@ -155,8 +159,8 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, d
         -(-weight_[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, "k", precision(x),
     )  # fmt: skip
     y = tuned(
-        "conv_transpose2d", x_, product, (tuple(x_.shape), launched, tuple(weight_.shape), geometry, groups),
-        lambda config: _launch(x_, weight_, bias_, launched, geometry, (groups, activation, slope), config),
+        "conv_transpose2d", x_, product, (tuple(x_.shape), launched, tuple(weight_.shape), geometry),
+        lambda config: _launch(x_, weight_, bias_, launched, geometry, (activation, slope), product, config),
     )  # fmt: skip
     if launched is not shape:
         y = y.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
@@ -164,3 +168,15 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, d
 
 
 LAUNCHERS = {"conv_transpose2d": Backend(conv_transpose2d, lambda x, weight, bias, *rest: declines(x, weight, bias))}
+
+
+def static_cases():
+    """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB gradient."""
+    return every_candidate(
+        lambda channels, dtype: conv_transpose2d(*_arguments(*channels, dtype)), [(256, 128), (3, 64)]
+    )
+
+
+def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:
+    x, weight = meta((128, c, 16, 16), dtype, True), meta((c, k, 4, 4), dtype, True)
+    return x, weight, meta((k,), dtype), [2, 2], [1, 1], [0, 0], 1, [1, 1], "tanh", 0.0

@@ -152,16 +152,6 @@ def merge_splits(partial: Tensor, bias: Tensor | None, y: Tensor, channels: int,
     )  # fmt: skip
 
 
-def precision(x: Tensor) -> str:
-    """How a dot of float32 operands may round them: as torch's own convolutions on that device are allowed to."""
-    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
-        return "ieee"
-    cudnn = torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # torch 2.9 and newer; follows allow_tf32 too
-        return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
-    return "tf32" if cudnn.allow_tf32 else "ieee"
-
-
 def declines(x: Tensor, *rest: Tensor | None) -> str:
     """Why the convolution kernels leave a case to the reference, or ""."""
     reason = declines_activations(x, *rest)

@@ -13,6 +13,7 @@ from torch import Tensor
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDE_FROM = 2**31  # elements: from here on an offset needs 64 bits; monkeypatched by the tests
+LONGEST = 2**30  # samples and pixels: counted in 32 bits, rounded up to whole tiles and chunks
 TILE = 2048  # elements a program holds of each tensor: 16 a thread at 4 warps, two 16-byte loads in a 16-bit type
 PROGRAMS = 512  # aimed at by a reduction: about four a multiprocessor of the largest cards, the same on every card,
 # since the order of a sum, and so its rounding, follows it
@@ -28,15 +29,15 @@ def power_of_2(n: int) -> int:
     return 1 << (max(n, 1) - 1).bit_length()
 
 
-def tile(rows: int, channels: int, pixels: int, channels_last: bool, elements: int = TILE) -> tuple[int, int]:
-    """(BLOCK_S, BLOCK_C): a tile of at most `elements` whose memory comes in runs of 128 bytes or more, where it can.
+def tile(rows: int, channels: int, pixels: int, channels_last: bool) -> tuple[int, int]:
+    """(BLOCK_S, BLOCK_C): a tile of at most TILE elements, its memory in runs of 128 bytes or more where it can be.
 
     channels_last: 64 channels of a pixel lie together. NCHW: the pixels of a plane do, and those of its neighbours
     where a plane is small; four planes at least, so that finding a pixel's place is paid once for four elements.
     """
     together = 64 if channels_last else max(4, 256 // power_of_2(pixels))
     block_c = min(power_of_2(channels), together)
-    return min(power_of_2(rows), elements // block_c), block_c
+    return min(power_of_2(rows), TILE // block_c), block_c
 
 
 def chunks_of(rows: int, block: int, programs: int) -> tuple[int, int]:
@@ -52,7 +53,14 @@ def declines(first: Tensor, *rest: Tensor | None) -> str:
         return f"triton kernels compute in float32, bfloat16 and float16, got {first.dtype}"
     if any(t is not None and (t.dtype != first.dtype or t.device != first.device) for t in rest):
         return "triton kernels take activations of one dtype and one device"
+    if first.numel() // max(first.shape[1] if first.dim() > 1 else 1, 1) > LONGEST:
+        return f"triton kernels count samples and pixels in 32 bits, got more than {LONGEST}"
     return "an empty tensor" if any(t is not None and t.numel() == 0 for t in (first, *rest)) else ""
+
+
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors as the kernels read them; None stays None."""
+    return [None if v is None else v.contiguous() for v in vectors]
 
 
 def wide(*tensors: Tensor | None) -> bool:
@@ -101,12 +109,19 @@ def _specialised(a: Any) -> Any:
 
 def recorded(runs: Iterator[Callable[[], Any]]) -> list[Case]:
     """The launches that these calls would make, on tensors of the "meta" device: (kernel, signature, constexprs,
-    options), without doubles. What the compile checks compile is so what users launch, at sizes no test could hold."""
+    options), without doubles. What the compile checks compile is so what users launch, at sizes no test could hold.
+    Sizes are named S, C, P, CG, rows (multiples of 16 where the layer's are); other integers are counts."""
     with _recorder() as cases:
         for run in runs:
             run()
     unique = {repr((kernel.fn, *rest)): (kernel, *rest) for kernel, *rest in cases}
     return list(unique.values())
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor without memory, for `recorded`."""
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if channels_last else t
 
 
 @contextlib.contextmanager

@@ -49,6 +49,18 @@ def sigmoid(t):
 
 
 @triton.jit
+def log1p(e):
+    """log(1 + e) for e >= 0 with every digit of a small e, after Kahan: the rounding of 1 + e is divided out again."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus(t):
+    return activate(t, 0.0, "relu") + log1p(tl.exp(-tl.abs(t)))
+
+
+@triton.jit
 def activate(t, slope, ACTIVATION: tl.constexpr):
     """phi(t). A NaN stays one, as in torch."""
     if ACTIVATION == "relu":
@@ -87,20 +99,3 @@ def merge_moments(n, mean, square, n_other, mean_other, square_other):
     d = mean_other - mean
     share = n_other / total
     return total, mean + d * share, square + square_other + d * d * (n * share)
-
-
-@triton.jit
-def column_sums_kernel(partial, total, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """total[a, c] = sum over r of partial[a, r, c]; one program an (a, block of columns), in the order of r.
-
-    Bound: A R C reads, one flop each; R is at most a few hundred, so the launch is what it costs.
-    """
-    blocks = tl.cdiv(C, BLOCK_C)
-    a = (tl.program_id(0) // blocks).to(tl.int64)
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        at = (a * R + r)[:, None] * C + c[None, :]
-        sums += tl.sum(tl.load(partial + at, mask=(r < R)[:, None] & (c < C)[None, :], other=0.0), 0)
-    tl.store(total + a * C + c, sums, mask=c < C)

@@ -15,7 +15,7 @@ Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice
              batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     native, reference
+Backends     native, triton, reference
 Source       Ioffe and Szegedy, Batch Normalization (2015); double backward derived in docs/maths.md
 """
 
@@ -30,7 +30,7 @@ from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
 from fastgan._native import address as at
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend
+from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import like
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
@@ -43,6 +43,10 @@ def cost(x: Tensor) -> dict[str, int]:
 
 def cost_backward(x: Tensor) -> dict[str, int]:
     return {"bytes": 5 * x.numel() * x.element_size(), "flops": 12 * x.numel()}
+
+
+def cost_double_backward(x: Tensor) -> dict[str, int]:
+    return {"bytes": 7 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
@@ -107,7 +111,7 @@ op = Op(
     " float eps, str activation, float slope, int groups) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, lambda x, *rest: _native.declines(x))},
+    backends={"native": Backend(native, lambda x, *rest: _native.declines(x)), "triton": triton("bn_act")},
     example=lambda: (*draw((4, 5, 4, 3), (5,), (5,)), None, None, True, 1e-5, "leaky_relu", 0.2, 2),
 )
 
@@ -181,7 +185,10 @@ backward = Op(
     " float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends={"native": Backend(native_backward, lambda dy, x, *rest: _native.declines(dy, x))},
+    backends={
+        "native": Backend(native_backward, lambda dy, x, *rest: _native.declines(dy, x)),
+        "triton": triton("bn_act", "bn_act_backward"),
+    },
     example=lambda: (
         *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (2, 5)),
         draw((2, 5))[0].abs() + 0.5,
@@ -284,6 +291,7 @@ double_backward = Op(
     fake=fake_double_backward,
     backends={
         "native": Backend(native_double_backward, lambda dy, ddx, *rest: _native.declines(dy, ddx, rest[2])),
+        "triton": triton("bn_act", "bn_act_double_backward"),
     },
     example=lambda: (
         *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (4, 5, 4, 3), (5,), (5,), (2, 5)),

@@ -11,7 +11,7 @@ Saves        epsilon, and real, fake where epsilon wants a gradient
 Traffic      3 accesses an element (PyTorch's lerp the same; e * real + (1 - e) * fake written out: 8)
 FLOPs        3 an element
 Determinism  bit-equal from run to run
-Backends     reference (torch.lerp)
+Backends     triton, reference (torch.lerp)
 Source       Gulrajani et al., Improved Training of Wasserstein GANs (2017)
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import Op, draw
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 
@@ -44,6 +45,7 @@ op = Op(
     "interpolate(Tensor real, Tensor fake, Tensor epsilon) -> Tensor",
     reference=reference,
     fake=lambda real, fake, epsilon: like(real),
+    backends={"triton": triton("interpolate")},
     example=lambda: (*draw((3, 2, 4, 5), (3, 2, 4, 5)), torch.rand(3)),
 )
 
