@@ -306,6 +306,8 @@ def prove_all() -> list[dict[str, str]]:
     from fastgan._op import OPS
 
     rows = []
+    if not _missing("triton"):
+        importlib.import_module("fastgan.kernels.configs").race_ahead(torch.device("cuda"))
     for op in OPS.values():
         for name in op.backends:
             if name == "reference" or missing(name):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgan._op import OPS
 from fastgan.backends import may_race, remember, remembered
 from fastgan.kernels.launching import Case, recorded
 
@@ -217,7 +218,11 @@ def seconds(config: Config, product: Product, dtype: torch.dtype, card: Card) ->
 
 def ranked(product: Product, dtype: torch.dtype, card: Card) -> list[Config]:
     """The configurations, the model's best first."""
-    return sorted(candidates(product, dtype, card), key=lambda c: (seconds(c, product, dtype, card), c))
+
+    def order(c: Config) -> tuple:
+        return seconds(c, product, dtype, card), -c.block_m * c.block_n, c
+
+    return sorted(candidates(product, dtype, card), key=order)
 
 
 # ---- the race -------------------------------------------------------------------------------------------------------
@@ -284,6 +289,32 @@ def race(configs: list[Config], run: Callable[[Config], Any], what: str = "") ->
     if not best:
         raise errors[0]
     return min(best, key=best.__getitem__)
+
+
+def race_ahead(device: torch.device) -> None:
+    """Race the convolutions of a DCGAN-64 (batches of 64 and 128, channels_last, every dtype), so that training need
+    not: what `fastgan doctor --prove` does beside its proofs. A minute or two where Triton has compiled nothing yet."""
+    for batch in (64, 128):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for op, args in dcgan_calls(batch, dtype, device):
+                OPS[op].backends["triton"].run(*args)
+
+
+def dcgan_calls(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple]]:
+    """(op, arguments) of every convolution that a training step of a DCGAN-64 runs, on random data."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+
+    layers = [(3, 64, 64, 2, 1), (64, 128, 32, 2, 1), (128, 256, 16, 2, 1), (256, 512, 8, 2, 1)]
+    layers += [(512, 1, 4, 1, 0), (512, 100, 4, 1, 0)]  # the discriminator's last and the generator's first one
+    for c, k, size, stride, padding in layers:
+        out = (size + 2 * padding - 4) // stride + 1
+        x, y, weight = draw(batch, c, size, size), draw(batch, k, out, out), draw(k, c, 4, 4)
+        s, p, one = [stride] * 2, [padding] * 2, [1, 1]
+        yield "conv2d", (x, weight, None, s, p, one, 1, "identity", 0.0)
+        yield "conv_transpose2d", (y, weight, None, s, p, [0, 0], 1, one, "identity", 0.0)
+        yield "conv2d_weight", (x, y, [4, 4], s, p, one, 1, True)
 
 
 _clock = time.perf_counter

@@ -208,7 +208,7 @@ def resources(found: list[Compiled]) -> list[str]:
 
 def _range(values: list[float]) -> str:
     low, high = (round(edge(values, default=0)) for edge in (min, max))
-    return f"{low}" if low == high else f"{low}–{high}"
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def workloads() -> dict[str, dict[str, int]]:
@@ -255,7 +255,7 @@ def document(found: list[Compiled]) -> str:
     names = ", ".join(f"{key} {card.name}" for key, card in CARDS.items())
     return "\n".join([
         BEGIN,
-        f"Compiled with Triton {triton.__version__}: {len(found)} kernels, no spilled register, every dot on tensor cores",
+        f"Compiled with Triton {triton.__version__}: {len(found)} kernels, no spilled register, dots on tensor cores",
         "but for float32 at full precision on NVIDIA cards, shared memory within each card's limit. From the binaries",
         "(cuobjdump for cubins, the assembler's metadata for AMD), from the least to the most over the configurations:",
         "registers a thread · shared memory a program in KiB · programs that a multiprocessor holds. Loads: the widest",
