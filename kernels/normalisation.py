@@ -6,7 +6,7 @@ mean and var, [G, NG], over m = S CG elements.
 
 Two routes, chosen by `Plan`:
 - streamed: sums per chunk of S and channel, merged in a fixed order by a small kernel, then one elementwise pass.
-  Accesses an element: 3 forward, 5 backward, 7 double backward.
+  Accesses an element: 3 forward, 5 backward, 8 double backward.
 - resident: a program holds whole groups in registers and reads each tensor once: 2, 3 and 5, in one launch.
 
 The formulas are those of docs/maths.md, sections 2 and 5; 8, 12 and 25 flops an element, so memory bounds them all.
