@@ -701,7 +701,8 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     )  # fmt: skip
     launch(
         norm_act_double_backward_kernel, p.tiles, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients,
-        d_dy, d_x, p.S, p.C, p.P, p.CG, p.G, eps, slope, **constants, **_blocks(p),
+        d_dy, d_x, p.S, p.C, p.P, p.CG, p.G, eps, slope, num_warps=8, **constants,
+        **_blocks(p),  # 8 elements a thread: at 16, five tensors in float32 spilled on sm_80
     )  # fmt: skip
     return d_dy, d_x, column_sums(d_weight)[0]
 

@@ -4,8 +4,8 @@ Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t =
              training: mean, var of each channel over its group's samples and pixels; group g holds the samples
              [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
-Dtypes       x float32, bfloat16 natively, every floating dtype through the reference; weight, bias, statistics may be
-             float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in Triton, every floating dtype through the reference; weight,
+             bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 parameters, as torch's batch norm does
 Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise

@@ -4,8 +4,8 @@ Formula      per sample and group of C/groups channels, M = C/groups * pixels el
              xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
              Instance norm: groups = C. Layer norm over D trailing elements: x viewed as [rows, D], groups = 1
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [N,groups]
-Dtypes       x float32, bfloat16 natively, every floating dtype through the reference; weight and bias may be float32
-             beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in Triton, every floating dtype through the reference; weight
+             and bias may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 statistics and parameters, as bn_act does (torch's CUDA autocast
              runs group and layer norm wholly in float32)
