@@ -6,7 +6,7 @@ mean and var, [G, NG], over m = S CG elements.
 
 Two routes, chosen by `Plan`:
 - streamed: sums per chunk of S and channel, merged in a fixed order by a small kernel, then one elementwise pass.
-  Accesses an element: 3 forward, 5 backward, 7 double backward.
+  Accesses an element: 3 forward, 5 backward, 8 double backward.
 - resident: a program holds whole groups in registers and reads each tensor once: 2, 3 and 5, in one launch.
 
 The formulas are those of docs/maths.md, sections 2 and 5; 8, 12 and 25 flops an element, so memory bounds them all.
@@ -701,7 +701,8 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     )  # fmt: skip
     launch(
         norm_act_double_backward_kernel, p.tiles, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients,
-        d_dy, d_x, p.S, p.C, p.P, p.CG, p.G, eps, slope, **constants, **_blocks(p),
+        d_dy, d_x, p.S, p.C, p.P, p.CG, p.G, eps, slope, num_warps=8, **constants,
+        **_blocks(p),  # 8 elements a thread: at 16, five tensors in float32 spilled on sm_80
     )  # fmt: skip
     return d_dy, d_x, column_sums(d_weight)[0]
 

@@ -4,14 +4,15 @@ Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t =
              training: mean, var of each channel over its group's samples and pixels; group g holds the samples
              [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
-Dtypes       x float32, bfloat16 natively, every floating dtype through the reference; weight, bias, statistics may be
-             float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in Triton, every floating dtype through the reference; weight,
+             bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 parameters, as torch's batch norm does
 Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise
              pass. third: raises. mean and var are not differentiable outputs
 Saves        x, weight, bias, mean, var (no mask, no normalised copy)
-Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice, dx), 7 double backward; PyTorch's
+Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice, dx), 8 double backward (dy, ddx, x
+             twice, d_dy, d_x); in Triton 2, 3 and 5 where a group fits a program's registers. PyTorch's
              batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
@@ -46,7 +47,7 @@ def cost_backward(x: Tensor) -> dict[str, int]:
 
 
 def cost_double_backward(x: Tensor) -> dict[str, int]:
-    return {"bytes": 7 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
+    return {"bytes": 8 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

@@ -4,15 +4,15 @@ Formula      per sample and group of C/groups channels, M = C/groups * pixels el
              xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
              Instance norm: groups = C. Layer norm over D trailing elements: x viewed as [rows, D], groups = 1
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [N,groups]
-Dtypes       x float32, bfloat16 natively, every floating dtype through the reference; weight and bias may be float32
-             beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in Triton, every floating dtype through the reference; weight
+             and bias may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 statistics and parameters, as bn_act does (torch's CUDA autocast
              runs group and layer norm wholly in float32)
 Derivatives  first: gn_act_backward. second: gn_act_double_backward, closed form in one reduction and one elementwise
              pass. third: raises. mean and var are not differentiable outputs
 Saves        x, weight, bias, mean, var (no mask, no normalised copy)
-Traffic      3 accesses an element forward, 5 backward, 7 double backward; 2, 3 and 5 where a sample (channels_last) or
+Traffic      3 accesses an element forward, 5 backward, 8 double backward; 2, 3 and 5 where a sample (channels_last) or
              a group (NCHW) stays in the cache. PyTorch's group norm + leaky ReLU: 5, 8, and about 100 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count

@@ -310,6 +310,18 @@ def poison_allocations(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRITON_OPS)
+def test_the_proof_of_first_use_passes(name, dtype, layout):
+    """The comparison that a user's card makes before it runs a kernel: random arguments, poisoned outputs."""
+    from fastgan.backends import _random, proof_error
+
+    with testing.emulate("triton") as record:
+        assert proof_error(OPS[name], "triton", _random(OPS[name], example(name, dtype, layout))) == ""
+    assert record.launches
+
+
 @pytest.mark.parametrize("name", TRITON_OPS)
 def test_wide_offsets_and_slices_change_nothing(name, monkeypatch):
     """The variant for 2^31 elements and more, here on a small tensor; and inputs that are views with gaps."""
