@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgan._op import OPS
-from fastgan.backends import may_race, remember, remembered
+from fastgan.backends import may_race, remember, remembered, timing
 from fastgan.kernels.launching import Case, recorded
 
 RACED = 4  # configurations raced a case: each may cost a compilation of 1 to 2 s the first time
@@ -261,7 +261,8 @@ def _winner(key: tuple, run: Callable[[Config], Any]) -> Config:
         return config
     if _spent > PROCESS_SECONDS:
         return _first[key][0]
-    config = race(_first[key][:RACED], run, f"{key[0]} {key[1]}")
+    with timing():
+        config = race(_first[key][:RACED], run, f"{key[0]} {key[1]}")
     remember(("config", *key), "config " + " ".join(map(str, config)))
     return config
 
