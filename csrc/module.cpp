@@ -295,6 +295,47 @@ void gan_loss_backward(int dtype, Address dloss, Address fake, int64_t n_fake, A
   kernel(args);
 }
 
+// ---------------------------------------------------------------------------------------------- penalties
+
+void check_samples(const char* op, int64_t N, int64_t M) {
+  if (N < 0 || M < 1)
+    refuse(std::string(op) + ": N must be at least 0 and M at least 1, got N=" + std::to_string(N) +
+           ", M=" + std::to_string(M));
+}
+
+void interpolate(int dtype, Address real, Address fake, Address epsilon, Address y, int64_t N, int64_t M, int threads) {
+  constexpr auto op = "interpolate";
+  check_samples(op, N, M);
+  const InterpolateArgs args{dtype_of(op, dtype),    at(real), at(fake), at<float>(epsilon), at(y), N, M,
+                             threads_of(op, threads)};
+  const auto kernel = current().interpolate;
+  py::gil_scoped_release release;
+  kernel(args);
+}
+
+void grad_norm_penalty_forward(int dtype, Address gradient, float target, Address penalty, Address norm, int64_t N,
+                               int64_t M, int threads) {
+  constexpr auto op = "grad_norm_penalty_forward";
+  check_samples(op, N, M);
+  const GradNormPenaltyArgs args{
+      dtype_of(op, dtype),    at(gradient), target, at<float>(penalty), at<float>(norm), nullptr, nullptr, N, M,
+      threads_of(op, threads)};
+  const auto kernel = current().grad_norm_penalty_forward;
+  py::gil_scoped_release release;
+  kernel(args);
+}
+
+void grad_norm_penalty_backward(int dtype, Address dpenalty, Address gradient, Address norm, float target,
+                                Address dgradient, int64_t N, int64_t M, int threads) {
+  constexpr auto op = "grad_norm_penalty_backward";
+  check_samples(op, N, M);
+  const GradNormPenaltyArgs args{dtype_of(op, dtype), at(gradient),  target, nullptr, at<float>(norm),
+                                 at<float>(dpenalty), at(dgradient), N,      M,       threads_of(op, threads)};
+  const auto kernel = current().grad_norm_penalty_backward;
+  py::gil_scoped_release release;
+  kernel(args);
+}
+
 // ---------------------------------------------------------------------------------------------- what was built
 
 std::string compiler() {
@@ -424,4 +465,11 @@ PYBIND11_MODULE(_C, m) {
         arg("kind"), arg("side"), arg("smoothing"), arg("out"), arg("threads"));
   m.def("gan_loss_backward", &gan_loss_backward, arg("dtype"), arg("dloss"), arg("fake"), arg("n_fake"), arg("real"),
         arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("dfake"), arg("dreal"), arg("threads"));
+
+  m.def("interpolate", &interpolate, arg("dtype"), arg("real"), arg("fake"), arg("epsilon"), arg("y"), arg("N"),
+        arg("M"), arg("threads"));
+  m.def("grad_norm_penalty_forward", &grad_norm_penalty_forward, arg("dtype"), arg("gradient"), arg("target"),
+        arg("penalty"), arg("norm"), arg("N"), arg("M"), arg("threads"));
+  m.def("grad_norm_penalty_backward", &grad_norm_penalty_backward, arg("dtype"), arg("dpenalty"), arg("gradient"),
+        arg("norm"), arg("target"), arg("dgradient"), arg("N"), arg("M"), arg("threads"));
 }

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, wanted
 from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import epilogue_backward
 
@@ -131,7 +131,7 @@ def _backward(ctx, dy):
         dx = OPS["conv_transpose2d"](
             dt, weight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
-    if ctx.needs_input_grad[1]:
+    if wanted(ctx, 1, weight):
         dweight = OPS["conv2d_weight"](x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 6
 

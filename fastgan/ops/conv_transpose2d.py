@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, wanted
 from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.conv2d import channels_last, native_declines, plan
@@ -105,7 +105,7 @@ def _backward(ctx, dy):
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
-    if ctx.needs_input_grad[1]:
+    if wanted(ctx, 1, weight):
         dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7
 

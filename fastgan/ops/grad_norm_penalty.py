@@ -13,7 +13,7 @@ Saves        gradient, norm
 Traffic      1 access an element forward, 2 backward; PyTorch's square, sum, sqrt: 3 and 4
 FLOPs        2 an element forward, 1 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     triton, reference
+Backends     native, triton, reference
 Source       Gulrajani et al. (2017); Mescheder et al., Which Training Methods for GANs do actually Converge? (2018);
              derivatives: docs/maths.md, section 4
 """
@@ -23,9 +23,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import triton
+from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import like
 
 
@@ -59,6 +60,17 @@ def reference(gradient, target):
     return (norm - target).square(), norm
 
 
+def native(gradient, target):
+    gradient = dense(gradient, is_channels_last(gradient))
+    norm = gradient.new_empty(len(gradient), dtype=torch.float32)
+    penalty = torch.empty_like(norm)
+    _native.core().grad_norm_penalty_forward(
+        _native.DTYPE_CODES[gradient.dtype], gradient.data_ptr(), target, penalty.data_ptr(), norm.data_ptr(),
+        len(gradient), gradient[0].numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return penalty, norm
+
+
 def fake(gradient, target):
     norm = gradient.new_empty(gradient.shape[0], dtype=accumulation_dtype(gradient.dtype))
     return norm, torch.empty_like(norm)
@@ -68,7 +80,10 @@ op = Op(
     "grad_norm_penalty(Tensor gradient, float target) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"triton": triton("grad_norm_penalty")},
+    backends={
+        "native": Backend(native, lambda gradient, target: _native.declines(gradient)),
+        "triton": triton("grad_norm_penalty"),
+    },
     example=lambda: (*draw((3, 2, 4, 5)), 1.0),
 )
 
@@ -97,11 +112,25 @@ def reference_backward(dpenalty, gradient, norm, target):
     return torch.mul(gradient, scale, out=out)
 
 
+def native_backward(dpenalty, gradient, norm, target):
+    gradient = dense(gradient, is_channels_last(gradient))
+    dpenalty, norm = _native.float_vectors(dpenalty, norm)
+    dgradient = torch.empty_like(gradient)
+    _native.core().grad_norm_penalty_backward(
+        _native.DTYPE_CODES[gradient.dtype], dpenalty.data_ptr(), gradient.data_ptr(), norm.data_ptr(), target,
+        dgradient.data_ptr(), len(gradient), gradient[0].numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dgradient
+
+
 backward = Op(
     "grad_norm_penalty_backward(Tensor dpenalty, Tensor gradient, Tensor norm, float target) -> Tensor",
     reference=reference_backward,
     fake=lambda dpenalty, gradient, norm, target: like(gradient),
-    backends={"triton": triton("grad_norm_penalty", "grad_norm_penalty_backward")},
+    backends={
+        "native": Backend(native_backward, lambda dpenalty, gradient, *rest: _native.declines(gradient)),
+        "triton": triton("grad_norm_penalty", "grad_norm_penalty_backward"),
+    },
     example=lambda: (*draw((3,), (3, 2, 4, 5)), draw((3,))[0].abs() + 0.5, 1.0),
 )
 

@@ -136,6 +136,15 @@ def reads_neighbour_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def turned_round_kernel(x, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x + i, tl.load(y + BLOCK - 1 - i))
+
+
+@triton.jit
 def atomic_and_read_kernel(x, y, BLOCK: tl.constexpr):
     tl.atomic_add(y, 1.0)
     tl.store(x + tl.program_id(0), tl.load(y))
@@ -176,6 +185,7 @@ FAULTS = {
     "lost update": (lambda x, y: lost_update_kernel[(9,)](y, BLOCK), "race: it .* bytes of 'y' that another program"),
     "two writers": (lambda x, y: overlapping_kernel[(2,)](x, y, N, 32), "race: it writes bytes of 'y'"),
     "reads a neighbour's": (lambda x, y: reads_neighbour_kernel[(8,)](x, y, 8), "race: it .* bytes of 'x'"),
+    "its own store": (lambda x, y: turned_round_kernel[(1,)](x, y, 64, False), "reads bytes of 'y' that it stored"),
     "atomic and plain": (lambda x, y: atomic_and_read_kernel[(8,)](x, y, 8), "race: it .* bytes of 'y'"),
     "one address": (lambda x, y: one_address_kernel[(1,)](x, y, 64), "different values to one address"),
     "raw bfloat16": (
@@ -243,6 +253,12 @@ def test_device_functions_reductions_descriptors_and_atomics():
     launch = run_checked(lambda: atomic_kernel[(4,)](x.abs(), total, N, 32))
     torch.testing.assert_close(total.sum(), x.abs().sum())
     assert launch.atomic == 4 * N and launch.unique_stored == 12
+
+
+def test_a_barrier_lets_a_program_read_what_it_stored():
+    x, y = torch.arange(64.0), torch.empty(64)
+    run_checked(lambda: turned_round_kernel[(1,)](x, y, 64, True))
+    assert torch.equal(x, torch.arange(63.0, -1, -1))
 
 
 def test_strided_access_costs_sectors():

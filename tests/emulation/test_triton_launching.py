@@ -104,7 +104,8 @@ def test_a_kernel_of_each_kind_compiles_without_spills(arch, tmp_path):
                 names = [p.name for p in kernel.params]
                 aligned = {(names.index(k),): [["tt.divisibility", 16]] for k, v in signature.items() if v[0] == "*"}
                 fixed = {(names.index(k),): v for k, v in constants.items()}
-                source = ASTSource(kernel, {n: signature.get(n, "constexpr") for n in names}, fixed, attrs=aligned)
+                types = {n: signature.get(n, "constexpr").partition(":")[0] for n in names}
+                source = ASTSource(kernel, types, fixed, attrs=aligned)
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
                 assert re.search(r"STACK:0 .*LOCAL:0 ", usage(compiled.asm["cubin"], tmp_path)), kernel.fn.__name__
     assert done == wanted

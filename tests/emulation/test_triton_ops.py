@@ -339,6 +339,15 @@ def test_wide_offsets_and_slices_change_nothing(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRITON_OPS)
+def test_results_do_not_depend_on_the_order_of_programs(name, route):
+    checker, args, results = testing._emulator("triton"), example(name), []
+    for seed in range(2):
+        with checker.emulation(seed):
+            results.append(flat(OPS[name].backends["triton"].run(*args)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", TRITON_OPS)
 def test_declined_cases_say_why(name):
     args = [a.double() if isinstance(a, torch.Tensor) else a for a in OPS[name].example()]
     empty = [a[:0] if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in OPS[name].example()]

@@ -7,6 +7,7 @@ Triton's interpreter, and adds to it what the interpreter lacks:
 - fp32 dots round their operands to TF32 unless the kernel says `input_precision="ieee"`, as a GPU does;
 - every argument lies between red zones and is checked byte by byte: an access outside all of them raises;
 - programs of a grid run in a seeded random order, and an access that two programs could make in either order raises;
+- so does a load of what the same program stored before, without `tl.debug_barrier()`: its threads run apart;
 - a store of different values to one address, and a dot smaller than the GPU's minimum, raise;
 - lanes that a load masks off without `other` hold NaN, and a launch that loaded any runs twice, with two fillings:
   results that differ depended on them, which raises.
@@ -117,6 +118,7 @@ class Region:
 
     def forget(self) -> None:
         self.readers, self.writers, self.atomics = (np.full(self.owned.size, NOBODY, np.int32) for _ in range(3))
+        self.own: list[np.ndarray] = []  # what the running program stored since its last barrier
 
     def merge(self, other: Region) -> Region:
         """One region for two that overlap: two views of one storage."""
@@ -140,6 +142,10 @@ class Region:
             clash = "another program of the launch reads"
         elif access != "changes atomically" and others(self.atomics):
             clash = "another program of the launch changes atomically"
+        elif access == "reads" and any(np.isin(offsets, stored).any() for stored in self.own):
+            clash = "it stored itself, maybe from another thread, without tl.debug_barrier()"
+        if access == "writes":
+            self.own.append(offsets)
         shadow = {"reads": self.readers, "writes": self.writers, "changes atomically": self.atomics}[access]
         seen = shadow[offsets]
         shadow[offsets] = np.where((seen == NOBODY) | (seen == program), program, MANY)
@@ -204,6 +210,11 @@ class Memory:
             buffer[start : start + len(home)].copy_(home)
         for region in self.regions:
             region.forget()
+
+    def synchronise(self) -> None:
+        """A barrier, or the next program."""
+        for region in self.regions:
+            region.own = []
 
     def write_back(self) -> None:
         for home, buffer, start in self.buffers.values():
@@ -288,6 +299,7 @@ class Machine:
             warnings.simplefilter("ignore", RuntimeWarning)  # masked lanes may compute 0 / 0
             for program in order:
                 self.program = int(program)
+                self.memory.synchronise()
                 index = np.unravel_index(self.program, dims)
                 interpreter.interpreter_builder.set_grid_idx(*(int(i) for i in index))
                 function(**arguments)
@@ -386,6 +398,13 @@ class Machine:
             return real(builder, *args)
 
         return create_atomic
+
+    def barrier(self, real: Callable) -> Callable:
+        def create_barrier(builder: Any):
+            self.memory.synchronise()
+            return real(builder)
+
+        return create_barrier
 
     # ---- arithmetic
 
@@ -512,6 +531,7 @@ def _patches(machine: Machine, run: Callable, call: Callable) -> list[tuple[Any,
         (Builder, "create_masked_store", machine.masked_store(Builder.create_masked_store)),
         (Builder, "create_atomic_rmw", machine.atomic(Builder.create_atomic_rmw, 1)),
         (Builder, "create_atomic_cas", machine.atomic(Builder.create_atomic_cas, 0)),
+        (Builder, "create_barrier", machine.barrier(Builder.create_barrier)),
         (Builder, "create_dot", machine.dot(Builder.create_dot)),
         (Builder, "cast_impl", cast),
         (Builder, "create_fp_to_fp", machine.convert(Builder.create_fp_to_fp, cast)),
