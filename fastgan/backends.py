@@ -85,6 +85,12 @@ def _missing(name: str) -> str:
         built = module.build_info()["cuda"] if module else None
         if not built:
             return reason or "fastgan._C was built without CUDA: no nvcc was found (FASTGAN_CUDA=1 insists on one)"
+        facts = module.cuda_devices() if module else {}
+        if 0 < facts["driver"] // 1000 < facts["runtime"] // 1000:
+            return (
+                f"fastgan._C was built with CUDA {facts['runtime'] // 1000}, and the driver knows {facts['driver'] // 1000}"
+                " at most; update the driver or build with that CUDA"
+            )
     if name == "triton":
         try:
             import triton

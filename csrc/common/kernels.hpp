@@ -6,12 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace fg {
+#include "common/codes.hpp"
 
-enum DType : int { F32 = 0, BF16 = 1 };
-enum Act : int { ACT_IDENTITY = 0, ACT_RELU = 1, ACT_LEAKY_RELU = 2, ACT_TANH = 3, ACT_SIGMOID = 4 };
-enum Loss : int { LOSS_BCE = 0, LOSS_MINIMAX, LOSS_LSGAN, LOSS_HINGE, LOSS_WASSERSTEIN, LOSS_RELATIVISTIC };
-enum Side : int { SIDE_D = 0, SIDE_G = 1 };
+namespace fg {
 
 // Geometry of a forward convolution x[N,C,H,W] -> y[N,K,OH,OW] with weight [K, C/groups, R, S].
 // OH and OW are given, not derived: output_padding of a transposed convolution makes them ambiguous.

@@ -2,7 +2,7 @@
 
 Formula      y = phi(x + bias[channel]);  phi: identity, relu, leaky_relu, tanh, sigmoid
 Shapes       x [N,C,*], bias [C] or None -> y like x
-Dtypes       float32, bfloat16 (computed in float32) natively; every floating torch dtype through the reference
+Dtypes       float32, bfloat16 natively (computed in float32), float16 too in CUDA; every floating torch dtype through the reference
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype; bias may be of another
 Derivatives  first: bias_act_backward, from the output y (slope >= 0 keeps its sign). second: the same op for dy, and
@@ -11,7 +11,7 @@ Saves        y
 Traffic      2 accesses an element forward, 3 backward (dy, y, dx; dbias on the way); PyTorch 4 and 4
 FLOPs        2 an element forward, 2 backward (tanh, sigmoid counted as one)
 Determinism  bit-equal from run to run for one thread count
-Backends     native, reference
+Backends     cuda, native, reference
 Source       the chain rule
 """
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend
 
 
 def cost(x: Tensor) -> dict[str, int]:
@@ -40,14 +39,14 @@ def reference(x, bias, activation, slope):
     return y.clone() if y is x else y
 
 
-def native(x, bias, activation, slope):
+def launch(core, x, bias, activation, slope):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     (bias,) = _native.float_vectors(bias)
     y = torch.empty_like(x)
-    _native.core().bias_act_forward(
-        _native.DTYPE_CODES[x.dtype], x.data_ptr(), _native.address(bias), y.data_ptr(), *planes(x), channels_last,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "bias_act_forward", x, _native.DTYPE_CODES[x.dtype], x, bias, y, *planes(x), channels_last,
+        _activation.CODES[activation], slope,
     )  # fmt: skip
     return y
 
@@ -61,7 +60,7 @@ op = Op(
     "bias_act(Tensor x, Tensor? bias, str activation, float slope) -> Tensor",
     reference=reference,
     fake=lambda x, bias, activation, slope: like(x),
-    backends={"native": Backend(native, lambda x, *rest: _native.declines(x))},
+    backends=_native.backends(launch, lambda x, *rest: (x,)),
     example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0),
 )
 
@@ -105,14 +104,13 @@ def reference_backward(dy, y, activation, slope, want_bias):
     return dx, dbias
 
 
-def native_backward(dy, y, activation, slope, want_bias):
+def launch_backward(core, dy, y, activation, slope, want_bias):
     channels_last = is_channels_last(y)
     dy, y = dense(dy, channels_last), dense(y, channels_last)
     dx, dbias = torch.empty_like(y), y.new_empty(y.shape[1] if want_bias else 0, dtype=torch.float32)
-    _native.core().bias_act_backward(
-        _native.DTYPE_CODES[y.dtype], dy.data_ptr(), y.data_ptr(), dx.data_ptr(),
-        dbias.data_ptr() if want_bias else 0, *planes(y), channels_last,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "bias_act_backward", y, _native.DTYPE_CODES[y.dtype], dy, y, dx, dbias if want_bias else None, *planes(y),
+        channels_last, _activation.CODES[activation], slope,
     )  # fmt: skip
     return dx, dbias
 
@@ -125,7 +123,7 @@ backward = Op(
     "bias_act_backward(Tensor dy, Tensor y, str activation, float slope, bool want_bias) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends={"native": Backend(native_backward, lambda dy, y, *rest: _native.declines(dy, y))},
+    backends=_native.backends(launch_backward, lambda dy, y, *rest: (dy, y)),
     example=lambda: (*draw((2, 5, 4, 3), (2, 5, 4, 3)), "leaky_relu", 0.3, True),
 )
 
