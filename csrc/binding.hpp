@@ -88,6 +88,12 @@ struct Cuda {
 
 // ---------------------------------------------------------------------------------------------- convolution
 
+// Convolutions know one type more: float in memory, multiplied in TF32.
+template <class Core>
+DType conv_dtype_of(const char* op, int code) {
+  return Core::LAST_DTYPE == F16 && code == TF32 ? TF32 : dtype_of<Core>(op, code);
+}
+
 inline ConvShape make_conv(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t OH, int64_t OW, int64_t R,
                            int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
                            int64_t dil_w, int64_t groups) {
@@ -108,10 +114,10 @@ int64_t conv2d(const ConvShape& conv, int dtype, Address x, Address w, int w_dty
   const Core core{tail...};
   constexpr auto op = "conv2d";
   const Strides s = strides_of(op, w_strides);
-  const Conv2dArgs args{dtype_of<Core>(op, dtype),
+  const Conv2dArgs args{conv_dtype_of<Core>(op, dtype),
                         at(x),
                         at(w),
-                        dtype_of<Core>(op, w_dtype),
+                        conv_dtype_of<Core>(op, w_dtype),
                         {s[0], s[1], s[2], s[3]},
                         at<float>(bias),
                         at(y),
@@ -127,10 +133,10 @@ int64_t conv_transpose2d(const ConvShape& conv, int dtype, Address y, Address w,
   const Core core{tail...};
   constexpr auto op = "conv_transpose2d";
   const Strides s = strides_of(op, w_strides);
-  const ConvTranspose2dArgs args{dtype_of<Core>(op, dtype),
+  const ConvTranspose2dArgs args{conv_dtype_of<Core>(op, dtype),
                                  at(y),
                                  at(w),
-                                 dtype_of<Core>(op, w_dtype),
+                                 conv_dtype_of<Core>(op, w_dtype),
                                  {s[0], s[1], s[2], s[3]},
                                  at<float>(bias),
                                  at(x),
@@ -146,8 +152,9 @@ int64_t conv2d_weight(const ConvShape& conv, int dtype, Address x, Address dy, A
   const Core core{tail...};
   constexpr auto op = "conv2d_weight";
   const Strides s = strides_of(op, dw_strides);
-  const Conv2dWeightArgs args{dtype_of<Core>(op, dtype), at(x),           at(dy), at(dw), dtype_of<Core>(op, dw_dtype),
-                              {s[0], s[1], s[2], s[3]},  core.threads(op)};
+  const Conv2dWeightArgs args{
+      conv_dtype_of<Core>(op, dtype), at(x),           at(dy), at(dw), conv_dtype_of<Core>(op, dw_dtype),
+      {s[0], s[1], s[2], s[3]},       core.threads(op)};
   return core.run(Core::table().conv2d_weight, conv, args);
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgan.backends import Backend, native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TF32 = 3  # float32 tensors multiplied in TF32: CUDA's convolutions only
 
 
 class Core:
@@ -117,8 +118,3 @@ def backend(core: Core, launch: Callable[..., Any], activations: Callable[..., t
 def float_vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     """Dense float32 copies of per-channel vectors (themselves where they are that already); None stays None."""
     return [None if v is None else v.detach().to(torch.float32).contiguous() for v in vectors]
-
-
-# ---- by name, for the CPU's convolutions ------------------------------------------------------------------------------
-
-core, address, declines = CPU.module, CPU.address, CPU.declines

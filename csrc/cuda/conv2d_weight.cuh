@@ -16,6 +16,7 @@ namespace fg::cuda {
 
 struct Conv2dWeightParams {
   Image x;
+  Stride stride;  // a slab of pixels (n, oh, ow)
   Plane dy;       // [pixel][K], of all groups
   Output dweight;
   int rows, columns;  // channels of dy in a group; R S C/groups
@@ -24,7 +25,7 @@ struct Conv2dWeightParams {
 };
 
 template <class Operand, class Block>
-__global__ void __launch_bounds__(Block::WARPS_M* Block::WARPS_N* WARP, Block::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
     conv2d_weight_kernel(const Conv2dWeightParams p) {
   using G = Gemm<Operand, Block, false, false>;
   const Place place = Place::of(blockIdx.x, p.tiles_n, p.tiles_m, p.splits, p.groups);
@@ -36,14 +37,13 @@ __global__ void __launch_bounds__(Block::WARPS_M* Block::WARPS_N* WARP, Block::B
   dy.columns = p.rows;
   dy.data = static_cast<const typename G::T*>(dy.data) + static_cast<i64>(place.group) * p.rows;
 
-  const i64 start = static_cast<i64>(begin) * G::SLAB;
-  Matrix<typename G::TileA, G::THREADS> a(dy, 0, static_cast<int>(place.row) * Block::ROWS, start);
-  Patches<typename G::TileB, G::THREADS> b(x, 0, place.column * Block::COLUMNS, start);
+  Matrix<typename G::TileA, G::THREADS> a(dy, place.row * Block::ROWS, begin * G::SLAB);
+  Patches<typename G::TileB, G::THREADS> b(x, p.stride, place.column * Block::COLUMNS, begin * G::SLAB);
   typename G::Compute compute;
   accumulate<G>(compute, a, b, end - begin);
 
   const i64 first_row = static_cast<i64>(place.group) * p.rows;
-  finish<G>(compute, p.dweight, place, p.rows, p.columns, [&](i64 row) { return (first_row + row) * p.columns; });
+  finish<G>(compute, p.dweight, place, p.rows, p.columns, [&](int row) { return (first_row + row) * p.columns; });
 }
 
 }  // namespace fg::cuda

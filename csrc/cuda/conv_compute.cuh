@@ -21,9 +21,9 @@ struct Stored<Tf32> {
   using Type = float;
 };
 
-// Each of WARPS_M x WARPS_N warps owns (ROWS / WARPS_M) x (COLUMNS / WARPS_N) outputs. With 64 x 32 outputs a warp reads
-// 96 chunks a k-step for 16 mma: 24 cycles of shared memory (128 bytes a cycle) beside 32 of tensor core (sm_80: 1024
-// multiply-adds a cycle), and holds 64 accumulators a thread, which leaves two blocks of 256 threads an SM.
+// Each of WARPS_M x WARPS_N warps owns (ROWS / WARPS_M) x (COLUMNS / WARPS_N) outputs. With 64 x 32 outputs a warp
+// reads 96 chunks a k-step for 16 mma: 24 cycles of shared memory (128 bytes a cycle) beside 32 of tensor core (sm_80:
+// 1024 multiply-adds a cycle), and holds 64 accumulators a thread, which leaves two blocks of 256 threads an SM.
 template <class Operand, class TileA, class TileB, int WARPS_M, int WARPS_N>
 struct TensorCores {
   using T = typename Stored<Operand>::Type;
@@ -50,16 +50,16 @@ struct TensorCores {
         for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.0f;
   }
 
-  // 16 outputs x one step. The order of the four matrices is that of a fragment of a (conv_tile: mma.cuh's a[0..3]),
+  // 16 outputs x one step. The order of the four matrices is that of a fragment of a (a[0..3]),
   // or with PAIRS that of two fragments of b: b[0], b[1] of the first 8 outputs, then of the next 8.
   template <class Tile, bool PAIRS>
   FG_MEMBER void fetch(u32 (&word)[4], T* tile, int output, int step) const {
     const int low = lane % 8, first = lane / 8 % 2, second = lane / 16;  // the lane names row `low` of a matrix
     const int outputs = PAIRS ? second : first, chunks = PAIRS ? first : second;
     if constexpr (Tile::ALONG_COLUMNS) {
-      load_matrices<false>(word, Tile::at(tile, output + 8 * outputs + low, 2 * step + chunks));
+      ldmatrix_x4<false>(word, Tile::at(tile, output + 8 * outputs + low, 2 * step + chunks));
     } else if constexpr (sizeof(T) == 2) {
-      load_matrices<true>(word, Tile::at(tile, step * STEP + 8 * chunks + low, output / PER_CHUNK + outputs));
+      ldmatrix_x4<true>(word, Tile::at(tile, step * STEP + 8 * chunks + low, output / PER_CHUNK + outputs));
     } else {
       // ldmatrix transposes 16-bit values only
 #pragma unroll
@@ -86,7 +86,7 @@ struct TensorCores {
       for (int m = 0; m < TILES_M; ++m)
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n)
-          multiply<Operand>(sum[m][n], rows[m], {columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1]});
+          mma<Operand>(sum[m][n], rows[m], {columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1]});
     }
   }
 
@@ -115,7 +115,8 @@ struct TensorCores {
 };
 
 // Outer products in registers: thread (ty, tx) of TY x TX owns PER_M x PER_N outputs, and per 4 reduction steps reads
-// PER_M + PER_N chunks for 4 PER_M PER_N multiply-adds (8 x 8: 16 reads of 16 bytes for 256 FMA, so the FMA units bind).
+// PER_M + PER_N chunks for 4 PER_M PER_N multiply-adds (8 x 8: 16 reads of 16 bytes for 256 FMA, so the FMA units
+// bind).
 template <class TileA, class TileB, int THREADS>
 struct Fma {
   using T = float;

@@ -16,17 +16,30 @@ constexpr int STAGES = 3;
 
 // Outputs a block computes. FAST blocks need whole aligned chunks of both operands; the others ask at run time.
 struct Large {
-  static constexpr int ROWS = 128, COLUMNS = 128, WARPS_M = 2, WARPS_N = 4, BLOCKS_PER_SM = 2;
+  static constexpr int ROWS = 128, COLUMNS = 128, WARPS_M = 2, WARPS_N = 4, THREADS = WARPS_M * WARPS_N * WARP;
   static constexpr bool FAST = true;
 };
 struct Small {
-  static constexpr int ROWS = 64, COLUMNS = 64, WARPS_M = 2, WARPS_N = 2, BLOCKS_PER_SM = 2;
+  static constexpr int ROWS = 64, COLUMNS = 64, WARPS_M = 2, WARPS_N = 2, THREADS = WARPS_M * WARPS_N * WARP;
   static constexpr bool FAST = false;
 };
 struct Narrow {  // images of a few channels, single logits
-  static constexpr int ROWS = 128, COLUMNS = 16, WARPS_M = 4, WARPS_N = 1, BLOCKS_PER_SM = 2;
+  static constexpr int ROWS = 128, COLUMNS = 16, WARPS_M = 4, WARPS_N = 1, THREADS = WARPS_M * WARPS_N * WARP;
   static constexpr bool FAST = false;
 };
+
+// How many blocks an SM must have registers for. Two large ones may have 128 registers a thread: enough for 16-bit
+// operands (124 to 128), while floats want up to 254 (FMA: 8 x 8 sums beside 16 chunks; tf32: words instead of
+// ldmatrix) and would spill. sm_75 has shared memory for one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int LARGE_BLOCKS = 1;
+#else
+constexpr int LARGE_BLOCKS = 2;
+#endif
+template <class Operand, class Block>
+constexpr int BLOCKS_PER_SM = Block::THREADS < 256                          ? 2
+                              : sizeof(typename Stored<Operand>::Type) == 4 ? 1
+                                                                            : LARGE_BLOCKS;
 
 template <class Operand, class TileA, class TileB, class Block>
 struct ComputeFor {
@@ -34,7 +47,7 @@ struct ComputeFor {
 };
 template <class TileA, class TileB, class Block>
 struct ComputeFor<float, TileA, TileB, Block> {
-  using Type = Fma<TileA, TileB, Block::WARPS_M * Block::WARPS_N * WARP>;
+  using Type = Fma<TileA, TileB, Block::THREADS>;
 };
 
 // The types of one kernel: A_ALONG, B_ALONG say whether the reduction runs along that operand's columns.
@@ -43,7 +56,7 @@ struct Gemm {
   using Operand = Operand_;
   using Block = Block_;
   using T = typename Stored<Operand>::Type;
-  static constexpr int SLAB = 64 / sizeof(T), THREADS = Block::WARPS_M * Block::WARPS_N * WARP;
+  static constexpr int SLAB = 64 / sizeof(T), THREADS = Block::THREADS;
   using TileA = Tile<T, A_ALONG ? Block::ROWS : SLAB, A_ALONG ? SLAB : Block::ROWS, A_ALONG>;
   using TileB = Tile<T, B_ALONG ? Block::COLUMNS : SLAB, B_ALONG ? SLAB : Block::COLUMNS, B_ALONG>;
   using Compute = typename ComputeFor<Operand, TileA, TileB, Block>::Type;
@@ -53,8 +66,7 @@ struct Gemm {
 
 // Where a block works. Blocks are numbered with the column fastest: neighbours share the gathered rows in L2.
 struct Place {
-  int column, split, group, phase;
-  i64 row;
+  int column, row, split, group, phase;
 
   FG_MEMBER static Place of(u32 block, u32 tiles_n, u32 tiles_m, u32 splits, u32 groups) {
     Place p;
@@ -89,13 +101,13 @@ FG_DEVICE void accumulate(typename G::Compute& compute, A& a, B& b, int slabs) {
       a.advance();
       b.advance();
     }
-    commit_copies();  // an empty group too: the wait counts groups
+    cp_async_commit();  // an empty group too: the wait counts groups
   };
 #pragma unroll
   for (int slab = 0; slab < STAGES - 1; ++slab) fetch(slab);
 #pragma unroll 1
   for (int slab = 0; slab < slabs; ++slab) {
-    wait_copies<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     __syncthreads();
     fetch(slab + STAGES - 1);
     compute.slab(tile_a(slab % STAGES), tile_b(slab % STAGES));
@@ -122,8 +134,8 @@ struct Sink {
   const Output& output;
   const Offset& offset;
   const float* bias;
-  i64 copy, first_row, rows;
-  int first_column, columns;
+  i64 copy;
+  int first_row, rows, first_column, columns;
   i64 begin;
   bool live;
 
@@ -143,8 +155,8 @@ struct Sink {
     float value[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-      value[i] = activate(sum[i] + (column + i < columns ? load_or(bias, column + i, 0.0f) : 0.0f), output.act,
-                          output.slope);
+      value[i] =
+          activate(sum[i] + (column + i < columns ? load_or(bias, column + i, 0.0f) : 0.0f), output.act, output.slope);
     write(static_cast<T*>(output.data) + begin + column, value, column);
   }
 
@@ -164,7 +176,7 @@ struct Sink {
 };
 
 template <class G, class Offset>
-FG_DEVICE void finish(const typename G::Compute& compute, const Output& output, const Place& place, i64 rows,
+FG_DEVICE void finish(const typename G::Compute& compute, const Output& output, const Place& place, int rows,
                       int columns, const Offset& offset) {
   const int first_column = place.column * G::Block::COLUMNS;
   Sink<typename G::T, Offset> sink = {output,
@@ -180,10 +192,10 @@ FG_DEVICE void finish(const typename G::Compute& compute, const Output& output, 
   compute.hand_out(sink);
 }
 
-// Second stage of a split: the copies are added in the order of the splits, so the sum has the same bits every time; then
-// bias, activation, rounding. Bytes: 4 splits read and sizeof(T) written an output, coalesced; memory-bound by far.
-// taps > 1: the copies are [k][tap][channels] (channels_last), the output [k][channels][tap]; a block's reads then use
-// whole sectors through L1, since 8 taps' worth of neighbouring threads share them.
+// Second stage of a split: the copies are added in the order of the splits, so the sum has the same bits every time;
+// then bias, activation, rounding. Bytes: 4 splits read and sizeof(T) written an output, coalesced; memory-bound by
+// far. taps > 1: the copies are [k][tap][channels] (channels_last), the output [k][channels][tap]: a warp's reads are
+// spread over the taps then, and the block's 256 / taps channels use up their sectors in L1.
 template <class T>
 __global__ void conv_reduce_kernel(Output output, int splits, int channels, int taps) {
   const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;

@@ -1,4 +1,5 @@
-// What the three convolution launchers share: which block serves a shape, how often its reduction is split, and launching.
+// What the three convolution launchers share: which block serves a shape, how often its reduction is split, and
+// launching.
 #pragma once
 
 #include <algorithm>
@@ -27,9 +28,9 @@ struct Choice {
   int slabs, splits;
 };
 
-// A table, not a model: 128 x 128 where the operands allow it and such blocks fill the device, 16 columns for images and
-// logits, 64 x 64 for the rest. The reduction is split where the blocks would leave SMs idle: parts of at least 8 slabs,
-// whose sums cost 8 bytes an output each, and at most 64 of them.
+// A table, not a model: 128 x 128 where the operands allow it and such blocks fill the device, 16 columns for images
+// and logits, 64 x 64 for the rest. The reduction is split where the blocks would leave SMs idle: parts of at least 8
+// slabs, whose sums cost 8 bytes an output each, and at most 64 of them.
 inline Choice choose(const Problem& p, int slab, int multiprocessors) {
   Choice c;
   const auto blocks = [&](int64_t side) { return divide_up(p.rows, side) * divide_up(p.columns, side) * p.copies; };
@@ -49,9 +50,10 @@ inline Choice choose(const Problem& p, int slab, int multiprocessors) {
 // Positions and slabs are counted in int; only offsets are 64 bits wide.
 inline void check_counts(const Problem& p) {
   for (int64_t count : {p.rows, p.columns, p.depth})
-    if (count > INT32_MAX - 4096)
-      throw std::invalid_argument(std::string(p.op) + ": the CUDA kernels count rows, columns and depth of the product"
-                                  " below 2^31 - 4096, got " + std::to_string(count) + "; split the batch");
+    if (count >= int64_t{1} << 30)
+      throw std::invalid_argument(std::string(p.op) +
+                                  ": rows, columns and depth of the product must be below 2^30, got " +
+                                  std::to_string(count) + "; split the batch");
 }
 
 inline int multiprocessors() {

@@ -10,14 +10,14 @@
 //   TapRows   the weight of conv_transpose2d: row = (tap of this phase, k), column = c
 #pragma once
 
-#include "cuda/mma.cuh"
+#include "cuda/tensor_core.cuh"
 
 namespace fg::cuda {
 
 // ---------------------------------------------------------------------------------------------- shared memory
 
-// A tile [ROWS][COLS] of T in shared memory, in chunks. The chunk's place is XORed with the row so that the 8 rows of an
-// ldmatrix (one chunk column) and the 8 chunks of a 128-byte row segment each meet all 32 banks once. Rows of 4-byte
+// A tile [ROWS][COLS] of T in shared memory, in chunks. The chunk's place is XORed with the row so that the 8 rows of
+// an ldmatrix (one chunk column) and the 8 chunks of a 128-byte row segment each meet all 32 banks once. Rows of 4-byte
 // values along the reduction are read word by word by 4 rows x 8 columns, which wants the steps of two chunks.
 template <class T, int ROWS_, int COLS_, bool ALONG_COLUMNS_>
 struct Tile {
@@ -28,14 +28,31 @@ struct Tile {
   static constexpr int SLAB = ALONG_COLUMNS ? COLS : ROWS;  // reduction steps a tile holds
 
   static FG_MEMBER int swizzle(int row) {
-    if constexpr (CHUNKS < 8) return row / (8 / CHUNKS) % CHUNKS;
-    if constexpr (sizeof(T) == 4 && !ALONG_COLUMNS) return row % 4 * 2;
-    return row % 8;
+    constexpr int ROWS_A_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;  // of 128 bytes
+    if constexpr (sizeof(T) == 4 && !ALONG_COLUMNS) return row % 4 / ROWS_A_LINE * 2;
+    return row / ROWS_A_LINE % (CHUNKS < 8 ? CHUNKS : 8);
   }
   static FG_MEMBER T* at(T* tile, int row, int chunk) {
     return tile + (row * CHUNKS + (chunk ^ swizzle(row))) * PER_CHUNK;
   }
 };
+
+// Accesses that the emulator counts.
+template <class P>
+FG_DEVICE P load_shared(const void* from) {
+#ifdef FG_SIMT
+  simt::shared_access(from, sizeof(P));
+#endif
+  return *static_cast<const P*>(from);
+}
+
+template <class P>
+FG_DEVICE void store_shared(void* to, const P& value) {
+#ifdef FG_SIMT
+  simt::shared_access(to, sizeof(P));
+#endif
+  *static_cast<P*>(to) = value;
+}
 
 // ---------------------------------------------------------------------------------------------- positions
 
@@ -44,7 +61,7 @@ struct Stride {
   int size1, size2;
   int step0, step1, step2;
 
-  FG_MEMBER static Stride of(int distance, int size1, int size2) {
+  __host__ FG_MEMBER static Stride of(int distance, int size1, int size2) {
     size1 = size1 > 0 ? size1 : 1;
     return {size1, size2, distance / size2 / size1, distance / size2 % size1, distance % size2};
   }
@@ -53,10 +70,9 @@ struct Stride {
 struct Position {
   int i0, i1, i2;
 
-  FG_MEMBER static Position of(i64 flat, int size1, int size2) {
+  FG_MEMBER static Position of(int flat, int size1, int size2) {
     size1 = size1 > 0 ? size1 : 1;
-    const i64 rest = flat / size2;
-    return {static_cast<int>(rest / size1), static_cast<int>(rest % size1), static_cast<int>(flat % size2)};
+    return {flat / size2 / size1, flat / size2 % size1, flat % size2};
   }
   FG_MEMBER void advance(const Stride& s) {
     i2 += s.step2;
@@ -110,45 +126,55 @@ FG_DEVICE void fill_chunk(T* shared, const F& element) {
   store_shared(shared, chunk);
 }
 
+// Where tap (0, 0) of an output pixel reads: it may lie outside the image.
+struct Pixel {
+  i64 offset;
+  int top, left;
+};
+
+// `stride` takes one slab's step: of (n, qh, qw) where rows move, of (r, s, channel) where columns do.
 template <class Tile, int THREADS>
 struct Patches : Rows<Tile, THREADS> {
   using T = typename Tile::Value;
   using Base = Rows<Tile, THREADS>;
   static constexpr bool ROWS_MOVE = !Tile::ALONG_COLUMNS;
-  static constexpr int MOVING = ROWS_MOVE ? Base::PASSES : 1;
 
   const Image& image;
-  i64 pixel[Base::PASSES];  // offset of the source pixel of tap (0, 0); it may lie outside the image
-  int top[Base::PASSES], left[Base::PASSES];
-  Position moving[MOVING];  // (n, qh, qw) of each row, or (r, s, c) of the column
-  Position column;          // (r, s, c) of the thread's chunk
-  Stride stride;
+  const Stride& stride;
+  Position row_position[ROWS_MOVE ? Base::PASSES : 1];
+  Pixel row_pixel[ROWS_MOVE ? 1 : Base::PASSES];  // moving rows work theirs out when they load: 4 registers a row less
+  Position column;                                // (r, s, channel) of the thread's chunk
 
-  // first_row, first_column: of the tile. Where rows move they start at pixel `start`, else columns at `start`.
-  FG_MEMBER Patches(const Image& image, int first_row, int first_column, i64 start) : image(image) {
-    const int taps_w = image.horizontal.taps, outputs_h = image.vertical.outputs, outputs_w = image.horizontal.outputs;
-    stride = ROWS_MOVE ? Stride::of(Tile::SLAB, outputs_h, outputs_w) : Stride::of(Tile::SLAB, taps_w, image.channels);
-    const i64 flat = (ROWS_MOVE ? first_column : start) + this->chunk * Tile::PER_CHUNK;
-    column = Position::of(flat, taps_w, image.channels);
+  // output: the tile's first one (a pixel, or a column where rows move); start: the first step of the reduction.
+  FG_MEMBER Patches(const Image& image, const Stride& stride, int output, int start) : image(image), stride(stride) {
+    column = Position::of((ROWS_MOVE ? output : start) + this->chunk * Tile::PER_CHUNK, image.horizontal.taps,
+                          image.channels);
 #pragma unroll
     for (int i = 0; i < Base::PASSES; ++i) {
-      const i64 output = (ROWS_MOVE ? start : first_row) + this->row + i * Base::STEP;
-      const Position at = Position::of(output, outputs_h, outputs_w);
-      if (ROWS_MOVE) moving[i] = at;
-      place(i, at);
+      const Position pixel = Position::of((ROWS_MOVE ? start : output) + this->row + i * Base::STEP,
+                                          image.vertical.outputs, image.horizontal.outputs);
+      if constexpr (ROWS_MOVE)
+        row_position[i] = pixel;
+      else
+        row_pixel[i] = locate(pixel);
     }
   }
 
-  FG_MEMBER void place(int i, const Position& output) {
+  FG_MEMBER Pixel locate(const Position& output) const {
     const int h = output.i1 * image.vertical.step + image.vertical.base;
     const int w = output.i2 * image.horizontal.step + image.horizontal.base;
-    pixel[i] = ((static_cast<i64>(output.i0) * image.h + h) * image.w + w) * image.pitch + image.first_channel;
-    top[i] = output.i0 < image.n ? h : OUTSIDE;
-    left[i] = w;
+    return {((static_cast<i64>(output.i0) * image.h + h) * image.w + w) * image.pitch + image.first_channel,
+            output.i0 < image.n ? h : OUTSIDE, w};
+  }
+  FG_MEMBER Pixel pixel(int i) const {
+    if constexpr (ROWS_MOVE)
+      return locate(row_position[i]);
+    else
+      return row_pixel[i];
   }
 
-  FG_MEMBER bool inside(int i, const Position& tap) const {
-    const int h = top[i] + tap.i0 * image.vertical.tap_step, w = left[i] + tap.i1 * image.horizontal.tap_step;
+  FG_MEMBER bool inside(const Pixel& at, const Position& tap) const {
+    const int h = at.top + tap.i0 * image.vertical.tap_step, w = at.left + tap.i1 * image.horizontal.tap_step;
     return tap.i0 < image.vertical.taps && static_cast<u32>(h) < static_cast<u32>(image.h) &&
            static_cast<u32>(w) < static_cast<u32>(image.w);
   }
@@ -165,31 +191,27 @@ struct Patches : Rows<Tile, THREADS> {
     for (int i = 0; i < Base::PASSES; ++i) {
       if (!this->has(i)) continue;
       T* to = Tile::at(tile, this->row + i * Base::STEP, this->chunk);
+      const Pixel at = pixel(i);
       if (VECTORS || image.vectors) {
-        const bool exists = inside(i, column);
-        copy_chunk(to, exists ? data + pixel[i] + tap : data, exists);
+        const bool exists = inside(at, column);
+        cp_async_16(to, exists ? data + at.offset + tap : data, exists);
       } else {
-        Position at = column;
-        const Stride one = {stride_columns(), image.channels, 0, 0, 1};
+        Position value = column;
+        const Stride one = {max(image.horizontal.taps, 1), image.channels, 0, 0, 1};
         fill_chunk(to, [&](int, const T*& from) {
-          const bool exists = inside(i, at);
-          if (exists) from = data + pixel[i] + offset(at);
-          at.advance(one);
+          const bool exists = inside(at, value);
+          if (exists) from = data + at.offset + offset(value);
+          value.advance(one);
           return exists;
         });
       }
     }
   }
 
-  FG_MEMBER int stride_columns() const { return image.horizontal.taps > 0 ? image.horizontal.taps : 1; }
-
   FG_MEMBER void advance() {
     if constexpr (ROWS_MOVE) {
 #pragma unroll
-      for (int i = 0; i < Base::PASSES; ++i) {
-        moving[i].advance(stride);
-        place(i, moving[i]);
-      }
+      for (int i = 0; i < Base::PASSES; ++i) row_position[i].advance(stride);
     } else {
       column.advance(stride);
     }
@@ -199,8 +221,8 @@ struct Patches : Rows<Tile, THREADS> {
 // A matrix [rows][columns] with `pitch` elements from row to row.
 struct Plane {
   const void* data;
-  i64 rows, pitch;
-  int columns;
+  int rows, columns;
+  i64 pitch;
   bool vectors;
 };
 
@@ -209,13 +231,13 @@ struct Matrix : Rows<Tile, THREADS> {
   using T = typename Tile::Value;
   using Base = Rows<Tile, THREADS>;
   const Plane& plane;
-  i64 first_row;
-  int first_column;
+  int first_row, first_column;
 
-  FG_MEMBER Matrix(const Plane& plane, int row, int column, i64 start)
+  // output: the tile's first one; start: the first step of the reduction.
+  FG_MEMBER Matrix(const Plane& plane, int output, int start)
       : plane(plane),
-        first_row((Tile::ALONG_COLUMNS ? row : start) + this->row),
-        first_column(static_cast<int>(Tile::ALONG_COLUMNS ? start : column) + this->chunk * Tile::PER_CHUNK) {}
+        first_row((Tile::ALONG_COLUMNS ? output : start) + this->row),
+        first_column((Tile::ALONG_COLUMNS ? start : output) + this->chunk * Tile::PER_CHUNK) {}
 
   template <bool VECTORS>
   FG_MEMBER void load_tile(T* tile) {
@@ -223,11 +245,12 @@ struct Matrix : Rows<Tile, THREADS> {
 #pragma unroll
     for (int i = 0; i < Base::PASSES; ++i) {
       if (!this->has(i)) continue;
-      const i64 row = first_row + i * Base::STEP, at = row * plane.pitch + first_column;
+      const int row = first_row + i * Base::STEP;
+      const i64 at = row * plane.pitch + first_column;
       T* to = Tile::at(tile, this->row + i * Base::STEP, this->chunk);
       if (VECTORS || plane.vectors) {
         const bool exists = row < plane.rows && first_column < plane.columns;
-        copy_chunk(to, exists ? data + at : data, exists);
+        cp_async_16(to, exists ? data + at : data, exists);
       } else {
         fill_chunk(to, [&](int j, const T*& from) {
           from = data + at + j;
@@ -263,11 +286,10 @@ struct TapRows : Rows<Tile, THREADS> {
   const PhaseWeight& weight;
   int first_column;
   Position moving[Base::PASSES];  // (tap r, tap s, k)
-  Stride stride;
+  const Stride& stride;           // a slab's step of it
 
-  FG_MEMBER TapRows(const PhaseWeight& weight, int first_column, i64 start)
-      : weight(weight), first_column(first_column + this->chunk * Tile::PER_CHUNK) {
-    stride = Stride::of(Tile::SLAB, weight.taps_s, weight.k);
+  FG_MEMBER TapRows(const PhaseWeight& weight, const Stride& stride, int output, int start)
+      : weight(weight), first_column(output + this->chunk * Tile::PER_CHUNK), stride(stride) {
 #pragma unroll
     for (int i = 0; i < Base::PASSES; ++i)
       moving[i] = Position::of(start + this->row + i * Base::STEP, weight.taps_s, weight.k);
@@ -286,7 +308,7 @@ struct TapRows : Rows<Tile, THREADS> {
       T* to = Tile::at(tile, this->row + i * Base::STEP, this->chunk);
       if (VECTORS || weight.vectors) {
         const bool exists = row && first_column < weight.columns;
-        copy_chunk(to, exists ? data + at : data, exists);
+        cp_async_16(to, exists ? data + at : data, exists);
       } else {
         fill_chunk(to, [&](int j, const T*& from) {
           from = data + at + j;

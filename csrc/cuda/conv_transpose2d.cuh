@@ -1,9 +1,11 @@
-// conv_transpose2d: the adjoint of conv2d, by output phase: for stride s the outputs h = f + s q of phase f use only the
-// taps r with d r = f + p modulo s, on sources i = (f + p - d r)/s + q. Each phase is a dense stride-1 convolution with its
-// own few taps (k4 s2: 4 phases of 2x2), and the phases are a dimension of the grid. Zero insertion would multiply s^2 times
-// as much. A phase without taps (kernel < stride) has an empty main loop: its outputs are the bias alone.
+// conv_transpose2d: the adjoint of conv2d, by output phase: for stride s the outputs h = f + s q of phase f use only
+// the taps r with d r = f + p modulo s, on sources i = (f + p - d r)/s + q. Each phase is a dense stride-1 convolution
+// with its own few taps (k4 s2: 4 phases of 2x2), and the phases are a dimension of the grid. Zero insertion would
+// multiply s^2 times as much. A phase without taps (kernel < stride) has an empty main loop: its outputs are the bias
+// alone.
 //
-// Bytes    y once for every 128 output channels and phase (from L2: phases read the same pixels), x once, the weight once
+// Bytes    y once for every 128 output channels and phase (from L2: phases read the same pixels), x once, the weight
+// once
 //          in all for a row of blocks of every phase
 // FLOPs    2 N OH OW K (C/groups) R S at most (taps outside the image multiply zeros in a block that has others)
 // Bound    as conv2d. A source of one pixel (the first layer of a DCGAN generator) is given to the kernel with a stride
@@ -47,7 +49,7 @@ FG_DEVICE Axis phase_axis(const PhaseAxis& a, int phase, int* first, int* every)
 }
 
 template <class Operand, class Block>
-__global__ void __launch_bounds__(Block::WARPS_M* Block::WARPS_N* WARP, Block::BLOCKS_PER_SM)
+__global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
     conv_transpose2d_kernel(const ConvTranspose2dParams p) {
   using G = Gemm<Operand, Block, true, false>;
   using T = typename G::T;
@@ -63,21 +65,22 @@ __global__ void __launch_bounds__(Block::WARPS_M* Block::WARPS_N* WARP, Block::B
   weight.data = static_cast<const T*>(weight.data) + place.group * weight.k * weight.pitch_k;
 
   // The grid has room for the largest phase: the block of a smaller one may have no outputs.
-  const i64 pixels = static_cast<i64>(y.n) * y.vertical.outputs * y.horizontal.outputs;
+  const int pixels = y.n * y.vertical.outputs * y.horizontal.outputs;
   if (place.row * Block::ROWS >= pixels) return;
 
-  Patches<typename G::TileA, G::THREADS> a(y, static_cast<int>(place.row) * Block::ROWS, 0, 0);
-  TapRows<typename G::TileB, G::THREADS> b(weight, place.column * Block::COLUMNS, 0);
+  // Both operands' channels are y's, so that one step serves both.
+  const Stride stride = Stride::of(G::SLAB, weight.taps_s, weight.k);
+  Patches<typename G::TileA, G::THREADS> a(y, stride, place.row * Block::ROWS, 0);
+  TapRows<typename G::TileB, G::THREADS> b(weight, stride, place.column * Block::COLUMNS, 0);
   typename G::Compute compute;
-  const i64 depth = static_cast<i64>(weight.taps_r) * weight.taps_s * weight.k;
-  accumulate<G>(compute, a, b, static_cast<int>((depth + G::SLAB - 1) / G::SLAB));
+  const int depth = weight.taps_r * weight.taps_s * weight.k;
+  accumulate<G>(compute, a, b, (depth + G::SLAB - 1) / G::SLAB);
 
   const i64 first_channel = static_cast<i64>(place.group) * p.columns;
-  finish<G>(compute, p.x, place, pixels, p.columns, [&](i64 pixel) {
-    const u32 at = static_cast<u32>(pixel), w = at % y.horizontal.outputs, rest = at / y.horizontal.outputs;
-    const i64 h = rest % y.vertical.outputs, n = rest / y.vertical.outputs;
-    const i64 row = n * p.vertical.size + phase_h + h * p.vertical.stride;
-    return (row * p.horizontal.size + phase_w + static_cast<i64>(w) * p.horizontal.stride) * p.pitch + first_channel;
+  finish<G>(compute, p.x, place, pixels, p.columns, [&](int pixel) {
+    const Position at = Position::of(pixel, y.vertical.outputs, y.horizontal.outputs);
+    const i64 row = static_cast<i64>(at.i0) * p.vertical.size + phase_h + at.i1 * p.vertical.stride;
+    return (row * p.horizontal.size + phase_w + at.i2 * p.horizontal.stride) * p.pitch + first_channel;
   });
 }
 

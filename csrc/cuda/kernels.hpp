@@ -14,6 +14,9 @@ struct Target {
 
 int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const Target&);
 int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&);
+int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&);
+int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&);
+int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&);
 
 // The functions that binding.hpp binds, under the names of the CPU's fg::Table. A null one has no CUDA kernel.
 struct Table {

@@ -14,9 +14,9 @@ const Table& table() {
       .gn_act_double_backward = nullptr,
       .gan_loss_forward = nullptr,
       .gan_loss_backward = nullptr,
-      .conv2d = nullptr,
-      .conv_transpose2d = nullptr,
-      .conv2d_weight = nullptr,
+      .conv2d = conv2d,
+      .conv_transpose2d = conv_transpose2d,
+      .conv2d_weight = conv2d_weight,
   };
   return all;
 }
