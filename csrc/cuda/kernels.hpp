@@ -14,6 +14,12 @@ struct Target {
 
 int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const Target&);
 int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&);
+int64_t bn_act_forward(const BnShape&, const BnActForwardArgs&, const Target&);
+int64_t bn_act_backward(const BnShape&, const BnActBackwardArgs&, const Target&);
+int64_t bn_act_double_backward(const BnShape&, const BnActDoubleBackwardArgs&, const Target&);
+int64_t gn_act_forward(const GnShape&, const GnActForwardArgs&, const Target&);
+int64_t gn_act_backward(const GnShape&, const GnActBackwardArgs&, const Target&);
+int64_t gn_act_double_backward(const GnShape&, const GnActDoubleBackwardArgs&, const Target&);
 
 // The functions that binding.hpp binds, under the names of the CPU's fg::Table. A null one has no CUDA kernel.
 struct Table {
