@@ -38,7 +38,7 @@ int64_t bn_act_forward(const BnShape& s, const BnActForwardArgs& a, const Target
     if (!partials) return plan.floats(walk, Moments::WORDS) * int64_t{sizeof(float)};
     reduce_norm(op, walk, t, norm, NormSums::STATISTICS, plan, partials, target.stream);
     FG_LAUNCH(bn_act_statistics_kernel, grid_of(op, s.G * divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
-              partials, plan.splits, static_cast<int>(s.C), a.mean, a.var);
+              partials, plan.splits, static_cast<int>(s.C), pivot_of(walk, t, norm), a.mean, a.var);
     check_launch(op);
   }
   apply_norm_forward(op, walk, t, norm, target.stream);

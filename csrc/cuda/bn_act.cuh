@@ -8,13 +8,13 @@ namespace fg::cuda {
 
 // mean, var [G][C] from partials. Grid: G x 32 channels.
 static __global__ void __launch_bounds__(THREADS)
-    bn_act_statistics_kernel(const float* partials, int splits, int channels, float* mean, float* var) {
+    bn_act_statistics_kernel(const float* partials, int splits, int channels, Pivot pivot, float* mean, float* var) {
   const int tiles = (channels + FINISH_COLUMNS - 1) / FINISH_COLUMNS;
   const i64 group = blockIdx.x / tiles;
   const int channel = blockIdx.x % tiles * FINISH_COLUMNS + threadIdx.x % FINISH_COLUMNS;
   const Moments m = merge_splits<Moments>(partials, group, splits, channel, channels);
   if (threadIdx.x >= FINISH_COLUMNS || channel >= channels) return;
-  store(mean + group * channels + channel, m.mean());
+  store(mean + group * channels + channel, pivot.at(group, channel) + m.mean());
   store(var + group * channels + channel, m.variance());
 }
 

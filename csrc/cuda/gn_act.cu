@@ -39,7 +39,7 @@ int64_t gn_act_forward(const GnShape& s, const GnActForwardArgs& a, const Target
   if (!memory) return w.bytes();
   reduce_norm(op, walk, t, norm, NormSums::STATISTICS, plan, memory, target.stream);
   FG_LAUNCH(gn_act_statistics_kernel, grid_of(op, s.N * s.groups), THREADS, 0, target.stream,
-            finish_of(s, norm, plan, w, memory), a.mean, a.var);
+            finish_of(s, norm, plan, w, memory), pivot_of(walk, t, norm), a.mean, a.var);
   check_launch(op);
   apply_norm_forward(op, walk, t, norm, target.stream);
   return 0;

@@ -31,7 +31,8 @@ FG_DEVICE Acc partials_of(const GnFinish& f, i64 sample, int channel) {
 }
 
 // Grid of the first three: N x groups.
-static __global__ void __launch_bounds__(THREADS) gn_act_statistics_kernel(GnFinish f, float* mean, float* var) {
+static __global__ void __launch_bounds__(THREADS)
+    gn_act_statistics_kernel(GnFinish f, Pivot pivot, float* mean, float* var) {
   const i64 sample = blockIdx.x / f.groups;
   const int width = f.channels / f.groups, first = blockIdx.x % f.groups * width;
   Moments m;
@@ -39,7 +40,7 @@ static __global__ void __launch_bounds__(THREADS) gn_act_statistics_kernel(GnFin
   for (int c = threadIdx.x; c < width; c += THREADS) m.merge(partials_of<Moments>(f, sample, first + c));
   merge_block<THREADS>(m);
   if (threadIdx.x != 0) return;
-  store(mean + blockIdx.x, m.mean());
+  store(mean + blockIdx.x, pivot.at(sample, first) + m.mean());
   store(var + blockIdx.x, m.variance());
 }
 

@@ -31,11 +31,41 @@ struct Affine {
   FG_MEMBER float t(float centred) const { return fmaf(centred, scale, bias); }
 };
 
-FG_DEVICE Affine affine_of(const Norm& n, i64 group, int channel) {
-  const i64 i = n.statistic(group, channel);
-  return {load(n.mean + i), load_or(n.weight, channel, 1.0f) * rsqrtf(load(n.var + i) + n.eps),
-          load_or(n.bias, channel, 0.0f)};
+template <int V>
+FG_DEVICE void affines_of(const Norm& n, i64 group, int channel, Affine (&a)[V]) {
+  float mean[V], var[V], weight[V], bias[V];
+  if (n.channels_per_statistic == 1) {
+    load_neighbours(n.mean, n.statistic(group, channel), 0.0f, mean);
+    load_neighbours(n.var, n.statistic(group, channel), 0.0f, var);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const i64 i = n.statistic(group, channel + j);
+      mean[j] = load(n.mean + i);
+      var[j] = load(n.var + i);
+    }
+  }
+  load_neighbours(n.weight, channel, 1.0f, weight);
+  load_neighbours(n.bias, channel, 0.0f, bias);
+#pragma unroll
+  for (int j = 0; j < V; ++j) a[j] = {mean[j], weight[j] * rsqrtf(var[j] + n.eps), bias[j]};
 }
+
+// The first element behind a statistic, which moments are taken around: where the mean is 3e4 standard deviations, a
+// float32 mean is off by 1e-3 of one, and variances merged from such means by 1e-4. An outlier here costs nothing.
+struct Pivot {
+  const void* x;
+  DType dtype;
+  i64 group_stride, channel_stride;
+  int channels_per_statistic;
+
+  FG_MEMBER float at(i64 group, int channel) const {
+    const i64 i = group * group_stride + channel / channels_per_statistic * channels_per_statistic * channel_stride;
+    if (dtype == BF16) return to_float(load(static_cast<const __nv_bfloat16*>(x) + i));
+    if (dtype == F16) return to_float(load(static_cast<const __half*>(x) + i));
+    return load(static_cast<const float*>(x) + i);
+  }
+};
 
 template <class T_>
 struct NormStatistics {
@@ -44,12 +74,29 @@ struct NormStatistics {
   static constexpr int INPUTS = 1;
   static constexpr bool WRITES = false;
   const T* in[1];  // x
+  Pivot pivot;
 
-  struct Coef {};
-  FG_MEMBER Coef coef(i64, int) const { return {}; }
+  struct Coef {
+    float pivot;
+  };
+  template <int V>
+  FG_MEMBER void coefs(i64 group, int channel, Coef (&c)[V]) const {
+    if constexpr (V == VECTOR<T>)
+      if (pivot.channels_per_statistic == 1 && pivot.channel_stride == 1) {  // columns
+        const Pack<T, V> first = load<V>(in[0] + group * pivot.group_stride + channel);
+#pragma unroll
+        for (int j = 0; j < V; ++j) c[j].pivot = to_float(first.v[j]);
+        return;
+      }
+#pragma unroll
+    for (int j = 0; j < V; ++j) c[j].pivot = pivot.at(group, channel + j);
+  }
   template <int M>
-  FG_MEMBER void accumulate(Acc& acc, const Coef&, const float (&v)[1][M], int count) const {
-    acc.add(v[0], count);
+  FG_MEMBER void accumulate(Acc& acc, const Coef& c, const float (&v)[1][M], int count) const {
+    float distance[M];
+#pragma unroll
+    for (int i = 0; i < M; ++i) distance[i] = v[0][i] - c.pivot;
+    acc.add(distance, count);
   }
 };
 
@@ -62,7 +109,10 @@ struct NormForward {
   Norm norm;
 
   using Coef = Affine;
-  FG_MEMBER Coef coef(i64 group, int channel) const { return affine_of(norm, group, channel); }
+  template <int V>
+  FG_MEMBER void coefs(i64 group, int channel, Coef (&c)[V]) const {
+    affines_of(norm, group, channel, c);
+  }
   FG_MEMBER void apply(const Coef& c, const float (&v)[1], float (&y)[1]) const {
     y[0] = activate(c.t(v[0] - c.mean), norm.act, norm.slope);
   }
@@ -78,7 +128,10 @@ struct NormBackwardSums {
   Norm norm;
 
   using Coef = Affine;
-  FG_MEMBER Coef coef(i64 group, int channel) const { return affine_of(norm, group, channel); }
+  template <int V>
+  FG_MEMBER void coefs(i64 group, int channel, Coef (&c)[V]) const {
+    affines_of(norm, group, channel, c);
+  }
   template <int M>
   FG_MEMBER void accumulate(Acc& acc, const Coef& c, const float (&v)[2][M], int count) const {
 #pragma unroll
@@ -98,7 +151,7 @@ struct NormBackward {
   const T* in[2];  // dy, x
   T* out[1];       // dx
   Norm norm;
-  const float* k;  // [2][G C], or null: zero
+  const float* k;  // [2][G C]
   i64 stride;      // G C
   int channels;
 
@@ -106,9 +159,15 @@ struct NormBackward {
     Affine affine;
     float k0, k1;
   };
-  FG_MEMBER Coef coef(i64 group, int channel) const {
-    const i64 i = group * channels + channel;
-    return {affine_of(norm, group, channel), load_or(k, i, 0.0f), load_or(k, i + stride, 0.0f)};
+  template <int V>
+  FG_MEMBER void coefs(i64 group, int channel, Coef (&c)[V]) const {
+    Affine affine[V];
+    float k0[V], k1[V];
+    affines_of(norm, group, channel, affine);
+    load_neighbours(k, group * channels + channel, 0.0f, k0);
+    load_neighbours(k + stride, group * channels + channel, 0.0f, k1);
+#pragma unroll
+    for (int j = 0; j < V; ++j) c[j] = {affine[j], k0[j], k1[j]};
   }
   FG_MEMBER void apply(const Coef& c, const float (&v)[2], float (&dx)[1]) const {
     const float centred = v[1] - c.affine.mean;
@@ -127,7 +186,10 @@ struct NormDoubleSums {
   Norm norm;
 
   using Coef = Affine;
-  FG_MEMBER Coef coef(i64 group, int channel) const { return affine_of(norm, group, channel); }
+  template <int V>
+  FG_MEMBER void coefs(i64 group, int channel, Coef (&c)[V]) const {
+    affines_of(norm, group, channel, c);
+  }
   template <int M>
   FG_MEMBER void accumulate(Acc& acc, const Coef& c, const float (&v)[3][M], int count) const {
 #pragma unroll
@@ -161,12 +223,19 @@ struct NormDouble {
     Affine affine;
     float k[DOUBLE_COEFS];
   };
-  FG_MEMBER Coef coef(i64 group, int channel) const {
-    Coef c;
-    c.affine = affine_of(norm, group, channel);
+  template <int V>
+  FG_MEMBER void coefs(i64 group, int channel, Coef (&c)[V]) const {
+    Affine affine[V];
+    affines_of(norm, group, channel, affine);
 #pragma unroll
-    for (int i = 0; i < DOUBLE_COEFS; ++i) c.k[i] = load(k + i * stride + group * channels + channel);
-    return c;
+    for (int j = 0; j < V; ++j) c[j].affine = affine[j];
+#pragma unroll
+    for (int i = 0; i < DOUBLE_COEFS; ++i) {
+      float row[V];
+      load_neighbours(k + i * stride, group * channels + channel, 0.0f, row);
+#pragma unroll
+      for (int j = 0; j < V; ++j) c[j].k[i] = row[j];
+    }
   }
   FG_MEMBER void apply(const Coef& c, const float (&v)[3], float (&d)[2]) const {
     const float w = v[0], centred = v[2] - c.affine.mean, t = c.affine.t(centred);

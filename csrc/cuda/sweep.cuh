@@ -4,11 +4,11 @@
 //   apply      apply_rows_kernel: any thread, any row        apply_columns_kernel: a thread keeps its channels
 //   reduce     reduce_rows_kernel: a block keeps its channel reduce_columns_kernel: a thread keeps its channels
 //
-// An op gives a Body: which tensors come and go, the constants of a channel (Coef), and what happens to an element.
-// The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move at a time: 16
-// bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the splits depend
-// on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is applied by its
-// reduction too, in the same pass.
+// An op gives a Body: which tensors come and go, the constants of V neighbouring channels (coefs), and what happens to
+// an element. The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move
+// at a time: 16 bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the
+// splits depend on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is
+// applied by its reduction too, in the same pass.
 #pragma once
 
 #include "cuda/prelude.cuh"
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(THREADS) apply_rows_kernel(Body body, Planes p
     const u32 channel = channel0 + (offset0 + local) / row_vectors;
     const i64 sample = sample0 + channel / channels;
     const i64 group = p.groups == 1 ? 0 : sample / p.samples;
-    const typename Body::Coef coef = body.coef(group, static_cast<int>(channel % channels));
-    apply_one<Body, V>(body, (begin + local) * V, raw[u], [&](int) { return coef; });
+    typename Body::Coef coef[1];
+    body.coefs(group, static_cast<int>(channel % channels), coef);
+    apply_one<Body, V>(body, (begin + local) * V, raw[u], [&](int) { return coef[0]; });
   }
 }
 
@@ -123,8 +124,7 @@ __global__ void __launch_bounds__(THREADS)
   const Tile t = tile_of<V>(p, lanes_x, splits, rows_per_split);
   if (!t.inside) return;
   typename Body::Coef coefs[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) coefs[j] = body.coef(t.group, t.column + j);
+  body.coefs(t.group, t.column, coefs);
   const i64 base = t.group * p.samples * p.pixels * p.channels + t.column;
   for (i64 row = t.begin + t.lane_y; row < t.end; row += static_cast<i64>(t.lanes_y) * U) {
     Pack<typename Body::T, V> raw[U][Body::INPUTS];
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(THREADS)
   const u32 share = static_cast<u32>(vectors_per_split < all ? vectors_per_split : all);
   const i64 sample0 = group * p.samples + begin / row_vectors;
   const u32 offset0 = static_cast<u32>(begin % row_vectors);
-  const typename Body::Coef coef = body.coef(group, channel);
+  typename Body::Coef coef[1];
+  body.coefs(group, channel, coef);
   Acc acc;
   acc.clear();
   for (u32 first = lane; first < share; first += LANES * U) {
@@ -188,11 +189,11 @@ __global__ void __launch_bounds__(THREADS)
       for (int k = 0; k < Body::INPUTS; ++k)
 #pragma unroll
         for (int j = 0; j < V; ++j) in[k][u * V + j] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
-    body.accumulate(acc, coef, in, valid * V);
+    body.accumulate(acc, coef[0], in, valid * V);
     if constexpr (Body::WRITES)
 #pragma unroll
       for (int u = 0; u < U; ++u)
-        if (u < valid) apply_one<Body, V>(body, at[u], raw[u], [&](int) { return coef; });
+        if (u < valid) apply_one<Body, V>(body, at[u], raw[u], [&](int) { return coef[0]; });
   }
   if constexpr (LANES == WARP)
     merge_lanes(acc, 1);
@@ -218,8 +219,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int j = 0; j < V; ++j) acc[j].clear();
   if (t.inside) {
     typename Body::Coef coefs[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) coefs[j] = body.coef(t.group, t.column + j);
+    body.coefs(t.group, t.column, coefs);
     const i64 base = t.group * p.samples * p.pixels * p.channels + t.column;
     for (i64 row = t.begin + t.lane_y; row < t.end; row += static_cast<i64>(t.lanes_y) * U) {
       Pack<typename Body::T, V> raw[U][Body::INPUTS];
