@@ -1,8 +1,8 @@
 """What the launchers of compiled kernels share: the two cores, dtype codes, float32 vectors, why a case is declined.
 
-A core is a set of C++ kernels behind one set of function names: `CPU` is fastgan._C, `CUDA` is fastgan._C.cuda, or under
-`fastgan.testing.emulate("cuda")` the same CUDA sources compiled for the CPU. An op has one launcher that takes the core,
-and `backends(launch, activations)` registers it for both.
+A core is a set of C++ kernels behind one set of function names: `CPU` is fastgan._C, `CUDA` is fastgan._C.cuda or,
+under `fastgan.testing.emulate("cuda")`, the same sources compiled for the CPU. An op has one launcher that takes the
+core, and `backends(launch, activations)` registers it for both.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CudaCore(Core):
         return super().address(t)
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> None:
-        """As Core.call. A kernel that answers with a number of bytes wants that much device memory beside its arguments.
+        """As Core.call. A kernel that answers with a number of bytes wants that much device memory as well.
 
         The memory comes from torch's caching allocator and is given back at once: what the allocator gives out next on
         this stream is used after the kernel, and a captured graph keeps its own.
@@ -103,16 +103,24 @@ class CudaCore(Core):
 CPU, CUDA = Core(), CudaCore()
 
 
-def backends(launch: Callable[..., Any], activations: Callable[..., tuple]) -> dict[str, Backend]:
+def backends(
+    launch: Callable[..., Any], activations: Callable[..., tuple], cuda_declines: Callable[..., str] = lambda *args: ""
+) -> dict[str, Backend]:
     """{"cuda": ..., "native": ...} of one launcher launch(core, *args).
 
-    activations(*args) gives the tensors that must be of one dtype and one device, the first of them not None.
+    activations(*args) gives the tensors that must be of one dtype and one device, the first of them not None;
+    cuda_declines(*args) what else the CUDA kernels leave to the reference.
     """
-    return {core.name: backend(core, launch, activations) for core in (CUDA, CPU)}
+    return {"cuda": backend(CUDA, launch, activations, cuda_declines), "native": backend(CPU, launch, activations)}
 
 
-def backend(core: Core, launch: Callable[..., Any], activations: Callable[..., tuple]) -> Backend:
-    return Backend(functools.partial(launch, core), lambda *args: core.declines(*activations(*args)))
+def backend(
+    core: Core,
+    launch: Callable[..., Any],
+    activations: Callable[..., tuple],
+    also: Callable[..., str] = lambda *args: "",
+) -> Backend:
+    return Backend(functools.partial(launch, core), lambda *args: core.declines(*activations(*args)) or also(*args))
 
 
 def float_vectors(*vectors: Tensor | None) -> list[Tensor | None]:

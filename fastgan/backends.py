@@ -86,10 +86,11 @@ def _missing(name: str) -> str:
         if not built:
             return reason or "fastgan._C was built without CUDA: no nvcc was found (FASTGAN_CUDA=1 insists on one)"
         facts = module.cuda_devices() if module else {}
-        if 0 < facts["driver"] // 1000 < facts["runtime"] // 1000:
+        runtime, driver = (facts[name] // 1000 for name in ("runtime", "driver"))
+        if 0 < driver < runtime:
             return (
-                f"fastgan._C was built with CUDA {facts['runtime'] // 1000}, and the driver knows {facts['driver'] // 1000}"
-                " at most; update the driver or build with that CUDA"
+                f"fastgan._C was built with CUDA {runtime}, and the driver knows CUDA {driver} at most; "
+                f"update the driver or reinstall fastgan with the toolkit of CUDA {driver}"
             )
     if name == "triton":
         try:

@@ -19,7 +19,13 @@ struct BiasActForward {
     float bias;
   };
   // -0 is what leaves every x, -0 included, as it is
-  FG_MEMBER Coef coef(i64, int channel) const { return {load_or(bias, channel, -0.0f)}; }
+  template <int V>
+  FG_MEMBER void coefs(i64, int channel, Coef (&c)[V]) const {
+    float b[V];
+    load_neighbours(bias, channel, -0.0f, b);
+#pragma unroll
+    for (int j = 0; j < V; ++j) c[j].bias = b[j];
+  }
   FG_MEMBER void apply(const Coef& c, const float (&v)[1], float (&y)[1]) const {
     y[0] = activate(v[0] + c.bias, act, slope);
   }
@@ -37,7 +43,8 @@ struct BiasActBackward {
   float slope;
 
   struct Coef {};
-  FG_MEMBER Coef coef(i64, int) const { return {}; }
+  template <int V>
+  FG_MEMBER void coefs(i64, int, Coef (&)[V]) const {}
   FG_MEMBER void apply(const Coef&, const float (&v)[2], float (&dx)[1]) const {
     dx[0] = activate_gradient(v[0], v[1], act, slope);
   }

@@ -93,6 +93,23 @@ FG_DEVICE void store(T* p, T v) {
 
 FG_DEVICE float load_or(const float* p, i64 i, float absent) { return p ? load(p + i) : absent; }
 
+// V neighbours, four at a time where they lie so; a null p gives `absent`.
+template <int V>
+FG_DEVICE void load_neighbours(const float* p, i64 i, float absent, float (&v)[V]) {
+  if constexpr (V % 4 == 0)
+    if (p && reinterpret_cast<unsigned long long>(p + i) % 16 == 0) {
+#pragma unroll
+      for (int q = 0; q < V; q += 4) {
+        const Pack<float, 4> four = load<4>(p + i + q);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[q + j] = four.v[j];
+      }
+      return;
+    }
+#pragma unroll
+  for (int j = 0; j < V; ++j) v[j] = load_or(p, i + j, absent);
+}
+
 // ---------------------------------------------------------------------------------------------- activations
 
 // Any activation; `act` is the same in every thread. A NaN stays one, so the comparisons are not turned round.

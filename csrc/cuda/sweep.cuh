@@ -4,11 +4,11 @@
 //   apply      apply_rows_kernel: any thread, any row        apply_columns_kernel: a thread keeps its channels
 //   reduce     reduce_rows_kernel: a block keeps its channel reduce_columns_kernel: a thread keeps its channels
 //
-// An op gives a Body: which tensors come and go, the constants of a channel (Coef), and what happens to an element.
-// The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move at a time: 16
-// bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the splits depend
-// on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is applied by its
-// reduction too, in the same pass.
+// An op gives a Body: which tensors come and go, the constants of V neighbouring channels (coefs), and what happens to
+// an element. The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move
+// at a time: 16 bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the
+// splits depend on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is
+// applied by its reduction too, in the same pass.
 #pragma once
 
 #include "cuda/prelude.cuh"
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(THREADS) apply_rows_kernel(Body body, Planes p
     const u32 channel = channel0 + (offset0 + local) / row_vectors;
     const i64 sample = sample0 + channel / channels;
     const i64 group = p.groups == 1 ? 0 : sample / p.samples;
-    const typename Body::Coef coef = body.coef(group, static_cast<int>(channel % channels));
-    apply_one<Body, V>(body, (begin + local) * V, raw[u], [&](int) { return coef; });
+    typename Body::Coef coef[1];
+    body.coefs(group, static_cast<int>(channel % channels), coef);
+    apply_one<Body, V>(body, (begin + local) * V, raw[u], [&](int) { return coef[0]; });
   }
 }
 
@@ -123,8 +124,7 @@ __global__ void __launch_bounds__(THREADS)
   const Tile t = tile_of<V>(p, lanes_x, splits, rows_per_split);
   if (!t.inside) return;
   typename Body::Coef coefs[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) coefs[j] = body.coef(t.group, t.column + j);
+  body.coefs(t.group, t.column, coefs);
   const i64 base = t.group * p.samples * p.pixels * p.channels + t.column;
   for (i64 row = t.begin + t.lane_y; row < t.end; row += static_cast<i64>(t.lanes_y) * U) {
     Pack<typename Body::T, V> raw[U][Body::INPUTS];
@@ -147,30 +147,35 @@ FG_DEVICE float* partial_at(float* partials, i64 group, int splits, i64 split, i
   return partials + ((group * splits + split) * words + word) * channels;
 }
 
-// Grid: groups x channels x splits; a block adds up its share of one channel of one group. V divides HW.
-template <class Body, int V>
+// Grid: groups x channels x splits; a block, or where there is little to add a warp (LANES), has one channel of a group
+// and one split of it. V divides HW.
+template <class Body, int V, int LANES>
 __global__ void __launch_bounds__(THREADS)
     reduce_rows_kernel(Body body, Planes p, float* partials, int splits, i64 vectors_per_split) {
   constexpr int U = UNROLL<Body>;
   using Acc = typename Body::Acc;
-  const i64 block = blockIdx.x, rest = block / splits, split = block - rest * splits;
+  const u32 lane = threadIdx.x % LANES;
+  const i64 unit = static_cast<i64>(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
+  const i64 rest = unit / splits, split = unit - rest * splits;
   const i64 group = rest / p.channels;
+  if (group >= p.groups) return;  // whole warps
   const int channel = static_cast<int>(rest - group * p.channels);
   const u32 row_vectors = static_cast<u32>(p.pixels / V);
   const i64 begin = split * vectors_per_split, all = p.samples * row_vectors - begin;
   const u32 share = static_cast<u32>(vectors_per_split < all ? vectors_per_split : all);
   const i64 sample0 = group * p.samples + begin / row_vectors;
   const u32 offset0 = static_cast<u32>(begin % row_vectors);
-  const typename Body::Coef coef = body.coef(group, channel);
+  typename Body::Coef coef[1];
+  body.coefs(group, channel, coef);
   Acc acc;
   acc.clear();
-  for (u32 first = threadIdx.x; first < share; first += THREADS * U) {
+  for (u32 first = lane; first < share; first += LANES * U) {
     Pack<typename Body::T, V> raw[U][Body::INPUTS];
     i64 at[U];
     int valid = 0;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const u32 local = first + u * THREADS;
+      const u32 local = first + u * LANES;
       if (local >= share) break;
       const u32 row = (offset0 + local) / row_vectors, offset = offset0 + local - row * row_vectors;
       at[u] = ((sample0 + row) * p.channels + channel) * p.pixels + static_cast<i64>(offset) * V;
@@ -184,14 +189,17 @@ __global__ void __launch_bounds__(THREADS)
       for (int k = 0; k < Body::INPUTS; ++k)
 #pragma unroll
         for (int j = 0; j < V; ++j) in[k][u * V + j] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
-    body.accumulate(acc, coef, in, valid * V);
+    body.accumulate(acc, coef[0], in, valid * V);
     if constexpr (Body::WRITES)
 #pragma unroll
       for (int u = 0; u < U; ++u)
-        if (u < valid) apply_one<Body, V>(body, at[u], raw[u], [&](int) { return coef; });
+        if (u < valid) apply_one<Body, V>(body, at[u], raw[u], [&](int) { return coef[0]; });
   }
-  merge_block<THREADS>(acc);
-  if (threadIdx.x == 0)
+  if constexpr (LANES == WARP)
+    merge_lanes(acc, 1);
+  else
+    merge_block<THREADS>(acc);
+  if (lane == 0)
 #pragma unroll
     for (int k = 0; k < Acc::WORDS; ++k)
       store(partial_at(partials, group, splits, split, Acc::WORDS, k, p.channels) + channel, acc.word[k]);
@@ -211,8 +219,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int j = 0; j < V; ++j) acc[j].clear();
   if (t.inside) {
     typename Body::Coef coefs[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) coefs[j] = body.coef(t.group, t.column + j);
+    body.coefs(t.group, t.column, coefs);
     const i64 base = t.group * p.samples * p.pixels * p.channels + t.column;
     for (i64 row = t.begin + t.lane_y; row < t.end; row += static_cast<i64>(t.lanes_y) * U) {
       Pack<typename Body::T, V> raw[U][Body::INPUTS];
@@ -271,22 +278,12 @@ __global__ void __launch_bounds__(THREADS)
 
 constexpr int FINISH_COLUMNS = 32, FINISH_ROWS = THREADS / FINISH_COLUMNS;
 
-// The splits of one channel, merged, in threads of row 0 of a block of 32 columns x 8; channel may be out of range.
-// Every thread of the block must call it.
+// Merges the 8 rows of a block of 32 columns x 8 into the threads of row 0, in a fixed order; every thread must call
+// it.
 template <class Acc>
-FG_DEVICE Acc merge_splits(const float* partials, i64 group, int splits, int channel, int channels) {
+FG_DEVICE void merge_finish_rows(Acc& acc) {
   FG_SHARED(float, part, [Acc::WORDS][FINISH_ROWS][FINISH_COLUMNS]);
   const int x = static_cast<int>(threadIdx.x) % FINISH_COLUMNS, y = static_cast<int>(threadIdx.x) / FINISH_COLUMNS;
-  Acc acc;
-  acc.clear();
-  if (channel < channels)
-    for (int split = y; split < splits; split += FINISH_ROWS) {
-      Acc other;
-#pragma unroll
-      for (int k = 0; k < Acc::WORDS; ++k)
-        other.word[k] = load(partials + ((group * splits + split) * Acc::WORDS + k) * channels + channel);
-      acc.merge(other);
-    }
 #pragma unroll
   for (int k = 0; k < Acc::WORDS; ++k) part[k][y][x] = acc.word[k];
   __syncthreads();
@@ -298,6 +295,22 @@ FG_DEVICE Acc merge_splits(const float* partials, i64 group, int splits, int cha
       acc.merge(other);
     }
   __syncthreads();  // the caller may come again
+}
+
+// The splits of one channel, merged, in the threads of row 0; the channel may be out of range.
+template <class Acc>
+FG_DEVICE Acc merge_splits(const float* partials, i64 group, int splits, int channel, int channels) {
+  Acc acc;
+  acc.clear();
+  if (channel < channels)
+    for (int split = static_cast<int>(threadIdx.x) / FINISH_COLUMNS; split < splits; split += FINISH_ROWS) {
+      Acc other;
+#pragma unroll
+      for (int k = 0; k < Acc::WORDS; ++k)
+        other.word[k] = load(partials + ((group * splits + split) * Acc::WORDS + k) * channels + channel);
+      acc.merge(other);
+    }
+  merge_finish_rows(acc);
   return acc;
 }
 

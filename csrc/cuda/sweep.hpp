@@ -51,12 +51,13 @@ struct Columns {
   }
 };
 
-template <class Body, class... More>
+template <class Body>
 bool all_aligned(const Body& body) {
   for (const void* p : body.in)
     if (!aligned(p)) return false;
-  for (const void* p : body.out)
-    if (!aligned(p)) return false;
+  if constexpr (requires { body.out; })
+    for (const void* p : body.out)
+      if (!aligned(p)) return false;
   return true;
 }
 
@@ -120,8 +121,15 @@ void reduce_by(const char* op, const Walk& walk, const Body& body, const Reducti
     FG_LAUNCH((reduce_columns_kernel<Body, V>), grid_of(op, p.groups * c.tiles * plan.splits), THREADS, 0, stream, body,
               p, partials, c.lanes, plan.splits, plan.share);
   } else {
-    FG_LAUNCH((reduce_rows_kernel<Body, V>), grid_of(op, int64_t{p.groups} * p.channels * plan.splits), THREADS, 0,
-              stream, body, p, partials, plan.splits, plan.share);
+    // up to four rounds of a warp are not worth a block's barrier
+    const bool short_rows = plan.splits == 1 && plan.share <= 4 * WARP * UNROLL<Body>;
+    const int64_t units = int64_t{p.groups} * p.channels * plan.splits;
+    if (short_rows)
+      FG_LAUNCH((reduce_rows_kernel<Body, V, WARP>), grid_of(op, divide_up(units, THREADS / WARP)), THREADS, 0, stream,
+                body, p, partials, plan.splits, plan.share);
+    else
+      FG_LAUNCH((reduce_rows_kernel<Body, V, THREADS>), grid_of(op, units), THREADS, 0, stream, body, p, partials,
+                plan.splits, plan.share);
   }
   check_launch(op);
 }

@@ -4,8 +4,8 @@ Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t =
              training: mean, var of each channel over its group's samples and pixels; group g holds the samples
              [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
-Dtypes       x float32, bfloat16 natively, float16 too in CUDA, every floating dtype through the reference; weight, bias, statistics may be
-             float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in CUDA, every floating dtype through the reference; weight,
+             bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 parameters, as torch's batch norm does
 Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise
@@ -252,7 +252,9 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     return back(u * mask), back(d_x), (rstd * a).sum(0)
 
 
-def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope):
+def launch_double_backward(
+    core, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope
+):
     channels_last = is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     ddx = None if ddx is None else dense(ddx, channels_last)
@@ -260,7 +262,8 @@ def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mea
     d_weight = x.new_empty(x.shape[1], dtype=torch.float32)
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
     core.call(
-        "bn_act_double_backward", x, _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
+        "bn_act_double_backward", x,
+        _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
         d_dy, d_x, d_weight, *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
     return d_dy, d_x, d_weight

@@ -4,8 +4,8 @@ Formula      per sample and group of C/groups channels, M = C/groups * pixels el
              xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
              Instance norm: groups = C. Layer norm over D trailing elements: x viewed as [rows, D], groups = 1
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [N,groups]
-Dtypes       x float32, bfloat16 natively, float16 too in CUDA, every floating dtype through the reference; weight and bias may be float32
-             beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in CUDA, every floating dtype through the reference; weight and
+             bias may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 statistics and parameters, as bn_act does (torch's CUDA autocast
              runs group and layer norm wholly in float32)
@@ -72,6 +72,12 @@ def _is_layer_norm(x: Tensor, groups: int) -> bool:
     return groups == 1 and x.dim() == 2
 
 
+def _cuda_declines(x: Tensor) -> str:
+    """The CUDA kernels keep sums per sample and channel: as much memory as x itself where a sample has few pixels."""
+    pixels = planes(x)[2]
+    return "" if pixels >= 16 else f"cuda kernels want at least 16 pixels a sample, got {pixels}"
+
+
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +121,7 @@ op = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends=_native.backends(launch, lambda x, *rest: (x,)),
+    backends=_native.backends(launch, lambda x, *rest: (x,), lambda x, *rest: _cuda_declines(x)),
     example=lambda: (*draw((3, 6, 4, 3), (6,), (6,)), 2, 1e-5, "leaky_relu", 0.2),
 )
 
@@ -213,7 +219,7 @@ backward = Op(
     " str activation, float slope) -> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends=_native.backends(launch_backward, lambda dy, x, *rest: (dy, x)),
+    backends=_native.backends(launch_backward, lambda dy, x, *rest: (dy, x), lambda dy, x, *rest: _cuda_declines(x)),
     example=lambda: (
         *draw((3, 6, 4, 3), (3, 6, 4, 3), (6,), (6,), (3, 2)),
         draw((3, 2))[0].abs() + 0.5,
@@ -303,7 +309,8 @@ def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mea
     d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), _gradient_like(x, weight)
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
     core.call(
-        "gn_act_double_backward", x, _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
+        "gn_act_double_backward", x,
+        _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
         d_dy, d_x, None if weight is None else d_weight, *planes(x), mean.shape[1], channels_last, eps,
         _activation.CODES[activation], slope,
     )  # fmt: skip
@@ -319,7 +326,9 @@ double_backward = Op(
     " Tensor? bias, Tensor mean, Tensor var, float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
     reference=reference_double_backward,
     fake=fake_double_backward,
-    backends=_native.backends(launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2])),
+    backends=_native.backends(
+        launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2]), lambda dy, *rest: _cuda_declines(dy)
+    ),
     example=lambda: (
         *draw((3, 6, 4, 3), (3, 6, 4, 3), (6,), (6,), (3, 6, 4, 3), (6,), (6,), (3, 2)),
         draw((3, 2))[0].abs() + 0.5,

@@ -13,7 +13,7 @@ Saves        gradient, norm
 Traffic      1 access an element forward, 2 backward; PyTorch's square, sum, sqrt: 3 and 4
 FLOPs        2 an element forward, 1 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     reference
+Backends     cuda, reference
 Source       Gulrajani et al. (2017); Mescheder et al., Which Training Methods for GANs do actually Converge? (2018);
              derivatives: docs/maths.md, section 4
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import OPS, Op, draw
 from fastgan.ops.bias_act import like
@@ -54,6 +55,16 @@ def reference(gradient, target):
     return (norm - target).square(), norm
 
 
+def launch(core, gradient, target):
+    gradient = dense(gradient, is_channels_last(gradient))
+    penalty, norm = fake(gradient, target)
+    core.call(
+        "grad_norm_penalty_forward", gradient, _native.DTYPE_CODES[gradient.dtype], gradient, penalty, norm,
+        len(gradient), gradient.numel() // len(gradient), target,
+    )  # fmt: skip
+    return penalty, norm
+
+
 def fake(gradient, target):
     norm = gradient.new_empty(gradient.shape[0], dtype=accumulation_dtype(gradient.dtype))
     return norm, torch.empty_like(norm)
@@ -63,6 +74,7 @@ op = Op(
     "grad_norm_penalty(Tensor gradient, float target) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
+    backends={"cuda": _native.backend(_native.CUDA, launch, lambda gradient, target: (gradient,))},
     example=lambda: (*draw((3, 2, 4, 5)), 1.0),
 )
 
@@ -91,10 +103,22 @@ def reference_backward(dpenalty, gradient, norm, target):
     return torch.mul(gradient, scale, out=out)
 
 
+def launch_backward(core, dpenalty, gradient, norm, target):
+    gradient = dense(gradient, is_channels_last(gradient))
+    dpenalty, norm = _native.float_vectors(dpenalty, norm)
+    dgradient = torch.empty_like(gradient)
+    core.call(
+        "grad_norm_penalty_backward", gradient, _native.DTYPE_CODES[gradient.dtype], dpenalty, gradient, norm,
+        dgradient, len(gradient), gradient.numel() // len(gradient), target,
+    )  # fmt: skip
+    return dgradient
+
+
 backward = Op(
     "grad_norm_penalty_backward(Tensor dpenalty, Tensor gradient, Tensor norm, float target) -> Tensor",
     reference=reference_backward,
     fake=lambda dpenalty, gradient, norm, target: like(gradient),
+    backends={"cuda": _native.backend(_native.CUDA, launch_backward, lambda dp, gradient, *rest: (gradient,))},
     example=lambda: (*draw((3,), (3, 2, 4, 5)), draw((3,))[0].abs() + 0.5, 1.0),
 )
 

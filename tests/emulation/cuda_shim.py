@@ -1,8 +1,8 @@
 """CUDA kernels on a machine without a GPU: csrc/cuda compiled by the host's C++ compiler against tests/emulation/simt.
 
 `emulation()` builds the library once (build/simt, keyed by the hash of the sources), puts it in the place of
-fastgan._C.cuda and yields a record of what ran. The emulator raises on accesses outside the tensors of a call, on shared
-indices out of range, on divergent or missed barriers and on deadlock; memory that nobody wrote reads as NaN.
+fastgan._C.cuda and yields a record of what ran. The emulator raises on accesses outside the tensors of a call, on
+indices of shared memory out of range, on divergent or missed barriers and on deadlock; memory that nobody wrote is NaN.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the kernels of one call did to one tensor; warp instruction by warp instruction, as if nothing were cached."""
+    """What the kernels of one call did to one tensor, warp instruction by warp instruction: nothing is cached."""
 
     function: str
     bytes: int  # of the tensor
