@@ -177,7 +177,7 @@ def test_every_block_and_its_shared_memory(op, dtype, tf32, monkeypatch):
     limit = 1e-3 if tf32 else 4 * torch.finfo(dtype).eps
     for sizes, threads in ((LARGE, 256), (SMALL, 128), (NARROW, 128)):
         with testing.emulate("cuda") as record:
-            record.configure(seed=5, counting=True)
+            record.configure(counting=True)  # in the natural order: the lanes of a phase are neighbours
             got, want = product(op, dtype, *sizes[op])
         assert distance(got, want) < limit
         main = record.launches[0]
