@@ -103,14 +103,15 @@ FG_DEVICE void accumulate(typename G::Compute& compute, A& a, B& b, int slabs) {
     }
     cp_async_commit();  // an empty group too: the wait counts groups
   };
-#pragma unroll
-  for (int slab = 0; slab < STAGES - 1; ++slab) fetch(slab);
+  // The first rounds only fill the pipeline: one copy of the code that gathers halves the kernel.
 #pragma unroll 1
-  for (int slab = 0; slab < slabs; ++slab) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();
+  for (int slab = 1 - STAGES; slab < slabs; ++slab) {
+    if (slab >= 0) {
+      cp_async_wait<STAGES - 2>();
+      __syncthreads();
+    }
     fetch(slab + STAGES - 1);
-    compute.slab(tile_a(slab % STAGES), tile_b(slab % STAGES));
+    if (slab >= 0) compute.slab(tile_a(slab % STAGES), tile_b(slab % STAGES));
   }
 }
 

@@ -163,7 +163,7 @@ LARGE = {
     "conv2d_weight": (32, 256, 16, 1),
 }
 NARROW = {"conv2d": (16, 8, 8, 2), "conv_transpose2d": (8, 16, 8, 2), "conv2d_weight": (8, 16, 8, 2)}
-SMALL = {"conv2d": (16, 40, 6, 2), "conv_transpose2d": (40, 16, 6, 2), "conv2d_weight": (16, 40, 6, 2)}
+SMALL = {"conv2d": (16, 48, 6, 2), "conv_transpose2d": (48, 16, 6, 2), "conv2d_weight": (16, 48, 6, 2)}
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["", "tf32"])

@@ -21,7 +21,7 @@ FAULTS = [
     ("wrong phase", "conv_transpose2d.cuh", "(phase + a.pad - a.dilation * *first) % a.stride",
      "(phase + a.pad + PLANTED - a.dilation * *first) % a.stride"),
     ("source of a phase off by one", "conv_transpose2d.cuh", "axis.base = (", "axis.base = PLANTED + ("),
-    ("no barrier between the stages", "conv_gemm.cuh", "    __syncthreads();", "    if (!PLANTED) __syncthreads();"),
+    ("no barrier between the stages", "conv_gemm.cuh", "      __syncthreads();", "      if (!PLANTED) __syncthreads();"),
     ("a wait that lets the slab itself be in flight", "conv_gemm.cuh", "cp_async_wait<STAGES - 2>();",
      "if (PLANTED) cp_async_wait<STAGES - 1>(); else cp_async_wait<STAGES - 2>();"),
     ("a copy into the stage in use", "conv_gemm.cuh", "tile_a(slab % STAGES), tile_b",
