@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -206,3 +207,40 @@ def load() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+SANITIZERS = {
+    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-O1", "-fsanitize=thread"),
+}
+
+
+def sanitized(sanitizer: str, launchers: list[Path], variant: str = "", include: tuple[Path, ...] = ()) -> Path:
+    """tests/emulation/simt/sanitize.cpp with the kernels, built with a sanitizer.
+
+    launchers: the .cu files; include: searched before csrc, for copies of kernels with a fault planted.
+    """
+    flags, variant = SANITIZERS[sanitizer], variant or sanitizer
+    with locked():
+        made = objects([*launchers, SIMT / "sanitize.cpp"], variant, flags, include)
+        made += objects([SIMT / "simt.cpp"], "scheduler", ("-O2",))
+        digest = hashlib.sha256("".join(made).encode()).hexdigest()[:16]
+        program = FOLDER / variant / f"sanitize-{digest}"
+        if not program.exists():
+            for stale in (FOLDER / variant).glob("sanitize-*"):
+                if not stale.name.endswith(".o"):
+                    stale.unlink()
+            run(compiler(), *flags, *made, "-o", str(program))
+    return program
+
+
+def run_sanitized(program: Path, seed: int, race: str = "within", function: str = "") -> str:
+    """What the program reported, or ""; RuntimeError where the machine refuses the sanitizer's memory map."""
+    command = [str(program), str(seed), race, *([function] if function else [])]
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if "unexpected memory mapping" in done.stderr:
+        raise RuntimeError("emulate: the thread sanitizer needs fewer random bits of addresses than this kernel uses")
+    return "" if done.returncode == 0 else f"status {done.returncode}: {done.stderr[-3000:]}"

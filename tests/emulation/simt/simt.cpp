@@ -59,7 +59,7 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr size_t STACK = 256 << 10, STATIC_SHARED = 48 << 10, RED_ZONE = 64;
+constexpr size_t STACK = 64 << 10, STATIC_SHARED = 48 << 10, RED_ZONE = 64;
 constexpr size_t SHARED_MAX = 232448;  // what a block may have on the largest cards (227 KiB)
 
 enum class State { READY, YIELDED, BARRIER, WARP, DONE };
@@ -82,7 +82,7 @@ struct Fiber {
   uint64_t word, *out;
   void* stack_pointer;
   char* stack;
-  void *race_context, *fake_stack;
+  void *race_context, *own_race_context, *fake_stack;
   bool fenced;
   std::vector<void*> touched_atomics;
   std::vector<std::vector<Copy>> copies;             // cp.async groups; the last one is open
@@ -107,7 +107,7 @@ struct Block {
   size_t shared_used;
   std::vector<std::pair<const void*, void*>> slots;
   unsigned barriers_passed;
-  char barrier_token[2], warp_token[32], end_token;
+  char start_token, barrier_token[2], warp_token[32], end_token;
   void* race_context;
   std::vector<Access> accesses;
 };
@@ -179,6 +179,7 @@ void to_fiber(Fiber* f) {
 
 void entry() {
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+  race_acquire(&running->block->start_token);
   (*kernel_body)();
   race_release(&running->block->end_token);
   running->state = State::DONE;
@@ -265,23 +266,25 @@ void note(const void* site, const void* p, unsigned bytes, bool shared) {
 
 void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynamic_bytes, Fiber** fibers, size_t n,
                 void* creator) {
+  const bool apart = __tsan_create_fiber && settings.race == Race::BETWEEN;
+  if (apart)  // new stacks below: the last block's locals are forgotten
+    for (size_t t = 0; t < n; ++t) free(fibers[t]->stack);
+  // what the block's memory was before is nobody's business but the creator's
   race_switch(creator);
   block.shared = static_cast<char*>(malloc(STATIC_SHARED));
   block.dynamic = static_cast<char*>(aligned_alloc(128, (dynamic_bytes + 255) / 128 * 128));
   std::memset(block.shared, 0xFF, STATIC_SHARED);  // NaN in every float type
   std::memset(block.dynamic, 0xFF, dynamic_bytes);
+  if (apart)
+    for (size_t t = 0; t < n; ++t) fibers[t]->stack = static_cast<char*>(malloc(STACK));
+  block.race_context = apart ? __tsan_create_fiber(0) : nullptr;
+  race_switch(host_race);
   block.shared_used = 0;
   block.slots.clear();
   block.barriers_passed = 0;
-  block.race_context = nullptr;
-  if (__tsan_create_fiber && settings.race == Race::BETWEEN) block.race_context = __tsan_create_fiber(0);
   block.fibers.assign(fibers, fibers + n);
   for (size_t t = 0; t < n; ++t) {
     Fiber* f = fibers[t];
-    if (__tsan_create_fiber && settings.race == Race::BETWEEN) {  // a new stack: the last block's locals are forgotten
-      free(f->stack);
-      f->stack = static_cast<char*>(malloc(STACK));
-    }
     const auto i = static_cast<unsigned>(t);
     f->context = {{i % size.x, i / size.x % size.y, i / size.x / size.y},
                   {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y},
@@ -297,20 +300,18 @@ void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynam
     f->touched_atomics.clear();
     f->copies.assign(1, {});
     f->visits.clear();
-    f->race_context = block.race_context ? block.race_context : __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
+    // a context costs a millisecond: threads keep theirs, and are ordered behind the host by the start token
+    if (__tsan_create_fiber && !block.race_context && !f->own_race_context)
+      f->own_race_context = __tsan_create_fiber(0);
+    f->race_context = block.race_context ? block.race_context : f->own_race_context;
     start(f);
   }
-  race_switch(host_race);
+  if (!apart) race_release(&block.start_token);
 }
 
 void close_block(Block& block) {
   race_acquire(&block.end_token);
-  if (__tsan_destroy_fiber) {
-    if (block.race_context)
-      __tsan_destroy_fiber(block.race_context);
-    else
-      for (Fiber* f : block.fibers) __tsan_destroy_fiber(f->race_context);
-  }
+  if (block.race_context) __tsan_destroy_fiber(block.race_context);
   free(block.shared);
   free(block.dynamic);
 }
@@ -529,13 +530,13 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_bytes, bool
   for (size_t i = 0; i < blocks; ++i) order[i] = static_cast<unsigned>(i);
   if (settings.seed) std::shuffle(order.begin(), order.end(), rng);
   host_race = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
-  // blocks are born of a context that knows nothing of earlier blocks
-  const bool apart = __tsan_create_fiber && settings.race == Race::BETWEEN;
-  void* creator = apart ? __tsan_create_fiber(0) : host_race;
   const size_t resident = cooperative ? blocks : 1;
   std::vector<Block> living(resident);
   std::vector<Fiber*> fibers(resident * n);
   for (size_t i = 0; i < fibers.size(); ++i) fibers[i] = fiber(i);
+  // blocks are born of a context that knows nothing of earlier blocks
+  const bool apart = __tsan_create_fiber && settings.race == Race::BETWEEN;
+  void* creator = apart ? __tsan_create_fiber(0) : host_race;
   for (size_t next = 0; next < blocks; next += resident) {
     for (size_t b = 0; b < resident; ++b)
       open_block(living[b], order[next + b], grid, size, dynamic_bytes, &fibers[b * n], n, creator);
