@@ -46,7 +46,7 @@ check: lint types docs
 lint: setup  ## ruff, ruff format, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.hpp' '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh')
 
 types: setup  ## mypy on fastgan/
 	$(BIN)/mypy

@@ -221,7 +221,7 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
         extra = f"{quote(cudart(cuda))} -ldl -lpthread -lrt"
         codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in cuda.archs)
         codes += f" -gencode arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}"
-        nvcc = f"-std=c++17 -O3 {codes} -Werror all-warnings -I{quote(CSRC)}"
+        nvcc = f"-std=c++20 -O3 {codes} -Werror all-warnings -I{quote(CSRC)}"
         nvcc += " -Xcompiler -fPIC,-fvisibility=hidden"
         cuda_objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):

@@ -1,39 +1,128 @@
-"""What the native launchers share: the compiled module, dtype codes, float32 vectors, and why a case is declined."""
+"""What the launchers of compiled kernels share: the two cores, dtype codes, float32 vectors, why a case is declined.
+
+A core is a set of C++ kernels behind one set of function names: `CPU` is fastgan._C, `CUDA` is fastgan._C.cuda or,
+under `fastgan.testing.emulate("cuda")`, the same sources compiled for the CPU. An op has one launcher that takes the
+core, and `backends(launch, activations)` registers it for both.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgan.backends import native
+from fastgan.backends import Backend, native
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TF32 = 3  # float32 tensors multiplied in TF32: CUDA's convolutions only
 
 
-def core() -> Any:
-    """fastgan._C, or a RuntimeError with the reason why it is absent."""
-    module, reason = native()
-    if module is None:
-        raise RuntimeError(f"native: the compiled core must be present, got none: {reason}")
-    return module
+class Core:
+    """The CPU's kernels: fastgan._C."""
+
+    name = "native"
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def module(self) -> Any:
+        """The functions, or a RuntimeError with the reason why they are absent."""
+        module, reason = native()
+        if module is None:
+            raise RuntimeError(f"native: the compiled core must be present, got none: {reason}")
+        return module
+
+    def address(self, t: Tensor | None) -> int:
+        """What the kernels take for a tensor: its address, 0 for None. The caller keeps the tensor alive."""
+        return 0 if t is None else t.data_ptr()
+
+    def call(self, kernel: str, x: Tensor, *args: Any) -> None:
+        """module().<kernel>(*args) on x's device; a tensor (or None) among args goes as its address."""
+        getattr(self.module(), kernel)(*self._plain(args), torch.get_num_threads())
+
+    def declines(self, first: Tensor, *rest: Tensor | None) -> str:
+        """Why the kernels leave these activations to the reference, or ""."""
+        if first.dtype not in self.dtypes:
+            names = [str(d).partition(".")[2] for d in self.dtypes]
+            return f"{self.name} kernels compute in {', '.join(names[:-1])} and {names[-1]}, got {first.dtype}"
+        if any(t is not None and (t.dtype != first.dtype or t.device != first.device) for t in rest):
+            return f"{self.name} kernels take activations of one dtype and one device"
+        return "an empty tensor" if any(t is not None and t.numel() == 0 for t in (first, *rest)) else ""
+
+    def _plain(self, args: tuple) -> list:
+        return [self.address(a) if a is None or isinstance(a, Tensor) else a for a in args]
+
+
+class CudaCore(Core):
+    """The CUDA kernels: fastgan._C.cuda on the current stream of x's device."""
+
+    name = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    emulator: Any = None  # tests/emulation/cuda_shim.py's stand-in for the module
+
+    def module(self) -> Any:
+        return self.emulator or super().module().cuda
+
+    def address(self, t: Tensor | None) -> int:
+        if self.emulator is not None and t is not None:
+            self.emulator.declare(t)
+        return super().address(t)
+
+    def call(self, kernel: str, x: Tensor, *args: Any) -> None:
+        """As Core.call. A kernel that answers with a number of bytes wants that much device memory as well.
+
+        The memory comes from torch's caching allocator and is given back at once: what the allocator gives out next on
+        this stream is used after the kernel, and a captured graph keeps its own.
+        """
+        function, plain = getattr(self.module(), kernel), self._plain(args)
+        with self._device(x) if self.emulator is None else self.emulator.running(kernel):
+            stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+            wanted = function(*plain, 0, stream)
+            if wanted:
+                workspace = torch.empty(wanted, dtype=torch.uint8, device=x.device)
+                function(*plain, self.address(workspace), stream)
+
+    def _device(self, x: Tensor) -> contextlib.AbstractContextManager:
+        """x's device as the current one: a stream belongs to a device."""
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return contextlib.nullcontext()
+        return torch.cuda.device(x.device)
+
+    @contextlib.contextmanager
+    def emulated(self, emulator: Any) -> Iterator[None]:
+        """Within: the emulator's kernels, on CPU tensors."""
+        before, self.emulator = self.emulator, emulator
+        try:
+            yield
+        finally:
+            self.emulator = before
+
+
+CPU, CUDA = Core(), CudaCore()
+
+
+def backends(
+    launch: Callable[..., Any], activations: Callable[..., tuple], cuda_declines: Callable[..., str] = lambda *args: ""
+) -> dict[str, Backend]:
+    """{"cuda": ..., "native": ...} of one launcher launch(core, *args).
+
+    activations(*args) gives the tensors that must be of one dtype and one device, the first of them not None;
+    cuda_declines(*args) what else the CUDA kernels leave to the reference.
+    """
+    return {"cuda": backend(CUDA, launch, activations, cuda_declines), "native": backend(CPU, launch, activations)}
+
+
+def backend(
+    core: Core,
+    launch: Callable[..., Any],
+    activations: Callable[..., tuple],
+    also: Callable[..., str] = lambda *args: "",
+) -> Backend:
+    return Backend(functools.partial(launch, core), lambda *args: core.declines(*activations(*args)) or also(*args))
 
 
 def float_vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     """Dense float32 copies of per-channel vectors (themselves where they are that already); None stays None."""
     return [None if v is None else v.detach().to(torch.float32).contiguous() for v in vectors]
-
-
-def address(t: Tensor | None) -> int:
-    """What the kernels take for a tensor: its address, 0 for None. The caller keeps the tensor alive."""
-    return 0 if t is None else t.data_ptr()
-
-
-def declines(first: Tensor, *rest: Tensor | None) -> str:
-    """Why the kernels leave these activations to the reference, or ""."""
-    if first.dtype not in DTYPE_CODES:
-        return f"native kernels compute in float32 and bfloat16, got {first.dtype}"
-    if any(t is not None and (t.dtype != first.dtype or t.device != first.device) for t in rest):
-        return "native kernels take activations of one dtype and one device"
-    return "an empty tensor" if any(t is not None and t.numel() == 0 for t in (first, *rest)) else ""

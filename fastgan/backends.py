@@ -91,6 +91,13 @@ def _missing(name: str) -> str:
         built = module.build_info()["cuda"] if module else None
         if not built:
             return reason or "fastgan._C was built without CUDA: no nvcc was found (FASTGAN_CUDA=1 insists on one)"
+        facts = module.cuda_devices() if module else {}
+        runtime, driver = (facts[name] // 1000 for name in ("runtime", "driver"))
+        if 0 < driver < runtime:
+            return (
+                f"fastgan._C was built with CUDA {runtime}, and the driver knows CUDA {driver} at most; "
+                f"update the driver or reinstall fastgan with the toolkit of CUDA {driver}"
+            )
     if name == "triton":
         try:
             import triton

@@ -119,9 +119,9 @@ def test_errors_are_one_clear_sentence():
 
 
 def test_native_declines_with_a_reason():
-    assert "float32 and bfloat16" in card.native_declines(
-        torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 1, 1), None
-    )
+    x, weight = torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 1, 1)
+    declines = card.op.backends["native"].declines
+    assert "float32 and bfloat16" in declines(x, weight, None, [1, 1], [0, 0], [1, 1], 1, "identity", 0.0)
 
 
 def test_cost_counts_each_tensor_once():

@@ -625,7 +625,7 @@ def test_interpolate(table, n, m, dtype):
     real, fake = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] for _ in range(2))
     epsilon, y = torch.rand(n), Guarded(n * m, DTYPES[dtype])
     epsilon[0] = 1.0
-    _C.interpolate(dtype, pointer(real), pointer(fake), pointer(epsilon), pointer(y), n, m, 2)
+    _C.interpolate_forward(dtype, pointer(real), pointer(fake), pointer(epsilon), pointer(y), n, m, 2)
     e = epsilon.double().repeat_interleave(m)
     check(y.get(), e * real.double() + (1 - e) * fake.double(), dtype, "y")
     assert torch.equal(y.get()[:m], real[:m])
@@ -639,7 +639,7 @@ def test_grad_norm_penalty(table, n, m, dtype, target):
     if n > 1:
         g[:m] = 0  # a sample whose gradient vanishes
     penalty, norm, dg = Guarded(n), Guarded(n), Guarded(n * m, DTYPES[dtype])
-    _C.grad_norm_penalty_forward(dtype, pointer(g), target, pointer(penalty), pointer(norm), n, m, 2)
+    _C.grad_norm_penalty_forward(dtype, pointer(g), pointer(penalty), pointer(norm), n, m, target, 2)
     rows = g.double().view(n, m)
     want = rows.norm(dim=1)
     check(norm.get(), want, F32, "norm")
@@ -648,7 +648,7 @@ def test_grad_norm_penalty(table, n, m, dtype, target):
     dpenalty = torch.randn(n)
     norm = norm.get().clone()
     _C.grad_norm_penalty_backward(
-        dtype, pointer(dpenalty), pointer(g), pointer(norm), target, pointer(dg), n, m, 2
+        dtype, pointer(dpenalty), pointer(g), pointer(norm), pointer(dg), n, m, target, 2
     )  # fmt: skip
     check(dg.get(), (dpenalty.double() * slope)[:, None] * rows, dtype, "dg")
 
@@ -682,7 +682,7 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
             SLOPE, threads,
         )  # fmt: skip
         more = [torch.full((n,), torch.nan), torch.full((n,), torch.nan)]
-        _C.grad_norm_penalty_forward(F32, pointer(x), 1.0, pointer(more[0]), pointer(more[1]), n, c * hw, threads)
+        _C.grad_norm_penalty_forward(F32, pointer(x), pointer(more[0]), pointer(more[1]), n, c * hw, 1.0, threads)
         return out + small + more
 
     first, again, alone = run(8), run(8), run(1)
@@ -704,8 +704,8 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
         (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 1), "kind must be"),
         (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 1), "side must be"),
-        (lambda: _C.interpolate(0, 8, 8, 8, 8, 2, 0, 1), "M at least 1"),
-        (lambda: _C.grad_norm_penalty_forward(0, 8, 1.0, 8, 8, -1, 4, 1), "N must be at least 0"),
+        (lambda: _C.interpolate_forward(0, 8, 8, 8, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),
+        (lambda: _C.grad_norm_penalty_forward(0, 8, 8, 8, -1, 4, 1.0, 1), "N and E must be at least 1"),
         (lambda: _C.use_table("sse9"), "sse9"),
     ],
 )

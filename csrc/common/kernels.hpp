@@ -6,12 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace fg {
+#include "common/codes.hpp"
 
-enum DType : int { F32 = 0, BF16 = 1 };
-enum Act : int { ACT_IDENTITY = 0, ACT_RELU = 1, ACT_LEAKY_RELU = 2, ACT_TANH = 3, ACT_SIGMOID = 4 };
-enum Loss : int { LOSS_BCE = 0, LOSS_MINIMAX, LOSS_LSGAN, LOSS_HINGE, LOSS_WASSERSTEIN, LOSS_RELATIVISTIC };
-enum Side : int { SIDE_D = 0, SIDE_G = 1 };
+namespace fg {
 
 // Geometry of a forward convolution x[N,C,H,W] -> y[N,K,OH,OW] with weight [K, C/groups, R, S].
 // OH and OW are given, not derived: output_padding of a transposed convolution makes them ambiguous.
@@ -148,24 +145,24 @@ struct GanLossArgs {
   int threads;
 };
 
-// N samples of M elements each, dense, all in one layout.
+// N samples of E elements each, dense, all in one layout.
 struct InterpolateArgs {
   DType dtype;
   const void *real, *fake;
   const float* epsilon;  // [N]
   void* y;
-  int64_t N, M;
+  int64_t N, E;
   int threads;
 };
 
 struct GradNormPenaltyArgs {
   DType dtype;
-  const void* gradient;  // [N][M]
+  const void* gradient;   // [N][E]
+  const float* dpenalty;  // [N], backward
+  float *penalty, *norm;  // [N]: written forward; backward reads norm
+  void* dgradient;        // [N][E], backward
+  int64_t N, E;
   float target;
-  float *penalty, *norm;  // forward: [N]; backward reads norm
-  const float* dpenalty;  // backward: [N]
-  void* dgradient;        // backward: [N][M]
-  int64_t N, M;
   int threads;
 };
 
@@ -185,7 +182,7 @@ struct Table {
   void (*bias_act_backward)(const BiasActShape&, const BiasActBackwardArgs&);
   void (*gan_loss_forward)(const GanLossArgs&);
   void (*gan_loss_backward)(const GanLossArgs&);
-  void (*interpolate)(const InterpolateArgs&);
+  void (*interpolate_forward)(const InterpolateArgs&);
   void (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&);
   void (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&);
 };

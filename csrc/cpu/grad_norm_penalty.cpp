@@ -13,14 +13,14 @@ namespace {
 template <class T>
 void forward(const GradNormPenaltyArgs& a) {
   const T* g = static_cast<const T*>(a.gradient);
-  const int64_t blocks = blocks_of(a.M);
+  const int64_t blocks = blocks_of(a.E);
   Scratch scratch(Scratch::bytes_for<double>(a.N * blocks));
   double* sums = scratch.cut<double>(a.N * blocks);
-#pragma omp parallel num_threads(team_for(a.N* a.M, a.threads))
-  each_block(a.N, a.M, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t block) {
+#pragma omp parallel num_threads(team_for(a.N* a.E, a.threads))
+  each_block(a.N, a.E, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t block) {
     vf s[2] = {zero(), zero()};  // two chains: one would wait for the adder's latency
     int chain = 0;
-    each(n * a.M + begin, n * a.M + end, [&](int64_t i, int lanes) {
+    each(n * a.E + begin, n * a.E + end, [&](int64_t i, int lanes) {
       const vf v = load_some(g + i, lanes);
       s[chain] = fma(v, v, s[chain]);
       chain ^= 1;
@@ -40,12 +40,12 @@ template <class T>
 void backward(const GradNormPenaltyArgs& a) {
   const T* g = static_cast<const T*>(a.gradient);
   T* dg = static_cast<T*>(a.dgradient);
-#pragma omp parallel num_threads(team_for(a.N* a.M, a.threads))
-  each_block(a.N, a.M, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t) {
+#pragma omp parallel num_threads(team_for(a.N* a.E, a.threads))
+  each_block(a.N, a.E, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t) {
     const float norm = a.norm[n];
     const float slope = a.target == 0.0f ? 2.0f : norm > 0.0f ? 2.0f - 2.0f * a.target / norm : 0.0f;
     const vf scale = set1(a.dpenalty[n] * slope);
-    each(n * a.M + begin, n * a.M + end,
+    each(n * a.E + begin, n * a.E + end,
          [&](int64_t i, int lanes) { store_some(dg + i, scale * load_some(g + i, lanes), lanes); });
   });
 }

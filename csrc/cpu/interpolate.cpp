@@ -10,10 +10,10 @@ template <class T>
 void forward(const InterpolateArgs& a) {
   const T *real = static_cast<const T*>(a.real), *fake = static_cast<const T*>(a.fake);
   T* y = static_cast<T*>(a.y);
-#pragma omp parallel num_threads(team_for(a.N* a.M, a.threads))
-  each_block(a.N, a.M, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t) {
+#pragma omp parallel num_threads(team_for(a.N* a.E, a.threads))
+  each_block(a.N, a.E, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t) {
     const vf e = set1(a.epsilon[n]), rest = set1(1.0f - a.epsilon[n]);
-    each(n * a.M + begin, n * a.M + end, [&](int64_t i, int lanes) {
+    each(n * a.E + begin, n * a.E + end, [&](int64_t i, int lanes) {
       // the ends are exact: 1 real + 0 fake
       store_some(y + i, fma(e, load_some(real + i, lanes), rest * load_some(fake + i, lanes)), lanes);
     });
@@ -22,6 +22,8 @@ void forward(const InterpolateArgs& a) {
 
 }  // namespace
 
-void interpolate(const InterpolateArgs& args) { args.dtype == BF16 ? forward<bf16>(args) : forward<float>(args); }
+void interpolate_forward(const InterpolateArgs& args) {
+  args.dtype == BF16 ? forward<bf16>(args) : forward<float>(args);
+}
 
 }  // namespace fg::ISA

@@ -23,7 +23,7 @@ void bias_act_forward(const BiasActShape&, const BiasActForwardArgs&);
 void bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&);
 void gan_loss_forward(const GanLossArgs&);
 void gan_loss_backward(const GanLossArgs&);
-void interpolate(const InterpolateArgs&);
+void interpolate_forward(const InterpolateArgs&);
 void grad_norm_penalty_forward(const GradNormPenaltyArgs&);
 void grad_norm_penalty_backward(const GradNormPenaltyArgs&);
 
@@ -51,7 +51,7 @@ const Table table = {
     ELEMENTWISE::bias_act_backward,
     ELEMENTWISE::gan_loss_forward,
     ELEMENTWISE::gan_loss_backward,
-    ELEMENTWISE::interpolate,
+    ELEMENTWISE::interpolate_forward,
     ELEMENTWISE::grad_norm_penalty_forward,
     ELEMENTWISE::grad_norm_penalty_backward,
 };

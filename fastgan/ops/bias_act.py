@@ -2,7 +2,7 @@
 
 Formula      y = phi(x + bias[channel]);  phi: identity, relu, leaky_relu, tanh, sigmoid
 Shapes       x [N,C,*], bias [C] or None -> y like x
-Dtypes       float32, bfloat16 (computed in float32) natively, float16 too in Triton; every floating torch dtype
+Dtypes       float32, bfloat16 natively (computed in float32), float16 too in CUDA and Triton; every floating torch dtype
              through the reference
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype; bias may be of another
@@ -12,7 +12,7 @@ Saves        y
 Traffic      2 accesses an element forward, 3 backward (dy, y, dx; dbias on the way); PyTorch 4 and 4
 FLOPs        2 an element forward, 2 backward (tanh, sigmoid counted as one)
 Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference
+Backends     cuda, triton, native, reference
 Source       the chain rule
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 
 
 def cost(x: Tensor) -> dict[str, int]:
@@ -45,14 +45,14 @@ def reference(x, bias, activation, slope):
     return y.clone() if y is x else y
 
 
-def native(x, bias, activation, slope):
+def launch(core, x, bias, activation, slope):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     (bias,) = _native.float_vectors(bias)
     y = torch.empty_like(x)
-    _native.core().bias_act_forward(
-        _native.DTYPE_CODES[x.dtype], x.data_ptr(), _native.address(bias), y.data_ptr(), *planes(x), channels_last,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "bias_act_forward", x, _native.DTYPE_CODES[x.dtype], x, bias, y, *planes(x), channels_last,
+        _activation.CODES[activation], slope,
     )  # fmt: skip
     return y
 
@@ -66,7 +66,7 @@ op = Op(
     "bias_act(Tensor x, Tensor? bias, str activation, float slope) -> Tensor",
     reference=reference,
     fake=lambda x, bias, activation, slope: like(x),
-    backends={"native": Backend(native, lambda x, *rest: _native.declines(x)), "triton": triton("bias_act")},
+    backends={**_native.backends(launch, lambda x, *rest: (x,)), "triton": triton("bias_act")},
     example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0),
 )
 
@@ -110,14 +110,13 @@ def reference_backward(dy, y, activation, slope, want_bias):
     return dx, dbias
 
 
-def native_backward(dy, y, activation, slope, want_bias):
+def launch_backward(core, dy, y, activation, slope, want_bias):
     channels_last = is_channels_last(y)
     dy, y = dense(dy, channels_last), dense(y, channels_last)
     dx, dbias = torch.empty_like(y), y.new_empty(y.shape[1] if want_bias else 0, dtype=torch.float32)
-    _native.core().bias_act_backward(
-        _native.DTYPE_CODES[y.dtype], dy.data_ptr(), y.data_ptr(), dx.data_ptr(),
-        dbias.data_ptr() if want_bias else 0, *planes(y), channels_last,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "bias_act_backward", y, _native.DTYPE_CODES[y.dtype], dy, y, dx, dbias if want_bias else None, *planes(y),
+        channels_last, _activation.CODES[activation], slope,
     )  # fmt: skip
     return dx, dbias
 
@@ -131,7 +130,7 @@ backward = Op(
     reference=reference_backward,
     fake=fake_backward,
     backends={
-        "native": Backend(native_backward, lambda dy, y, *rest: _native.declines(dy, y)),
+        **_native.backends(launch_backward, lambda dy, y, *rest: (dy, y)),
         "triton": triton("bias_act", "bias_act_backward"),
     },
     example=lambda: (*draw((2, 5, 4, 3), (2, 5, 4, 3)), "leaky_relu", 0.3, True),

@@ -4,8 +4,8 @@ Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t =
              training: mean, var of each channel over its group's samples and pixels; group g holds the samples
              [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
-Dtypes       x float32, bfloat16 natively, float16 too in Triton, every floating dtype through the reference; weight,
-             bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in CUDA and Triton, every floating dtype through the reference;
+             weight, bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 parameters, as torch's batch norm does
 Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise
@@ -16,7 +16,7 @@ Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice
              batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference
+Backends     cuda, triton, native, reference
 Source       Ioffe and Szegedy, Batch Normalization (2015); double backward derived in docs/maths.md
 """
 
@@ -29,9 +29,8 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
-from fastgan._native import address as at
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
@@ -86,7 +85,7 @@ def reference(x, weight, bias, running_mean, running_var, training, eps, activat
     return dense(y, is_channels_last(x)), mean, var
 
 
-def native(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
+def launch(core, x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     y = torch.empty_like(x)
@@ -95,10 +94,9 @@ def native(x, weight, bias, running_mean, running_var, training, eps, activation
     else:
         mean, var = (s.to(torch.float32, copy=True).unsqueeze(0) for s in (running_mean, running_var))
     weight, bias = _native.float_vectors(weight, bias)
-    _native.core().bn_act_forward(
-        _native.DTYPE_CODES[x.dtype], x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(),
-        y.data_ptr(), *planes(x), groups, channels_last, training, eps,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "bn_act_forward", x, _native.DTYPE_CODES[x.dtype], x, weight, bias, mean, var, y, *planes(x), groups,
+        channels_last, training, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
     return y, mean, var
 
@@ -112,7 +110,7 @@ op = Op(
     " float eps, str activation, float slope, int groups) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, lambda x, *rest: _native.declines(x)), "triton": triton("bn_act")},
+    backends={**_native.backends(launch, lambda x, *rest: (x,)), "triton": triton("bn_act")},
     example=lambda: (*draw((4, 5, 4, 3), (5,), (5,)), None, None, True, 1e-5, "leaky_relu", 0.2, 2),
 )
 
@@ -162,16 +160,15 @@ def reference_backward(dy, x, weight, bias, mean, var, training, eps, activation
     return dense(dx, is_channels_last(x)), dweight.to(dtype), dbias.to(dtype)
 
 
-def native_backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):
+def launch_backward(core, dy, x, weight, bias, mean, var, training, eps, activation, slope):
     channels_last = is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     dx, dweight = torch.empty_like(x), x.new_empty(x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight)
     weight, bias = _native.float_vectors(weight, bias)
-    _native.core().bn_act_backward(
-        _native.DTYPE_CODES[x.dtype], dy.data_ptr(), x.data_ptr(), at(weight), at(bias), mean.data_ptr(),
-        var.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *planes(x), len(mean), channels_last,
-        training, eps, _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "bn_act_backward", x, _native.DTYPE_CODES[x.dtype], dy, x, weight, bias, mean, var, dx, dweight, dbias,
+        *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -187,7 +184,7 @@ backward = Op(
     reference=reference_backward,
     fake=fake_backward,
     backends={
-        "native": Backend(native_backward, lambda dy, x, *rest: _native.declines(dy, x)),
+        **_native.backends(launch_backward, lambda dy, x, *rest: (dy, x)),
         "triton": triton("bn_act", "bn_act_backward"),
     },
     example=lambda: (
@@ -264,18 +261,19 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     return back(u * mask), back(d_x), (rstd * a).sum(0)
 
 
-def native_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope):
+def launch_double_backward(
+    core, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope
+):
     channels_last = is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     ddx = None if ddx is None else dense(ddx, channels_last)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     d_weight = x.new_empty(x.shape[1], dtype=torch.float32)
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
-    _native.core().bn_act_double_backward(
-        _native.DTYPE_CODES[x.dtype], at(ddx), at(ddweight), at(ddbias), dy.data_ptr(),
-        x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(),
-        d_weight.data_ptr(), *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
-        torch.get_num_threads(),
+    core.call(
+        "bn_act_double_backward", x,
+        _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
+        d_dy, d_x, d_weight, *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
     return d_dy, d_x, d_weight
 
@@ -291,7 +289,7 @@ double_backward = Op(
     reference=reference_double_backward,
     fake=fake_double_backward,
     backends={
-        "native": Backend(native_double_backward, lambda dy, ddx, *rest: _native.declines(dy, ddx, rest[2])),
+        **_native.backends(launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2])),
         "triton": triton("bn_act", "bn_act_double_backward"),
     },
     example=lambda: (

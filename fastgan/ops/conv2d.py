@@ -3,8 +3,9 @@
 Formula      y[n,k,o] = phi(bias[k] + sum_{c,r} x[n,c, s o + d r - p] weight[k,c,r]), per spatial axis
 Shapes       x [N,C,H,W], weight [K,C/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
              OH = floor((H + 2p - d(R-1) - 1)/s) + 1
-Dtypes       float32, bfloat16 (float32 accumulation) natively; every torch dtype through the reference
-Layout       the native kernel works in channels_last and converts NCHW at its edges; y is channels_last if x or weight
+Dtypes       float32, bfloat16 (float32 accumulation) natively, float16 too in CUDA; every torch dtype through the
+             reference. CUDA multiplies float32 in TF32 only where torch's own convolutions do
+Layout       the kernels work in channels_last and convert NCHW at its edges; y is channels_last if x or weight
              suggests it, as torch decides
 Autocast     lower: x, weight and bias go to the autocast dtype
 Derivatives  first: conv_transpose2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and
@@ -12,14 +13,15 @@ Derivatives  first: conv_transpose2d, conv2d_weight, bias_act_backward. second a
 Saves        x, weight, and y where there is an activation
 Traffic      2 accesses an element of x, y in all (read x, write y); PyTorch 4 with bias and activation as own passes
 FLOPs        2 N K OH OW (C/groups) R S
-Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference (torch.nn.functional.conv2d)
+Determinism  bit-equal from run to run for one thread count, or one card and shape
+Backends     cuda, triton, native, reference (torch.nn.functional.conv2d)
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016)
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import epilogue_backward
+
+POSITIONS = 1 << 30  # the CUDA kernels hold coordinates in 32 bits, with room for taps outside the image
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -60,9 +64,11 @@ def channels_last(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.lru_cache(4096)
-def plan(x: tuple, y: tuple, kernel: tuple, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> Any:
-    """The native description of the forward convolution x [N,C,H,W] -> y [N,K,OH,OW]."""
-    return _native.core().Conv(*x, *y[1:], *kernel, *stride, *padding, *dilation, groups)
+def plan(
+    module: Any, x: tuple, y: tuple, kernel: tuple, stride: tuple, padding: tuple, dilation: tuple, groups: int
+) -> Any:
+    """A core's description of the forward convolution x [N,C,H,W] -> y [N,K,OH,OW]."""
+    return module.Conv(*x, *y[1:], *kernel, *stride, *padding, *dilation, groups)
 
 
 def input_padding(x: Any, dy: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
@@ -73,10 +79,49 @@ def input_padding(x: Any, dy: Any, weight: Any, stride: Any, padding: Any, dilat
     ]
 
 
-def native_declines(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> str:
-    if x.dim() != 4 or weight.dim() != 4:
-        return "native convolutions take batched 4-D tensors"
-    return _native.declines(x, weight, bias)
+def operand(core: _native.Core, weight: Tensor) -> Tensor:
+    """The weight as a core's kernels read it: by any strides on a CPU, [K][R][S][C/groups] in CUDA.
+
+    A reduction step of CUDA's is 16 bytes along C/groups. Of an NCHW weight they would lie in 8 sectors of 32 bytes,
+    once for every 128 pixels; this copy moves the weight twice, and a channels_last weight not at all.
+    """
+    return weight.contiguous(memory_format=CHANNELS_LAST) if core is _native.CUDA else weight
+
+
+def product_code(core: _native.Core, x: Tensor) -> int:
+    """The dtype code of a product: on a GPU float32 multiplies in TF32 where torch's own convolutions do."""
+    if core is _native.CUDA and x.dtype == torch.float32 and tf32_allowed(x):
+        return _native.TF32
+    return _native.DTYPE_CODES[x.dtype]
+
+
+def tf32_allowed(x: Tensor) -> bool:
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    cudnn: Any = torch.backends.cudnn  # torch 2.9 renamed the switch and refuses the old name after the new one was set
+    return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
+def declines(
+    core: _native.Core, pixels: Callable[[], int], x: Tensor, other: Tensor, bias: Tensor | None = None
+) -> str:
+    """Why a core leaves a convolution of x with `other` (a weight or dy) to others, or ""; pixels(): rows of y."""
+    if x.dim() != 4 or other.dim() != 4:
+        return f"{core.name} convolutions take batched 4-D tensors"
+    reason = core.declines(x, other, bias)
+    if reason or core is _native.CPU:
+        return reason
+    if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "cuda convolutions multiply bfloat16 on tensor cores of compute capability 8.0 and newer"
+    if max(pixels(), x.numel() // x.shape[1], other.numel()) >= POSITIONS:
+        return "cuda convolutions count pixels and weights below 2^30"
+    return ""
+
+
+def backends(launch: Callable[..., Tensor], declines: Callable[..., str]) -> dict[str, Backend]:
+    """{"cuda": ..., "native": ...} of one launcher launch(core, *args) and its declines(core, *args)."""
+    cores = _native.CUDA, _native.CPU
+    return {core.name: Backend(functools.partial(launch, core), functools.partial(declines, core)) for core in cores}
 
 
 # ---- the op ---------------------------------------------------------------------------------------------------------
@@ -87,17 +132,25 @@ def reference(x, weight, bias, stride, padding, dilation, groups, activation, sl
     return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
 
 
-def native(x, weight, bias, stride, padding, dilation, groups, activation, slope):
+def launch(core, x, weight, bias, stride, padding, dilation, groups, activation, slope):
     shape = output_shape(x, weight, stride, padding, dilation)
-    conv = plan(tuple(x.shape), shape, tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
-    code, x_ = _native.DTYPE_CODES[x.dtype], x.contiguous(memory_format=CHANNELS_LAST)
-    (bias,) = _native.float_vectors(bias)
+    geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
+    code, x_ = product_code(core, x), x.contiguous(memory_format=CHANNELS_LAST)
+    (bias,), w = _native.float_vectors(bias), operand(core, weight)
     y = empty(shape, x, True)
-    _native.core().conv2d(
-        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), _native.address(bias), y.data_ptr(),
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "conv2d", x, plan(core.module(), tuple(x.shape), shape, *geometry), code, x_, w, code, w.stride(), bias, y,
+        _activation.CODES[activation], slope,
     )  # fmt: skip
     return dense(y, channels_last(x, weight))
+
+
+def launch_declines(core, x, weight, bias, stride, padding, dilation, *rest):
+    def pixels():
+        n, _, h, w = output_shape(x, weight, stride, padding, dilation)
+        return n * h * w
+
+    return declines(core, pixels, x, weight, bias)
 
 
 def fake(x, weight, bias, stride, padding, dilation, groups, activation, slope):
@@ -109,7 +162,7 @@ op = Op(
     " str activation, float slope) -> Tensor",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, native_declines), "triton": triton("conv2d")},
+    backends={**backends(launch, launch_declines), "triton": triton("conv2d")},
     autocast="lower",
     example=lambda: (*draw((2, 3, 9, 8), (5, 3, 4, 3), (5,)), [2, 1], [1, 0], [1, 1], 1, "leaky_relu", 0.2),
 )

@@ -2,15 +2,17 @@
 
 Formula      dweight[k,c,r] = sum_{n,o} dy[n,k,o] x[n,c, s o + d r - p], per spatial axis
 Shapes       x [N,C,H,W], dy [N,K,OH,OW] -> dweight [K,C/groups,R,S]; OH, OW may be smaller than what x would give
-Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively; others through the reference
-Layout       native in channels_last; dweight is channels_last if asked for (as its weight is)
+Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively, float16 too in CUDA;
+             others through the reference
+Layout       kernels in channels_last; dweight is channels_last if asked for (as its weight is)
 Autocast     lower: x and dy go to the autocast dtype
 Derivatives  bilinear: conv_transpose2d for x, conv2d for dy; any order
 Saves        x, dy
 Traffic      1 access an element of x, dy, dweight
 FLOPs        2 N K OH OW (C/groups) R S
-Determinism  bit-equal from run to run for one thread count (per-thread partials, fixed order)
-Backends     native, triton, reference (ATen's convolution_backward)
+Determinism  bit-equal from run to run for one thread count, or one card and shape (partial sums are added in
+             a fixed order)
+Backends     cuda, triton, native, reference (ATen's convolution_backward)
 Source       MATHS of the forward op; the adjoint in the weight argument
 """
 
@@ -24,8 +26,8 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend, triton
-from fastgan.ops.conv2d import input_padding, output_size, plan
+from fastgan.backends import triton
+from fastgan.ops.conv2d import POSITIONS, backends, declines, input_padding, output_size, plan, product_code
 
 
 def weight_shape(x: Any, dy: Any, kernel: Any, groups: int) -> tuple[int, int, int, int]:
@@ -59,20 +61,26 @@ def reference(x, dy, kernel, stride, padding, dilation, groups, weight_channels_
     return dense(dweight, weight_channels_last)
 
 
-def native(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
-    conv = plan(tuple(x.shape), tuple(dy.shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-    code = _native.DTYPE_CODES[x.dtype]
+def launch(core, x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
+    geometry = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups
+    code = product_code(core, x)
     x_, dy_ = x.contiguous(memory_format=CHANNELS_LAST), dy.contiguous(memory_format=CHANNELS_LAST)
     dweight = empty(weight_shape(x, dy, kernel, groups), x, weight_channels_last)
-    _native.core().conv2d_weight(
-        conv, code, x_.data_ptr(), dy_.data_ptr(), dweight.data_ptr(), code, dweight.stride(),
-        torch.get_num_threads(),
+    core.call(
+        "conv2d_weight", x, plan(core.module(), tuple(x.shape), tuple(dy.shape), *geometry), code, x_, dy_, dweight,
+        code, dweight.stride(),
     )  # fmt: skip
     return dweight
 
 
-def native_declines(x, dy, *rest):
-    return _native.declines(x, dy)
+def launch_declines(core, x, dy, kernel, *rest):
+    return declines(core, lambda: dy.numel() // dy.shape[1], x, dy) or _weight_declines(core, x, dy, kernel)
+
+
+def _weight_declines(core, x, dy, kernel):
+    if core is _native.CUDA and x.shape[1] * dy.shape[1] * kernel[0] * kernel[1] >= POSITIONS:
+        return "cuda convolutions count weights below 2^30"
+    return ""
 
 
 def fake(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
@@ -84,7 +92,7 @@ op = Op(
     " bool weight_channels_last) -> Tensor",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, native_declines), "triton": triton("conv2d_weight")},
+    backends={**backends(launch, launch_declines), "triton": triton("conv2d_weight")},
     autocast="lower",
     example=lambda: (*draw((2, 3, 8, 8), (2, 5, 4, 4)), [4, 4], [2, 2], [1, 1], [1, 1], 1, False),
 )

@@ -4,15 +4,15 @@ Formula      y[n,k,o] = phi(bias[k] + sum_{c,i,r: o = s i + d r - p} x[n,c,i] we
              computed by output phase o mod s, each a dense stride-1 convolution (no zero insertion)
 Shapes       x [N,C,H,W], weight [C,K/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
              OH = (H-1) s - 2p + d(R-1) + output_padding + 1
-Dtypes       float32, bfloat16 (float32 accumulation) natively; every torch dtype through the reference
-Layout       as conv2d: native in channels_last; y is channels_last if x or weight suggests it
+Dtypes       as conv2d: float32, bfloat16 natively, float16 too in CUDA; every torch dtype through the reference
+Layout       as conv2d: kernels in channels_last; y is channels_last if x or weight suggests it
 Autocast     lower: x, weight and bias go to the autocast dtype
 Derivatives  first: conv2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and closed)
 Saves        x, weight, and y where there is an activation
 Traffic      2 accesses an element of x, y in all; PyTorch 4 with bias and activation as own passes
 FLOPs        2 N C H W (K/groups) R S at most (taps that fall outside y are not computed)
-Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference (torch.nn.functional.conv_transpose2d)
+Determinism  bit-equal from run to run for one thread count, or one card and shape
+Backends     cuda, triton, native, reference (torch.nn.functional.conv_transpose2d)
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016); phases: docs/maths.md
 """
 
@@ -26,9 +26,9 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 from fastgan.ops.bias_act import epilogue_backward
-from fastgan.ops.conv2d import channels_last, native_declines, plan
+from fastgan.ops.conv2d import backends, channels_last, declines, operand, plan, product_code
 
 
 def output_shape(
@@ -61,17 +61,25 @@ def reference(x, weight, bias, stride, padding, output_padding, groups, dilation
     return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
 
 
-def native(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+def launch(core, x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
     shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
-    conv = plan(shape, tuple(x.shape), tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
-    code, x_ = _native.DTYPE_CODES[x.dtype], x.contiguous(memory_format=CHANNELS_LAST)
-    (bias,) = _native.float_vectors(bias)
+    geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
+    code, x_ = product_code(core, x), x.contiguous(memory_format=CHANNELS_LAST)
+    (bias,), w = _native.float_vectors(bias), operand(core, weight)
     y = empty(shape, x, True)
-    _native.core().conv_transpose2d(
-        conv, code, x_.data_ptr(), weight.data_ptr(), code, weight.stride(), _native.address(bias), y.data_ptr(),
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "conv_transpose2d", x, plan(core.module(), shape, tuple(x.shape), *geometry), code, x_, w, code, w.stride(),
+        bias, y, _activation.CODES[activation], slope,
     )  # fmt: skip
     return dense(y, channels_last(x, weight))
+
+
+def launch_declines(core, x, weight, bias, stride, padding, output_padding, groups, dilation, *rest):
+    def pixels():
+        n, _, h, w = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+        return n * h * w
+
+    return declines(core, pixels, x, weight, bias)
 
 
 def fake(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
@@ -84,7 +92,7 @@ op = Op(
     " int groups, int[] dilation, str activation, float slope) -> Tensor",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, native_declines), "triton": triton("conv_transpose2d")},
+    backends={**backends(launch, launch_declines), "triton": triton("conv_transpose2d")},
     autocast="lower",
     example=lambda: (*draw((2, 3, 5, 4), (3, 5, 4, 3), (5,)), [2, 1], [1, 0], [0, 0], 1, [1, 1], "tanh", 0.0),
 )

@@ -19,7 +19,7 @@ Saves        the logits
 Traffic      1 access a logit forward, 2 backward; no target tensor is made
 FLOPs        about 10 a logit
 Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference
+Backends     cuda, triton, native, reference
 Source       Goodfellow et al. (2014) bce, minimax; Mao et al. (2017) lsgan; Lim and Ye (2017) hinge; Arjovsky et al.
              (2017) wasserstein; Huang et al., R3GAN (2024) relativistic pairing
 """
@@ -33,7 +33,7 @@ from torch.nn.functional import softplus
 from fastgan import _native
 from fastgan._layout import accumulation_dtype
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 
 KINDS = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
 SIDES = ("d", "g")
@@ -133,13 +133,12 @@ def reference(fake, real, kind, side, smoothing):
     return formula(f, r, kind, side, smoothing).to(fake.dtype), torch.stack(statistics)
 
 
-def native(fake, real, kind, side, smoothing):
+def launch(core, fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
     out = fake.new_empty(7, dtype=torch.float32)
-    _native.core().gan_loss_forward(
-        _native.DTYPE_CODES[fake.dtype], fake.data_ptr(), fake.numel(), _native.address(real),
-        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, out.data_ptr(),
-        torch.get_num_threads(),
+    core.call(
+        "gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], fake, fake.numel(), real,
+        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, out,
     )  # fmt: skip
     return out[0].to(fake.dtype, copy=True), out[1:].clone()
 
@@ -152,10 +151,7 @@ op = Op(
     "gan_loss(Tensor fake, Tensor? real, str kind, str side, float smoothing) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake_shapes,
-    backends={
-        "native": Backend(native, lambda fake, real, *rest: _native.declines(fake, real)),
-        "triton": triton("gan_loss"),
-    },
+    backends={**_native.backends(launch, lambda fake, real, *rest: (fake, real)), "triton": triton("gan_loss")},
     autocast="float32",
     example=lambda: (*draw((7,), (7,)), "bce", "d", 0.1),
 )
@@ -187,15 +183,15 @@ def reference_backward(dloss, fake, real, kind, side, smoothing):
     return (dloss * dfake).to(fake.dtype).contiguous(), dreal.to(fake.dtype).contiguous()
 
 
-def native_backward(dloss, fake, real, kind, side, smoothing):
+def launch_backward(core, dloss, fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
     dloss = dloss.to(torch.float32)
     dfake = torch.empty_like(fake)
     dreal = fake.new_empty(0) if real is None else torch.empty_like(real)
-    _native.core().gan_loss_backward(
-        _native.DTYPE_CODES[fake.dtype], dloss.data_ptr(), fake.data_ptr(), fake.numel(), _native.address(real),
-        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, dfake.data_ptr(),
-        0 if real is None else dreal.data_ptr(), torch.get_num_threads(),
+    core.call(
+        "gan_loss_backward", fake, _native.DTYPE_CODES[fake.dtype], dloss, fake, fake.numel(), real,
+        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, dfake,
+        None if real is None else dreal,
     )  # fmt: skip
     return dfake, dreal
 
@@ -211,7 +207,7 @@ backward = Op(
     reference=reference_backward,
     fake=fake_backward_shapes,
     backends={
-        "native": Backend(native_backward, lambda dloss, fake, real, *rest: _native.declines(fake, real)),
+        **_native.backends(launch_backward, lambda dloss, fake, real, *rest: (fake, real)),
         "triton": triton("gan_loss", "gan_loss_backward"),
     },
     autocast="float32",

@@ -4,8 +4,8 @@ Formula      per sample and group of C/groups channels, M = C/groups * pixels el
              xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
              Instance norm: groups = C. Layer norm over D trailing elements: x viewed as [rows, D], groups = 1
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [N,groups]
-Dtypes       x float32, bfloat16 natively, float16 too in Triton, every floating dtype through the reference; weight
-             and bias may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
+Dtypes       x float32, bfloat16 natively, float16 too in CUDA and Triton, every floating dtype through the reference;
+             weight and bias may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 statistics and parameters, as bn_act does (torch's CUDA autocast
              runs group and layer norm wholly in float32)
@@ -16,8 +16,8 @@ Traffic      3 accesses an element forward, 5 backward, 8 double backward; 2, 3 
              a group (NCHW) stays in the cache. PyTorch's group norm + leaky ReLU: 5, 8, and about 100 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference (PyTorch's group, instance and layer norm; its channels_last group norm loses the
-             variance where the mean is a thousand standard deviations away, ours does not)
+Backends     cuda, triton, native, reference (PyTorch's group, instance and layer norm; its channels_last group norm
+             loses the variance where the mean is a thousand standard deviations away, ours does not)
 Source       Wu and He, Group Normalization (2018); Ulyanov et al., Instance Normalization (2016); Ba et al., Layer
              Normalization (2016); double backward derived in docs/maths.md, section 5
 """
@@ -31,9 +31,8 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, planes
-from fastgan._native import address as at
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
@@ -78,6 +77,12 @@ def _is_layer_norm(x: Tensor, groups: int) -> bool:
     return groups == 1 and x.dim() == 2
 
 
+def _cuda_declines(x: Tensor) -> str:
+    """The CUDA kernels keep sums per sample and channel: as much memory as x itself where a sample has few pixels."""
+    pixels = planes(x)[2]
+    return "" if pixels >= 16 else f"cuda kernels want at least 16 pixels a sample, got {pixels}"
+
+
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
@@ -99,16 +104,15 @@ def reference(x, weight, bias, groups, eps, activation, slope):
     return dense(_activation.apply(t, activation, slope), channels_last), mean.to(dtype), var
 
 
-def native(x, weight, bias, groups, eps, activation, slope):
+def launch(core, x, weight, bias, groups, eps, activation, slope):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     y = torch.empty_like(x)
     mean, var = _statistics_like(x, groups)
     weight, bias = _native.float_vectors(weight, bias)
-    _native.core().gn_act_forward(
-        _native.DTYPE_CODES[x.dtype], x.data_ptr(), at(weight), at(bias), mean.data_ptr(), var.data_ptr(),
-        y.data_ptr(), *planes(x), groups, channels_last, eps, _activation.CODES[activation], slope,
-        torch.get_num_threads(),
+    core.call(
+        "gn_act_forward", x, _native.DTYPE_CODES[x.dtype], x, weight, bias, mean, var, y, *planes(x), groups,
+        channels_last, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
     return y, mean, var
 
@@ -122,7 +126,10 @@ op = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, lambda x, *rest: _native.declines(x)), "triton": triton("gn_act")},
+    backends={
+        **_native.backends(launch, lambda x, *rest: (x,), lambda x, *rest: _cuda_declines(x)),
+        "triton": triton("gn_act"),
+    },
     example=lambda: (*draw((3, 6, 4, 3), (6,), (6,)), 2, 1e-5, "leaky_relu", 0.2),
 )
 
@@ -198,16 +205,15 @@ def _instance_norm_backward(dt, x, weight, mean, rstd, eps, wanted):
     return dx.view(x.shape), *(g.view(n, c).sum(0) if w else None for g, w in zip(grads, wanted[1:], strict=True))
 
 
-def native_backward(dy, x, weight, bias, mean, var, eps, activation, slope):
+def launch_backward(core, dy, x, weight, bias, mean, var, eps, activation, slope):
     channels_last = is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     dx, dweight, dbias = torch.empty_like(x), _gradient_like(x, weight), _gradient_like(x, bias)
     weight, bias = _native.float_vectors(weight, bias)
-    _native.core().gn_act_backward(
-        _native.DTYPE_CODES[x.dtype], dy.data_ptr(), x.data_ptr(), at(weight), at(bias), mean.data_ptr(),
-        var.data_ptr(), dx.data_ptr(), 0 if weight is None else dweight.data_ptr(),
-        0 if bias is None else dbias.data_ptr(), *planes(x), mean.shape[1], channels_last, eps,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "gn_act_backward", x, _native.DTYPE_CODES[x.dtype], dy, x, weight, bias, mean, var, dx,
+        None if weight is None else dweight, None if bias is None else dbias, *planes(x), mean.shape[1],
+        channels_last, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -222,7 +228,7 @@ backward = Op(
     reference=reference_backward,
     fake=fake_backward,
     backends={
-        "native": Backend(native_backward, lambda dy, x, *rest: _native.declines(dy, x)),
+        **_native.backends(launch_backward, lambda dy, x, *rest: (dy, x), lambda dy, x, *rest: _cuda_declines(x)),
         "triton": triton("gn_act", "gn_act_backward"),
     },
     example=lambda: (
@@ -307,17 +313,17 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     return back(u if mask is None else u * mask), back(d_x), d_weight
 
 
-def native_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, eps, activation, slope):
+def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, eps, activation, slope):
     channels_last = is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     ddx = None if ddx is None else dense(ddx, channels_last)
     d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), _gradient_like(x, weight)
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
-    _native.core().gn_act_double_backward(
-        _native.DTYPE_CODES[x.dtype], at(ddx), at(ddweight), at(ddbias), dy.data_ptr(), x.data_ptr(), at(weight),
-        at(bias), mean.data_ptr(), var.data_ptr(), d_dy.data_ptr(), d_x.data_ptr(),
-        0 if weight is None else d_weight.data_ptr(), *planes(x), mean.shape[1], channels_last, eps,
-        _activation.CODES[activation], slope, torch.get_num_threads(),
+    core.call(
+        "gn_act_double_backward", x,
+        _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
+        d_dy, d_x, None if weight is None else d_weight, *planes(x), mean.shape[1], channels_last, eps,
+        _activation.CODES[activation], slope,
     )  # fmt: skip
     return d_dy, d_x, d_weight
 
@@ -332,7 +338,9 @@ double_backward = Op(
     reference=reference_double_backward,
     fake=fake_double_backward,
     backends={
-        "native": Backend(native_double_backward, lambda dy, ddx, *rest: _native.declines(dy, ddx, rest[2])),
+        **_native.backends(
+            launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2]), lambda dy, *rest: _cuda_declines(dy)
+        ),
         "triton": triton("gn_act", "gn_act_double_backward"),
     },
     example=lambda: (

@@ -13,7 +13,7 @@ Saves        gradient, norm
 Traffic      1 access an element forward, 2 backward; PyTorch's square, sum, sqrt: 3 and 4
 FLOPs        2 an element forward, 1 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     native, triton, reference
+Backends     cuda, triton, native, reference
 Source       Gulrajani et al. (2017); Mescheder et al., Which Training Methods for GANs do actually Converge? (2018);
              derivatives: docs/maths.md, section 4
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 
@@ -60,13 +60,12 @@ def reference(gradient, target):
     return (norm - target).square(), norm
 
 
-def native(gradient, target):
+def launch(core, gradient, target):
     gradient = dense(gradient, is_channels_last(gradient))
-    norm = gradient.new_empty(len(gradient), dtype=torch.float32)
-    penalty = torch.empty_like(norm)
-    _native.core().grad_norm_penalty_forward(
-        _native.DTYPE_CODES[gradient.dtype], gradient.data_ptr(), target, penalty.data_ptr(), norm.data_ptr(),
-        len(gradient), gradient[0].numel(), torch.get_num_threads(),
+    penalty, norm = fake(gradient, target)
+    core.call(
+        "grad_norm_penalty_forward", gradient, _native.DTYPE_CODES[gradient.dtype], gradient, penalty, norm,
+        len(gradient), gradient.numel() // len(gradient), target,
     )  # fmt: skip
     return penalty, norm
 
@@ -80,10 +79,7 @@ op = Op(
     "grad_norm_penalty(Tensor gradient, float target) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={
-        "native": Backend(native, lambda gradient, target: _native.declines(gradient)),
-        "triton": triton("grad_norm_penalty"),
-    },
+    backends={**_native.backends(launch, lambda gradient, target: (gradient,)), "triton": triton("grad_norm_penalty")},
     example=lambda: (*draw((3, 2, 4, 5)), 1.0),
 )
 
@@ -112,13 +108,13 @@ def reference_backward(dpenalty, gradient, norm, target):
     return torch.mul(gradient, scale, out=out)
 
 
-def native_backward(dpenalty, gradient, norm, target):
+def launch_backward(core, dpenalty, gradient, norm, target):
     gradient = dense(gradient, is_channels_last(gradient))
     dpenalty, norm = _native.float_vectors(dpenalty, norm)
     dgradient = torch.empty_like(gradient)
-    _native.core().grad_norm_penalty_backward(
-        _native.DTYPE_CODES[gradient.dtype], dpenalty.data_ptr(), gradient.data_ptr(), norm.data_ptr(), target,
-        dgradient.data_ptr(), len(gradient), gradient[0].numel(), torch.get_num_threads(),
+    core.call(
+        "grad_norm_penalty_backward", gradient, _native.DTYPE_CODES[gradient.dtype], dpenalty, gradient, norm,
+        dgradient, len(gradient), gradient.numel() // len(gradient), target,
     )  # fmt: skip
     return dgradient
 
@@ -128,7 +124,7 @@ backward = Op(
     reference=reference_backward,
     fake=lambda dpenalty, gradient, norm, target: like(gradient),
     backends={
-        "native": Backend(native_backward, lambda dpenalty, gradient, *rest: _native.declines(gradient)),
+        **_native.backends(launch_backward, lambda dp, gradient, *rest: (gradient,)),
         "triton": triton("grad_norm_penalty", "grad_norm_penalty_backward"),
     },
     example=lambda: (*draw((3,), (3, 2, 4, 5)), draw((3,))[0].abs() + 0.5, 1.0),

@@ -11,7 +11,7 @@ Saves        epsilon, and real, fake where epsilon wants a gradient
 Traffic      3 accesses an element (PyTorch's lerp the same; e * real + (1 - e) * fake written out: 8)
 FLOPs        3 an element
 Determinism  bit-equal from run to run
-Backends     native, triton, reference (torch.lerp)
+Backends     cuda, triton, native, reference (torch.lerp)
 Source       Gulrajani et al., Improved Training of Wasserstein GANs (2017)
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import Op, draw
-from fastgan.backends import Backend, triton
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 
@@ -42,14 +42,14 @@ def reference(real, fake, epsilon):
     return dense(y, is_channels_last(real))
 
 
-def native(real, fake, epsilon):
+def launch(core, real, fake, epsilon):
     channels_last = is_channels_last(real)
     real, fake = dense(real, channels_last), dense(fake, channels_last)
     (epsilon,) = _native.float_vectors(epsilon)
     y = torch.empty_like(real)
-    _native.core().interpolate(
-        _native.DTYPE_CODES[real.dtype], real.data_ptr(), fake.data_ptr(), epsilon.data_ptr(), y.data_ptr(),
-        len(real), real[0].numel(), torch.get_num_threads(),
+    core.call(
+        "interpolate_forward", real, _native.DTYPE_CODES[real.dtype], real, fake, epsilon, y, len(real),
+        real.numel() // len(real),
     )  # fmt: skip
     return y
 
@@ -58,10 +58,7 @@ op = Op(
     "interpolate(Tensor real, Tensor fake, Tensor epsilon) -> Tensor",
     reference=reference,
     fake=lambda real, fake, epsilon: like(real),
-    backends={
-        "native": Backend(native, lambda real, fake, epsilon: _native.declines(real, fake)),
-        "triton": triton("interpolate"),
-    },
+    backends={**_native.backends(launch, lambda real, fake, epsilon: (real, fake)), "triton": triton("interpolate")},
     example=lambda: (*draw((3, 2, 4, 5), (3, 2, 4, 5)), torch.rand(3)),
 )
 

@@ -1,0 +1,94 @@
+// Batch norm + activation in two passes: sums, a small kernel that turns them into coefficients, and the elements.
+#include "cuda/bn_act.cuh"
+
+#include "cuda/norm.hpp"
+
+namespace fg::cuda {
+namespace {
+
+Norm norm_of(const BnShape& s, const float* weight, const float* bias, const float* mean, const float* var) {
+  return {weight, bias, mean, var, s.eps, static_cast<int>(s.C), 1, s.act, s.slope};
+}
+
+// Workspace: the partials, then the coefficients of the elementwise pass.
+struct Workspace {
+  int64_t partials, coefs;  // floats
+  int64_t bytes() const { return (partials + coefs) * int64_t{sizeof(float)}; }
+};
+
+BnFinish finish_of(const BnShape& s, const Norm& norm, const Reduction& plan, const Workspace& w, float* memory) {
+  const double n = static_cast<double>(s.N / s.G) * static_cast<double>(s.HW);
+  return {memory, static_cast<int>(s.G),      plan.splits,         static_cast<int>(s.C),
+          norm,   s.training ? 1.0 / n : 0.0, memory + w.partials, s.G * s.C};
+}
+
+}  // namespace
+
+int64_t bn_act_forward(const BnShape& s, const BnActForwardArgs& a, const Target& target) {
+  constexpr auto op = "bn_act_forward";
+  const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
+  NormTensors t{};
+  t.dtype = s.dtype;
+  t.x = a.x;
+  t.y = a.y;
+  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  if (s.training) {
+    const Reduction plan = plan_norm(walk, t, NormSums::STATISTICS);
+    auto* partials = static_cast<float*>(target.workspace);
+    if (!partials) return plan.floats(walk, Moments::WORDS) * int64_t{sizeof(float)};
+    reduce_norm(op, walk, t, norm, NormSums::STATISTICS, plan, partials, target.stream);
+    FG_LAUNCH(bn_act_statistics_kernel, grid_of(op, s.G * divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
+              partials, plan.splits, static_cast<int>(s.C), pivot_of(walk, t, norm), a.mean, a.var);
+    check_launch(op);
+  }
+  apply_norm_forward(op, walk, t, norm, target.stream);
+  return 0;
+}
+
+int64_t bn_act_backward(const BnShape& s, const BnActBackwardArgs& a, const Target& target) {
+  constexpr auto op = "bn_act_backward";
+  const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
+  NormTensors t{};
+  t.dtype = s.dtype;
+  t.x = a.x;
+  t.dy = a.dy;
+  t.dx = a.dx;
+  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const Reduction plan = plan_norm(walk, t, NormSums::BACKWARD);
+  const Workspace w{plan.floats(walk, 2), 2 * s.G * s.C};
+  auto* memory = static_cast<float*>(target.workspace);
+  if (!memory) return w.bytes();
+  const BnFinish finish = finish_of(s, norm, plan, w, memory);
+  reduce_norm(op, walk, t, norm, NormSums::BACKWARD, plan, memory, target.stream);
+  FG_LAUNCH(bn_act_backward_finish_kernel, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
+            finish, a.dweight, a.dbias);
+  check_launch(op);
+  if (a.dx) apply_norm_backward(op, walk, t, norm, finish.k, target.stream);
+  return 0;
+}
+
+int64_t bn_act_double_backward(const BnShape& s, const BnActDoubleBackwardArgs& a, const Target& target) {
+  constexpr auto op = "bn_act_double_backward";
+  const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
+  NormTensors t{};
+  t.dtype = s.dtype;
+  t.x = a.x;
+  t.dy = a.dy;
+  t.ddx = a.ddx;
+  t.d_dy = a.d_dy;
+  t.d_x = a.d_x;
+  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const Reduction plan = plan_norm(walk, t, NormSums::DOUBLE);
+  const Workspace w{plan.floats(walk, 5), DOUBLE_COEFS * s.G * s.C};
+  auto* memory = static_cast<float*>(target.workspace);
+  if (!memory) return w.bytes();
+  const BnFinish finish = finish_of(s, norm, plan, w, memory);
+  reduce_norm(op, walk, t, norm, NormSums::DOUBLE, plan, memory, target.stream);
+  FG_LAUNCH(bn_act_double_backward_finish_kernel, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
+            target.stream, finish, a.ddweight, a.ddbias, a.d_weight);
+  check_launch(op);
+  if (a.d_dy || a.d_x) apply_norm_double(op, walk, t, norm, finish.k, target.stream);
+  return 0;
+}
+
+}  // namespace fg::cuda

@@ -1,0 +1,52 @@
+// conv2d: y[pixel][k] = phi(bias[k] + sum over (r, s, c) of patches[pixel][(r, s, c)] weight[k][(r, s, c)]).
+//
+// Bytes    x, y once and the weight once a row of blocks: with 128 pixels a block the weight is read N OH OW / 128
+// times,
+//          from L2. x is read once for every 128 output channels, likewise.
+// FLOPs    2 N K OH OW (C/groups) R S
+// Bound    128 x 128 outputs and a slab of 64 bytes: 64 multiply-adds a loaded value, 2,048 FLOPs for 32 bytes; every
+//          card's tensor cores starve below about 200 FLOPs a byte of L2, so L2 feeds it 3 times over (fp32: never a
+//          limit)
+// Weight   read in place where it is [k][r][s][c] (channels_last), since the reduction then runs along its columns in
+//          chunks of 16 bytes. In NCHW a chunk would be 8 values 2 R S bytes apart: 8 sectors of 32 bytes for 16 bytes,
+//          16 times the traffic, once for every row of blocks. The launcher's caller makes it channels_last by one copy
+//          instead: 2 weights of traffic, and none where the model is channels_last.
+#pragma once
+
+#include "cuda/conv_gemm.cuh"
+
+namespace fg::cuda {
+
+struct Conv2dParams {
+  Image x;
+  Stride stride;  // a slab of (r, s, channel)
+  Plane weight;   // of all groups: [K][R S C/groups]
+  Output y;
+  int pixels;          // N OH OW
+  int columns, pitch;  // channels of y in a group, in all
+  int slabs, splits, groups;
+  u32 tiles_m, tiles_n;
+};
+
+template <class Operand, class Block>
+__global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>) conv2d_kernel(const Conv2dParams p) {
+  using G = Gemm<Operand, Block, true, true>;
+  const Place place = Place::of(blockIdx.x, p.tiles_n, p.tiles_m, p.splits, p.groups);
+  const int begin = first_slab(p.slabs, place.split, p.splits), end = first_slab(p.slabs, place.split + 1, p.splits);
+
+  Image x = p.x;
+  x.first_channel = place.group * x.channels;
+  Plane weight = p.weight;
+  weight.rows = p.columns;
+  weight.data = static_cast<const typename G::T*>(weight.data) + place.group * (weight.rows * weight.pitch);
+
+  Patches<typename G::TileA, G::THREADS> a(x, p.stride, place.row * Block::ROWS, begin * G::SLAB);
+  Matrix<typename G::TileB, G::THREADS> b(weight, place.column * Block::COLUMNS, begin * G::SLAB);
+  typename G::Compute compute;
+  accumulate<G>(compute, a, b, end - begin);
+
+  const i64 first_channel = static_cast<i64>(place.group) * p.columns;
+  finish<G>(compute, p.y, place, p.pixels, p.columns, [&](int pixel) { return pixel * p.pitch + first_channel; });
+}
+
+}  // namespace fg::cuda

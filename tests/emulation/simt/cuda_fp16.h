@@ -1,0 +1,2 @@
+// Found before the toolkit's file of this name.
+#include "simt.hpp"

@@ -1,0 +1,228 @@
+// A program for the sanitizers: every kernel of csrc/cuda on small tensors, in a thread order drawn from a seed.
+//
+//   sanitize SEED within|between [FUNCTION]
+//
+// Heap arrays have the sanitizer's red zones around them, and outputs start as NaN; exit status 0 means that nothing
+// was reported and every output was written. The values are test_cuda_ops.py's business.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+#include "cuda/kernels.hpp"
+#include "simt.hpp"
+
+// A program may be linked with some of the kernels only: the others are null.
+#define WEAK __attribute__((weak))
+namespace fg::cuda {
+int64_t bn_act_forward(const BnShape&, const BnActForwardArgs&, const Target&) WEAK;
+int64_t bn_act_backward(const BnShape&, const BnActBackwardArgs&, const Target&) WEAK;
+int64_t bn_act_double_backward(const BnShape&, const BnActDoubleBackwardArgs&, const Target&) WEAK;
+int64_t gn_act_forward(const GnShape&, const GnActForwardArgs&, const Target&) WEAK;
+int64_t gn_act_backward(const GnShape&, const GnActBackwardArgs&, const Target&) WEAK;
+int64_t gn_act_double_backward(const GnShape&, const GnActDoubleBackwardArgs&, const Target&) WEAK;
+int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const Target&) WEAK;
+int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&) WEAK;
+int64_t gan_loss_forward(const GanLossArgs&, const Target&) WEAK;
+int64_t gan_loss_backward(const GanLossArgs&, const Target&) WEAK;
+int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
+int64_t grad_norm_penalty_forward(const GradNormArgs&, const Target&) WEAK;
+int64_t grad_norm_penalty_backward(const GradNormArgs&, const Target&) WEAK;
+}  // namespace fg::cuda
+
+using namespace fg;
+
+namespace {
+
+int failures = 0;
+
+// Memory of exactly `count` elements of a dtype; its content is noise, or NaN for outputs.
+struct Array {
+  std::unique_ptr<char[]> bytes;
+  int64_t size;
+
+  Array(DType dtype, int64_t count, bool output = false) : size(count * (dtype == F32 ? 4 : 2)) {
+    // the kernels take a 16-byte path where addresses allow it: malloc's do
+    bytes.reset(new char[static_cast<size_t>(size)]);
+    for (int64_t i = 0; i < count; ++i) {
+      const float v = output ? NAN : static_cast<float>((i * 7919 + 13) % 211) / 64.0f - 1.5f;
+      if (dtype == F32)
+        std::memcpy(bytes.get() + 4 * i, &v, 4);
+      else if (dtype == BF16)
+        put(i, __float2bfloat16_rn(v));
+      else
+        put(i, __float2half_rn(v));
+    }
+  }
+  template <class T>
+  void put(int64_t i, T v) {
+    std::memcpy(bytes.get() + 2 * i, &v, 2);
+  }
+  void* get() const { return bytes.get(); }
+  float* floats() const { return reinterpret_cast<float*>(bytes.get()); }
+  void positive() {
+    for (int64_t i = 0; i < size / 4; ++i) floats()[i] = std::fabs(floats()[i]) + 0.5f;
+  }
+};
+
+void written(const char* op, DType dtype, const Array& a) {
+  for (int64_t i = 0; i < a.size / (dtype == F32 ? 4 : 2); ++i) {
+    float v = 0.0f;
+    uint16_t half = 0;
+    if (dtype == F32)
+      v = a.floats()[i];
+    else
+      std::memcpy(&half, a.bytes.get() + 2 * i, 2);
+    const bool nan = dtype == F32 ? v != v : (half & 0x7fff) > (dtype == BF16 ? 0x7f80 : 0x7c00);
+    if (!nan) continue;
+    std::fprintf(stderr, "%s: element %ld was not written, or is NaN\n", op, static_cast<long>(i));
+    ++failures;
+    return;
+  }
+}
+
+// Calls a launcher as fastgan/_native.py does: once for the size of its workspace, once with it.
+template <class F>
+void call(const F& launcher) {
+  const int64_t bytes = launcher(cuda::Target{nullptr, nullptr});
+  if (!bytes) return;
+  const Array workspace(F32, bytes / 4, true);
+  launcher(cuda::Target{workspace.get(), nullptr});
+}
+
+struct Size {
+  int64_t N, C, HW, G;
+  bool channels_last;
+  int64_t count() const { return N * C * HW; }
+};
+
+void bn_act(DType d, const Size& s) {
+  const BnShape shape{d, s.N, s.C, s.HW, s.G, s.channels_last, true, 1e-5f, ACT_LEAKY_RELU, 0.2f, 1};
+  const Array x(d, s.count()), dy(d, s.count()), ddx(d, s.count()), weight(F32, s.C), bias(F32, s.C);
+  const Array y(d, s.count(), true), dx(d, s.count(), true), d_dy(d, s.count(), true), d_x(d, s.count(), true);
+  const Array mean(F32, s.G * s.C, true), var(F32, s.G * s.C, true);
+  const Array dweight(F32, s.C, true), dbias(F32, s.C, true), d_weight(F32, s.C, true);
+  const auto &w = weight, &b = bias;
+  call([&](const auto& t) {
+    return cuda::bn_act_forward(shape, {x.get(), w.floats(), b.floats(), mean.floats(), var.floats(), y.get()}, t);
+  });
+  call([&](const auto& t) {
+    return cuda::bn_act_backward(shape,
+                                 {dy.get(), x.get(), w.floats(), b.floats(), mean.floats(), var.floats(), dx.get(),
+                                  dweight.floats(), dbias.floats()},
+                                 t);
+  });
+  call([&](const auto& t) {
+    return cuda::bn_act_double_backward(shape,
+                                        {ddx.get(), w.floats(), b.floats(), dy.get(), x.get(), w.floats(), b.floats(),
+                                         mean.floats(), var.floats(), d_dy.get(), d_x.get(), d_weight.floats()},
+                                        t);
+  });
+  for (const Array* a : {&y, &dx, &d_dy, &d_x}) written("bn_act", d, *a);
+  for (const Array* a : {&mean, &var, &dweight, &dbias, &d_weight}) written("bn_act", F32, *a);
+}
+
+void gn_act(DType d, const Size& s) {
+  const int64_t groups = s.C % 2 ? s.C : s.C / 2;
+  const GnShape shape{d, s.N, s.C, s.HW, groups, s.channels_last, 1e-5f, ACT_RELU, 0.0f, 1};
+  const Array x(d, s.count()), dy(d, s.count()), ddx(d, s.count()), weight(F32, s.C), bias(F32, s.C);
+  const Array y(d, s.count(), true), dx(d, s.count(), true), d_dy(d, s.count(), true), d_x(d, s.count(), true);
+  const Array mean(F32, s.N * groups, true), var(F32, s.N * groups, true);
+  const Array dweight(F32, s.C, true), dbias(F32, s.C, true), d_weight(F32, s.C, true);
+  const auto &w = weight, &b = bias;
+  call([&](const auto& t) {
+    return cuda::gn_act_forward(shape, {x.get(), w.floats(), b.floats(), mean.floats(), var.floats(), y.get()}, t);
+  });
+  call([&](const auto& t) {
+    return cuda::gn_act_backward(shape,
+                                 {dy.get(), x.get(), w.floats(), b.floats(), mean.floats(), var.floats(), dx.get(),
+                                  dweight.floats(), dbias.floats()},
+                                 t);
+  });
+  call([&](const auto& t) {
+    return cuda::gn_act_double_backward(shape,
+                                        {ddx.get(), w.floats(), b.floats(), dy.get(), x.get(), w.floats(), b.floats(),
+                                         mean.floats(), var.floats(), d_dy.get(), d_x.get(), d_weight.floats()},
+                                        t);
+  });
+  for (const Array* a : {&y, &dx, &d_dy, &d_x}) written("gn_act", d, *a);
+  for (const Array* a : {&mean, &var, &dweight, &dbias, &d_weight}) written("gn_act", F32, *a);
+}
+
+void bias_act(DType d, const Size& s) {
+  const BiasActShape shape{d, s.N, s.C, s.HW, s.channels_last, ACT_TANH, 0.0f, 1};
+  const Array x(d, s.count()), dy(d, s.count()), bias(F32, s.C);
+  const Array y(d, s.count(), true), dx(d, s.count(), true), dbias(F32, s.C, true);
+  call([&](const auto& t) { return cuda::bias_act_forward(shape, {x.get(), bias.floats(), y.get()}, t); });
+  call([&](const auto& t) { return cuda::bias_act_backward(shape, {dy.get(), y.get(), dx.get(), dbias.floats()}, t); });
+  written("bias_act", d, y);
+  written("bias_act", d, dx);
+  written("bias_act", F32, dbias);
+}
+
+void gan_loss(DType d, const Size& s) {
+  const int64_t n = s.count();
+  const Array fake(d, n), real(d, n), dfake(d, n, true), dreal(d, n, true), dloss(F32, 1), out(F32, 7, true);
+  for (const Loss kind : {LOSS_BCE, LOSS_HINGE, LOSS_RELATIVISTIC}) {
+    GanLossArgs a{};
+    a.dtype = d;
+    a.fake = fake.get();
+    a.real = real.get();
+    a.n_fake = a.n_real = n;
+    a.kind = kind;
+    a.out = out.floats();
+    a.dloss = dloss.floats();
+    a.dfake = dfake.get();
+    a.dreal = dreal.get();
+    call([&](const auto& t) { return cuda::gan_loss_forward(a, t); });
+    call([&](const auto& t) { return cuda::gan_loss_backward(a, t); });
+  }
+  written("gan_loss", d, dfake);
+  written("gan_loss", d, dreal);
+  written("gan_loss", F32, out);
+}
+
+void penalties(DType d, const Size& s) {
+  const int64_t E = s.C * s.HW;
+  const Array real(d, s.count()), fake(d, s.count()), epsilon(F32, s.N), y(d, s.count(), true);
+  const Array penalty(F32, s.N, true), norm(F32, s.N, true), dgradient(d, s.count(), true);
+  call([&](const auto& t) {
+    return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), y.get(), s.N, E}, t);
+  });
+  const cuda::GradNormArgs a{d, real.get(), epsilon.floats(), penalty.floats(), norm.floats(), dgradient.get(), s.N,
+                             E, 1.0f};
+  call([&](const auto& t) { return cuda::grad_norm_penalty_forward(a, t); });
+  call([&](const auto& t) { return cuda::grad_norm_penalty_backward(a, t); });
+  for (const Array* p : {&y, &dgradient}) written("penalties", d, *p);
+  for (const Array* p : {&penalty, &norm}) written("penalties", F32, *p);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 3) return 2;
+  simt::settings.seed = static_cast<unsigned>(std::atoi(arguments[1]));
+  simt::settings.race = std::string(arguments[2]) == "between" ? simt::Race::BETWEEN : simt::Race::WITHIN;
+  const std::string only = count > 3 ? arguments[3] : "";
+  const Size sizes[] = {{2, 3, 35, 1, false}, {2, 3, 35, 2, true},    {4, 16, 64, 2, false},
+                        {4, 24, 36, 1, true}, {1, 2, 8200, 1, false}, {1, 8, 8200, 1, true}};
+  struct {
+    const char* name;
+    void (*run)(DType, const Size&);
+    bool linked;
+  } const functions[] = {{"bn_act", bn_act, cuda::bn_act_forward != nullptr},
+                         {"gn_act", gn_act, cuda::gn_act_forward != nullptr},
+                         {"bias_act", bias_act, cuda::bias_act_forward != nullptr},
+                         {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
+                         {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward}};
+  try {
+    for (const auto& f : functions)
+      for (const Size& size : sizes)
+        for (const DType d : {F32, BF16})
+          if (f.linked && (only.empty() || only == f.name)) f.run(d, size);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 3;
+  }
+  return failures ? 4 : 0;
+}

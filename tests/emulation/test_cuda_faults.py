@@ -1,0 +1,132 @@
+"""The emulator and the sanitizers pass the CUDA kernels as they are, and catch faults planted in copies of them.
+
+Each runs in its own process: a sanitizer's runtime must be the program's.
+"""
+
+import shutil
+
+import pytest
+
+from fastgan.testing import _emulator
+
+try:
+    shim = _emulator("cuda")
+    MISSING = "" if shutil.which("g++") else "g++ was not found: the thread sanitizer is gcc's here"
+except (RuntimeError, ImportError) as error:
+    MISSING = str(error)
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
+
+
+def sources(*stems):
+    return [p for p in shim.LAUNCHERS if p.stem in stems]
+
+
+def report(program, *arguments):
+    try:
+        return shim.run_sanitized(program, *arguments)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+# ---- the kernels as they are -----------------------------------------------------------------------------------------
+
+
+def test_address_and_undefined_behaviour_on_two_ops():
+    program = shim.sanitized("address", sources("bias_act", "gan_loss"), "address-some")
+    assert report(program, 0) == ""
+    assert report(program, 3) == ""
+
+
+def test_races_on_two_ops():
+    program = shim.sanitized("thread", sources("bias_act", "gan_loss"), "thread-some")
+    assert report(program, 1, "within", "gan_loss") == ""
+    assert report(program, 1, "between", "gan_loss") == ""
+
+
+MEMORY_BOUND = ("bias_act", "bn_act", "gan_loss", "gn_act", "grad_norm_penalty", "interpolate", "norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("sanitizer", "race"), [("address", "within"), ("thread", "within"), ("thread", "between")])
+def test_every_memory_bound_kernel(sanitizer, race, seed):
+    assert report(shim.sanitized(sanitizer, sources(*MEMORY_BOUND)), seed, race) == ""
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+BARRIER = "    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP] = acc.word[k];\n  __syncthreads();\n"
+FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how it shows)
+    "missing barrier": (
+        "prelude.cuh",
+        BARRIER,
+        BARRIER.replace("  __syncthreads();\n", ""),
+        ("gan_loss",),
+        "gan_loss",
+        ("thread", "within"),
+        "data race",
+    ),
+    "lost update between blocks": (
+        "gan_loss.cuh",
+        "store(partials + k * gridDim.x + blockIdx.x, s.word[k]);",
+        "store(partials + k * gridDim.x, load(partials + k * gridDim.x) + s.word[k]);",
+        ("gan_loss",),
+        "gan_loss",
+        ("thread", "between"),
+        "data race",
+    ),
+    "off by one": (
+        "gan_loss.cuh",
+        "i < a.n_fake; i += step) {\n    const float f = to_float(load(a.fake + i));\n    const float slope",
+        "i <= a.n_fake; i += step) {\n    const float f = to_float(load(a.fake + i));\n    const float slope",
+        ("gan_loss",),
+        "gan_loss",
+        ("address", "within"),
+        "heap-buffer-overflow",
+    ),
+    "missing mask": (
+        "sweep.cuh",
+        "if (begin + local >= total) break;",
+        "",
+        ("bias_act",),
+        "bias_act",
+        ("address", "within"),
+        "heap-buffer-overflow",
+    ),
+    "a shuffle after some lanes left": (
+        "gan_loss.cuh",
+        "  merge_block<LOSS_THREADS>(s);\n  if (threadIdx.x != 0) return;",
+        "  if (threadIdx.x >= a.n_fake) return;\n  merge_block<LOSS_THREADS>(s);\n  if (threadIdx.x != 0) return;",
+        ("gan_loss",),
+        "gan_loss",
+        ("address", "within"),
+        "simt: warp",
+    ),
+    "a barrier that some threads skip": (
+        "prelude.cuh",
+        BARRIER,
+        BARRIER.replace("  __syncthreads();", "  if (threadIdx.x < 32) __syncthreads();"),
+        ("gan_loss",),
+        "gan_loss",
+        ("address", "within"),
+        "simt: barrier",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(tmp_path, fault):
+    name, text, replacement, stems, function, (sanitizer, race), words = FAULTS[fault]
+    original = (shim.CSRC / "cuda" / name).read_text()
+    assert original.count(text) == 1, f"{name} has changed: plant the fault anew"
+    copy = tmp_path / "cuda"
+    copy.mkdir()
+    for p in (shim.CSRC / "cuda").iterdir():  # "cuda/..." resolves to the copies first
+        shutil.copy(p, copy / p.name)
+    (copy / name).write_text(original.replace(text, replacement))
+    launchers = [copy / f"{stem}.cu" for stem in stems]
+    program = shim.sanitized(sanitizer, launchers, f"planted-{fault.replace(' ', '-')}", (tmp_path,))
+    reports = [report(program, seed, race, function) for seed in (0, 1)]
+    assert any(words in r for r in reports), reports

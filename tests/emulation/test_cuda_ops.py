@@ -1,0 +1,303 @@
+"""The CUDA kernels of the memory-bound ops on a machine without a GPU: csrc/cuda under the emulator, by table.
+
+Values, first and second derivatives against float64 as for every backend (tests/checks.py); thread orders; what the
+kernels fetch.
+"""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import LAYOUTS, against_plain
+
+from fastgan import functional, testing
+from fastgan._native import CUDA
+from fastgan._op import OPS
+from fastgan.ops.gan_loss import KINDS
+from fastgan.ops.gan_loss import formula as gan_formula
+
+backends = sys.modules["fastgan.backends"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.2)}
+ALL_ACTIVATIONS = {**ACTIVATIONS, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).partition(".")[2])
+
+
+@pytest.fixture
+def record():
+    try:
+        emulation = testing.emulate("cuda")
+        with emulation as record:
+            yield record
+    except RuntimeError as error:
+        if "the CUDA emulator needs" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def ran():
+    """{(op, backend)} of the test so far."""
+    seen = set()
+    with backends.watching(lambda op, name, why: seen.add((op.name, name))):
+        yield seen
+
+
+def on_cuda(ran, *ops):
+    assert {op for op, name in ran if name == "cuda"} >= set(ops), ran
+    assert not [op for op, name in ran if name != "cuda"], ran
+
+
+def noise(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def affine(channels):
+    return torch.rand(channels, dtype=torch.float64) + 0.5, noise(channels)
+
+
+# ---- values and derivatives ------------------------------------------------------------------------------------------
+
+# odd sizes (one element at a time), whole vectors, several blocks, several splits, one pixel, five dimensions
+SHAPES = [
+    ((3, 5, 7, 3), 1),
+    ((4, 16, 8, 8), 2),
+    ((12, 17), 3),
+    ((2, 40, 33, 32), 1),
+    ((2, 4, 9), 1),
+    ((4, 3, 2, 3, 2), 2),
+]
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_bn_act(record, ran, shape, groups, dtype, layout):
+    for seed, activation in enumerate(ACTIVATIONS):
+        record.configure(seed=seed)
+        ours = lambda x, w, b, a=activation: functional.bn_act(
+            x, None, None, w, b, training=True, activation=a, stat_groups=groups
+        )
+        plain = lambda x, w, b, a=activation: ACTIVATIONS[a](
+            torch.cat([F.batch_norm(p, None, None, w, b, True, 0.0, 1e-5) for p in x.chunk(groups)])
+        )
+        against_plain(ours, plain, (noise(*shape) * 2 + 3, *affine(shape[1])), dtype, layout, "cuda")
+    on_cuda(ran, "bn_act", "bn_act_backward", "bn_act_double_backward")
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("with_parameters", [True, False])
+def test_bn_act_in_eval_mode(record, ran, with_parameters, dtype, layout):
+    mean, var = noise(24).to(dtype), (torch.rand(24).double() + 0.3).to(dtype)
+    ours = lambda x, w, b: functional.bn_act(x, mean, var, w, b, training=False)
+    plain = lambda x, w, b: F.leaky_relu(F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), w, b), 0.2)
+    parameters = affine(24) if with_parameters else (None, None)
+    against_plain(ours, plain, (noise(3, 24, 5, 8), *parameters), dtype, layout, "cuda")
+    on_cuda(ran, "bn_act", "bn_act_backward", "bn_act_double_backward")
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "groups", "activation"),
+    [
+        ((3, 6, 5, 7), 2, "leaky_relu"),
+        ((2, 24, 16, 17), 3, "relu"),
+        ((1, 72, 4, 8), 9, None),
+        ((3, 8, 40, 40), 8, "relu"),
+    ],
+    ids=str,
+)
+def test_gn_act(record, ran, shape, groups, activation, dtype, layout):
+    record.configure(seed=7)
+    ours = lambda x, w, b: functional.gn_act(x, groups, w, b, activation=activation)
+    plain = lambda x, w, b: ACTIVATIONS[activation](F.group_norm(x, groups, w, b))
+    against_plain(ours, plain, (noise(*shape) * 2 + 3, *affine(shape[1])), dtype, layout, "cuda")
+    on_cuda(ran, "gn_act", "gn_act_backward", "gn_act_double_backward")
+
+
+@dtypes
+def test_instance_norm_without_parameters(record, ran, dtype):
+    plain = lambda x: F.leaky_relu(F.instance_norm(x), 0.2)
+    against_plain(functional.in_act, plain, (noise(3, 8, 4, 8),), dtype, torch.contiguous_format, "cuda")
+    on_cuda(ran, "gn_act", "gn_act_backward", "gn_act_double_backward")
+
+
+def test_few_pixels_are_left_to_pytorch(record, ran):
+    with backends.watching(lambda op, name, why: ran.add(why)):
+        functional.gn_act(torch.randn(4, 6, 3, 3), 2)
+    assert ("gn_act", "reference") in ran
+    refused = backends.refusal(OPS["gn_act"], "cuda", (torch.randn(4, 6, 3, 3), None, None, 2, 1e-5, "relu", 0.0))
+    assert refused == "cuda kernels want at least 16 pixels a sample, got 9"
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("activation", ALL_ACTIVATIONS)
+def test_bias_act(record, ran, activation, with_bias, dtype, layout):
+    def plain(x, bias=None):
+        return ALL_ACTIVATIONS[activation](x * 1 if bias is None else x + bias.view(-1, 1, 1))
+
+    ours = lambda *args: functional.bias_act(*args, activation=activation)
+    for seed, shape in enumerate([(2, 5, 7, 3), (2, 48, 17, 16)]):
+        record.configure(seed=seed)
+        args = (noise(*shape), noise(shape[1])) if with_bias else (noise(*shape),)
+        against_plain(ours, plain, args, dtype, layout, "cuda")
+    on_cuda(ran, "bias_act", *([] if activation is None else ["bias_act_backward"]))
+
+
+@dtypes
+@pytest.mark.parametrize("side", ["d", "g"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gan_loss(record, ran, kind, side, dtype):
+    needs_real = side == "d" or kind == "relativistic"
+    zero = lambda r: 0 if needs_real else 0 * r.sum()
+    ours = lambda f, r: functional.gan_loss(f, r if needs_real else None, kind=kind, side=side) + zero(r)
+    plain = lambda f, r: gan_formula(f, r if needs_real else None, kind, side, 0.0) + zero(r)
+    for seed, n in enumerate([1, 77, 5000]):
+        record.configure(seed=seed)
+        against_plain(ours, plain, (noise(n) * 3, noise(n) * 3), dtype, torch.contiguous_format, "cuda")
+    on_cuda(ran, "gan_loss", "gan_loss_backward")
+
+
+def test_gan_loss_statistics(record):
+    args = (torch.randn(3000), torch.randn(3000) + 1, "bce", "d", 0.1)
+    got, want = OPS["gan_loss"].run(*args), OPS["gan_loss"].reference(*args)
+    torch.testing.assert_close(got, want)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 3, 32, 32), (70, 1)], ids=str)
+def test_interpolate(record, ran, shape, dtype, layout):
+    ours = lambda real, fake, e: OPS["interpolate"](real, fake, e)
+
+    def plain(real, fake, e):
+        e = e.view(-1, *(1,) * (real.dim() - 1))
+        return e * real + (1 - e) * fake
+
+    args = (noise(*shape), noise(*shape), torch.rand(shape[0], dtype=torch.float64))
+    against_plain(ours, plain, args, dtype, layout, "cuda")
+    on_cuda(ran, "interpolate")
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 3, 64, 64), (70, 1)], ids=str)
+def test_grad_norm_penalty(record, ran, shape, target, dtype, layout):
+    gradient = noise(*shape).to(dtype).contiguous(memory_format=layout if len(shape) == 4 else torch.contiguous_format)
+    gradient[1] = 0  # the subgradient there is 0
+    penalty, norm = OPS["grad_norm_penalty"].run(gradient, target)
+    want_penalty, want_norm = OPS["grad_norm_penalty"].reference(gradient.double(), target)
+    torch.testing.assert_close((penalty, norm), (want_penalty.float(), want_norm.float()))
+    dpenalty = torch.randn(shape[0])
+    got = OPS["grad_norm_penalty_backward"].run(dpenalty, gradient, norm, target)
+    want = OPS["grad_norm_penalty_backward"].reference(dpenalty, gradient, norm, target)
+    torch.testing.assert_close(got, want)
+    assert got.stride() == want.stride() and not got[1].any()
+    on_cuda(ran, "grad_norm_penalty", "grad_norm_penalty_backward")
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_statistics_do_not_cancel(record, columns):
+    """|mean| of 3e4 standard deviations: E[x^2] - E[x]^2 has no digit left in float32."""
+    x = torch.randn(16, 6, 1600) + 3e4
+    x[:, 3] = 1234.567
+    x = x.unsqueeze(-1).contiguous(memory_format=torch.channels_last if columns else torch.contiguous_format)
+    _, mean, var = OPS["bn_act"].run(x, None, None, None, None, True, 1e-5, "identity", 0.0, 2)
+    parts = x.double().view(2, 8, 6, 1600)
+    want_var, want_mean = torch.var_mean(parts, (1, 3), correction=0)
+    torch.testing.assert_close(var, want_var.float(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(mean, want_mean.float(), rtol=2e-7, atol=0)
+
+
+# ---- any order of threads gives the same bits ------------------------------------------------------------------------
+
+
+@layouts
+@pytest.mark.parametrize("name", ["bn_act", "bn_act_backward", "bn_act_double_backward", "gn_act_backward", "gan_loss"])
+def test_thread_orders_are_bit_equal(record, name, layout):
+    shape = (4, 24, 20, 16)
+    args = [
+        torch.randn(shape).contiguous(memory_format=layout) if isinstance(a, torch.Tensor) and a.dim() == 4 else a
+        for a in OPS[name].example()
+    ]
+    for i, a in enumerate(args):
+        if isinstance(a, torch.Tensor) and a.dim() == 1:
+            args[i] = torch.randn(6000 if name == "gan_loss" else 24)
+        if isinstance(a, torch.Tensor) and a.dim() == 2:
+            args[i] = torch.rand(4 if name.startswith("gn") else 2, 2 if name.startswith("gn") else 24) + 0.5
+    results = []
+    for seed in range(4):
+        record.configure(seed=seed)
+        results.append(OPS[name].run(*args))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- what is fetched -------------------------------------------------------------------------------------------------
+
+X = (8, 64, 16, 16)
+LARGE = 8 * 64 * 16 * 16 * 2  # bytes of such a tensor in 16 bits
+TRAFFIC = {  # op -> (arguments, accesses an element)
+    "bias_act": (lambda x, v: (x, v, "relu", 0.0), 2),
+    "bias_act_backward": (lambda x, v: (x, x.clone(), "leaky_relu", 0.2, True), 3),
+    "bn_act": (lambda x, v: (x, v, v, None, None, True, 1e-5, "relu", 0.0, 1), 3),
+    "bn_act_backward": (lambda x, v: (x, x.clone(), v, v, v[None], v[None] ** 2 + 1, True, 1e-5, "relu", 0.0), 5),
+    "bn_act_double_backward": (
+        lambda x, v: (x, x.clone(), v, v, x.clone(), v, v, v[None], v[None] ** 2 + 1, True, 1e-5, "relu", 0.0),
+        8,
+    ),
+    "gn_act": (lambda x, v: (x, v, v, 8, 1e-5, "relu", 0.0), 3),
+    "interpolate": (lambda x, v: (x, x.clone(), torch.rand(8)), 3),
+    "grad_norm_penalty": (lambda x, v: (x, 1.0), 1),
+    "grad_norm_penalty_backward": (lambda x, v: (torch.rand(8), x, torch.rand(8) + 1, 1.0), 2),
+}
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_traffic(record, name, dtype, layout):
+    """Every element moves as often as the card says, in whole sectors, and shared memory without bank conflicts."""
+    arguments, accesses = TRAFFIC[name]
+    x = torch.randn(X).to(dtype).contiguous(memory_format=layout)
+    record.configure(counting=True)
+    OPS[name].run(*arguments(x, torch.randn(64)))
+    least = accesses * x.numel() * x.element_size()
+    assert least <= record.bytes(LARGE) <= 1.05 * least  # statistics look at each channel's first element once more
+    assert record.sector_efficiency(LARGE) >= 0.9
+    assert record.sector_efficiency(1024) >= 0.9  # the partial sums too
+    wavefronts = sum(launch.shared_wavefronts for launch in record.launches)
+    ideal = sum(launch.shared_ideal for launch in record.launches)
+    assert wavefronts <= 1.1 * ideal
+
+
+@layouts
+def test_odd_rows_still_use_their_sectors(record, layout):
+    """49 pixels, 33 channels: one element at a time; what is lost are the ends of rows, a third at most."""
+    record.configure(counting=True)
+    x = torch.randn(8, 33, 7, 7).contiguous(memory_format=layout)
+    OPS["bn_act"].run(x, None, None, None, None, True, 1e-5, "relu", 0.0, 1)
+    assert 3 * x.numel() * 4 <= record.bytes(x.numel() * 4) <= 3.4 * x.numel() * 4
+    assert record.sector_efficiency(x.numel() * 4) >= 0.6
+
+
+# ---- the emulator's own reports --------------------------------------------------------------------------------------
+
+
+def test_an_access_outside_the_tensors_is_reported(record):
+    x, y = torch.randn(2, 3, 4), torch.empty(2, 3, 3)
+    with pytest.raises(RuntimeError, match=r"simt: global memory in .*writes 16 bytes outside every tensor"):
+        CUDA.call("bias_act_forward", x, 0, x, None, y, 2, 3, 4, False, 0, 0.0)
+    assert functional.bias_act(x, activation=None).equal(x)  # and the next launch is unharmed
+
+
+def test_launch_errors_name_the_op(record):
+    with pytest.raises(ValueError, match="bias_act_forward: dtype must be 0"):
+        CUDA.call("bias_act_forward", torch.zeros(1), 9, None, None, None, 1, 1, 1, False, 0, 0.0)
