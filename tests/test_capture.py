@@ -30,6 +30,7 @@ def emulator():
 def graphs(monkeypatch):
     """CPU steps are captured, by an emulator."""
     made = emulator()
+    torch.set_num_threads(1)  # tiny networks
     monkeypatch.setattr(step, "capturable_device", lambda device: "")
     monkeypatch.setattr(step, "graphs_of", lambda device: made)
     with fastgan.backend("reference"):
@@ -72,9 +73,7 @@ def pair(device="cpu", dropout=0.0, labels=False, seeded=False, convert=True, op
         rng = torch.Generator(device).manual_seed(5) if seeded else None
         settings = {"latent": (5, 1, 1), **options}
         made.append(
-            fastgan.GANStep(
-                g, d, g_optimizer=optimizer(g), d_optimizer=optimizer(d), capture=mode, rng=rng, **settings
-            )
+            fastgan.GANStep(g, d, g_optimizer=optimizer(g), d_optimizer=optimizer(d), capture=mode, rng=rng, **settings)
         )
     return made
 
@@ -84,7 +83,11 @@ def images(n=6, device="cpu", dtype=torch.float64):
 
 
 def same(ours, theirs):
-    for a, b in ((ours.generator, theirs.generator), (ours.discriminator, theirs.discriminator), (ours.ema, theirs.ema)):
+    for a, b in (
+        (ours.generator, theirs.generator),
+        (ours.discriminator, theirs.discriminator),
+        (ours.ema, theirs.ema),
+    ):
         if a is None:
             continue
         for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
@@ -120,7 +123,6 @@ CASES = {
     "lsgan-own-generator": dict(loss="lsgan", seeded=True, penalty="wgan-gp"),
     "two-passes": dict(convert=False, dropout=0.3),
     "augment": dict(augment=lambda x: x + 0.1 * torch.randn_like(x)),
-    "capturable": dict(optimizer=lambda m: adam(m, fused=False, capturable=True)),
     "bf16": dict(precision="bf16", penalty="r1"),
 }
 
@@ -186,9 +188,7 @@ def test_drawn_latents_by_a_callable(graphs):
 def test_learning_rates_may_change_at_every_step(graphs):
     ours, theirs = pair()
     schedules = [
-        torch.optim.lr_scheduler.ExponentialLR(o, 0.7)
-        for s in (ours, theirs)
-        for o in (s.g_optimizer, s.d_optimizer)
+        torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for s in (ours, theirs) for o in (s.g_optimizer, s.d_optimizer)
     ]
     for _ in range(8):
         walk(ours, theirs, 1)
@@ -278,7 +278,7 @@ class Faulty(nn.Module):
         if self.fault == "counts":
             return x * (1 + 0.01 * self.calls)
         if self.fault == "alternates":
-            return x.sin() if self.calls % 3 else x.cos()
+            return x.sin() if self.calls % 2 else x.cos()  # three calls a step: two passes of D's update, one of G's
         self.mean = self.mean.lerp(x.detach().mean(), 0.1)  # "replaces": its next step reads another tensor
         return x - self.mean
 
@@ -305,20 +305,22 @@ def test_models_that_a_replay_would_get_wrong_run_eagerly(graphs, fault, words):
 def test_a_failing_capture_leaves_the_step_as_it_was(graphs):
     ours, theirs = pair(penalty="r1", penalty_every=2, ema=0.9)
     graphs.fail = RuntimeError("CUDA error: operation not permitted when stream is capturing\nand so on")
-    with pytest.warns(RuntimeWarning, match="capture failed with RuntimeError: CUDA error: operation not permitted") as told:
+    with pytest.warns(
+        RuntimeWarning, match="capture failed with RuntimeError: CUDA error: operation not permitted"
+    ) as told:
         walk(ours, theirs, 8)
     assert len(told) == 1 and graphs.captures == 1 and graphs.replays == 0
 
 
 def test_a_failing_capture_in_the_middle_of_a_scaled_step(graphs):
     ours, _ = pair(precision="fp16")
-    counter = Late(5)
+    counter = Late()
     ours.discriminator.append(counter)
     for _ in range(3):
         ours(images(dtype=torch.float32))
     before = copy.deepcopy(ours.discriminator.state_dict())
     counter.broken = True
-    with pytest.raises(RuntimeError, match="not now"):
+    with pytest.warns(RuntimeWarning, match="not now"), pytest.raises(RuntimeError, match="not now"):
         ours(images(dtype=torch.float32))  # eager after the failed capture: the model's own error is seen
     counter.broken = False
     for name, value in ours.discriminator.state_dict().items():
@@ -329,7 +331,7 @@ def test_a_failing_capture_in_the_middle_of_a_scaled_step(graphs):
 
 
 class Late(nn.Module):
-    def __init__(self, at):
+    def __init__(self):
         super().__init__()
         self.broken = False
 
@@ -341,7 +343,9 @@ class Late(nn.Module):
 
 def test_optimisers_that_cannot_be_captured(graphs):
     ours, theirs = pair(optimizer=lambda m: torch.optim.SGD(m.parameters(), 1e-2))
-    with pytest.warns(RuntimeWarning, match="SGD is not capturable: make it with fused=True or capturable=True") as told:
+    with pytest.warns(
+        RuntimeWarning, match="SGD is not capturable: make it with fused=True or capturable=True"
+    ) as told:
         walk(ours, theirs, 5)
     assert len(told) == 1 and graphs.warm_ups == 0
     ours, _ = pair(precision="fp16", optimizer=lambda m: adam(m, fused=False, capturable=True))
@@ -423,10 +427,13 @@ def test_difference_names_what_changed():
 # ---- on a card --------------------------------------------------------------------------------------------------------
 
 
+GPU_CASES = CASES | {"capturable": dict(optimizer=lambda m: adam(m, fused=False, capturable=True))}  # CPUs lack it
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GPU_CASES)
 def test_gpu_replays_equal_eager_steps(case):
-    ours, theirs = pair("cuda", **CASES[case])
+    ours, theirs = pair("cuda", **GPU_CASES[case])
     walk(ours, theirs, 14)
     assert ours._capture.replays >= 3 and ours._capture.declined == ""
 

@@ -46,16 +46,16 @@ class Recording(TorchDispatchMode):
             return NotImplemented  # a subclass takes its ops apart first, and what it makes of them is seen here
         kwargs = kwargs or {}
         name = str(func)
-        if name.startswith("profiler."):
+        if name.startswith(("profiler.", "prim.")):
             return func(*args, **kwargs)
         described = tuple(self._describe(a) for a in (*args, *sorted(kwargs.items())))
         self.ops.append((name, described))
         self._judge(name, func, args, kwargs)
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._outer:
-                self._made.add(storage._cdata)
+            memory = _memory(tensor)[0]
+            if memory not in self._outer:
+                self._made.add(memory)
         return out
 
     @property
@@ -81,19 +81,27 @@ class Recording(TorchDispatchMode):
 
     def _describe(self, a: Any) -> Any:
         if isinstance(a, Tensor):
-            storage = a.untyped_storage()
-            if storage._cdata not in self._made and storage._cdata not in self._outer:
-                self._outer[storage._cdata] = len(self._outer)
-                self._held.append(storage)
-            outer = self._outer.get(storage._cdata)
+            memory, owner = _memory(a)
+            if memory not in self._made and memory not in self._outer:
+                self._outer[memory] = len(self._outer)
+                self._held.append(owner)
+            outer = self._outer.get(memory)
             host = a.device.type == "cpu" and a.dim() == 0 and self.device.type != "cpu"
             value = a.item() if host and not isinstance(a, FakeTensor) else None  # a number in a tensor's clothes
             return tuple(a.shape), a.dtype, outer, value
         if isinstance(a, list | tuple):
             return tuple(self._describe(x) for x in a)
         if isinstance(a, torch.Generator):
-            return "generator", id(a)
+            return "generator", a._cdata
         return repr(a)  # so that nan equals itself, and 1 does not equal True
+
+
+def _memory(tensor: Tensor) -> tuple[int, Any]:
+    """What tells a tensor's memory from another's, and the object that keeps it; a fake one is its own memory."""
+    if isinstance(tensor, FakeTensor):
+        return id(tensor), tensor
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

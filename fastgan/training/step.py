@@ -187,9 +187,7 @@ class GANStep:
             self._average.update(self.generator)
         return metrics
 
-    def _update_discriminator(
-        self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool
-    ) -> dict[str, Tensor]:
+    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool) -> dict[str, Tensor]:
         real, fake = self._seen(real), self._seen(fake)  # the loss and its penalty see the same images
         with self._autocast():
             merged = self._logits_and_penalty(real, fake, labels) if due else None

@@ -36,8 +36,11 @@ class Log(TorchDispatchMode):
             if storage._cdata not in self.made and storage._cdata not in self.before:
                 self.before[storage._cdata] = storage, storage.clone()
         out = func(*args, **kwargs)
-        self.made.update(t.untyped_storage()._cdata for t in tensors(out) if t.untyped_storage()._cdata not in self.before)
-        self.ops.append((func, args, kwargs, out))  # holds every tensor: the graph's private pool
+        self.made.update(
+            t.untyped_storage()._cdata for t in tensors(out) if t.untyped_storage()._cdata not in self.before
+        )
+        shapes = [(t.shape, t.stride(), t.storage_offset()) for t in tensors(out)]  # a later squeeze_ may change them
+        self.ops.append((func, args, kwargs, out, shapes))  # holds every tensor: the graph's private pool
         return out
 
     def undo(self):
@@ -46,11 +49,13 @@ class Log(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
-        for func, args, kwargs, out in self.ops:
+        for func, args, kwargs, out, shapes in self.ops:
+            if torch.Tag.inplace_view in func.tags:
+                continue
             again = func(*args, **kwargs)
-            for new, kept in zip(tensors(again), tensors(out), strict=True):
+            for new, kept, shape in zip(tensors(again), tensors(out), shapes, strict=True):
                 if new.untyped_storage()._cdata != kept.untyped_storage()._cdata:
-                    kept.copy_(new)
+                    kept.as_strided(*shape).copy_(new)
 
 
 class CPUGraphs:
