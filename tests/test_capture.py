@@ -1,7 +1,7 @@
 """The captured step: replays against eager steps, what ends a graph's validity, and what falls back.
 
-CUDA's graphs are stood in for by tests/emulation/cpu_graphs.py, so that the logic around them runs everywhere; the tests
-marked gpu run the same on a card.
+CUDA's graphs are stood in for by tests/emulation/cpu_graphs.py, so that the logic around them runs everywhere; the
+tests marked gpu run the same on a card.
 """
 
 import copy
@@ -259,7 +259,7 @@ def test_a_forced_backend_is_obeyed(graphs):
     assert graphs.replays == before
 
 
-# ---- fallbacks --------------------------------------------------------------------------------------------------------
+# ---- fallbacks ------------------------------------------------------------------------------------------------------
 
 
 class Faulty(nn.Module):
@@ -424,7 +424,7 @@ def test_difference_names_what_changed():
     assert "runs 1 ops in one step and 2" in difference(runs[0], longer)
 
 
-# ---- on a card --------------------------------------------------------------------------------------------------------
+# ---- on a card ------------------------------------------------------------------------------------------------------
 
 
 GPU_CASES = CASES | {"capturable": dict(optimizer=lambda m: adam(m, fused=False, capturable=True))}  # CPUs lack it

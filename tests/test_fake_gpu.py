@@ -1,4 +1,4 @@
-"""The GPU route without a GPU: every op and the step on a fake device (tests/emulation/fake_gpu.py), in subprocesses."""
+"""The GPU route without a GPU: every op and the step on a fake device (tests/emulation/fake_gpu.py)."""
 
 import subprocess
 import sys

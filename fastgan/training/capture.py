@@ -321,7 +321,7 @@ def _process(device: str) -> tuple:
 
 
 def _float32_precision() -> tuple:
-    """Whether products of float32 may take TF32; torch 2.9 renamed the switch and refuses the old name after the new."""
+    """Whether products of float32 may take TF32; torch 2.9 renamed the switch, and refuses a mixture of names."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(cudnn, "conv"):
         return matmul.fp32_precision, cudnn.conv.fp32_precision

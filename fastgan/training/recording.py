@@ -92,7 +92,7 @@ class Recording(TorchDispatchMode):
         if isinstance(a, list | tuple):
             return tuple(self._describe(x) for x in a)
         if isinstance(a, torch.Generator):
-            return "generator", a._cdata
+            return "generator", getattr(a, "_cdata", 0)  # dispatch makes a new object of it each time
         return repr(a)  # so that nan equals itself, and 1 does not equal True
 
 

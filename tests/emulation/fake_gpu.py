@@ -20,15 +20,18 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("fgpu")
 warnings.simplefilter("ignore")
 
-# torch has no meta kernel of fused Adam with its rate in a tensor, and no list of autocast dtypes for a bare backend
+# torch has no autocast fallback for such a backend, no list of its autocast dtypes, and no meta kernel of fused Adam with
+# its rate in a tensor
 META = torch.library.Library("aten", "IMPL", "Meta")
+AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+AUTOCAST.fallback(torch.library.fallthrough_kernel)
 META.impl("_fused_adam_.tensor_lr", lambda *args, **options: None)
 torch.fgpu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 
-import fastgan
-from fastgan._op import LIBRARY, OPS, _autocast
-from fastgan.training.capture import _Rates
-from fastgan.training.recording import Recording, difference
+import fastgan  # noqa: E402
+from fastgan._op import LIBRARY, OPS, _autocast  # noqa: E402
+from fastgan.training.capture import _Rates  # noqa: E402
+from fastgan.training.recording import Recording, difference  # noqa: E402
 
 DEVICE = torch.device("fgpu")
 FAKE = FakeTensorMode()
@@ -67,7 +70,7 @@ def misplaced(tensors, what):
     return f"{what} is on {wrong[0]}" if wrong else ""
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def forward_and_derivatives(op):
@@ -224,11 +227,6 @@ class Replaces(nn.Module):
     def forward(self, x):
         self.mean = x.detach().mean() if self.mean is None else self.mean.lerp(x.detach().mean(), 0.1)
         return x - self.mean
-
-
-def slower(step):
-    for group in step.d_optimizer.param_groups:
-        group["lr"] = group["lr"] * 0.5
 
 
 def slower(step):
