@@ -218,10 +218,10 @@ def _rows(events: list[Any], counts: Counts, limits: dict[str, Any], *, on_gpu: 
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        name = _owner(event)
+        name = _owner(event, counts)
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         times[name] = times.get(name, 0.0) + own / 1e3
-        calls[name] = calls.get(name, 0) + (event.name == name)
+        calls[name] = calls.get(name, 0) + (event.name == name or name == "autograd")
     rows = []
     for name, ms in times.items():
         row: dict[str, Any] = {"name": name, "kind": "torch", "calls": calls[name], "ms": ms}
@@ -237,14 +237,16 @@ def _rows(events: list[Any], counts: Counts, limits: dict[str, Any], *, on_gpu: 
     return sorted((r for r in rows if r["ms"] > 0 or r["kind"] == "fastgan"), key=lambda r: -r["ms"])
 
 
-def _owner(event: Any) -> str:
-    """The nearest enclosing range of ours, else the event itself."""
+def _owner(event: Any, counts: Counts) -> str:
+    """The nearest enclosing range of ours, "autograd" for its nodes and their calls, else the event itself."""
     at = event
     while at is not None:
         if at.name.startswith(PREFIX):
             return str(at.name)
         at = at.cpu_parent
-    return str(event.name)
+    # a thin autograd.Function carries its op's name, and its backward node the class's
+    node = event.name in counts.ops or event.name == "ThinBackward" or event.name.startswith("autograd::")
+    return "autograd" if node else str(event.name)
 
 
 def _on_gpu(events: list[Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("fgpu")
 warnings.simplefilter("ignore")
 
-# torch has no autocast fallback for such a backend, no list of its autocast dtypes, and no meta kernel of fused Adam with
-# its rate in a tensor
+# torch lacks an autocast fallback for such a backend, a list of its autocast dtypes, and a meta kernel of fused Adam
+# with its rate in a tensor
 META = torch.library.Library("aten", "IMPL", "Meta")
 AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 AUTOCAST.fallback(torch.library.fallthrough_kernel)
