@@ -82,7 +82,7 @@ def images(n=6, device="cpu", dtype=torch.float64):
     return torch.randn(n, 2, 8, 8, device=device, dtype=dtype).tanh()
 
 
-def same(ours, theirs):
+def same(ours, theirs, close):
     for a, b in (
         (ours.generator, theirs.generator),
         (ours.discriminator, theirs.discriminator),
@@ -92,10 +92,10 @@ def same(ours, theirs):
             continue
         for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             # learning rates are float32 scalars on the device: 6e-8 of a step of 1e-3
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=2e-8, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(x, y, rtol=close, atol=close / 50, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def walk(ours, theirs, steps, batches=None, seed=True, **more):
+def walk(ours, theirs, steps, batches=None, close=1e-6, **more):
     """Both steps on the same data and random numbers; every metric equal at every step, the state at the end."""
     device = ours.device.type
     kept = []
@@ -109,9 +109,9 @@ def walk(ours, theirs, steps, batches=None, seed=True, **more):
         kept.append((found[0], {k: v.clone() for k, v in found[1].items()}))
     for a, b in kept:  # looked at only now: a later replay must not have changed an earlier step's metrics
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(a[name], b[name], rtol=close, atol=close / 10)
     assert ours.d_updates == theirs.d_updates
-    same(ours, theirs)
+    same(ours, theirs, close)
 
 
 CASES = {
@@ -166,6 +166,10 @@ def test_the_number_of_captures_is_bounded(graphs, monkeypatch):
         walk(ours, theirs, 4, lambda i: images(8))
     assert graphs.captures == 2
     walk(ours, theirs, 2)
+    ours, theirs = pair()
+    with pytest.warns(RuntimeWarning, match="more than 2 kinds of steps"):
+        walk(ours, theirs, 3, lambda i: images(4 + i))
+    assert graphs.captures == 2 and not ours._capture._entries
 
 
 def test_labels_latents_and_sequences(graphs):
@@ -434,7 +438,8 @@ GPU_CASES = CASES | {"capturable": dict(optimizer=lambda m: adam(m, fused=False,
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_gpu_replays_equal_eager_steps(case):
     ours, theirs = pair("cuda", **GPU_CASES[case])
-    walk(ours, theirs, 14)
+    # in bf16 a learning rate that is rounded to float32 can flip a rounding of 4e-3
+    walk(ours, theirs, 14, close=2e-2 if case == "bf16" else 1e-6)
     assert ours._capture.replays >= 3 and ours._capture.declined == ""
 
 

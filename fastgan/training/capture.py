@@ -30,7 +30,9 @@ from fastgan.training.recording import Recording, difference
 __all__ = ["CUDAGraphs", "Capture", "Graphs"]
 
 WARM_UP = 3  # eager steps of a key before its capture: one that may compile and race, two that are compared
-MAX_CAPTURES = 16  # of one step object; each holds the memory of a step's activations until it is dropped
+# Captures of one step object, and keys at a time. Graphs share one memory pool, but each keeps its gradients; lazy
+# penalties with d_steps > 1 have up to penalty_every keys, 16 by custom.
+MAX_CAPTURES = 32
 WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # they make weights by tensor ops, which are captured with the rest
 
 Metrics = dict[str, Tensor]
@@ -167,6 +169,9 @@ class Capture:
             return self._eagerly(reason, due, inputs)
         key = (due, *map(_signature, inputs))
         entry = self._entries.get(key)
+        if entry is None and len(self._entries) >= MAX_CAPTURES:
+            self._give_up(f"more than {MAX_CAPTURES} kinds of steps (shapes, types, penalties due) take turns")
+            return self._eagerly(self.declined, due, inputs)
         if entry is None:
             entry = self._entries[key] = _Entry((_buffers(real), _buffers(labels), _buffers(z)))
         for buffer, given in zip(entry.inputs, inputs, strict=True):
