@@ -160,16 +160,23 @@ def test_shapes_and_types_have_graphs_of_their_own(graphs):
 
 def test_the_number_of_captures_is_bounded(graphs, monkeypatch):
     monkeypatch.setattr(capture, "MAX_CAPTURES", 2)
-    ours, theirs = pair()
-    walk(ours, theirs, 8, lambda i: images(4 + i // 4))
+    ours, theirs = pair(penalty="r1")
+    for weight in (1.0, 2.0):
+        ours.penalty_weight = theirs.penalty_weight = weight
+        walk(ours, theirs, 4)
+    ours.penalty_weight = theirs.penalty_weight = 3.0
     with pytest.warns(RuntimeWarning, match="changed 2 times"):
-        walk(ours, theirs, 4, lambda i: images(8))
-    assert graphs.captures == 2
+        walk(ours, theirs, 4)
     walk(ours, theirs, 2)
+    assert graphs.captures == 2
+
+
+def test_the_number_of_keys_is_bounded(graphs, monkeypatch):
+    monkeypatch.setattr(capture, "MAX_CAPTURES", 2)
     ours, theirs = pair()
     with pytest.warns(RuntimeWarning, match="more than 2 kinds of steps"):
         walk(ours, theirs, 3, lambda i: images(4 + i))
-    assert graphs.captures == 2 and not ours._capture._entries
+    assert graphs.captures == 0 and not ours._capture._entries
 
 
 def test_labels_latents_and_sequences(graphs):
