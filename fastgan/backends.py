@@ -183,7 +183,6 @@ _chosen: dict[tuple, Callable[..., Any]] = {}  # decisions of this process; boun
 _winners: dict[str, str] | None = None  # races won on this machine: loaded from disk at the first race
 _disabled: dict[tuple[str, str], str] = {}  # (op, backend) that failed its proof -> the reason
 _emulated: set[str] = set()  # GPU backends that run on CPU tensors just now
-_around: Callable[[Op, Callable[..., Any]], Callable[..., Any]] | None = None
 _watchers: list[Callable[[Op, str, str], None]] = []
 MAX_CHOSEN = 4096
 
@@ -200,7 +199,7 @@ def choose(op: Op, args: tuple) -> Callable[..., Any]:
         if len(_chosen) >= MAX_CHOSEN:
             _chosen.clear()
         _chosen[key] = run
-    return run if _around is None else _around(op, run)
+    return run
 
 
 def _describe(a: Any) -> Any:
@@ -394,14 +393,3 @@ def watching(watch: Callable[[Op, str, str], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watch)
-
-
-@contextlib.contextmanager
-def around(wrap: Callable[[Op, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Within: every op runs wrap(op, launcher) in the place of its launcher; how `fastgan profile` sees ops."""
-    global _around
-    before, _around = _around, wrap
-    try:
-        yield
-    finally:
-        _around = before

@@ -3,7 +3,7 @@
     found = profile(fastgan.recipes()["dcgan-28"], steps=5)
     found["images_per_second"], found["rows"][0]
 
-Ops of ours get a range each while they are profiled, and only then (`fastgan.backends.around`): in plain eager they run
+Ops of ours get a range each while they are profiled, and only then (`fastgan._op.around`): in plain eager they run
 in a thin autograd.Function, which the profiler does not name. Every event's own time goes to the nearest range that
 encloses it, so the rows part the time and none is counted twice.
 """
@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._op import Op
-from fastgan.backends import around
+from fastgan._op import Op, around
 from fastgan.training.recipes import Recipe
 from fastgan.training.trainer import assemble
 
