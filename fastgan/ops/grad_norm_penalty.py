@@ -13,7 +13,7 @@ Saves        gradient, norm
 Traffic      1 access an element forward, 2 backward; PyTorch's square, sum, sqrt: 3 and 4
 FLOPs        2 an element forward, 1 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     native, reference
+Backends     native, triton, reference
 Source       Gulrajani et al. (2017); Mescheder et al., Which Training Methods for GANs do actually Converge? (2018);
              derivatives: docs/maths.md, section 4
 """
@@ -26,13 +26,17 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend
+from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import like
 
 
 def cost(gradient: Tensor) -> dict[str, int]:
     """Bytes and FLOPs that a perfect forward kernel needs."""
     return {"bytes": gradient.numel() * gradient.element_size(), "flops": 2 * gradient.numel()}
+
+
+def cost_backward(gradient: Tensor) -> dict[str, int]:
+    return {"bytes": 2 * gradient.numel() * gradient.element_size(), "flops": gradient.numel()}
 
 
 def _per_sample(v: Tensor, x: Tensor) -> Tensor:
@@ -76,7 +80,10 @@ op = Op(
     "grad_norm_penalty(Tensor gradient, float target) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, lambda gradient, target: _native.declines(gradient))},
+    backends={
+        "native": Backend(native, lambda gradient, target: _native.declines(gradient)),
+        "triton": triton("grad_norm_penalty"),
+    },
     example=lambda: (*draw((3, 2, 4, 5)), 1.0),
 )
 
@@ -120,7 +127,10 @@ backward = Op(
     "grad_norm_penalty_backward(Tensor dpenalty, Tensor gradient, Tensor norm, float target) -> Tensor",
     reference=reference_backward,
     fake=lambda dpenalty, gradient, norm, target: like(gradient),
-    backends={"native": Backend(native_backward, lambda dpenalty, gradient, *rest: _native.declines(gradient))},
+    backends={
+        "native": Backend(native_backward, lambda dpenalty, gradient, *rest: _native.declines(gradient)),
+        "triton": triton("grad_norm_penalty", "grad_norm_penalty_backward"),
+    },
     example=lambda: (*draw((3,), (3, 2, 4, 5)), draw((3,))[0].abs() + 0.5, 1.0),
 )
 

@@ -11,7 +11,7 @@ Saves        epsilon, and real, fake where epsilon wants a gradient
 Traffic      3 accesses an element (PyTorch's lerp the same; e * real + (1 - e) * fake written out: 8)
 FLOPs        3 an element
 Determinism  bit-equal from run to run
-Backends     native, reference (torch.lerp)
+Backends     native, triton, reference (torch.lerp)
 Source       Gulrajani et al., Improved Training of Wasserstein GANs (2017)
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import Op, draw
-from fastgan.backends import Backend
+from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import like
 
 
@@ -58,7 +58,10 @@ op = Op(
     "interpolate(Tensor real, Tensor fake, Tensor epsilon) -> Tensor",
     reference=reference,
     fake=lambda real, fake, epsilon: like(real),
-    backends={"native": Backend(native, lambda real, fake, epsilon: _native.declines(real, fake))},
+    backends={
+        "native": Backend(native, lambda real, fake, epsilon: _native.declines(real, fake)),
+        "triton": triton("interpolate"),
+    },
     example=lambda: (*draw((3, 2, 4, 5), (3, 2, 4, 5)), torch.rand(3)),
 )
 
