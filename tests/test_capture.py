@@ -239,6 +239,10 @@ def replace_parameter(s):
         last.weight.data = last.weight.data.clone() * 0.5
 
 
+def replace_optimizer(s):
+    s.d_optimizer = torch.optim.Adam(s.discriminator.parameters(), 2e-3, betas=(0.5, 0.999), fused=True)
+
+
 def freeze(s):
     next(s.discriminator.parameters()).requires_grad_(False)
 
@@ -248,7 +252,7 @@ def evaluate(s):
         m.training = False
 
 
-CHANGES = (change_penalty_weight, change_beta, load_optimizer, replace_parameter, freeze, evaluate)
+CHANGES = (change_penalty_weight, change_beta, load_optimizer, replace_parameter, replace_optimizer, freeze, evaluate)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -339,6 +343,22 @@ def test_a_failing_capture_in_the_middle_of_a_scaled_step(graphs):
             assert torch.equal(value, before[name]), name
     metrics = ours(images(dtype=torch.float32))
     assert metrics["d_loss"].isfinite()
+
+
+def test_a_step_that_raises_is_no_warm_up(graphs):
+    ours, _ = pair()
+    late = Late()
+    ours.discriminator.append(late)
+    ours(images())
+    late.broken = True
+    with pytest.raises(RuntimeError, match="not now"):
+        ours(images())
+    late.broken = False
+    for _ in range(2):
+        ours(images())
+    assert graphs.captures == 0 and ours.d_updates == 3
+    ours(images())
+    assert graphs.captures == 1 and ours._capture.declined == ""
 
 
 class Late(nn.Module):

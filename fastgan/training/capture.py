@@ -125,12 +125,13 @@ class Capture:
 
     Args:
         run: (due, real, labels, z) -> metrics, the whole step on tensors; due: which D updates carry the penalty.
-        modules: everything with parameters, buffers and modes that the step reads or writes.
-        optimizers: that it steps.
+        modules: () -> everything with parameters, buffers and modes that the step reads or writes.
+        optimizers: () -> those that it steps.
         settings: () -> every number of the step that a user may change between two calls.
         unsupported: () -> why the step as it is now cannot be captured, or "".
         recover: () -> None, puts Python-side state right after a capture that broke off.
-        device, rng: of the step.
+        device: of the step.
+        rng: () -> the generator that it draws from, or None for torch's own.
         graphs: the device's.
         insist: raise instead of running eagerly.
     """
@@ -140,12 +141,12 @@ class Capture:
         run: Run,
         *,
         modules: Callable[[], Sequence[nn.Module]],
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Callable[[], Sequence[torch.optim.Optimizer]],
         settings: Callable[[], tuple],
         unsupported: Callable[[], str],
         recover: Callable[[], None],
         device: torch.device,
-        rng: torch.Generator | None,
+        rng: Callable[[], torch.Generator | None],
         graphs: Graphs,
         insist: bool = False,
     ):
@@ -206,14 +207,14 @@ class Capture:
         return self.run(due, *inputs)
 
     def _warm_up(self, entry: _Entry, due: tuple[bool, ...]) -> Metrics:
-        entry.steps += 1
         with self.rates.on_device():
-            if entry.steps == 1:
+            if entry.steps == 0:
                 metrics = self.graphs.warm_up(lambda: self.run(due, *entry.inputs))
             else:
                 with Recording(self.device) as recording:
                     metrics = self.graphs.warm_up(lambda: self.run(due, *entry.inputs))
                 entry.recordings.append(recording)
+        entry.steps += 1  # a step that raised does not count
         if len(entry.recordings) == 2:
             reason = difference(*entry.recordings)
             entry.recordings.clear()
@@ -236,14 +237,14 @@ class Capture:
         self.captures += 1
         try:
             with self.rates.on_device(capturing=True):
-                entry.replay, (entry.names, entry.values) = self.graphs.capture(packed, self.rng)
+                entry.replay, (entry.names, entry.values) = self.graphs.capture(packed, self.rng())
         except Exception as error:
-            for optimizer in self.optimizers:
+            for optimizer in self.optimizers():
                 optimizer.zero_grad(set_to_none=True)
             self.recover()
             first = next((line for line in str(error).splitlines() if line.strip()), "no message")
             return f"its capture failed with {type(error).__name__}: {first.strip()}"
-        entry.gradients = [(p, p.grad) for p in _learnt(self.optimizers)]
+        entry.gradients = [(p, p.grad) for p in _learnt(self.optimizers())]
         return ""
 
     def _replay(self, entry: _Entry) -> Metrics:
@@ -273,17 +274,22 @@ class Capture:
         return self._reason
 
     def _state(self) -> tuple:
-        """Everything outside the inputs that decides what the step does and where its tensors lie."""
-        modules = [m for module in self.modules() for m in module.modules()]
-        return (
-            self.settings(),
-            [(m.training, has_live_hooks(m)) for m in modules],
-            [(p.data_ptr(), p.requires_grad) for module in self.modules() for p in module.parameters()],
-            [b.data_ptr() for module in self.modules() for b in module.buffers()],
-            [_hyperparameters(group) for optimizer in self.optimizers for group in optimizer.param_groups],
-            [_place(v) for o in self.optimizers for s in o.state.values() for v in s.values()],
-            _process(self.device.type),
-        )
+        """Everything outside the inputs that decides what the step does and where its tensors lie.
+
+        It is asked for at every step: module dictionaries are walked by hand, at a third of parameters()'s cost.
+        """
+        state: list[Any] = [self.settings(), _process(self.device.type)]
+        for m in (m for module in self.modules() for m in module.modules()):
+            state.append(m.training)
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+                state.append(has_live_hooks(m))
+            for p in m._parameters.values():
+                state += () if p is None else (p.data_ptr(), p.requires_grad)
+            state += [b.data_ptr() for b in m._buffers.values() if b is not None]
+        for optimizer in self.optimizers():
+            state += [_hyperparameters(group) for group in optimizer.param_groups]
+            state += [_place(v) for values in optimizer.state.values() for v in values.values()]
+        return tuple(state)
 
 
 def has_live_hooks(module: nn.Module) -> bool:
@@ -349,13 +355,13 @@ class _Rates:
     number's place only while a step is warmed up or captured; before a replay it is filled with the present number.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device):
+    def __init__(self, optimizers: Callable[[], Sequence[torch.optim.Optimizer]], device: torch.device):
         self.optimizers, self.device = optimizers, device
         self._scalars: list[Tensor] = []
         self._values: list[float] = []
 
     def _groups(self) -> list[dict[str, Any]]:
-        groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
+        groups = [g for optimizer in self.optimizers() for g in optimizer.param_groups]
         return [g for g in groups if not isinstance(g["lr"], Tensor) or g["lr"].device.type == "cpu"]
 
     def refresh(self) -> None:
@@ -373,13 +379,13 @@ class _Rates:
     def on_device(self, *, capturing: bool = False) -> Iterator[None]:
         """Within: the optimisers read the scalars; `capturing` also tells them that their step is being captured."""
         self.refresh()
-        groups, every = self._groups(), [g for o in self.optimizers for g in o.param_groups]
+        groups, every = self._groups(), [g for o in self.optimizers() for g in o.param_groups]
         numbers, flags = [g["lr"] for g in groups], [g["capturable"] for g in every]
         for group, scalar in zip(groups, self._scalars, strict=False):
             group["lr"] = scalar
         for group in every:
             group["capturable"] = group["capturable"] or capturing
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers():
             # torch warns once of a capturable optimiser that runs uncaptured, which is what a warm-up does
             optimizer._warned_capturable_if_run_uncaptured = True
         try:

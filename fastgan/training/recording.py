@@ -20,7 +20,7 @@ __all__ = ["Recording", "difference"]
 
 DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 # tags alone do not name these: what they return, or whether they return at all, hangs on values
-PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+NO_DISPATCH = torch._C._disabled_torch_dispatch_impl  # what a class has that takes no ops apart
 READ_BACK = ("aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten._assert_async")
 
 
@@ -42,7 +42,7 @@ class Recording(TorchDispatchMode):
         self._held: list[Any] = []  # keeps the outer ones alive: a freed one's address would be given to another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not all(kind in PLAIN for kind in types):
+        if any(kind is not FakeTensor and kind.__torch_dispatch__ is not NO_DISPATCH for kind in types):
             return NotImplemented  # a subclass takes its ops apart first, and what it makes of them is seen here
         kwargs = kwargs or {}
         name = str(func)

@@ -302,15 +302,15 @@ class GANStep:
         return Capture(
             self._run,
             modules=lambda: (self.generator, self.discriminator, *([] if self.ema is None else [self.ema])),
-            optimizers=(self.g_optimizer, self.d_optimizer),
+            optimizers=lambda: (self.g_optimizer, self.d_optimizer),
             settings=lambda: (
                 self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.d_steps, self.label_smoothing,
-                self.augment, self.latent, self.precision, None if self._average is None else self._average.decay,
+                self.augment, self.latent, self.precision, self.rng, self._average and self._average.decay,
             ),
             unsupported=self._uncapturable,
             recover=self._recover,
             device=self.device,
-            rng=self.rng,
+            rng=lambda: self.rng,
             graphs=graphs_of(self.device),
             insist=capture == "on",
         )  # fmt: skip

@@ -175,7 +175,7 @@ def recorded(between=None, change=None, rates=True, **options):
         d.append(change())
     with FAKE:
         step, real = step_of(g, d, **options)
-        scalars = _Rates((step.g_optimizer, step.d_optimizer), DEVICE)
+        scalars = _Rates(lambda: (step.g_optimizer, step.d_optimizer), DEVICE)
         due = (step.penalty is not None,)
         runs = []
         for i in range(3):
