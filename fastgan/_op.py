@@ -83,7 +83,8 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Run the chosen backend; no autograd, no tracing."""
-        return choose(self, args)(*args)
+        launch = choose(self, args)
+        return launch(*args) if _around is None else _around(self, launch)(*args)
 
     def _refuse_transforms(self, args: tuple) -> None:
         """torch.func and forward mode would silently see derivatives of zero: raise instead."""
@@ -140,6 +141,20 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+Launcher = Callable[..., Any]
+_around: Callable[[Op, Launcher], Launcher] | None = None
+
+
+@contextlib.contextmanager
+def around(wrap: Callable[[Op, Launcher], Launcher]) -> Iterator[None]:
+    """Within: every op runs wrap(op, launcher) in the place of its launcher; how `fastgan profile` sees ops."""
+    global _around
+    before, _around = _around, wrap
+    try:
+        yield
+    finally:
+        _around = before
 
 
 # ---- gradients that nobody asked for ---------------------------------------------------------------------------------

@@ -183,6 +183,11 @@ class racing:
         _racing = self._before
 
 
+def forced() -> tuple[str, bool]:
+    """(the backend forced, or "auto"; whether backends race): what a captured step must not outlive."""
+    return _forced, _racing
+
+
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 _forced = "auto"

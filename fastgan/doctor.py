@@ -23,6 +23,8 @@ EXTRAS = {
     "triton": ("Triton kernels on a GPU", "PyTorch's builds with CUDA bring it"),
     "PIL": ("image folders and sample grids", "pip install pillow"),
     "rich": ("the live display and these tables", "pip install rich"),
+    "onnx": ("fastgan export --format onnx, with onnxscript", "pip install onnx onnxscript"),
+    "safetensors": ("fastgan export --format safetensors", "pip install safetensors"),
     "imageio_ffmpeg": ("mp4 output of fastgan interpolate", "pip install imageio-ffmpeg"),
 }
 

@@ -21,6 +21,7 @@ from fastgan.nn.conv import has_hooks
 from fastgan.nn.norm import stat_groups
 from fastgan.ops.gan_loss import KINDS
 from fastgan.training import penalties
+from fastgan.training.capture import Capture, capturable_device, graphs_of, has_live_hooks, not_capturable
 from fastgan.training.ema import EMA
 
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Tensor]
@@ -94,11 +95,14 @@ class GANStep:
         precision: "fp32", "bf16" or "fp16" (autocast; parameters, statistics and losses stay float32).
         augment: callable on the discriminator's images, real and fake alike, differentiable.
         label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan).
-        capture: "auto" or "off"; steps are not captured into CUDA graphs in this version, so both run eagerly.
+        capture: "auto" replays CUDA graphs on a GPU (`fastgan.training.capture`) and runs eagerly where that is
+            impossible, with one line that says why; "on" raises there; "off" runs eagerly. A model whose Python code
+            does something else at each step (beyond what its first three steps show) must be run with "off".
         rng: torch.Generator for z and the penalty's noise; None uses torch's global one.
 
     Raises:
         ValueError: an unknown loss, penalty, precision or capture, or counts below 1.
+        RuntimeError: capture="on" where it is impossible.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class GANStep:
     ):
         _one_of("loss", loss, KINDS)
         _one_of("precision", precision, tuple(PRECISIONS))
-        _one_of("capture", capture, ("auto", "off"))
+        _one_of("capture", capture, ("auto", "on", "off"))
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
         if d_steps < 1 or penalty_every < 1:
@@ -142,6 +146,7 @@ class GANStep:
         self._g_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.d_updates = 0
+        self._capture = self._capturing(capture)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -158,6 +163,17 @@ class GANStep:
             of the logits before D's update), "logit_real", "logit_fake", and "penalty" where it was computed. Reading
             one with float() synchronises.
         """
+        if z is None and callable(self.latent):
+            # drawn here, since a user's code may take its numbers from anywhere
+            z = [self.draw_latent(self._nth(real, i).shape[0]) for i in range(self.d_steps)]
+        every = self.penalty_every
+        due = tuple(self.penalty is not None and (self.d_updates + i) % every == 0 for i in range(self.d_steps))
+        metrics = (self._capture or self._run)(due, real, labels, z)
+        self.d_updates += self.d_steps
+        return metrics
+
+    def _run(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> dict[str, Tensor]:
+        """The whole step; due: which of its D updates carry the penalty."""
         metrics: dict[str, Tensor] = {}
         for i in range(self.d_steps):
             x, y, latents = self._nth(real, i), self._nth(labels, i), self._nth(z, i)
@@ -165,15 +181,14 @@ class GANStep:
             last = i == self.d_steps - 1
             with torch.set_grad_enabled(last), self._autocast():
                 fake = _call(self.generator, latents, y)
-            metrics |= self._update_discriminator(x, fake.detach(), y)
+            metrics |= self._update_discriminator(x, fake.detach(), y, due[i])
         metrics |= self._update_generator(x, fake, y)
         if self._average is not None:
             self._average.update(self.generator)
         return metrics
 
-    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool) -> dict[str, Tensor]:
         real, fake = self._seen(real), self._seen(fake)  # the loss and its penalty see the same images
-        due = self.penalty is not None and self.d_updates % self.penalty_every == 0
         with self._autocast():
             merged = self._logits_and_penalty(real, fake, labels) if due else None
             logits_real, logits_fake = merged[:2] if merged else self._discriminate(real, fake, labels)
@@ -191,7 +206,6 @@ class GANStep:
             value = merged[2] if merged else self._penalise(real, fake, labels)
             metrics["penalty"] = value.detach()
             loss = loss + value
-        self.d_updates += 1
         _descend(loss, self.d_optimizer, self._d_scaler)
         return metrics
 
@@ -269,12 +283,67 @@ class GANStep:
         """How the step runs: one line, and one for the penalty."""
         reason = mixes_samples(self.discriminator)
         passes = f"two passes: {reason}" if reason else "one batch of 2N, statistics per half"
-        said = f"D(real) and D(fake): {passes}; precision {self.precision}; eager"
+        said = f"D(real) and D(fake): {passes}; precision {self.precision}; {self._how()}"
         if self.penalty is None:
             return said
         route = penalties.verdict(self.discriminator) or "decided at its first step"
         merged = self.penalty in penalties.SQUARED and not reason and route.startswith("forward")
         return f"{said}\npenalty: {route}" + (", together with the loss" if merged else "")
+
+    # ---- capture --------------------------------------------------------------------------------------------------
+
+    def _capturing(self, capture: str) -> Capture | None:
+        """What replays the step as CUDA graphs, or None where it always runs eagerly."""
+        self._eager_because = "capture is off" if capture == "off" else capturable_device(self.device)
+        if self._eager_because:
+            if capture == "on":
+                raise RuntimeError(f"GANStep: capture='on' must be possible, got {self._eager_because}")
+            return None
+        return Capture(
+            self._run,
+            modules=lambda: (self.generator, self.discriminator, *([] if self.ema is None else [self.ema])),
+            optimizers=lambda: (self.g_optimizer, self.d_optimizer),
+            settings=lambda: (
+                self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.d_steps, self.label_smoothing,
+                self.augment, self.latent, self.precision, self.rng, self._average and self._average.decay,
+            ),
+            unsupported=self._uncapturable,
+            recover=self._recover,
+            device=self.device,
+            rng=lambda: self.rng,
+            graphs=graphs_of(self.device),
+            insist=capture == "on",
+        )  # fmt: skip
+
+    def _uncapturable(self) -> str:
+        """Why the step as it is now cannot be captured, or ""."""
+        for network, name in ((self.generator, "the generator"), (self.discriminator, "the discriminator")):
+            for path, m in network.named_modules():
+                where = f"{name}'s {path}" if path else name
+                if has_live_hooks(m):
+                    return f"{where} ({type(m).__name__}) has hooks, which a replay would not call"
+                if isinstance(m, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                    return f"{where} is spread over several devices ({type(m).__name__})"
+        for optimizer in (self.g_optimizer, self.d_optimizer):
+            reason = not_capturable(optimizer)
+            if reason:
+                return reason
+            if self.precision == "fp16" and not all(g.get("fused") for g in optimizer.param_groups):
+                return f"fp16 reads back whether gradients are finite, unless {type(optimizer).__name__} is fused"
+        return ""
+
+    def _recover(self) -> None:
+        """After a capture that broke off: fresh scalers, since one in the middle of a step takes no other."""
+        for optimizer in (self.g_optimizer, self.d_optimizer):
+            for name in ("grad_scale", "found_inf"):
+                optimizer.__dict__.pop(name, None)
+        for name in ("_g_scaler", "_d_scaler") if self.precision == "fp16" else ():
+            fresh = torch.amp.GradScaler(self.device.type)
+            fresh.load_state_dict(getattr(self, name).state_dict())
+            setattr(self, name, fresh)
+
+    def _how(self) -> str:
+        return f"eager ({self._eager_because})" if self._capture is None else self._capture.explain()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beyond the modules and optimisers that a resumed run needs."""

@@ -67,7 +67,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def assemble(
-    recipe: Recipe, device: torch.device, networks: tuple[nn.Module, nn.Module] | None = None
+    recipe: Recipe,
+    device: torch.device,
+    networks: tuple[nn.Module, nn.Module] | None = None,
+    capture: str = "auto",
 ) -> tuple[nn.Module, nn.Module, Any]:
     """``(generator, discriminator, step)`` of a recipe on `device`: built, converted, with optimisers.
 
@@ -98,6 +101,7 @@ def assemble(
         d_steps=recipe.d_steps,
         ema=recipe.ema,
         precision=recipe.precision,
+        capture=capture,
     )
     return generator, discriminator, step
 

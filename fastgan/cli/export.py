@@ -1,0 +1,41 @@
+"""``fastgan export``: a run's generator as a file that needs no fastgan."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastgan.training import sampling
+
+from .arguments import Commands
+
+FORMATS = ("onnx", "torchscript", "safetensors", "pt2")
+
+
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """Register the command."""
+    parser = commands.add_parser(
+        "export",
+        help="write a run's generator as ONNX, TorchScript, safetensors or pt2",
+        description="Write the generator of a run's newest checkpoint, the averaged one if there is one, in eval mode.",
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="onnx and safetensors need the packages of their names; pt2 is torch.export's archive",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file and say how it was checked."""
+    from fastgan.export import export
+
+    generator, config = sampling.load_generator(args.run)
+    recipe = config["recipe"]
+    facts = {name: recipe[name] for name in ("name", "model", "model_options", "image_size", "channels", "latent")}
+    said = export(generator, args.out, format=args.format, latent=recipe["latent"], facts=facts)
+    print(f"{args.out}: {said}")
+    return 0

@@ -1,0 +1,429 @@
+"""A training step as CUDA graphs: recorded once, then replayed with one launch instead of hundreds.
+
+Which graph a step takes is decided by its key: which of its D updates carry the penalty (so a lazy penalty is two
+graphs, with and without) and the shapes, types and strides of what it is given. A key's first three steps are real
+steps, run eagerly in a side stream: they compile, prove, race and allocate, and the last two are compared op by op
+(`fastgan.training.recording`). Only then is it captured. What a replay cannot follow is watched: when a mode, a
+setting, a hyperparameter or the place of a parameter changes, the graphs are thrown away and it begins anew; learning
+rates live in device scalars and may change at every step.
+
+Whatever cannot be captured runs eagerly, with one line that says why. A capture executes nothing, so a failed one
+leaves the parameters as they were, and the step is then run eagerly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fastgan.backends import forced
+from fastgan.training.recording import Recording, difference
+
+__all__ = ["CUDAGraphs", "Capture", "Graphs"]
+
+WARM_UP = 3  # eager steps of a key before its capture: one that may compile and race, two that are compared
+# Captures of one step object, and keys at a time. Graphs share one memory pool, but each keeps its gradients; lazy
+# penalties with d_steps > 1 have up to penalty_every keys, 16 by custom.
+MAX_CAPTURES = 32
+WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # they make weights by tensor ops, which are captured with the rest
+
+Metrics = dict[str, Tensor]
+Run = Callable[..., Metrics]
+
+
+class Graphs(Protocol):
+    """What a device offers: a side stream to warm up in, and graphs. Tests put one in the place of CUDA's."""
+
+    def busy(self) -> bool:
+        """Whether somebody else is capturing."""
+        ...
+
+    def warm_up(self, run: Callable[[], Metrics]) -> Metrics:
+        """Run where a capture will later run."""
+        ...
+
+    def capture(self, run: Callable[[], Any], rng: torch.Generator | None) -> tuple[Callable[[], object], Any]:
+        """(replay, what run returned: tensors that every replay writes); run is recorded and not executed."""
+        ...
+
+
+class CUDAGraphs:
+    """`Graphs` by torch.cuda.CUDAGraph, one memory pool for all of them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def busy(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def warm_up(self, run: Callable[[], Metrics]) -> Metrics:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            metrics = run()
+        current.wait_stream(self.stream)
+        return metrics
+
+    def capture(self, run: Callable[[], Any], rng: torch.Generator | None) -> tuple[Callable[[], object], Any]:
+        graph = torch.cuda.CUDAGraph()
+        generators = [torch.cuda.default_generators[self.index]]
+        if rng is not None:  # torch registers the default generator itself
+            graph.register_generator_state(rng)
+            generators.append(rng)
+        before = [g.clone_state() for g in generators]
+        try:
+            # the outer context gives the stream back when an invalidated capture raises on its way out
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                # thread_local: a DataLoader's thread that pins memory just now must not spoil the capture
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                outputs = run()
+        except Exception:
+            for generator, state in zip(generators, before, strict=True):
+                generator.graphsafe_set_state(state)  # a broken-off capture leaves it expecting to be captured
+            raise
+        return graph.replay, outputs
+
+
+def capturable_device(device: torch.device) -> str:
+    """Why steps on a device are not captured, or ""."""
+    return "" if device.type == "cuda" else f"CUDA graphs need a GPU, the networks are on {device}"
+
+
+def graphs_of(device: torch.device) -> Graphs:
+    return CUDAGraphs(device)
+
+
+@dataclass
+class _Entry:
+    """One key: its static inputs, what its warm-up saw and, later, its graph."""
+
+    inputs: tuple[Any, Any, Any]
+    steps: int = 0
+    recordings: list[Recording] = field(default_factory=list)
+    replay: Callable[[], object] | None = None
+    names: tuple[str, ...] = ()
+    values: Any = None  # of the metrics: [len(names)], or a list where their dtypes differ
+    gradients: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+
+class Capture:
+    """Runs a step as a graph where that gives the step's numbers, and as it is everywhere else.
+
+    Args:
+        run: (due, real, labels, z) -> metrics, the whole step on tensors; due: which D updates carry the penalty.
+        modules: () -> everything with parameters, buffers and modes that the step reads or writes.
+        optimizers: () -> those that it steps.
+        settings: () -> every number of the step that a user may change between two calls.
+        unsupported: () -> why the step as it is now cannot be captured, or "".
+        recover: () -> None, puts Python-side state right after a capture that broke off.
+        device: of the step.
+        rng: () -> the generator that it draws from, or None for torch's own.
+        graphs: the device's.
+        insist: raise instead of running eagerly.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        modules: Callable[[], Sequence[nn.Module]],
+        optimizers: Callable[[], Sequence[torch.optim.Optimizer]],
+        settings: Callable[[], tuple],
+        unsupported: Callable[[], str],
+        recover: Callable[[], None],
+        device: torch.device,
+        rng: Callable[[], torch.Generator | None],
+        graphs: Graphs,
+        insist: bool = False,
+    ):
+        self.run, self.modules, self.optimizers, self.settings = run, modules, optimizers, settings
+        self.unsupported, self.recover, self.device, self.rng = unsupported, recover, device, rng
+        self.graphs, self.insist = graphs, insist
+        self.rates = _Rates(optimizers, device)
+        self.captures = self.replays = 0
+        self.declined = ""  # for good
+        self._entries: dict[tuple, _Entry] = {}
+        self._valid: tuple | None = None  # the state that the entries were made in
+        self._reason = ""  # why the valid state cannot be captured
+        self._said: set[str] = set()
+
+    def __call__(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> Metrics:
+        inputs = (real, labels, z)
+        if self.graphs.busy() or torch._C._len_torch_dispatch_stack() > 0:
+            return self.run(due, *inputs)  # somebody captures or watches the step: it is to see the ops
+        reason = self.declined or self._refresh() or _unfit(inputs, self.device)
+        if reason:
+            return self._eagerly(reason, due, inputs)
+        key = (due, *map(_signature, inputs))
+        entry = self._entries.get(key)
+        if entry is None and len(self._entries) >= MAX_CAPTURES:
+            self._give_up(f"more than {MAX_CAPTURES} kinds of steps (shapes, types, penalties due) take turns")
+            return self._eagerly(self.declined, due, inputs)
+        if entry is None:
+            entry = self._entries[key] = _Entry((_buffers(real), _buffers(labels), _buffers(z)))
+        for buffer, given in zip(entry.inputs, inputs, strict=True):
+            _load(buffer, given)
+        if entry.steps < WARM_UP:
+            return self._warm_up(entry, due)
+        if entry.replay is None:
+            reason = self._capture(entry, due)
+            if reason:
+                self._give_up(reason)
+                return self._eagerly(reason, due, inputs)
+        return self._replay(entry)
+
+    def explain(self) -> str:
+        """How steps run now, in a few words."""
+        if self.declined:
+            return f"eager ({self.declined})"
+        reason = self.unsupported()
+        if reason:
+            return f"eager ({reason})"
+        graphs = sum(e.replay is not None for e in self._entries.values())
+        return f"{graphs} CUDA graph{'s' * (graphs != 1)}, {self.replays} replays" if graphs else "eager, warming up"
+
+    # ---- the three ways to run ------------------------------------------------------------------------------------
+
+    def _eagerly(self, reason: str, due: tuple[bool, ...], inputs: tuple) -> Metrics:
+        if self.insist:
+            raise RuntimeError(f"GANStep: capture='on' must be possible, got {reason}; capture='auto' runs eagerly")
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"GANStep: runs eagerly, without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
+        return self.run(due, *inputs)
+
+    def _warm_up(self, entry: _Entry, due: tuple[bool, ...]) -> Metrics:
+        with self.rates.on_device():
+            if entry.steps == 0:
+                metrics = self.graphs.warm_up(lambda: self.run(due, *entry.inputs))
+            else:
+                with Recording(self.device) as recording:
+                    metrics = self.graphs.warm_up(lambda: self.run(due, *entry.inputs))
+                entry.recordings.append(recording)
+        entry.steps += 1  # a step that raised does not count
+        if len(entry.recordings) == 2:
+            reason = difference(*entry.recordings)
+            entry.recordings.clear()
+            if reason:
+                self._give_up(reason)
+        self._valid = self._state()  # the first step makes the optimisers' state
+        return metrics
+
+    def _capture(self, entry: _Entry, due: tuple[bool, ...]) -> str:
+        """Capture the entry's step; the reason where it failed."""
+        if self.captures >= MAX_CAPTURES:
+            return f"shapes, settings or parameters changed {MAX_CAPTURES} times"
+
+        def packed() -> tuple[tuple[str, ...], Any]:
+            metrics = self.run(due, *entry.inputs)
+            values = list(metrics.values())
+            alike = len({v.dtype for v in values}) == 1
+            return tuple(metrics), torch.stack(values) if alike else values
+
+        self.captures += 1
+        try:
+            with self.rates.on_device(capturing=True):
+                entry.replay, (entry.names, entry.values) = self.graphs.capture(packed, self.rng())
+        except Exception as error:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad(set_to_none=True)
+            self.recover()
+            first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+            return f"its capture failed with {type(error).__name__}: {first.strip()}"
+        entry.gradients = [(p, p.grad) for p in _learnt(self.optimizers())]
+        return ""
+
+    def _replay(self, entry: _Entry) -> Metrics:
+        self.rates.refresh()
+        if entry.replay is not None:
+            entry.replay()
+        for p, gradient in entry.gradients:  # of this graph: another one's may stand there
+            p.grad = gradient
+        self.replays += 1
+        # cloned: the next replay writes over them
+        copies = entry.values.clone().unbind() if isinstance(entry.values, Tensor) else map(torch.clone, entry.values)
+        return dict(zip(entry.names, copies, strict=True))
+
+    def _give_up(self, reason: str) -> None:
+        self.declined = reason
+        self._entries.clear()
+
+    # ---- what a replay cannot follow --------------------------------------------------------------------------------
+
+    def _refresh(self) -> str:
+        """Drop the graphs where the state they were made in is gone; why the present one cannot be captured, or ""."""
+        state = self._state()
+        if state != self._valid:
+            self._entries.clear()
+            self._valid = state
+            self._reason = self.unsupported()
+        return self._reason
+
+    def _state(self) -> tuple:
+        """Everything outside the inputs that decides what the step does and where its tensors lie.
+
+        It is asked for at every step: module dictionaries are walked by hand, at a third of parameters()'s cost.
+        """
+        state: list[Any] = [self.settings(), _process(self.device.type)]
+        for m in (m for module in self.modules() for m in module.modules()):
+            state.append(m.training)
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+                state.append(has_live_hooks(m))
+            for p in m._parameters.values():
+                state += () if p is None else (p.data_ptr(), p.requires_grad)
+            state += [b.data_ptr() for b in m._buffers.values() if b is not None]
+        for optimizer in self.optimizers():
+            state += [_hyperparameters(group) for group in optimizer.param_groups]
+            state += [_place(v) for values in optimizer.state.values() for v in values.values()]
+        return tuple(state)
+
+
+def has_live_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs Python that a replay would leave out."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return any(not isinstance(hook, WEIGHT_HOOKS) for hook in hooks)
+
+
+def not_capturable(optimizer: torch.optim.Optimizer) -> str:
+    """Why an optimiser's step cannot be captured, or ""."""
+    for group in optimizer.param_groups:
+        # fused Adam keeps its step count on the device, so it needs the flag only to pass torch's own check
+        fused = group.get("fused") and "capturable" in group
+        if not (group.get("capturable") or fused):
+            name = type(optimizer).__name__
+            return f"{name} is not capturable: make it with fused=True or capturable=True where it has them"
+    return ""
+
+
+def _hyperparameters(group: dict[str, Any]) -> list[Any]:
+    """A group without its learning rate (a device scalar); a tensor on the device is used where it lies."""
+    lr = group["lr"]
+    place = _place(lr) if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
+    return [place, *map(id, group["params"]), *((k, _place(v)) for k, v in group.items() if k not in ("params", "lr"))]
+
+
+def _place(value: Any) -> Any:
+    return ("at", value.data_ptr()) if isinstance(value, Tensor) else value
+
+
+def _process(device: str) -> tuple:
+    """Switches of the process that decide which kernels run."""
+    return (
+        forced(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
+        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
+        torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.enabled,
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, *_float32_precision(),
+    )  # fmt: skip
+
+
+def _float32_precision() -> tuple:
+    """Whether products of float32 may take TF32; torch 2.9 renamed the switch, and refuses a mixture of names."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return matmul.fp32_precision, cudnn.conv.fp32_precision
+    return matmul.allow_tf32, cudnn.allow_tf32
+
+
+def _learnt(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
+# ---- learning rates as device scalars --------------------------------------------------------------------------------
+
+
+class _Rates:
+    """A float32 scalar on the device for every group whose learning rate is a Python number.
+
+    The groups keep their numbers: schedulers, checkpoints and users see what they always saw. The scalar takes the
+    number's place only while a step is warmed up or captured; before a replay it is filled with the present number.
+    """
+
+    def __init__(self, optimizers: Callable[[], Sequence[torch.optim.Optimizer]], device: torch.device):
+        self.optimizers, self.device = optimizers, device
+        self._scalars: list[Tensor] = []
+        self._values: list[float] = []
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups = [g for optimizer in self.optimizers() for g in optimizer.param_groups]
+        return [g for g in groups if not isinstance(g["lr"], Tensor) or g["lr"].device.type == "cpu"]
+
+    def refresh(self) -> None:
+        """Bring the scalars up to date, in the current stream."""
+        for i, group in enumerate(self._groups()):
+            value = float(group["lr"])
+            if i == len(self._scalars):
+                self._scalars.append(torch.full((), value, dtype=torch.float32, device=self.device))
+                self._values.append(value)
+            elif value != self._values[i]:
+                self._scalars[i].fill_(value)
+                self._values[i] = value
+
+    @contextlib.contextmanager
+    def on_device(self, *, capturing: bool = False) -> Iterator[None]:
+        """Within: the optimisers read the scalars; `capturing` also tells them that their step is being captured."""
+        self.refresh()
+        groups, every = self._groups(), [g for o in self.optimizers() for g in o.param_groups]
+        numbers, flags = [g["lr"] for g in groups], [g["capturable"] for g in every]
+        for group, scalar in zip(groups, self._scalars, strict=False):
+            group["lr"] = scalar
+        for group in every:
+            group["capturable"] = group["capturable"] or capturing
+        for optimizer in self.optimizers():
+            # torch warns once of a capturable optimiser that runs uncaptured, which is what a warm-up does
+            optimizer._warned_capturable_if_run_uncaptured = True
+        try:
+            yield
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+            for group, flag in zip(every, flags, strict=True):
+                group["capturable"] = flag
+
+
+# ---- inputs: None, a tensor, or a sequence of these, one for each D update -------------------------------------------
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _unfit(inputs: tuple, device: torch.device) -> str:
+    for part in (p for value in inputs for p in _parts(value) if p is not None):
+        if type(part) not in (Tensor, nn.Parameter):
+            return f"images, labels and latents must be plain tensors, got {type(part).__name__}"
+        if part.device.type != device.type or part.requires_grad:
+            return f"images, labels and latents must be on {device} and want no gradient"
+    return ""
+
+
+def _signature(value: Any) -> tuple:
+    parts = [None if p is None else (p.shape, p.stride(), p.dtype) for p in _parts(value)]
+    return (isinstance(value, list | tuple), *parts)
+
+
+def _buffers(value: Any) -> Any:
+    made = [None if p is None else torch.empty_like(p) for p in _parts(value)]
+    return made if isinstance(value, list | tuple) else made[0]
+
+
+def _load(buffers: Any, given: Any) -> None:
+    for buffer, part in zip(_parts(buffers), _parts(given), strict=True):
+        if buffer is not None:
+            buffer.copy_(part, non_blocking=True)
