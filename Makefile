@@ -60,8 +60,9 @@ bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 co
 slow: setup  ## the long sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow
 
-gpu-static: setup  ## every Triton kernel compiled for every card, checked; writes the tables in docs/gpu.md
+gpu-static: setup  ## every GPU kernel compiled for every card, checked; writes the tables in docs/gpu.md
 	$(BIN)/python tests/emulation/triton_static.py
+	$(BIN)/python tests/emulation/cuda_static.py
 
 clean:  ## the environment and everything built
 	rm -rf $(VENV) build site runs *.egg-info fastgan/_C*.so
