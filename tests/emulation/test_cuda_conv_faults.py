@@ -149,3 +149,19 @@ def test_without_a_fault_all_is_well(convolve):
 @pytest.mark.parametrize("fault", range(1, len(FAULTS) + 1), ids=[name for name, *_ in FAULTS])
 def test_a_planted_fault_is_caught(convolve, fault):
     assert any(outcomes(convolve, fault))
+
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("sanitizer", "race"), [("address", "within"), ("thread", "within"), ("thread", "between")])
+def test_sanitizers_find_nothing(sanitizer, race, seed):
+    shim = testing._emulator("cuda")
+    sources = [p for p in shim.LAUNCHERS if p.stem in ("conv2d", "conv_transpose2d", "conv2d_weight")]
+    try:
+        said = shim.run_sanitized(shim.sanitized(sanitizer, sources, f"{sanitizer}-convolutions"), seed, race)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert said == ""
