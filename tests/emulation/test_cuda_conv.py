@@ -1,4 +1,4 @@
-"""The CUDA convolutions, executed under the SIMT emulator: values and derivatives to second order against float64 PyTorch."""
+"""The CUDA convolutions under the SIMT emulator: values and derivatives to second order against float64 PyTorch."""
 
 import copy
 
@@ -230,7 +230,8 @@ def networks():
     )  # fmt: skip
     d = nn.Sequential(
         nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2),
-        nn.Conv2d(8, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 4), nn.Flatten(0),
+        nn.Conv2d(8, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 1, 4), nn.Flatten(0),
     )  # fmt: skip
     return fastgan.convert(g, prove=False), fastgan.convert(d, prove=False)
 
