@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA convolutions: no spills, and a main loop of mma.sync fed by 16-byte copies."""
+"""What nvcc makes of the CUDA convolutions: no spills, mma.sync fed by 16-byte copies (sm_80; all: make gpu-static)."""
 
 import re
 import shutil
@@ -23,9 +23,9 @@ MMA = {
 }
 
 
-def compiled(op, architecture, folder):
+def compiled(op, folder):
     """({kernel: its PTX}, {kernel: (registers, spilled bytes)})."""
-    command = [NVCC, "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Werror", "all-warnings", f"-I{CSRC}", "-cubin"]
+    command = [NVCC, "-std=c++20", "-O3", "-arch=sm_80", "-Werror", "all-warnings", f"-I{CSRC}", "-cubin"]
     command += ["--keep", "--keep-dir", str(folder), "-Xptxas", "-v", "-o", str(folder / f"{op}.cubin")]
     done = subprocess.run([*command, str(CSRC / "cuda" / f"{op}.cu")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -51,8 +51,8 @@ def check_resources(resources, op):
 
 
 @pytest.mark.parametrize("op", FAMILY)
-def test_sm_80_multiplies_on_tensor_cores_and_copies_16_bytes(op, tmp_path):
-    kernels, resources = compiled(op, 80, tmp_path)
+def test_it_multiplies_on_tensor_cores_and_copies_16_bytes(op, tmp_path):
+    kernels, resources = compiled(op, tmp_path)
     check_resources(resources, op)
     main = {name: body for name, body in kernels.items() if f"{op}_kernel" in name}
     for name, body in main.items():
@@ -67,10 +67,3 @@ def test_sm_80_multiplies_on_tensor_cores_and_copies_16_bytes(op, tmp_path):
         if "5Large" in name:  # only whole chunks: no operand comes element by element
             assert not re.search(r"ld\.global\.(nc\.)?[bu]16", body), name
     assert sum("mma.sync" in body for body in main.values()) >= 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [75, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("op", FAMILY)
-def test_every_generation_compiles_without_spills(op, architecture, tmp_path):
-    check_resources(compiled(op, architecture, tmp_path)[1], op)
