@@ -1,5 +1,4 @@
-// What the three convolution launchers share: which block serves a shape, how often its reduction is split, and
-// launching.
+// What the three convolution launchers share: which block serves a shape, and how often its reduction is split.
 #pragma once
 
 #include <algorithm>
