@@ -4,8 +4,7 @@
 // multiply s^2 times as much. A phase without taps (kernel < stride) has an empty main loop and gives the bias alone.
 //
 // Bytes    y once for every 128 output channels and phase (from L2: phases read the same pixels), x once; each phase
-// has
-//          its own part of the weight, read once for every row of its blocks
+//          its own part of the weight, once for every row of its blocks
 // FLOPs    2 N OH OW K (C/groups) R S at most (taps outside the image multiply zeros in a block that has others)
 // Bound    as conv2d. A source of one pixel (the first layer of a DCGAN generator) is given to the kernel with a stride
 //          longer than its output, so that every output pixel is a phase with at most one tap: the plain product
