@@ -16,17 +16,23 @@ struct GnFinish {
   float* w;      // double backward: [2][N groups], the groups' sums of ddx and of ddx xhat
 };
 
+// Merges the splits of a channel into acc.
+template <class Acc>
+FG_DEVICE void add_partials(Acc& acc, const GnFinish& f, i64 sample, int channel) {
+  const float* p = partial_at(const_cast<float*>(f.partials), sample, f.splits, 0, Acc::WORDS, 0, f.channels) + channel;
+  for (int left = f.splits * Acc::WORDS; left > 0; left -= Acc::WORDS) {
+    Acc part;
+#pragma unroll
+    for (int k = 0; k < Acc::WORDS; ++k, p += f.channels) part.word[k] = load(p);
+    acc.merge(part);
+  }
+}
+
 template <class Acc>
 FG_DEVICE Acc partials_of(const GnFinish& f, i64 sample, int channel) {
   Acc sum;
   sum.clear();
-  for (int split = 0; split < f.splits; ++split) {
-    Acc part;
-#pragma unroll
-    for (int k = 0; k < Acc::WORDS; ++k)
-      part.word[k] = load(f.partials + ((sample * f.splits + split) * Acc::WORDS + k) * f.channels + channel);
-    sum.merge(part);
-  }
+  add_partials(sum, f, sample, channel);
   return sum;
 }
 
@@ -37,7 +43,7 @@ static __global__ void __launch_bounds__(THREADS)
   const int width = f.channels / f.groups, first = blockIdx.x % f.groups * width;
   Moments m;
   m.clear();
-  for (int c = threadIdx.x; c < width; c += THREADS) m.merge(partials_of<Moments>(f, sample, first + c));
+  for (int c = threadIdx.x; c < width; c += THREADS) add_partials(m, f, sample, first + c);
   merge_block<THREADS>(m);
   if (threadIdx.x != 0) return;
   store(mean + blockIdx.x, pivot.at(sample, first) + m.mean());

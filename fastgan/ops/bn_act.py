@@ -11,7 +11,7 @@ Autocast     first: runs in x's dtype with float32 parameters, as torch's batch 
 Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise
              pass. third: raises. mean and var are not differentiable outputs
 Saves        x, weight, bias, mean, var (no mask, no normalised copy)
-Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice, dx), 7 double backward; PyTorch's
+Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice, dx), 8 double backward; PyTorch's
              batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count

@@ -12,7 +12,7 @@ Autocast     first: runs in x's dtype with float32 statistics and parameters, as
 Derivatives  first: gn_act_backward. second: gn_act_double_backward, closed form in one reduction and one elementwise
              pass. third: raises. mean and var are not differentiable outputs
 Saves        x, weight, bias, mean, var (no mask, no normalised copy)
-Traffic      3 accesses an element forward, 5 backward, 7 double backward; 2, 3 and 5 where a sample (channels_last) or
+Traffic      3 accesses an element forward, 5 backward, 8 double backward; 2, 3 and 5 where a sample (channels_last) or
              a group (NCHW) stays in the cache. PyTorch's group norm + leaky ReLU: 5, 8, and about 100 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count

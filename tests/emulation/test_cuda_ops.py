@@ -254,6 +254,16 @@ TRAFFIC = {  # op -> (arguments, accesses an element)
         8,
     ),
     "gn_act": (lambda x, v: (x, v, v, 8, 1e-5, "relu", 0.0), 3),
+    "gn_act_backward": (
+        lambda x, v: (x, x.clone(), v, v, torch.randn(8, 8), torch.rand(8, 8) + 1, 1e-5, "relu", 0.0),
+        5,
+    ),
+    "gn_act_double_backward": (
+        lambda x, v: (x, x.clone(), v, v, x.clone(), v, v, torch.randn(8, 8), torch.rand(8, 8) + 1, 1e-5, "relu", 0.0),
+        8,
+    ),
+    "gan_loss": (lambda x, v: (x.flatten(), x.flatten().clone(), "bce", "d", 0.0), 2),  # an access for each of two
+    "gan_loss_backward": (lambda x, v: (torch.tensor(1.0), x.flatten(), x.flatten().clone(), "lsgan", "d", 0.0), 4),
     "interpolate": (lambda x, v: (x, x.clone(), torch.rand(8)), 3),
     "grad_norm_penalty": (lambda x, v: (x, 1.0), 1),
     "grad_norm_penalty_backward": (lambda x, v: (torch.rand(8), x, torch.rand(8) + 1, 1.0), 2),
