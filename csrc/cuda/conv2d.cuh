@@ -1,12 +1,11 @@
 // conv2d: y[pixel][k] = phi(bias[k] + sum over (r, s, c) of patches[pixel][(r, s, c)] weight[k][(r, s, c)]).
 //
-// Bytes    x, y once and the weight once a row of blocks: with 128 pixels a block the weight is read N OH OW / 128
-// times,
-//          from L2. x is read once for every 128 output channels, likewise.
+// Bytes    x, y once; the weight once for every row of blocks, N OH OW / 128 times with 128 pixels a block, from L2;
+//          x once for every 128 output channels, likewise
 // FLOPs    2 N K OH OW (C/groups) R S
-// Bound    128 x 128 outputs and a slab of 64 bytes: 64 multiply-adds a loaded value, 2,048 FLOPs for 32 bytes; every
-//          card's tensor cores starve below about 200 FLOPs a byte of L2, so L2 feeds it 3 times over (fp32: never a
-//          limit)
+// Bound    128 x 128 outputs and a slab of 64 bytes: 2^20 FLOPs for 16 KiB in 16 bits, 64 a byte of L2. An A100 needs
+//          43 at its peak (312 TFLOP/s over 5,120 bytes a cycle at 1.41 GHz), so the tensor cores bind there; 64 x 64
+//          outputs give 32 a byte and are for shapes that would leave SMs idle. In fp32 the multiply-adds bind.
 // Weight   read in place where it is [k][r][s][c] (channels_last), since the reduction then runs along its columns in
 //          chunks of 16 bytes. In NCHW a chunk would be 8 values 2 R S bytes apart: 8 sectors of 32 bytes for 16 bytes,
 //          16 times the traffic, once for every row of blocks. The launcher's caller makes it channels_last by one copy
@@ -46,7 +45,8 @@ __global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
   accumulate<G>(compute, a, b, end - begin);
 
   const i64 first_channel = static_cast<i64>(place.group) * p.columns;
-  finish<G>(compute, p.y, place, p.pixels, p.columns, [&](int pixel) { return pixel * p.pitch + first_channel; });
+  finish<G>(compute, p.y, place, p.pixels, p.columns,
+            [&](int pixel) { return static_cast<i64>(pixel) * p.pitch + first_channel; });
 }
 
 }  // namespace fg::cuda

@@ -22,7 +22,7 @@ struct Stored<Tf32> {
 };
 
 // Each of WARPS_M x WARPS_N warps owns (ROWS / WARPS_M) x (COLUMNS / WARPS_N) outputs. With 64 x 32 outputs a warp
-// reads 96 chunks a k-step for 16 mma: 24 cycles of shared memory (128 bytes a cycle) beside 32 of tensor core (sm_80:
+// reads 192 chunks a step for 16 mma: 24 cycles of shared memory (128 bytes a cycle) beside 32 of tensor core (sm_80:
 // 1024 multiply-adds a cycle), and holds 64 accumulators a thread, which leaves two blocks of 256 threads an SM.
 template <class Operand, class TileA, class TileB, int WARPS_M, int WARPS_N>
 struct TensorCores {
@@ -115,8 +115,7 @@ struct TensorCores {
 };
 
 // Outer products in registers: thread (ty, tx) of TY x TX owns PER_M x PER_N outputs, and per 4 reduction steps reads
-// PER_M + PER_N chunks for 4 PER_M PER_N multiply-adds (8 x 8: 16 reads of 16 bytes for 256 FMA, so the FMA units
-// bind).
+// PER_M + PER_N chunks for 4 PER_M PER_N multiply-adds (8 x 8: 16 reads of 16 bytes for 256 FMA: those bind).
 template <class TileA, class TileB, int THREADS>
 struct Fma {
   using T = float;

@@ -193,12 +193,15 @@ FG_DEVICE void finish(const typename G::Compute& compute, const Output& output, 
   compute.hand_out(sink);
 }
 
+constexpr int REDUCE_THREADS = 256;
+
 // Second stage of a split: the copies are added in the order of the splits, so the sum has the same bits every time;
 // then bias, activation, rounding. Bytes: 4 splits read and sizeof(T) written an output, coalesced; memory-bound by
 // far. taps > 1: the copies are [k][tap][channels] (channels_last), the output [k][channels][tap]: a warp's reads are
-// spread over the taps then, and the block's 256 / taps channels use up their sectors in L1.
+// spread over the taps then, and the block's REDUCE_THREADS / taps channels use up their sectors in L1.
 template <class T>
-__global__ void conv_reduce_kernel(Output output, int splits, int channels, int taps) {
+__global__ void __launch_bounds__(REDUCE_THREADS)
+    conv_reduce_kernel(Output output, int splits, int channels, int taps) {
   const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
   for (i64 at = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; at < output.size; at += step) {
     i64 from = at;

@@ -1,5 +1,4 @@
-// What the three convolution launchers share: which block serves a shape, how often its reduction is split, and
-// launching.
+// What the three convolution launchers share: which block serves a shape, and how often its reduction is split.
 #pragma once
 
 #include <algorithm>
@@ -103,8 +102,8 @@ inline int64_t partial_bytes(const Choice& c, int64_t output_size, bool always =
 
 template <class T>
 void launch_reduce(const char* op, Output output, int splits, int64_t channels, int64_t taps, void* stream) {
-  const unsigned grid = grid_of(op, std::min<int64_t>(divide_up(output.size, 256), 16384));
-  FG_LAUNCH(conv_reduce_kernel<T>, grid, 256, 0, stream, output, splits, static_cast<int>(channels),
+  const unsigned grid = grid_of(op, std::min<int64_t>(divide_up(output.size, REDUCE_THREADS), 16384));
+  FG_LAUNCH(conv_reduce_kernel<T>, grid, REDUCE_THREADS, 0, stream, output, splits, static_cast<int>(channels),
             static_cast<int>(taps));
   check_launch(op);
 }

@@ -1,12 +1,10 @@
 // conv_transpose2d: the adjoint of conv2d, by output phase: for stride s the outputs h = f + s q of phase f use only
 // the taps r with d r = f + p modulo s, on sources i = (f + p - d r)/s + q. Each phase is a dense stride-1 convolution
 // with its own few taps (k4 s2: 4 phases of 2x2), and the phases are a dimension of the grid. Zero insertion would
-// multiply s^2 times as much. A phase without taps (kernel < stride) has an empty main loop: its outputs are the bias
-// alone.
+// multiply s^2 times as much. A phase without taps (kernel < stride) has an empty main loop and gives the bias alone.
 //
-// Bytes    y once for every 128 output channels and phase (from L2: phases read the same pixels), x once, the weight
-// once
-//          in all for a row of blocks of every phase
+// Bytes    y once for every 128 output channels and phase (from L2: phases read the same pixels), x once; each phase
+//          its own part of the weight, once for every row of its blocks
 // FLOPs    2 N OH OW K (C/groups) R S at most (taps outside the image multiply zeros in a block that has others)
 // Bound    as conv2d. A source of one pixel (the first layer of a DCGAN generator) is given to the kernel with a stride
 //          longer than its output, so that every output pixel is a phase with at most one tap: the plain product

@@ -82,8 +82,8 @@ def input_padding(x: Any, dy: Any, weight: Any, stride: Any, padding: Any, dilat
 def operand(core: _native.Core, weight: Tensor) -> Tensor:
     """The weight as a core's kernels read it: by any strides on a CPU, [K][R][S][C/groups] in CUDA.
 
-    A reduction step of CUDA's is 16 bytes along C/groups. Of an NCHW weight they would lie in 8 sectors of 32 bytes,
-    once for every 128 pixels; this copy moves the weight twice, and a channels_last weight not at all.
+    A load of CUDA's is 16 bytes along C/groups. Of an NCHW weight they would lie in 8 sectors of 32 bytes, once for
+    every 128 pixels; this copy moves the weight twice, and a channels_last weight not at all.
     """
     return weight.contiguous(memory_format=CHANNELS_LAST) if core is _native.CUDA else weight
 

@@ -66,10 +66,8 @@ def launch(core, x, dy, kernel, stride, padding, dilation, groups, weight_channe
     code = product_code(core, x)
     x_, dy_ = x.contiguous(memory_format=CHANNELS_LAST), dy.contiguous(memory_format=CHANNELS_LAST)
     dweight = empty(weight_shape(x, dy, kernel, groups), x, weight_channels_last)
-    core.call(
-        "conv2d_weight", x, plan(core.module(), tuple(x.shape), tuple(dy.shape), *geometry), code, x_, dy_, dweight,
-        code, dweight.stride(),
-    )  # fmt: skip
+    conv = plan(core.module(), tuple(x.shape), tuple(dy.shape), *geometry)
+    core.call("conv2d_weight", x, conv, code, x_, dy_, dweight, code, dweight.stride())
     return dweight
 
 

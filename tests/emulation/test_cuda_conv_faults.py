@@ -18,31 +18,87 @@ CSRC = Path(testing.__file__).parents[1] / "csrc"
 
 # (name, file, as it is, with the fault)
 FAULTS = [
-    ("wrong phase", "conv_transpose2d.cuh", "(phase + a.pad - a.dilation * *first) % a.stride",
-     "(phase + a.pad + PLANTED - a.dilation * *first) % a.stride"),
+    (
+        "wrong phase",
+        "conv_transpose2d.cuh",
+        "(phase + a.pad - a.dilation * *first) % a.stride",
+        "(phase + a.pad + PLANTED - a.dilation * *first) % a.stride",
+    ),
     ("source of a phase off by one", "conv_transpose2d.cuh", "axis.base = (", "axis.base = PLANTED + ("),
-    ("no barrier between the stages", "conv_gemm.cuh", "      __syncthreads();", "      if (!PLANTED) __syncthreads();"),
-    ("a wait that lets the slab itself be in flight", "conv_gemm.cuh", "cp_async_wait<STAGES - 2>();",
-     "if (PLANTED) cp_async_wait<STAGES - 1>(); else cp_async_wait<STAGES - 2>();"),
-    ("a copy into the stage in use", "conv_gemm.cuh", "tile_a(slab % STAGES), tile_b",
-     "tile_a((slab + PLANTED * 2) % STAGES), tile_b"),
-    ("no mask at the image's edge", "conv_tile.cuh", "static_cast<u32>(w) < static_cast<u32>(image.w)",
-     "(PLANTED || static_cast<u32>(w) < static_cast<u32>(image.w))"),
-    ("no mask behind the last weight row", "conv_tile.cuh", "row < plane.rows && first_column + j",
-     "(PLANTED || row < plane.rows) && first_column + j"),
+    (
+        "no barrier between the stages",
+        "conv_gemm.cuh",
+        "      __syncthreads();",
+        "      if (!PLANTED) __syncthreads();",
+    ),
+    (
+        "a wait that lets the slab itself be in flight",
+        "conv_gemm.cuh",
+        "cp_async_wait<STAGES - 2>();",
+        "if (PLANTED) cp_async_wait<STAGES - 1>(); else cp_async_wait<STAGES - 2>();",
+    ),
+    (
+        "a copy into the stage in use",
+        "conv_gemm.cuh",
+        "tile_a(slab % STAGES), tile_b",
+        "tile_a((slab + PLANTED * 2) % STAGES), tile_b",
+    ),
+    (
+        "no mask at the image's edge",
+        "conv_tile.cuh",
+        "static_cast<u32>(w) < static_cast<u32>(image.w)",
+        "(PLANTED || static_cast<u32>(w) < static_cast<u32>(image.w))",
+    ),
+    (
+        "no mask behind the last weight row",
+        "conv_tile.cuh",
+        "row < plane.rows && first_column + j",
+        "(PLANTED || row < plane.rows) && first_column + j",
+    ),
     ("off by one in a carry", "conv_tile.cuh", "i2 >= s.size2", "i2 >= s.size2 + PLANTED"),
-    ("off by one at the last row", "conv_gemm.cuh", "live = first_row + r < rows",
-     "live = first_row + r < rows - PLANTED"),
-    ("one output too many", "conv_gemm.cuh", "if (column + i < columns) store", "if (column + i < columns + PLANTED) store"),
-    ("swizzle of the reader", "conv_compute.cuh", "Tile::at(tile, output + 8 * outputs + low, 2 * step + chunks)",
-     "Tile::at(tile, output + 8 * outputs + low, (2 * step + chunks) ^ PLANTED)"),
-    ("fragments of b out of order", "conv_compute.cuh", "const int outputs = PAIRS ? second : first",
-     "const int outputs = PAIRS != PLANTED ? second : first"),
-    ("parts of a split on one place", "conv_gemm.cuh", "place.split * output.size", "(1 - PLANTED) * place.split * output.size"),
-    ("a group's channels", "conv2d.cuh", "x.first_channel = place.group", "x.first_channel = (1 - PLANTED) * place.group"),
-    ("a barrier in a branch", "conv_gemm.cuh", "    cp_async_commit();  //", "    if (PLANTED && threadIdx.x % 2) __syncthreads();\n"
-     "    cp_async_commit();  //"),
-]  # fmt: skip
+    (
+        "off by one at the last row",
+        "conv_gemm.cuh",
+        "live = first_row + r < rows",
+        "live = first_row + r < rows - PLANTED",
+    ),
+    (
+        "one output too many",
+        "conv_gemm.cuh",
+        "if (column + i < columns) store",
+        "if (column + i < columns + PLANTED) store",
+    ),
+    (
+        "swizzle of the reader",
+        "conv_compute.cuh",
+        "Tile::at(tile, output + 8 * outputs + low, 2 * step + chunks)",
+        "Tile::at(tile, output + 8 * outputs + low, (2 * step + chunks) ^ PLANTED)",
+    ),
+    (
+        "fragments of b out of order",
+        "conv_compute.cuh",
+        "const int outputs = PAIRS ? second : first",
+        "const int outputs = PAIRS != PLANTED ? second : first",
+    ),
+    (
+        "parts of a split on one place",
+        "conv_gemm.cuh",
+        "place.split * output.size",
+        "(1 - PLANTED) * place.split * output.size",
+    ),
+    (
+        "a group's channels",
+        "conv2d.cuh",
+        "x.first_channel = place.group",
+        "x.first_channel = (1 - PLANTED) * place.group",
+    ),
+    (
+        "a barrier in a branch",
+        "conv_gemm.cuh",
+        "    cp_async_commit();  //",
+        "    if (PLANTED && threadIdx.x % 2) __syncthreads();\n    cp_async_commit();  //",
+    ),
+]
 
 DRIVER = r"""
 #include <cstring>
@@ -128,8 +184,8 @@ def outcome(convolve, fault, case, which, dtype, seed):
     tensors = [v for t in (x, weight, y, workspace) for v in (t.data_ptr(), t.numel() * t.element_size())]
     array = lambda values: (ctypes.c_int64 * len(values))(*values)
     code = {torch.float32: 0, torch.bfloat16: 1}[dtype]
-    said = convolve(which, fault, seed, array(CASES[case]), code, *(ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y)),
-                    ctypes.c_void_p(workspace.data_ptr()), array([*tensors, 0, 0])).decode()  # fmt: skip
+    addresses = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y, workspace)]
+    said = convolve(which, fault, seed, array(CASES[case]), code, *addresses, array([*tensors, 0, 0])).decode()
     if said:
         return said
     return "" if distance(out, want) < 8 * torch.finfo(dtype).eps else "wrong result"
@@ -149,3 +205,19 @@ def test_without_a_fault_all_is_well(convolve):
 @pytest.mark.parametrize("fault", range(1, len(FAULTS) + 1), ids=[name for name, *_ in FAULTS])
 def test_a_planted_fault_is_caught(convolve, fault):
     assert any(outcomes(convolve, fault))
+
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("sanitizer", "race"), [("address", "within"), ("thread", "within"), ("thread", "between")])
+def test_sanitizers_find_nothing(sanitizer, race, seed):
+    shim = testing._emulator("cuda")
+    sources = [p for p in shim.LAUNCHERS if p.stem in ("conv2d", "conv_transpose2d", "conv2d_weight")]
+    try:
+        said = shim.run_sanitized(shim.sanitized(sanitizer, sources, f"{sanitizer}-convolutions"), seed, race)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert said == ""

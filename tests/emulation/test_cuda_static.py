@@ -51,6 +51,10 @@ OTHERS = {
     "gn_act": ["gn_act_statistics_kernel", "gn_act_backward_finish_kernel", "gn_act_double_backward_finish_kernel"]
     + [f"gn_act_parameters_kernel<{words}>" for words in (2, 5)],
     "gan_loss": [f"gan_loss_{part}_kernel<{{T}}>" for part in ("forward", "finish", "backward")],
+    "conv2d": [f"conv2d_kernel<{{T}}, fg::cuda::{block}>" for block in ("Large", "Small", "Narrow")]
+    + ["conv_reduce_kernel<{T}>"],
+    "conv_transpose2d": [f"conv_transpose2d_kernel<{{T}}, fg::cuda::{block}>" for block in ("Large", "Narrow")],
+    "conv2d_weight": [f"conv2d_weight_kernel<{{T}}, fg::cuda::{block}>" for block in ("Large", "Small")],
 }
 
 

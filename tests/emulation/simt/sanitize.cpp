@@ -28,6 +28,9 @@ int64_t gan_loss_backward(const GanLossArgs&, const Target&) WEAK;
 int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
 int64_t grad_norm_penalty_forward(const GradNormArgs&, const Target&) WEAK;
 int64_t grad_norm_penalty_backward(const GradNormArgs&, const Target&) WEAK;
+int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&) WEAK;
+int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&) WEAK;
+int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&) WEAK;
 }  // namespace fg::cuda
 
 using namespace fg;
@@ -197,6 +200,26 @@ void penalties(DType d, const Size& s) {
   for (const Array* p : {&penalty, &norm}) written("penalties", F32, *p);
 }
 
+// Channels and batch are the size's; large sizes get an image whose weight gradient is split.
+void convolutions(DType d, const Size& s) {
+  const int64_t C = s.C, K = s.C % 8 ? 5 : 24, H = s.HW > 1000 ? 40 : 7, W = s.HW > 1000 ? 32 : 5, R = 4, S = 3;
+  const int64_t OH = (H + 2 - R) / 2 + 1, OW = W + 2 - S + 1, stride[2] = {2, 1};
+  const ConvShape shape{s.N, C, H, W, K, OH, OW, R, S, stride[0], stride[1], 1, 1, 1, 1, 1};
+  const Array x(d, s.N * C * H * W), w(d, K * C * R * S), dy(d, s.N * K * OH * OW), bias(F32, K + C);
+  const Array y(d, s.N * K * OH * OW, true), dx(d, s.N * C * H * W, true), dw(d, K * C * R * S, true);
+  call([&](const auto& t) {
+    return cuda::conv2d(shape, {d, x.get(), w.get(), d, {}, bias.floats(), y.get(), ACT_TANH, 0, 1}, t);
+  });
+  call([&](const auto& t) {
+    return cuda::conv_transpose2d(shape, {d, dy.get(), w.get(), d, {}, bias.floats(), dx.get(), ACT_RELU, 0, 1}, t);
+  });
+  for (const int64_t channel_stride : {int64_t{1}, R * S})
+    call([&](const auto& t) {
+      return cuda::conv2d_weight(shape, {d, x.get(), dy.get(), dw.get(), d, {0, channel_stride, 0, 0}, 1}, t);
+    });
+  for (const Array* a : {&y, &dx, &dw}) written("convolutions", d, *a);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -214,7 +237,8 @@ int main(int count, char** arguments) {
                          {"gn_act", gn_act, cuda::gn_act_forward != nullptr},
                          {"bias_act", bias_act, cuda::bias_act_forward != nullptr},
                          {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
-                         {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward}};
+                         {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward},
+                         {"convolutions", convolutions, cuda::conv2d != nullptr}};
   try {
     for (const auto& f : functions)
       for (const Size& size : sizes)

@@ -67,8 +67,9 @@ enum class State { READY, YIELDED, BARRIER, WARP, DONE };
 struct Copy {
   void* to;
   const void* from;
-  unsigned bytes, valid;
+  unsigned bytes, valid, group;
 };
+constexpr unsigned COPIES = 256;  // cp.async in flight a thread; no heap, whose reuse would look like a race
 
 struct Block;
 
@@ -85,7 +86,8 @@ struct Fiber {
   void *race_context, *own_race_context, *fake_stack;
   bool fenced;
   std::vector<void*> touched_atomics;
-  std::vector<std::vector<Copy>> copies;             // cp.async groups; the last one is open
+  Copy copies[COPIES];
+  unsigned pending, group;                           // copies not done; groups committed so far
   std::unordered_map<const void*, uint32_t> visits;  // call site -> accesses so far, while counting
 #if !defined(__x86_64__)
   ucontext_t machine;
@@ -298,7 +300,7 @@ void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynam
     f->fake_stack = nullptr;
     f->fenced = false;
     f->touched_atomics.clear();
-    f->copies.assign(1, {});
+    f->pending = f->group = 0;
     f->visits.clear();
     // a context costs a millisecond: threads keep theirs, and are ordered behind the host by the start token
     if (__tsan_create_fiber && !block.race_context && !f->own_race_context)
@@ -497,18 +499,22 @@ void* shared_memory(const void* key, size_t bytes) {
 }
 
 void copy_later(void* shared, const void* global, unsigned bytes, unsigned valid) {
-  running->copies.back().push_back({shared, global, bytes, valid});
+  if (running->pending == COPIES) fail("cp.async", {"", 0}, "more than 256 copies of a thread are in flight");
+  running->copies[running->pending++] = {shared, global, bytes, valid, running->group};
 }
-void commit_copies() { running->copies.emplace_back(); }
+void commit_copies() { ++running->group; }
 void wait_copies(int groups_in_flight) {
-  auto& groups = running->copies;
-  while (static_cast<int>(groups.size()) - 1 > groups_in_flight) {
-    for (const Copy& c : groups.front()) {
-      std::memcpy(c.to, c.from, c.valid);
-      std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+  unsigned kept = 0;
+  for (unsigned i = 0; i < running->pending; ++i) {
+    const Copy c = running->copies[i];
+    if (c.group + static_cast<unsigned>(groups_in_flight) >= running->group) {
+      running->copies[kept++] = c;
+      continue;
     }
-    groups.erase(groups.begin());
+    std::memcpy(c.to, c.from, c.valid);
+    std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
   }
+  running->pending = kept;
 }
 
 void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_bytes, bool cooperative,
