@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo recipes test check lint types docs bench slow clean
+.PHONY: help setup demo recipes test check lint types docs bench slow gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 co
 
 slow: setup  ## the long sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow
+
+gpu-static: setup  ## every Triton kernel compiled for every card, checked; writes the tables in docs/gpu.md
+	$(BIN)/python tests/emulation/triton_static.py
 
 clean:  ## the environment and everything built
 	rm -rf $(VENV) build site runs *.egg-info fastgan/_C*.so

@@ -242,6 +242,11 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def may_race(device: torch.device) -> bool:
+    """Whether a kernel may try its configurations now: on a real GPU, racing on, no graph being captured."""
+    return _racing and device.type == "cuda" and not _capturing()
+
+
 def _proved_or_reference(op: Op, name: str, args: tuple, told: str) -> tuple[str, str]:
     """`name`, proved on this case where its device asks for it; else the reference, and why."""
     if name == "reference" or args[0].device.type not in PROVED_ON or _case(op, name, args) in _proved:
@@ -324,11 +329,12 @@ def _prove(op: Op, name: str, case: tuple, args: tuple) -> bool:
 class _Poisoned(TorchDispatchMode):
     """Within: fresh tensors hold NaN, so that an element which a kernel forgets to write shows."""
 
+    paused = False  # while a kernel races its configurations: one with more scratch memory must not pay for the filling
     fresh = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name in self.fresh and out.is_floating_point():
+        if func._schema.name in self.fresh and out.is_floating_point() and not _Poisoned.paused:
             out.fill_(float("nan"))
         return out
 
@@ -359,6 +365,8 @@ def prove_all() -> list[dict[str, str]]:
     from fastgan._op import OPS
 
     rows = []
+    if not _missing("triton"):
+        importlib.import_module("fastgan.kernels.configs").race_ahead(torch.device("cuda"))
     for op in OPS.values():
         for name in op.backends:
             if name == "reference" or missing(name):
@@ -413,7 +421,8 @@ def cache_dir() -> Path:
 
 
 def winners() -> dict[str, str]:
-    """Races won so far on this machine and version: {digest of (op, case): backend}; put into checkpoints."""
+    """Races won so far on this machine and version: {digest of (op, case): backend, or configuration of a kernel}; put
+    into checkpoints."""
     global _winners
     if _winners is None:
         _winners = _read_winners()
@@ -426,11 +435,31 @@ def load_winners(known: dict[str, str]) -> None:
     _chosen.clear()
 
 
+@contextlib.contextmanager
+def timing() -> Iterator[None]:
+    """Within: fresh tensors are as they come, also during a proof, so that what is timed is what users run."""
+    before, _Poisoned.paused = _Poisoned.paused, True
+    try:
+        yield
+    finally:
+        _Poisoned.paused = before
+
+
+def remembered(case: tuple) -> str | None:
+    """What won a kernel's own race, over its configurations: "config ...", as `remember` was given it."""
+    return winners().get(_digest(case))
+
+
+def remember(case: tuple, config: str) -> None:
+    """Keep the winner of a kernel's own race; it starts with "config "."""
+    _remember(_digest(case), config)
+
+
 def _read_winners() -> dict[str, str]:
     """The cache file; one that is missing, unreadable or damaged counts as empty (the races are run again)."""
     try:
         read = json.loads((cache_dir() / "winners.json").read_text())
-        return {str(k): v for k, v in read.items() if v in NAMES}
+        return {str(k): v for k, v in read.items() if v in NAMES or str(v).startswith("config ")}
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -68,27 +68,30 @@ def wide(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.numel() >= WIDE_FROM for t in tensors)
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+def launch(
+    kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int | None = None, **constants: Any
+) -> None:
     """kernel[(programs,)](*args, **constants) on the stream of args[0]'s device.
 
     Triton's own front door binds, specialises and looks up at every call. Here the compiled kernel is kept under what
     it was specialised for: dtypes, 16-byte alignment of pointers, integers that are 1 or multiples of 16, constants.
     A kernel's parameters are its arguments first and then its constants, in the order in which they come here.
     """
+    # fusing a*b+c is torch's own habit; said explicitly, since Triton is about to change its default
+    options = {"num_warps": num_warps, "enable_fp_fusion": True} | ({"num_stages": num_stages} if num_stages else {})
     if _recording is not None:
-        _recording.append(_case(kernel, args, constants, num_warps))
+        _recording.append(_case(kernel, args, constants, options))
         return
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, programs, *args, num_warps=num_warps, **constants)
-    key = (kernel.fn, device, num_warps, *constants.values(), *map(_specialised, args))
+            return launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constants)
+    key = (kernel.fn, device, num_warps, num_stages, *constants.values(), *map(_specialised, args))
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(programs, 1, 1)](*args, *constants.values())
         return
-    # fusing a*b+c is torch's own habit; said explicitly, since Triton is about to change its default
-    compiled = kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+    compiled = kernel[(programs,)](*args, **constants, **options)
     if compiled is not None:  # None: emulated
         _compiled[key] = compiled
 
@@ -131,17 +134,19 @@ def _recorder() -> Iterator[list[Case]]:
         _recording = before
 
 
-def _case(kernel: Any, args: tuple, constants: dict[str, Any], num_warps: int) -> Case:
-    """Triton's types of a launch: `None` and the integer 1 count as constants, as they do in Triton."""
-    given = dict(zip((p.name for p in kernel.params), args, strict=False))
+def _case(kernel: Any, args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> Case:
+    """A launch in the words of Triton's own ahead-of-time compiler: `None` and integers of 1 are constants, and ":16"
+    marks what is a multiple of 16 (pointers too), without which loads come out scalar."""
+    names = [p.name for p in kernel.params]
+    given = dict(zip(names, args, strict=False))
     fixed = {name: a for name, a in given.items() if a is None or (isinstance(a, int) and a == 1)}
     signature = {name: _type(a) for name, a in given.items() if name not in fixed}
-    return kernel, signature, {**fixed, **constants}, {"num_warps": num_warps, "enable_fp_fusion": True}
+    return kernel, signature, {**fixed, **constants}, options
 
 
 def _type(a: Any) -> str:
     if isinstance(a, Tensor):
-        return f"*{DTYPES[a.dtype]}"
+        return f"*{DTYPES[a.dtype]}:16"
     if isinstance(a, int):
-        return "i32" if -(2**31) <= a < 2**31 else "i64"
+        return ("i32" if -(2**31) <= a < 2**31 else "i64") + (":16" if a % 16 == 0 else "")
     return "fp32"
