@@ -3,7 +3,8 @@
 Formula      y[n,k,o] = phi(bias[k] + sum_{c,r} x[n,c, s o + d r - p] weight[k,c,r]), per spatial axis
 Shapes       x [N,C,H,W], weight [K,C/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
              OH = floor((H + 2p - d(R-1) - 1)/s) + 1
-Dtypes       float32, bfloat16 (float32 accumulation) natively; every torch dtype through the reference
+Dtypes       float32, bfloat16 (float32 accumulation) natively, float16 too in Triton, where float32 may multiply in
+             TF32 as torch's own convolutions may; every torch dtype through the reference
 Layout       the native kernel works in channels_last and converts NCHW at its edges; y is channels_last if x or weight
              suggests it, as torch decides
 Autocast     lower: x, weight and bias go to the autocast dtype

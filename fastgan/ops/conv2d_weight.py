@@ -2,7 +2,8 @@
 
 Formula      dweight[k,c,r] = sum_{n,o} dy[n,k,o] x[n,c, s o + d r - p], per spatial axis
 Shapes       x [N,C,H,W], dy [N,K,OH,OW] -> dweight [K,C/groups,R,S]; OH, OW may be smaller than what x would give
-Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively; others through the reference
+Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively, float16 too in Triton, where
+             float32 may multiply in TF32 as torch's own convolutions may; others through the reference
 Layout       native in channels_last; dweight is channels_last if asked for (as its weight is)
 Autocast     lower: x and dy go to the autocast dtype
 Derivatives  bilinear: conv_transpose2d for x, conv2d for dy; any order
