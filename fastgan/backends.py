@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -395,7 +396,11 @@ def fingerprint() -> str:
 
     module, _ = native()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return "|".join([_cpu_name(), gpu, module.table() if module else "", torch.__version__, __version__, sys.platform])
+    compiler = ""  # Triton's version, by its metadata: importing it takes half a second
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        compiler = importlib.metadata.version("triton")
+    table = module.table() if module else ""
+    return "|".join([_cpu_name(), gpu, table, torch.__version__, compiler, __version__, sys.platform])
 
 
 def _cpu_name() -> str:

@@ -24,7 +24,18 @@ from torch import Tensor
 
 from fastgan._layout import dense, is_channels_last, planes
 from fastgan.kernels.column_sums import column_sums
-from fastgan.kernels.launching import FLOATS, chunks_of, contiguous, launch, meta, power_of_2, recorded, tile, wide
+from fastgan.kernels.launching import (
+    FLOATS,
+    PROGRAMS,
+    chunks_of,
+    contiguous,
+    launch,
+    meta,
+    power_of_2,
+    recorded,
+    tile,
+    wide,
+)
 from fastgan.kernels.numerics import (
     activate,
     activate_backward,
@@ -533,13 +544,16 @@ class Plan:
         return self.C // self.CG
 
     @property
-    def merge(self) -> dict[str, int]:
-        """Blocks of the kernels that merge or hold whole groups."""
-        per_channel = self.CG == 1
-        block_c = (
-            (self.block_c if self.resident else min(power_of_2(self.C), 32)) if per_channel else power_of_2(self.CG)
-        )
-        return {"blocks": triton.cdiv(self.C, block_c) if per_channel else self.NG, "block_c": block_c}
+    def group_block(self) -> int:
+        """Channels of a program that merges sums, or holds whole groups: a norm group, or several where CG = 1."""
+        if self.CG > 1:
+            return power_of_2(self.CG)
+        return self.block_c if self.resident else min(power_of_2(self.C), 32)
+
+    @property
+    def group_blocks(self) -> int:
+        """How many such programs a statistic group needs."""
+        return self.NG if self.CG > 1 else triton.cdiv(self.C, self.group_block)
 
     @property
     def inv_m(self) -> float:
@@ -547,7 +561,7 @@ class Plan:
 
     def chunks(self) -> tuple[int, int]:
         chunks, rows = chunks_of(self.S, self.block_s, self.G * triton.cdiv(self.C, self.block_c))
-        while chunks > 1 and chunks * self.merge["block_c"] > MERGED:
+        while chunks > 1 and chunks * self.group_block > MERGED:
             chunks, rows = chunks // 2, rows * 2
         return chunks, rows
 
@@ -599,16 +613,15 @@ def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
     x = dense(x, is_channels_last(x))
     weight, bias = contiguous(weight, bias)
     y, slope = torch.empty_like(x), float(slope)
-    m = p.merge
     if statistics is not None:
         mean, var = statistics
     else:
         mean, var = (x.new_empty(p.G, p.NG, dtype=torch.float32) for _ in range(2))
         if p.resident:
             launch(
-                resident_kernel, p.G * m["blocks"], x, weight, bias, mean, var, y, p.S, p.C, p.P, p.CG, m["blocks"],
-                p.inv_m, eps, slope, num_warps=_warps(p), **_constants(p, x, activation), PER_CHANNEL=p.CG == 1,
-                **_blocks(p),
+                resident_kernel, p.G * p.group_blocks, x, weight, bias, mean, var, y, p.S, p.C, p.P, p.CG,
+                p.group_blocks, p.inv_m, eps, slope, num_warps=_warps(p), **_constants(p, x, activation),
+                PER_CHANNEL=p.CG == 1, **_blocks(p),
             )  # fmt: skip
             return y, mean, var
         chunks, rows = p.chunks()
@@ -618,8 +631,8 @@ def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
             chunks, rows, **_constants(p, x), **_blocks(p),
         )  # fmt: skip
         launch(
-            merge_moments_kernel, p.G * m["blocks"], moments[0], moments[1], mean, var, p.S, p.C, p.CG, m["blocks"],
-            rows, p.inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=m["block_c"],
+            merge_moments_kernel, p.G * p.group_blocks, moments[0], moments[1], mean, var, p.S, p.C, p.CG,
+            p.group_blocks, rows, p.inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
         )  # fmt: skip
     launch(
         norm_act_kernel, p.tiles, x, weight, bias, mean, var, y, p.S, p.C, p.P, p.CG, eps, slope,
@@ -630,7 +643,7 @@ def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
 
 def _parts(p: Plan) -> tuple[int, int]:
     """(parts, statistic groups in each) of the resident backwards: as many parts as keep a card busy."""
-    parts = min(p.G, triton.cdiv(512, p.merge["blocks"]))
+    parts = min(p.G, triton.cdiv(PROGRAMS, p.group_blocks))
     each = triton.cdiv(p.G, parts)
     return triton.cdiv(p.G, each), each
 
@@ -640,13 +653,12 @@ def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation,
     dy, x = (dense(t, is_channels_last(x)) for t in (dy, x))
     weight, bias, mean, var = contiguous(weight, bias, mean, var)
     dx, slope, inv_m = torch.empty_like(x), float(slope), p.inv_m if training else 0.0
-    m = p.merge
     if p.resident:
         parts, each = _parts(p)
         dbias, dweight = (x.new_empty(parts, p.C, dtype=torch.float32) for _ in range(2))
         launch(
-            resident_backward_kernel, parts * m["blocks"], dy, x, weight, bias, mean, var, dx, dbias, dweight,
-            p.S, p.C, p.P, p.CG, m["blocks"], p.G, each, inv_m, eps, slope, num_warps=_warps(p),
+            resident_backward_kernel, parts * p.group_blocks, dy, x, weight, bias, mean, var, dx, dbias, dweight,
+            p.S, p.C, p.P, p.CG, p.group_blocks, p.G, each, inv_m, eps, slope, num_warps=_warps(p),
             **_constants(p, x, activation), PER_CHANNEL=p.CG == 1, **_blocks(p),
         )  # fmt: skip
     else:
@@ -659,8 +671,8 @@ def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation,
         means = x.new_empty(2, p.G, p.NG, dtype=torch.float32)
         dbias, dweight = (x.new_empty(p.G, p.C, dtype=torch.float32) for _ in range(2))
         launch(
-            merge_backward_kernel, p.G * m["blocks"], sums, weight, means, dbias, dweight, p.C, p.CG,
-            m["blocks"], p.G, inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=m["block_c"],
+            merge_backward_kernel, p.G * p.group_blocks, sums, weight, means, dbias, dweight, p.C, p.CG,
+            p.group_blocks, p.G, inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
         )  # fmt: skip
         launch(
             norm_act_backward_kernel, p.tiles, dy, x, weight, bias, mean, var, means, dx, p.S, p.C, p.P, p.CG, p.G,
@@ -676,15 +688,15 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     dy, x, ddx = dense(dy, last), dense(x, last), None if ddx is None else dense(ddx, last)
     ddweight, ddbias, weight, bias, mean, var = contiguous(ddweight, ddbias, weight, bias, mean, var)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
-    slope, inv_m, m = float(slope), p.inv_m if training else 0.0, p.merge
+    slope, inv_m = float(slope), p.inv_m if training else 0.0
     constants = _constants(p, x, activation)
     if p.resident:
         parts, each = _parts(p)
         d_weight = x.new_empty(parts, p.C, dtype=torch.float32)
         launch(
-            resident_double_backward_kernel, parts * m["blocks"], dy, ddx, ddweight, ddbias, x, weight, bias, mean, var,
-            d_dy, d_x, d_weight, p.S, p.C, p.P, p.CG, m["blocks"], p.G, each, inv_m, eps, slope, num_warps=_warps(p),
-            **constants, PER_CHANNEL=p.CG == 1, **_blocks(p),
+            resident_double_backward_kernel, parts * p.group_blocks, dy, ddx, ddweight, ddbias, x, weight, bias, mean,
+            var, d_dy, d_x, d_weight, p.S, p.C, p.P, p.CG, p.group_blocks, p.G, each, inv_m, eps, slope,
+            num_warps=_warps(p), **constants, PER_CHANNEL=p.CG == 1, **_blocks(p),
         )  # fmt: skip
         return d_dy, d_x, column_sums(d_weight)[0]
     chunks, rows = p.chunks()
@@ -696,8 +708,8 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     coefficients = x.new_empty(5, p.G, p.NG, dtype=torch.float32)
     d_weight = x.new_empty(p.G, p.C, dtype=torch.float32)
     launch(
-        merge_double_backward_kernel, p.G * m["blocks"], sums, weight, ddweight, var, coefficients, d_weight, p.C, p.CG,
-        m["blocks"], p.G, eps, inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=m["block_c"],
+        merge_double_backward_kernel, p.G * p.group_blocks, sums, weight, ddweight, var, coefficients, d_weight, p.C,
+        p.CG, p.group_blocks, p.G, eps, inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
     )  # fmt: skip
     launch(
         norm_act_double_backward_kernel, p.tiles, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients,

@@ -13,7 +13,7 @@ from test_op import flat, gradients, sample
 import fastgan
 from fastgan import functional
 from fastgan._op import OPS
-from fastgan.backends import PROOF_TOLERANCE, prove_all, refusal, winners
+from fastgan.backends import PROOF_TOLERANCE, _random, proof_error, prove_all, refusal, winners
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -61,6 +61,49 @@ def test_every_op_and_its_gradient_equal_the_reference(name, dtype, layout):
         expected = gradients(want, wide) if found else []
     for g, w in zip([*flat(got), *found], [*flat(want), *expected], strict=True):
         assert distance(g.detach().cpu(), w.detach()) <= PROOF_TOLERANCE[dtype], name
+
+
+LAYERS = [(128, 64, 32, 32), (64, 512, 4, 4), (33, 65, 17, 15), (2, 3, 257, 129)]
+
+
+def per_channel(*groups):
+    return torch.rand(*groups) + 0.5
+
+
+def layers(x):
+    """Arguments of every memory-bound op for activations x [N, C, H, W]."""
+    n, c = x.shape[:2]
+    norm_groups = 1 if c % 5 else 5
+    bn = (per_channel(c), per_channel(c), per_channel(1, c), per_channel(1, c), True, 1e-5, "leaky_relu", 0.2)
+    gn = (per_channel(c), per_channel(c), per_channel(n, norm_groups), per_channel(n, norm_groups), 1e-5, "relu", 0.0)
+    return {
+        "bias_act": (x, per_channel(c), "tanh", 0.0),
+        "bias_act_backward": (x, x, "leaky_relu", 0.2, True),
+        "bn_act": (x, per_channel(c), per_channel(c), None, None, True, 1e-5, "leaky_relu", 0.2, 1),
+        "bn_act_backward": (x, x, *bn),
+        "bn_act_double_backward": (x, x, per_channel(c), per_channel(c), x, *bn),
+        "gn_act": (x, per_channel(c), per_channel(c), norm_groups, 1e-5, "relu", 0.0),
+        "gn_act_backward": (x, x, *gn),
+        "gn_act_double_backward": (x, x, per_channel(c), per_channel(c), x, *gn),
+        "gan_loss": (x, x, "bce", "d", 0.1),
+        "gan_loss_backward": (torch.ones((), dtype=x.dtype), x, x, "hinge", "d", 0.0),
+        "interpolate": (x, x, torch.rand(n)),
+        "grad_norm_penalty": (x, 1.0),
+        "grad_norm_penalty_backward": (per_channel(n), x, per_channel(n), 1.0),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+@pytest.mark.parametrize("name", layers(torch.zeros(1, 1, 1, 1)))
+def test_a_layer_equals_the_reference(name, shape, dtype, layout):
+    x = torch.empty(shape, dtype=dtype, device=GPU, memory_format=layout)
+    args = tuple(a.to(GPU) if isinstance(a, torch.Tensor) else a for a in layers(x)[name])
+    declined = refusal(OPS[name], "triton", args)
+    if declined:
+        pytest.skip(declined)
+    assert proof_error(OPS[name], "triton", _random(OPS[name], args)) == ""
 
 
 CONVOLUTIONS = [(test_conv2d, shape) for shape in test_conv2d.SAMPLES]

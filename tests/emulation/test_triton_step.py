@@ -1,0 +1,53 @@
+"""A whole training step on emulated Triton kernels equals the same step on the references."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", "3.8", reason="triton 3.8 or newer is needed to emulate Triton kernels")
+from checks import distance
+
+import fastgan
+from fastgan import testing
+from fastgan.backends import watching
+
+
+def networks(norm):
+    g = nn.Sequential(
+        nn.ConvTranspose2d(5, 6, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 2, 4, 2, 1), nn.Tanh()
+    )
+    d = nn.Sequential(
+        nn.Conv2d(2, 4, 4, 2, 1), norm(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4), nn.Flatten(0)
+    )  # fmt: skip
+    return g, d
+
+
+@pytest.mark.parametrize("penalty", [None, "r1", "wgan-gp"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)], ids=["batch", "group"])
+def test_a_step_equals_the_references(norm, penalty):
+    models = networks(norm)
+    real, z = torch.randn(6, 2, 8, 8).tanh(), torch.randn(6, 5, 1, 1)
+    ran = set()
+
+    def run():
+        torch.manual_seed(1)
+        g, d = (fastgan.convert(copy.deepcopy(m), prove=False) for m in models)
+        step = fastgan.GANStep(
+            g, d, latent=(5, 1, 1), loss="wasserstein" if penalty == "wgan-gp" else "bce", penalty=penalty,
+            g_optimizer=torch.optim.SGD(g.parameters(), 0.1), d_optimizer=torch.optim.SGD(d.parameters(), 0.1),
+        )  # fmt: skip
+        step(real, z=z)
+        return [*g.state_dict().values(), *d.state_dict().values()]
+
+    with fastgan.backend("reference"):
+        want = run()
+    with testing.emulate("triton"), watching(lambda op, name, why: ran.add((op.name, name))):
+        got = run()
+    for a, b in zip(got, want, strict=True):
+        assert distance(a, b) < 1e-4
+    wanted = {"bn_act", "bn_act_backward", "gan_loss", "gan_loss_backward", "bias_act_backward"}
+    wanted |= {"gn_act", "gn_act_backward"} if norm is not nn.BatchNorm2d else set()
+    wanted |= {"grad_norm_penalty"} if penalty else set()
+    assert wanted <= {op for op, name in ran if name == "triton"}, wanted - {op for op, name in ran if name == "triton"}
