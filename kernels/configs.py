@@ -105,7 +105,7 @@ STEP_LATENCY = 4e-7  # seconds of one step with nothing to hide behind; num_stag
 
 # (block_m, block_n, block_k, warps). 16-bit: 64 inner elements are 128 bytes, a whole cache line.
 TILES_16 = [
-    (128, 128, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 16, 64, 4), (32, 64, 64, 4),
+    (128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (128, 16, 64, 4), (32, 64, 64, 4),
     (16, 64, 64, 4), (32, 32, 64, 4), (128, 64, 32, 8), (64, 64, 32, 4), (64, 16, 32, 4), (32, 32, 32, 4),
     (16, 16, 32, 2),
 ]  # fmt: skip
@@ -119,6 +119,7 @@ TILES_IEEE = [
     (16, 16, 16, 2),
 ]  # fmt: skip
 GATHERED_BYTES = 64  # of a step whose taps differ from element to element: an address and a mask each, so registers
+GATHERED_FMA = 2048  # outputs of such a tile in scalar FMA: at 64 x 64 the weight gradient spills on sm_120
 SPLITS = (1, 2, 4, 8, 16, 32)
 
 
@@ -174,7 +175,8 @@ def candidates(product: Product, dtype: torch.dtype, card: Card) -> list[Config]
     for m, n, k, warps in tiles:
         stages = 2 if card.warp == 64 else 3
         config = Config(m, n, k, warps, stages)
-        too_wide = product.flat(config) and k * dtype.itemsize > GATHERED_BYTES
+        scalar = tiles is TILES_IEEE and m * n > GATHERED_FMA
+        too_wide = product.flat(config) and (scalar or k * dtype.itemsize > GATHERED_BYTES)
         if too_wide or shared_bytes(config, dtype) > card.shared_program:
             continue
         steps = math.ceil(product.k / k)

@@ -2,8 +2,8 @@
 
 Formula      y = phi(x + bias[channel]);  phi: identity, relu, leaky_relu, tanh, sigmoid
 Shapes       x [N,C,*], bias [C] or None -> y like x
-Dtypes       float32, bfloat16 natively (computed in float32), float16 too in CUDA and Triton; every floating torch dtype
-             through the reference
+Dtypes       float32, bfloat16 natively (computed in float32), float16 too on a GPU; every floating torch dtype through
+             the reference
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype; bias may be of another
 Derivatives  first: bias_act_backward, from the output y (slope >= 0 keeps its sign). second: the same op for dy, and

@@ -2,7 +2,7 @@
 
 Formula      dweight[k,c,r] = sum_{n,o} dy[n,k,o] x[n,c, s o + d r - p], per spatial axis
 Shapes       x [N,C,H,W], dy [N,K,OH,OW] -> dweight [K,C/groups,R,S]; OH, OW may be smaller than what x would give
-Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively, float16 too in CUDA;
+Dtypes       float32, bfloat16 (float32 accumulation, one rounding at the end) natively, float16 too on a GPU;
              others through the reference
 Layout       kernels in channels_last; dweight is channels_last if asked for (as its weight is)
 Autocast     lower: x and dy go to the autocast dtype

@@ -4,7 +4,7 @@ Formula      y[n,k,o] = phi(bias[k] + sum_{c,i,r: o = s i + d r - p} x[n,c,i] we
              computed by output phase o mod s, each a dense stride-1 convolution (no zero insertion)
 Shapes       x [N,C,H,W], weight [C,K/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
              OH = (H-1) s - 2p + d(R-1) + output_padding + 1
-Dtypes       as conv2d: float32, bfloat16 natively, float16 too in CUDA; every torch dtype through the reference
+Dtypes       as conv2d: float32, bfloat16 natively, float16 too on a GPU; every torch dtype through the reference
 Layout       as conv2d: kernels in channels_last; y is channels_last if x or weight suggests it
 Autocast     lower: x, weight and bias go to the autocast dtype
 Derivatives  first: conv2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and closed)

@@ -220,6 +220,22 @@ def test_a_1x1_input_is_one_product():
     assert record.total("dot_flops") == 2 * 16 * 32 * 8 * 16
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", sorted(CONVOLUTIONS))
+def test_strides_are_those_that_the_fake_promises(name, layout):
+    def twin(a):
+        return torch.empty_strided(a.shape, a.stride(), device="meta") if isinstance(a, torch.Tensor) else a
+
+    op, one = OPS[name], name == "conv2d"  # [N, 1, H, W] is contiguous in both layouts; its strides say which it was
+    with testing.emulate("triton"):
+        for channels in (1, 3) if one else (3,):
+            args = list(op.example())
+            args[:2] = [a[:, :channels].contiguous(memory_format=layout) if one else
+                        a.contiguous(memory_format=layout) for a in args[:2]]  # fmt: skip
+            got, promised = op.run(*args), op.overload(*map(twin, args))
+            assert (got.shape, got.stride(), got.dtype) == (promised.shape, promised.stride(), promised.dtype)
+
+
 def test_what_is_declined_says_why():
     for op, args, words in [
         ("conv2d", (torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 1, 1).double(), None), "float32, bfloat16"),
