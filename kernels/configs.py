@@ -113,13 +113,13 @@ TILES_TF32 = [
     (128, 64, 32, 8), (64, 64, 32, 4), (128, 16, 32, 4), (32, 64, 32, 4), (16, 64, 32, 4), (32, 32, 32, 4),
     (64, 64, 16, 4), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2),
 ]  # fmt: skip
-# Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps are short and tiles small.
+# Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps are short and tiles small
+# (64 x 64 spills 8 bytes on sm_86 and sm_120, 64 x 32 at 4 warps on sm_100).
 TILES_IEEE = [
-    (64, 64, 16, 8), (64, 32, 16, 4), (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
+    (64, 32, 16, 8), (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
     (16, 16, 16, 2),
 ]  # fmt: skip
 GATHERED_BYTES = 64  # of a step whose taps differ from element to element: an address and a mask each, so registers
-GATHERED_FMA = 2048  # outputs of such a tile in scalar FMA: at 64 x 64 the weight gradient spills on sm_120
 SPLITS = (1, 2, 4, 8, 16, 32)
 
 
@@ -175,8 +175,7 @@ def candidates(product: Product, dtype: torch.dtype, card: Card) -> list[Config]
     for m, n, k, warps in tiles:
         stages = 2 if card.warp == 64 else 3
         config = Config(m, n, k, warps, stages)
-        scalar = tiles is TILES_IEEE and m * n > GATHERED_FMA
-        too_wide = product.flat(config) and (scalar or k * dtype.itemsize > GATHERED_BYTES)
+        too_wide = product.flat(config) and k * dtype.itemsize > GATHERED_BYTES
         if too_wide or shared_bytes(config, dtype) > card.shared_program:
             continue
         steps = math.ceil(product.k / k)
