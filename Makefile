@@ -39,7 +39,7 @@ recipes: setup  ## train the penalty recipes at reduced width, five minutes each
 	done
 
 test: check  ## everything that CI runs: lint, types, docs, tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
 
 check: lint types docs
 
