@@ -114,9 +114,9 @@ TILES_TF32 = [
     (64, 64, 16, 4), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2),
 ]  # fmt: skip
 # Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps are short and tiles small
-# (64 x 64 spills 8 bytes on sm_86 and sm_120, 64 x 32 at 4 warps on sm_100).
+# (64 x 64 spills on sm_86 and sm_120, 64 x 32 in its split form on sm_90 or sm_100).
 TILES_IEEE = [
-    (64, 32, 16, 8), (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
+    (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
     (16, 16, 16, 2),
 ]  # fmt: skip
 GATHERED_BYTES = 64  # of a step whose taps differ from element to element: an address and a mask each, so registers
