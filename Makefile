@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test check lint types docs bench slow gpu-static clean
+.PHONY: help setup demo recipes test check lint types docs bench slow gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +20,23 @@ demo: setup  ## train a GAN on bundled photographs of garments, a few minutes on
 	$(BIN)/fastgan train --recipe dcgan-28 --data fashion-mnist --out runs/demo --overwrite \
 		--precision bf16 --batch-size 32 --steps 3000 --time-limit 240 \
 		--set g_lr=5e-4 --set d_lr=5e-4 --set betas=0.5,0.999 --set ema=0.995 --set sample_every=500
+
+# What runs/recipes trains: recipe, options that make it small enough for minutes on 2 cores, further settings.
+define RECIPES
+wgan-gp-28  {'dropout':0.0,'g_width':32,'d_width':32} --set g_lr=2e-4 --set d_lr=2e-4
+wgan-gp-64  {'d_norm':False,'g_width':32,'d_width':32} --set g_lr=2e-4 --set d_lr=2e-4 --batch-size 32
+r1-dcgan-64 {'d_norm':False,'g_width':32,'d_width':32} --set g_lr=2e-4 --set d_lr=2e-4 --set ema=0.99
+sngan-32    {'g_width':32,'d_width':32} --batch-size 32
+r3gan-small {'g_width':48,'d_width':48} --set g_lr=4e-4 --set d_lr=4e-4 --set ema=0.99
+endef
+export RECIPES
+LIMIT ?= 300
+
+recipes: setup  ## train the penalty recipes at reduced width, five minutes each, into runs/recipes
+	@echo "$$RECIPES" | while read -r name options settings; do \
+		$(BIN)/fastgan train --recipe $$name --out runs/recipes/$$name --overwrite --precision bf16 \
+			--time-limit $(LIMIT) --set sample_every=0 --set "model_options=$$options" $$settings || exit 1; \
+	done
 
 test: check  ## everything that CI runs: lint, types, docs, tests
 	$(BIN)/python -m pytest -q
@@ -44,6 +61,7 @@ slow: setup  ## the long sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow
 
 gpu-static: setup  ## every GPU kernel compiled for every card, checked; writes the tables in docs/gpu.md
+	$(BIN)/python tests/emulation/triton_static.py
 	$(BIN)/python tests/emulation/cuda_static.py
 
 clean:  ## the environment and everything built

@@ -161,14 +161,9 @@ def _backward(f: Callable[..., Tensor], arguments: list[Tensor], leaves: list[Te
     return lambda: torch.autograd.grad(f(*arguments), leaves, dy)
 
 
-def _double_backward(f: Callable[..., Tensor], arguments: list[Tensor], leaves: list[Tensor], dy: Tensor) -> Any:
+def _to_second_order(f: Callable[..., Tensor], arguments: list[Tensor], leaves: list[Tensor], dy: Tensor) -> Any:
     """Forward, backward, and the gradient of a fixed combination of dx for every leaf: what a penalty needs."""
-    v = torch.randn(arguments[0].shape).to(arguments[0])
-    v = (
-        v.contiguous(memory_format=torch.channels_last)
-        if leaves[0].is_contiguous(memory_format=torch.channels_last)
-        else v
-    )
+    v = _like(arguments[0])
 
     def run() -> object:
         (dx,) = torch.autograd.grad(f(*arguments), leaves[:1], dy, create_graph=True)
@@ -177,4 +172,28 @@ def _double_backward(f: Callable[..., Tensor], arguments: list[Tensor], leaves: 
     return run
 
 
-DIRECTION = {"forward": _forward, "forward+backward": _backward, "forward+double backward": _double_backward}
+def _double_backward(f: Callable[..., Tensor], arguments: list[Tensor], leaves: list[Tensor], dy: Tensor) -> Any:
+    """The last of the three passes alone: the graph of dx is made at the first call and kept."""
+    v, dy = _like(arguments[0]), dy.detach().requires_grad_()
+    made: list[Tensor] = []
+
+    def run() -> object:
+        if not made:
+            made.extend(torch.autograd.grad(f(*arguments), leaves[:1], dy, create_graph=True))
+        return torch.autograd.grad(made[0], [*leaves, dy], v, allow_unused=True, retain_graph=True)
+
+    return run
+
+
+def _like(x: Tensor) -> Tensor:
+    """Noise of x's shape, dtype and layout."""
+    return torch.empty_like(x.detach()).normal_()
+
+
+SECOND, DOUBLE = "forward+double backward", "double backward"
+DIRECTION = {
+    "forward": _forward,
+    "forward+backward": _backward,
+    SECOND: _to_second_order,
+    DOUBLE: _double_backward,
+}

@@ -331,48 +331,47 @@ int64_t gan_loss_backward(int dtype, Address dloss, Address fake, int64_t n_fake
   return core.run(Core::table().gan_loss_backward, args);
 }
 
-// ---------------------------------------------------------------------------------------------- CUDA only
+// ---------------------------------------------------------------------------------------------- penalties
 
-#ifdef FG_CUDA
-inline void samples_of(const char* op, int64_t N, int64_t E) {
-  if (N < 1 || E < 1)
-    refuse(std::string(op) + ": N and E must be at least 1, got " + std::to_string(N) + " and " + std::to_string(E));
+inline void check_samples(const char* op, int64_t N, int64_t M) {
+  if (N < 0 || M < 1)
+    refuse(std::string(op) + ": N must be at least 0 and M at least 1, got N=" + std::to_string(N) +
+           ", M=" + std::to_string(M));
 }
 
-inline int64_t interpolate_forward(int dtype, Address real, Address fake, Address epsilon, Address y, int64_t N,
-                                   int64_t E, Address workspace, Address stream) {
-  constexpr auto op = "interpolate_forward";
-  samples_of(op, N, E);
-  const cuda::InterpolateArgs args{dtype_of<Cuda>(op, dtype), at(real), at(fake), at<float>(epsilon), at(y), N, E};
-  return Cuda{workspace, stream}.run(Cuda::table().interpolate_forward, args);
+template <class Core, class... Tail>
+int64_t interpolate(int dtype, Address real, Address fake, Address epsilon, Address y, int64_t N, int64_t M,
+                    Tail... tail) {
+  const Core core{tail...};
+  constexpr auto op = "interpolate";
+  check_samples(op, N, M);
+  const InterpolateArgs args{dtype_of<Core>(op, dtype), at(real), at(fake), at<float>(epsilon), at(y), N, M,
+                             core.threads(op)};
+  return core.run(Core::table().interpolate, args);
 }
 
-inline int64_t grad_norm_penalty_forward(int dtype, Address gradient, Address penalty, Address norm, int64_t N,
-                                         int64_t E, float target, Address workspace, Address stream) {
+template <class Core, class... Tail>
+int64_t grad_norm_penalty_forward(int dtype, Address gradient, float target, Address penalty, Address norm, int64_t N,
+                                  int64_t M, Tail... tail) {
+  const Core core{tail...};
   constexpr auto op = "grad_norm_penalty_forward";
-  samples_of(op, N, E);
-  const cuda::GradNormArgs args{
-      dtype_of<Cuda>(op, dtype), at(gradient), nullptr, at<float>(penalty), at<float>(norm), nullptr, N, E, target};
-  return Cuda{workspace, stream}.run(Cuda::table().grad_norm_penalty_forward, args);
+  check_samples(op, N, M);
+  const GradNormPenaltyArgs args{
+      dtype_of<Core>(op, dtype), at(gradient), target, at<float>(penalty), at<float>(norm), nullptr, nullptr, N, M,
+      core.threads(op)};
+  return core.run(Core::table().grad_norm_penalty_forward, args);
 }
 
-inline int64_t grad_norm_penalty_backward(int dtype, Address dpenalty, Address gradient, Address norm,
-                                          Address dgradient, int64_t N, int64_t E, float target, Address workspace,
-                                          Address stream) {
+template <class Core, class... Tail>
+int64_t grad_norm_penalty_backward(int dtype, Address dpenalty, Address gradient, Address norm, float target,
+                                   Address dgradient, int64_t N, int64_t M, Tail... tail) {
+  const Core core{tail...};
   constexpr auto op = "grad_norm_penalty_backward";
-  samples_of(op, N, E);
-  const cuda::GradNormArgs args{dtype_of<Cuda>(op, dtype),
-                                at(gradient),
-                                at<float>(dpenalty),
-                                nullptr,
-                                at<float>(norm),
-                                at(dgradient),
-                                N,
-                                E,
-                                target};
-  return Cuda{workspace, stream}.run(Cuda::table().grad_norm_penalty_backward, args);
+  check_samples(op, N, M);
+  const GradNormPenaltyArgs args{dtype_of<Core>(op, dtype), at(gradient),  target, nullptr, at<float>(norm),
+                                 at<float>(dpenalty),       at(dgradient), N,      M,       core.threads(op)};
+  return core.run(Core::table().grad_norm_penalty_backward, args);
 }
-#endif
 
 // ---------------------------------------------------------------------------------------------- the module
 
@@ -426,19 +425,13 @@ void bind_kernels(py::module_& m, const Names&... tail) {
         arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("out"), tail...);
   m.def("gan_loss_backward", &gan_loss_backward<Core, Tail...>, arg("dtype"), arg("dloss"), arg("fake"), arg("n_fake"),
         arg("real"), arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("dfake"), arg("dreal"), tail...);
-}
 
-#ifdef FG_CUDA
-inline void bind_cuda(py::module_& m) {
-  using py::arg;
-  bind_kernels<Cuda, Address, Address>(m, arg("workspace"), arg("stream"));
-  m.def("interpolate_forward", &interpolate_forward, arg("dtype"), arg("real"), arg("fake"), arg("epsilon"), arg("y"),
-        arg("N"), arg("E"), arg("workspace"), arg("stream"));
-  m.def("grad_norm_penalty_forward", &grad_norm_penalty_forward, arg("dtype"), arg("gradient"), arg("penalty"),
-        arg("norm"), arg("N"), arg("E"), arg("target"), arg("workspace"), arg("stream"));
-  m.def("grad_norm_penalty_backward", &grad_norm_penalty_backward, arg("dtype"), arg("dpenalty"), arg("gradient"),
-        arg("norm"), arg("dgradient"), arg("N"), arg("E"), arg("target"), arg("workspace"), arg("stream"));
+  m.def("interpolate", &interpolate<Core, Tail...>, arg("dtype"), arg("real"), arg("fake"), arg("epsilon"), arg("y"),
+        arg("N"), arg("M"), tail...);
+  m.def("grad_norm_penalty_forward", &grad_norm_penalty_forward<Core, Tail...>, arg("dtype"), arg("gradient"),
+        arg("target"), arg("penalty"), arg("norm"), arg("N"), arg("M"), tail...);
+  m.def("grad_norm_penalty_backward", &grad_norm_penalty_backward<Core, Tail...>, arg("dtype"), arg("dpenalty"),
+        arg("gradient"), arg("norm"), arg("target"), arg("dgradient"), arg("N"), arg("M"), tail...);
 }
-#endif
 
 }  // namespace fg::binding

@@ -109,6 +109,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FG_CUDA
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, under the names of the CPU's.");
   cuda.attr("Conv") = m.attr("Conv");
-  binding::bind_cuda(cuda);
+  binding::bind_kernels<binding::Cuda, binding::Address, binding::Address>(cuda, arg("workspace"), arg("stream"));
 #endif
 }

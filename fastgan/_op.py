@@ -8,7 +8,8 @@ both to the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -139,6 +140,40 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+# ---- gradients that nobody asked for ---------------------------------------------------------------------------------
+
+_inputs_only: set[int] = set()  # running backward passes that want no gradient of a Parameter
+
+
+@contextlib.contextmanager
+def inputs_only(root: Tensor) -> Iterator[None]:
+    """Within: a backward pass from `root` computes no gradients of Parameters, for `autograd.grad(root, x)`.
+
+    autograd tells its own nodes what is wanted of a pass, Python's nodes it does not: each convolution of ours would
+    make a whole weight gradient for nothing, one sixth of a double backward. Passes are known by autograd's own number,
+    so that one in another thread is left alone.
+    """
+    noted: list[int] = []
+
+    def note(cotangent: Tensor) -> None:
+        noted.append(torch._C._current_graph_task_id())
+        _inputs_only.update(noted)
+
+    hook = root.register_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _inputs_only.difference_update(noted)
+
+
+def wanted(ctx: Any, index: int, weight: Tensor) -> bool:
+    """Whether a backward must compute the gradient of its input `index`, the tensor `weight`."""
+    if _inputs_only and isinstance(weight, torch.nn.Parameter):
+        return torch._C._current_graph_task_id() not in _inputs_only
+    return bool(ctx.needs_input_grad[index])
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:

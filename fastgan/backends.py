@@ -3,7 +3,9 @@
 A call is decided once per (op, shapes, strides, dtypes, arguments, thread count) and then looked up. Among the backends
 that are available and do not decline the case, each is first proved against the reference on random data of that case,
 then raced against it; the winner is remembered on disk (FASTGAN_CACHE, default ~/.cache/fastgan), per machine and
-version.
+version. On a GPU nothing runs unproved, not even where a backend is forced or racing is off. A kernel that fails is
+switched off with one warning, and the reference takes over. Nothing is proved or raced during the capture of a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from fastgan._op import Op
@@ -35,6 +38,9 @@ NAMES = ("cuda", "triton", "native", "reference")
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "native": ("cpu",), "reference": ()}  # (): every device
 # A proof compares norms, so that one sign flip of an activation at |t| ~ 1e-7 (1e-3 of the norm of a 1e6-element
 # tensor at most) passes and a wrong tap, mask or statistic does not.
+# GPU kernels have never run on the user's card before: there every case is proved at its first use. On a CPU the race
+# proves, and the tests have run the same instruction tables.
+PROVED_ON = {"cuda"}  # device types
 PROOF_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
@@ -184,6 +190,7 @@ _racing = True
 _chosen: dict[tuple, Callable[..., Any]] = {}  # decisions of this process; bounded by MAX_CHOSEN
 _winners: dict[str, str] | None = None  # races won on this machine: loaded from disk at the first race
 _disabled: dict[tuple[str, str], str] = {}  # (op, backend) that failed its proof -> the reason
+_proved: set[tuple] = set()  # (op, backend, case) that passed it
 _emulated: set[str] = set()  # GPU backends that run on CPU tensors just now
 _watchers: list[Callable[[Op, str, str], None]] = []
 MAX_CHOSEN = 4096
@@ -200,7 +207,8 @@ def choose(op: Op, args: tuple) -> Callable[..., Any]:
             watch(op, name, reason)
         if len(_chosen) >= MAX_CHOSEN:
             _chosen.clear()
-        _chosen[key] = run
+        if not _capturing():  # what was left to the reference there may be proved later
+            _chosen[key] = run
     return run
 
 
@@ -213,18 +221,53 @@ def _describe(a: Any) -> Any:
 def _decide(op: Op, args: tuple, key: tuple) -> tuple[str, str]:
     """(backend, why no faster one)."""
     reasons = {name: refusal(op, name, args) for name in op.backends}
-    if _forced != "auto" and not reasons.get(_forced, "no kernel"):
-        return _forced, ""
-    able = [name for name in NAMES if name in reasons and not reasons[name]] if _forced == "auto" else ["reference"]
-    told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
-    if len(able) == 1 or not _racing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return able[0], told
+    if _forced != "auto":
+        name = "reference" if reasons.get(_forced, "no kernel") else _forced
+        return _proved_or_reference(op, name, args, "" if name == _forced else _told(reasons))
+    able = [name for name in NAMES if name in reasons and not reasons[name]]
+    if len(able) == 1 or not _racing:
+        return _proved_or_reference(op, able[0], args, _told(reasons))
     digest = _digest(key)
-    winner = winners().get(digest)
+    winner, told = winners().get(digest), _told(reasons)
     if winner not in able:
-        winner, told = _race(op, args, able)
+        if _capturing():
+            return "reference", "a CUDA graph is being captured, and this case has not been raced before"
+        try:
+            winner, told = _race(op, args, able)
+        except torch.OutOfMemoryError:
+            return "reference", "there is too little memory to race on this case"
         _remember(digest, winner)
     return winner, told or ("raced" if winner != "reference" else "PyTorch's own op won the race")
+
+
+def _told(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def may_race(device: torch.device) -> bool:
+    """Whether a kernel may try its configurations now: on a real GPU, racing on, no graph being captured."""
+    return _racing and device.type == "cuda" and not _capturing()
+
+
+def _proved_or_reference(op: Op, name: str, args: tuple, told: str) -> tuple[str, str]:
+    """`name`, proved on this case where its device asks for it; else the reference, and why."""
+    if name == "reference" or args[0].device.type not in PROVED_ON or _case(op, name, args) in _proved:
+        return name, told
+    if _capturing():
+        return "reference", f"a CUDA graph is being captured, and {name} has not been proved on this case before"
+    try:
+        proved = _prove(op, name, args, _random(op, args))
+    except torch.OutOfMemoryError:
+        return "reference", f"there is too little memory to prove {name} on this case"
+    return (name, told) if proved else ("reference", f"{name}: {_disabled[op.name, name]}")
+
+
+def _case(op: Op, name: str, args: tuple) -> tuple:
+    return (op.name, name, *map(_describe, args))
 
 
 def refusal(op: Op, name: str, args: tuple) -> str:
@@ -240,13 +283,8 @@ def refusal(op: Op, name: str, args: tuple) -> str:
 
 def _race(op: Op, args: tuple, able: list[str]) -> tuple[str, str]:
     """Prove each backend against the reference on random data of this case, then time the survivors in turns."""
-    args = _random(op, args)
-    for name in able[:-1]:
-        error = proof_error(op, name, args)
-        if error:
-            _disabled[op.name, name] = error
-            warnings.warn(f"fastgan: {op.name} on {name} is switched off: {error}", RuntimeWarning, stacklevel=4)
-    able = [name for name in able if (op.name, name) not in _disabled]
+    case, args = args, _random(op, args)
+    able = [name for name in able if name == "reference" or _prove(op, name, case, args)]
     best = dict.fromkeys(able, float("inf"))
     begin = time.perf_counter()
     for _ in range(5):  # interleaved, so that a noisy moment hits every runner
@@ -282,10 +320,39 @@ def _random(op: Op, args: tuple) -> tuple:
     return tuple(draw(name, a) for name, a in zip(names, args, strict=True))
 
 
+def _prove(op: Op, name: str, case: tuple, args: tuple) -> bool:
+    """Whether `name` agrees with the reference on `args`, random numbers for `case`; where not, it is switched off."""
+    error = proof_error(op, name, args)
+    if not error:
+        _proved.add(_case(op, name, case))
+        return True
+    _disabled[op.name, name] = error
+    _chosen.clear()
+    warnings.warn(f"fastgan: {op.name} on {name} is switched off: {error}", RuntimeWarning, stacklevel=6)
+    return False
+
+
+class _Poisoned(TorchDispatchMode):
+    """Within: fresh tensors hold NaN, so that an element which a kernel forgets to write shows."""
+
+    paused = False  # while a kernel races its configurations: one with more scratch memory must not pay for the filling
+    fresh = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in self.fresh and out.is_floating_point() and not _Poisoned.paused:
+            out.fill_(float("nan"))
+        return out
+
+
 def proof_error(op: Op, name: str, args: tuple) -> str:
     """Compare a backend with the reference on `args`; the sentence that says how it failed, or ""."""
     try:
-        got, want = op.backends[name].run(*args), op.reference(*args)
+        want = op.reference(*args)
+        with _Poisoned():
+            got = op.backends[name].run(*args)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         return f"it raised {type(error).__name__}: {error}"
     pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
@@ -304,6 +371,8 @@ def prove_all() -> list[dict[str, str]]:
     from fastgan._op import OPS
 
     rows = []
+    if not _missing("triton"):
+        importlib.import_module("fastgan.kernels.configs").race_ahead(torch.device("cuda"))
     for op in OPS.values():
         for name in op.backends:
             if name == "reference" or missing(name):
@@ -354,7 +423,8 @@ def cache_dir() -> Path:
 
 
 def winners() -> dict[str, str]:
-    """Races won so far on this machine and version: {digest of (op, case): backend}; put into checkpoints."""
+    """Races won so far on this machine and version: {digest of (op, case): backend, or configuration of a kernel}; put
+    into checkpoints."""
     global _winners
     if _winners is None:
         _winners = _read_winners()
@@ -367,11 +437,31 @@ def load_winners(known: dict[str, str]) -> None:
     _chosen.clear()
 
 
+@contextlib.contextmanager
+def timing() -> Iterator[None]:
+    """Within: fresh tensors are as they come, also during a proof, so that what is timed is what users run."""
+    before, _Poisoned.paused = _Poisoned.paused, True
+    try:
+        yield
+    finally:
+        _Poisoned.paused = before
+
+
+def remembered(case: tuple) -> str | None:
+    """What won a kernel's own race, over its configurations: "config ...", as `remember` was given it."""
+    return winners().get(_digest(case))
+
+
+def remember(case: tuple, config: str) -> None:
+    """Keep the winner of a kernel's own race; it starts with "config "."""
+    _remember(_digest(case), config)
+
+
 def _read_winners() -> dict[str, str]:
     """The cache file; one that is missing, unreadable or damaged counts as empty (the races are run again)."""
     try:
         read = json.loads((cache_dir() / "winners.json").read_text())
-        return {str(k): v for k, v in read.items() if v in NAMES}
+        return {str(k): v for k, v in read.items() if v in NAMES or str(v).startswith("config ")}
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -183,7 +183,7 @@ def _emulator(name: str) -> Any:
         spec = importlib.util.spec_from_file_location(module, path)
         if not path.exists() or spec is None or spec.loader is None:
             raise RuntimeError(f"emulate: needs a source checkout with its tests/emulation, got none at {path}")
-        loaded = sys.modules[module] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        sys.modules[module] = loaded = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
         try:
             spec.loader.exec_module(loaded)
         except BaseException:

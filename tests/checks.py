@@ -32,7 +32,7 @@ def orders(function, inputs, order=2, seed=1234):
     rng = torch.Generator().manual_seed(seed)
 
     def cotangent(t):
-        return torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t.dtype)
+        return torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t)
 
     leaves = [t for t in inputs if t is not None and t.requires_grad]
     y = function(*inputs)

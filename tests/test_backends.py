@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -123,6 +124,111 @@ def test_the_slow_backend_loses(forget, monkeypatch):
     with forget.watching(lambda op, name, why: calls.append((name, why))):
         call(11)
     assert calls == [("reference", "PyTorch's own op won the race")]
+
+
+# ---- the proof at first use, where a device asks for one ------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(forget, monkeypatch):
+    """A process in which the CPU asks for proofs as a GPU does, and nothing has been proved."""
+    monkeypatch.setattr(forget, "PROVED_ON", {"cpu"})
+    monkeypatch.setattr(forget, "_proved", set())
+    monkeypatch.setattr(forget, "_emulated", {"triton"})
+    return forget
+
+
+def kernel(change=lambda y: y, calls=None):
+    """A Triton backend of bias_act that computes by PyTorch and then changes its output."""
+    from fastgan._op import OPS
+    from fastgan.backends import Backend
+
+    def run(x, *rest):
+        if calls is not None:
+            calls.append(x)
+        return change(OPS["bias_act"].reference(x, *rest))
+
+    return Backend(run)
+
+
+def leaves_its_corner(y):
+    out = torch.empty_like(y)
+    out.flatten()[1:] = y.flatten()[1:]
+    return out
+
+
+def fails(y):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize("mode", ["forced", "raceless"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: y * 1.01, "output 0 must be within"),
+        (leaves_its_corner, "got an error of nan"),
+        (lambda y: y.double(), "output 0 must be .* torch.float32, got .* torch.float64"),
+        (fails, "it raised RuntimeError: no kernel image"),
+    ],
+)
+def test_a_wrong_gpu_kernel_is_switched_off_at_its_first_use(asked, monkeypatch, mode, change, words):
+    from fastgan._op import OPS
+
+    monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(change))
+    x, calls = torch.randn(5, 7, 3, 3), []
+    with fastgan.backend("triton" if mode == "forced" else "auto"), fastgan.racing(False):
+        with pytest.warns(RuntimeWarning, match=f"bias_act on triton is switched off: .*{words}") as warned:
+            y = functional.bias_act(x)
+        with asked.watching(lambda op, name, why: calls.append((name, why))):
+            functional.bias_act(x[:2])
+    torch.testing.assert_close(y, torch.nn.functional.leaky_relu(x, 0.2))
+    assert len(warned) == 1 and not fastgan.backends()["bias_act"]["triton"][0]
+    assert calls[0][0] != "triton" and re.search(words, calls[0][1])
+
+
+def test_a_right_gpu_kernel_is_proved_once_a_case(asked, monkeypatch):
+    from fastgan._op import OPS
+
+    calls = []
+    monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(calls=calls))
+    x = torch.arange(48.0).view(4, 3, 2, 2)
+    with fastgan.backend("triton"):
+        for n in (4, 4, 2, 2, 4):
+            functional.bias_act(x[:n])
+    assert len(calls) == 5 + 2  # two cases
+    assert not torch.equal(calls[0], x) and torch.equal(calls[1], x)  # random numbers prove, not x
+
+
+def test_nothing_is_proved_or_raced_during_capture(asked, monkeypatch):
+    from fastgan._op import OPS
+
+    calls, ran, x = [], [], torch.randn(3, 3, 2, 2)
+    monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(calls=calls))
+    monkeypatch.setattr(asked, "_capturing", lambda: True)
+    with asked.watching(lambda op, name, why: ran.append((name, why))):
+        functional.bias_act(x)
+        with fastgan.backend("triton"):
+            functional.bias_act(x)
+    assert calls == [] and all(name == "reference" and "captured" in why for name, why in ran)
+    monkeypatch.setattr(asked, "_capturing", lambda: False)
+    with fastgan.backend("triton"):
+        functional.bias_act(x)
+    assert len(calls) == 2  # the proof and the call
+
+
+def test_too_little_memory_for_a_proof_is_no_fault_of_the_kernel(asked, monkeypatch):
+    from fastgan._op import OPS
+
+    def full(y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(full))
+    ran = []
+    for mode in ("triton", "auto"):
+        with fastgan.backend(mode), asked.watching(lambda op, name, why: ran.append((name, why))):
+            functional.bias_act(torch.randn(3, 3, 2, 2))
+    assert all(name == "reference" and "too little memory" in why for name, why in ran) and len(ran) == 2
+    assert fastgan.backends()["bias_act"]["triton"][0]
 
 
 def test_environment_variable_forces_and_never_breaks_the_import():

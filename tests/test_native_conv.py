@@ -78,6 +78,12 @@ SHAPES = [
     Shape(3, 1, 28, 28, 64, 5, 5, (2, 2), (2, 2)),
     Shape(13, 32, 7, 7, 64, 5, 5, (1, 1), (2, 2)),
     Shape(2, 16, 14, 14, 17, 5, 5, (2, 2), (2, 2)),
+    # Minimal filtering in fp32 (conv_winograd.hpp): 2, 3 and both numbers of taps a strand, odd sizes, unequal axes.
+    Shape(9, 32, 17, 15, 48, 4, 4, (2, 2), (1, 1)),
+    Shape(5, 48, 11, 12, 32, 3, 3, (1, 1), (1, 1)),
+    Shape(4, 32, 23, 24, 32, 5, 5, (2, 2), (2, 2)),
+    Shape(5, 32, 16, 18, 112, 3, 4, (1, 2), (1, 1)),
+    Shape(33, 80, 5, 5, 32, 2, 2),
     # 1x1 and 3x3, unit and odd channel counts.
     Shape(5, 17, 5, 7, 33, 1, 1),
     Shape(1, 64, 9, 6, 64, 3, 3, (1, 1), (1, 1)),

@@ -1,4 +1,4 @@
-"""The native CPU kernels bn_act, gn_act, bias_act and gan_loss against float64 PyTorch with autograd, by table."""
+"""The native CPU kernels of norms, bias, losses and penalties against float64 PyTorch with autograd, by table."""
 
 import functools
 import math
@@ -616,6 +616,43 @@ def test_softplus_over_the_whole_range(table):
         torch.testing.assert_close(out.get()[:1].double(), want, rtol=5e-7, atol=1e-44)
 
 
+# ------------------------------------------------------------------------------------------------ penalties
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(3, 5), (1, 12289), (7, 4096), (65, 33)])
+def test_interpolate(table, n, m, dtype):
+    real, fake = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] for _ in range(2))
+    epsilon, y = torch.rand(n), Guarded(n * m, DTYPES[dtype])
+    epsilon[0] = 1.0
+    _C.interpolate(dtype, pointer(real), pointer(fake), pointer(epsilon), pointer(y), n, m, 2)
+    e = epsilon.double().repeat_interleave(m)
+    check(y.get(), e * real.double() + (1 - e) * fake.double(), dtype, "y")
+    assert torch.equal(y.get()[:m], real[:m])
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(3, 5), (1, 12289), (7, 4096), (65, 33)])
+def test_grad_norm_penalty(table, n, m, dtype, target):
+    g = torch.randn(n * m + 1).to(DTYPES[dtype])[1:]
+    if n > 1:
+        g[:m] = 0  # a sample whose gradient vanishes
+    penalty, norm, dg = Guarded(n), Guarded(n), Guarded(n * m, DTYPES[dtype])
+    _C.grad_norm_penalty_forward(dtype, pointer(g), target, pointer(penalty), pointer(norm), n, m, 2)
+    rows = g.double().view(n, m)
+    want = rows.norm(dim=1)
+    check(norm.get(), want, F32, "norm")
+    check(penalty.get(), (want - target).square(), F32, "penalty")
+    slope = torch.where(want > 0, 2 - 2 * target / want, 2.0 if target == 0 else 0.0)
+    dpenalty = torch.randn(n)
+    norm = norm.get().clone()
+    _C.grad_norm_penalty_backward(
+        dtype, pointer(dpenalty), pointer(g), pointer(norm), target, pointer(dg), n, m, 2
+    )  # fmt: skip
+    check(dg.get(), (dpenalty.double() * slope)[:, None] * rows, dtype, "dg")
+
+
 # ------------------------------------------------------------------------------------------------ threads, refusals
 
 
@@ -644,7 +681,9 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
             F32, pointer(dy), pointer(out[0]), pointer(out[1]), pointer(small[5]), n, c, hw, channels_last, LEAKY,
             SLOPE, threads,
         )  # fmt: skip
-        return out + small
+        more = [torch.full((n,), torch.nan), torch.full((n,), torch.nan)]
+        _C.grad_norm_penalty_forward(F32, pointer(x), 1.0, pointer(more[0]), pointer(more[1]), n, c * hw, threads)
+        return out + small + more
 
     first, again, alone = run(8), run(8), run(1)
     for a, b, one in zip(first, again, alone, strict=True):
@@ -665,6 +704,8 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
         (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 1), "kind must be"),
         (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 1), "side must be"),
+        (lambda: _C.interpolate(0, 8, 8, 8, 8, 2, 0, 1), "M at least 1"),
+        (lambda: _C.grad_norm_penalty_forward(0, 8, 1.0, 8, 8, -1, 4, 1), "N must be at least 0"),
         (lambda: _C.use_table("sse9"), "sse9"),
     ],
 )

@@ -6,6 +6,8 @@ from torch import nn
 
 import fastgan
 from fastgan import functional
+from fastgan._op import inputs_only
+from fastgan.backends import watching
 from fastgan.testing import assert_penalty_complete
 
 
@@ -47,6 +49,28 @@ def test_equals_plain_torch_for_every_parameter(kind, norm):
         a, b = (torch.autograd.grad(v, w, retain_graph=True, allow_unused=True)[0] for v, w in ((got, p), (want, q)))
         a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_double_backward_makes_no_weight_gradient_that_nobody_reads():
+    d, x = fastgan.convert(critic(nn.BatchNorm2d)), torch.randn(4, 2, 16, 16)
+    ran = []
+    with watching(lambda op, backend, reason: ran.append(op.name)):
+        value = functional.gradient_penalty(d, x, kind="r1", weight=1.0)
+        assert ran.count("conv_transpose2d") == 2 and "conv2d_weight" not in ran
+        value.backward()
+    assert ran.count("conv2d_weight") >= 2 and all(p.grad is not None for p in d[0].parameters() if p.dim() > 1)
+
+
+def test_other_backward_passes_keep_their_weight_gradients():
+    d, x = fastgan.convert(critic()), torch.randn(4, 2, 16, 16, requires_grad=True)
+    first, second = d(x).sum(), d(x).square().sum()
+    with inputs_only(first):
+        torch.autograd.grad(first, x, retain_graph=True)
+        second.backward()  # another pass, as from another thread
+    assert all(p.grad is not None for p in d.parameters())
+    d.zero_grad()
+    first.backward()
+    assert all(p.grad is not None for p in d.parameters())
 
 
 def test_zero_gradient_has_a_finite_penalty_gradient():

@@ -145,6 +145,27 @@ struct GanLossArgs {
   int threads;
 };
 
+// N samples of M elements each, dense, all in one layout.
+struct InterpolateArgs {
+  DType dtype;
+  const void *real, *fake;
+  const float* epsilon;  // [N]
+  void* y;
+  int64_t N, M;
+  int threads;
+};
+
+struct GradNormPenaltyArgs {
+  DType dtype;
+  const void* gradient;  // [N][M]
+  float target;
+  float *penalty, *norm;  // forward: [N]; backward reads norm
+  const float* dpenalty;  // backward: [N]
+  void* dgradient;        // backward: [N][M]
+  int64_t N, M;
+  int threads;
+};
+
 // One instruction set's kernels. cpu/table.cpp is compiled once per set and fills one of these.
 struct Table {
   const char* name;
@@ -161,6 +182,9 @@ struct Table {
   void (*bias_act_backward)(const BiasActShape&, const BiasActBackwardArgs&);
   void (*gan_loss_forward)(const GanLossArgs&);
   void (*gan_loss_backward)(const GanLossArgs&);
+  void (*interpolate)(const InterpolateArgs&);
+  void (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&);
+  void (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&);
 };
 
 // Scratch memory, 64-byte aligned, uninitialised, recycled between calls: a fresh 16 MB malloc costs more in page

@@ -5,6 +5,8 @@
 // panels. Column blocks are shared out among the threads; where there are too few, the pixels are split too, and
 // the parts are added in a fixed order.
 #include "cpu/conv_compute.hpp"
+#include "cpu/conv_weight_rows.hpp"
+#include "cpu/conv_winograd_weight.hpp"
 
 namespace fg::ISA {
 
@@ -379,11 +381,10 @@ inline void add_up(const Gradient& g, int64_t split, int64_t group, int64_t part
   }
 }
 
-// One row k of dw: the parts summed in order, written by the caller's strides.
-template <class K, class T>
-FG_NOINLINE void write_row(const Gradient& g, int64_t group, int64_t k, float* sums, float* row) {
-  const ConvShape& s = *g.s;
-  const int64_t part = s.groups * g.rows * g.columns, taps = s.R * s.S;
+// The parts of row k summed in order.
+template <class K>
+FG_NOINLINE void sum_row(const Gradient& g, int64_t group, int64_t k, float* sums, float* row) {
+  const int64_t part = g.s->groups * g.rows * g.columns;
   for (int64_t block = 0; block < g.blocks; ++block) {
     const int64_t j0 = first_column<K>(g, block), width = first_column<K>(g, block + 1) - j0;
     const float* from = sums_of<K>(g, sums, 0, group, block) + k * width;
@@ -392,39 +393,6 @@ FG_NOINLINE void write_row(const Gradient& g, int64_t group, int64_t k, float* s
       for (int64_t i = 1; i < g.splits; ++i) sum += vload(from + i * part + j);
       vstore(row + j0 + j, sum);
     }
-  }
-  const int64_t* stride = g.a->dw_strides;
-  T* to = static_cast<T*>(g.a->dw) + (group * g.K + k) * stride[0];
-  if (stride[1] == 1) {  // channels together
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      T* at = to + tap / s.S * stride[2] + tap % s.S * stride[3];
-      const float* from = row + tap * g.C;
-      int64_t c = 0;
-      for (; c + VF <= g.C; c += VF) vstore(at + c, vload(from + c));
-      for (; c < g.C; ++c) vstore_n(at + c, vset(from[c]), 1);
-    }
-  } else if (stride[3] == 1 && stride[2] == s.S && taps > 1) {  // taps together: transposed in registers
-    for (int64_t c = 0; c < g.C; c += VF)
-      for (int64_t tap = 0; tap < taps; tap += VF) {
-        const int lanes = static_cast<int>(least(VF, g.C - c)), wide = static_cast<int>(least(VF, taps - tap));
-        vec v[VF];
-        for (int i = 0; i < VF; ++i) {
-          const float* from = row + (tap + i) * g.C + c;
-          v[i] = i >= wide ? vset(0.0f) : lanes == VF ? vload(from) : vload_n(from, lanes);
-        }
-        transpose(v);
-        for (int i = 0; i < lanes; ++i) {
-          T* at = to + (c + i) * stride[1] + tap;
-          if (wide == VF)
-            vstore(at, v[i]);
-          else
-            vstore_n(at, v[i], wide);
-        }
-      }
-  } else {
-    for (int64_t c = 0; c < g.C; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        vstore_n(to + c * stride[1] + tap / s.S * stride[2] + tap % s.S * stride[3], vset(row[tap * g.C + c]), 1);
   }
 }
 
@@ -481,10 +449,8 @@ inline void gradient_with(const ConvShape& s, const Conv2dWeightArgs& a) {
     float* row = rows.data + thread_index() * g.columns;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < s.K; ++i) {
-      if (a.dw_dtype == BF16)
-        write_row<K, bf16>(g, i / g.K, i % g.K, sums.data, row);
-      else
-        write_row<K, float>(g, i / g.K, i % g.K, sums.data, row);
+      sum_row<K>(g, i / g.K, i % g.K, sums.data, row);
+      a.dw_dtype == BF16 ? write_row<bf16>(s, a, i, row) : write_row<float>(s, a, i, row);
     }
     K::leave();
   }
@@ -507,6 +473,7 @@ inline void clear_gradient(const ConvShape& s, const Conv2dWeightArgs& a) {
 void conv2d_weight(const ConvShape& s, const Conv2dWeightArgs& a) {
   if (s.K == 0 || s.C == 0 || s.R == 0 || s.S == 0) return;
   if (s.N == 0 || s.OH == 0 || s.OW == 0) return clear_gradient(s, a);
+  if (gradient_if_minimal(s, a)) return;
   if (a.dtype == F32) return gradient_with<BroadcastKernel<false>, float>(s, a);
 #if defined(FG_AMX)
   return gradient_with<TileKernel, bf16>(s, a);

@@ -1,25 +1,14 @@
 // Computes a Problem (conv_geometry.hpp): packs the weights, then walks blocks of output pixels.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "cpu/conv_amx.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"
 #include "cpu/conv_pack.hpp"
+#include "cpu/conv_winograd.hpp"
 
 namespace fg::ISA {
 namespace {
-
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // How a kernel comes to the source rows of a block.
 enum Supply {
@@ -473,6 +462,8 @@ inline void widen_source(const bf16* from, float* to, int64_t count, int threads
 }
 
 inline void compute_in_fp32(const Problem& p) {
+  TilePair pair[MAX_TILE_PAIRS];
+  if (plan_tiles(p, pair)) return compute_minimal(p, pair);
   return rowwise(p) ? compute_with<RowKernel<false>>(p) : compute_with<BroadcastKernel<false>>(p);
 }
 

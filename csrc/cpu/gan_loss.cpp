@@ -93,26 +93,6 @@ FG_INLINE vf slope_fake(vf f, Loss kind, Side side) {
 // What one pass adds up: the loss, and of the logits their sum, the sum of their sigmoids, and how many are right.
 constexpr int SUM_LOSS = 0, SUM_LOGIT = 1, SUM_SIGMOID = 2, SUM_RIGHT = 3, SUMS = 4;
 
-// Calls f(load, n) for every vector of [begin, end); load(p) fills missing lanes with 0, n is the number of real lanes.
-template <class F>
-FG_INLINE void each(int64_t begin, int64_t end, const F& f) {
-  int64_t i = begin;
-  for (; i + VF <= end; i += VF) f(i, VF);
-  if (i < end) f(i, static_cast<int>(end - i));
-}
-
-template <class T>
-FG_INLINE vf load_some(const T* p, int n) {
-  return n == VF ? load(p) : load_tail(p, n);
-}
-template <class T>
-FG_INLINE void store_some(T* p, vf a, int n) {
-  if (n == VF)
-    store(p, a);
-  else
-    store_tail(p, a, n);
-}
-
 // Adds the sums over logits[begin, end) to `into`; fp32 for at most 4096 elements, float64 beyond.
 template <class T, class LossOf>
 static void add_up(const T* logits, int64_t begin, int64_t end, bool real, const LossOf& loss_of, double* into) {

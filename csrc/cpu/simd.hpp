@@ -190,4 +190,25 @@ FG_INLINE void store_tail(T* p, vf a, int n) {
 
 FG_INLINE vf zero() { return set1(0.0f); }
 
+// n <= VF lanes.
+template <class T>
+FG_INLINE vf load_some(const T* p, int n) {
+  return n == VF ? load(p) : load_tail(p, n);
+}
+template <class T>
+FG_INLINE void store_some(T* p, vf a, int n) {
+  if (n == VF)
+    store(p, a);
+  else
+    store_tail(p, a, n);
+}
+
+// Calls f(i, n) for every vector of [begin, end): n <= VF elements from i on.
+template <class F>
+FG_INLINE void each(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + VF <= end; i += VF) f(i, VF);
+  if (i < end) f(i, static_cast<int>(end - i));
+}
+
 }  // namespace fg::ISA

@@ -23,6 +23,9 @@ void bias_act_forward(const BiasActShape&, const BiasActForwardArgs&);
 void bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&);
 void gan_loss_forward(const GanLossArgs&);
 void gan_loss_backward(const GanLossArgs&);
+void interpolate(const InterpolateArgs&);
+void grad_norm_penalty_forward(const GradNormPenaltyArgs&);
+void grad_norm_penalty_backward(const GradNormPenaltyArgs&);
 
 }  // namespace fg::ELEMENTWISE
 
@@ -48,6 +51,9 @@ const Table table = {
     ELEMENTWISE::bias_act_backward,
     ELEMENTWISE::gan_loss_forward,
     ELEMENTWISE::gan_loss_backward,
+    ELEMENTWISE::interpolate,
+    ELEMENTWISE::grad_norm_penalty_forward,
+    ELEMENTWISE::grad_norm_penalty_backward,
 };
 
 }  // namespace fg::ISA

@@ -4,9 +4,9 @@
 
 namespace fg::cuda {
 
-int64_t grad_norm_penalty_forward(const GradNormArgs& a, const Target& target) {
+int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs& a, const Target& target) {
   constexpr auto op = "grad_norm_penalty_forward";
-  const Walk walk(op, 1, a.N, a.E, 1, false);
+  const Walk walk(op, 1, a.N, a.M, 1, false);
   return by_dtype(a.dtype, [&](auto zero) -> int64_t {
     using T = decltype(zero);
     const GradSquares<T> body{{static_cast<const T*>(a.gradient)}};
@@ -21,11 +21,11 @@ int64_t grad_norm_penalty_forward(const GradNormArgs& a, const Target& target) {
   });
 }
 
-int64_t grad_norm_penalty_backward(const GradNormArgs& a, const Target& target) {
+int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs& a, const Target& target) {
   constexpr auto op = "grad_norm_penalty_backward";
   by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    apply(op, Walk(op, 1, a.N, a.E, 1, false),
+    apply(op, Walk(op, 1, a.N, a.M, 1, false),
           GradNormBackward<T>{
               {static_cast<const T*>(a.gradient)}, {static_cast<T*>(a.dgradient)}, a.dpenalty, a.norm, a.target},
           target.stream);

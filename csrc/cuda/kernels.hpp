@@ -12,25 +12,6 @@ struct Target {
   void *workspace, *stream;
 };
 
-// Samples [N][E], dense.
-struct InterpolateArgs {
-  DType dtype;
-  const void *real, *fake;
-  const float* epsilon;  // [N]
-  void* y;
-  int64_t N, E;
-};
-
-struct GradNormArgs {
-  DType dtype;
-  const void* gradient;   // [N][E]
-  const float* dpenalty;  // [N], backward
-  float *penalty, *norm;  // [N]: written forward; backward reads norm
-  void* dgradient;        // [N][E], backward
-  int64_t N, E;
-  float target;
-};
-
 int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const Target&);
 int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&);
 int64_t bn_act_forward(const BnShape&, const BnActForwardArgs&, const Target&);
@@ -41,9 +22,9 @@ int64_t gn_act_backward(const GnShape&, const GnActBackwardArgs&, const Target&)
 int64_t gn_act_double_backward(const GnShape&, const GnActDoubleBackwardArgs&, const Target&);
 int64_t gan_loss_forward(const GanLossArgs&, const Target&);
 int64_t gan_loss_backward(const GanLossArgs&, const Target&);
-int64_t interpolate_forward(const InterpolateArgs&, const Target&);
-int64_t grad_norm_penalty_forward(const GradNormArgs&, const Target&);
-int64_t grad_norm_penalty_backward(const GradNormArgs&, const Target&);
+int64_t interpolate(const InterpolateArgs&, const Target&);
+int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&);
+int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&);
 
 // The functions that binding.hpp binds, under the names of the CPU's fg::Table. A null one has no CUDA kernel.
 struct Table {
@@ -57,9 +38,9 @@ struct Table {
   int64_t (*gn_act_double_backward)(const GnShape&, const GnActDoubleBackwardArgs&, const Target&);
   int64_t (*gan_loss_forward)(const GanLossArgs&, const Target&);
   int64_t (*gan_loss_backward)(const GanLossArgs&, const Target&);
-  int64_t (*interpolate_forward)(const InterpolateArgs&, const Target&);
-  int64_t (*grad_norm_penalty_forward)(const GradNormArgs&, const Target&);
-  int64_t (*grad_norm_penalty_backward)(const GradNormArgs&, const Target&);
+  int64_t (*interpolate)(const InterpolateArgs&, const Target&);
+  int64_t (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&, const Target&);
+  int64_t (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&, const Target&);
   int64_t (*conv2d)(const ConvShape&, const Conv2dArgs&, const Target&);
   int64_t (*conv_transpose2d)(const ConvShape&, const ConvTranspose2dArgs&, const Target&);
   int64_t (*conv2d_weight)(const ConvShape&, const Conv2dWeightArgs&, const Target&);

@@ -14,7 +14,7 @@ const Table& table() {
       .gn_act_double_backward = gn_act_double_backward,
       .gan_loss_forward = gan_loss_forward,
       .gan_loss_backward = gan_loss_backward,
-      .interpolate_forward = interpolate_forward,
+      .interpolate = interpolate,
       .grad_norm_penalty_forward = grad_norm_penalty_forward,
       .grad_norm_penalty_backward = grad_norm_penalty_backward,
       .conv2d = nullptr,

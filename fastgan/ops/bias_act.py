@@ -2,7 +2,7 @@
 
 Formula      y = phi(x + bias[channel]);  phi: identity, relu, leaky_relu, tanh, sigmoid
 Shapes       x [N,C,*], bias [C] or None -> y like x
-Dtypes       float32, bfloat16 natively (computed in float32), float16 too in CUDA; every floating torch dtype through
+Dtypes       float32, bfloat16 natively (computed in float32), float16 too on GPUs; every floating torch dtype through
              the reference
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype; bias may be of another
@@ -12,7 +12,7 @@ Saves        y
 Traffic      2 accesses an element forward, 3 backward (dy, y, dx; dbias on the way); PyTorch 4 and 4
 FLOPs        2 an element forward, 2 backward (tanh, sigmoid counted as one)
 Determinism  bit-equal from run to run for one thread count
-Backends     cuda, native, reference
+Backends     cuda, native, triton, reference
 Source       the chain rule
 """
 
@@ -24,11 +24,16 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
+from fastgan.backends import triton
 
 
 def cost(x: Tensor) -> dict[str, int]:
     """Bytes and FLOPs that a perfect forward kernel needs."""
     return {"bytes": 2 * x.numel() * x.element_size(), "flops": 2 * x.numel()}
+
+
+def cost_backward(y: Tensor) -> dict[str, int]:
+    return {"bytes": 3 * y.numel() * y.element_size(), "flops": 2 * y.numel()}
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ op = Op(
     "bias_act(Tensor x, Tensor? bias, str activation, float slope) -> Tensor",
     reference=reference,
     fake=lambda x, bias, activation, slope: like(x),
-    backends=_native.backends(launch, lambda x, *rest: (x,)),
+    backends={**_native.backends(launch, lambda x, *rest: (x,)), "triton": triton("bias_act")},
     example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0),
 )
 
@@ -124,7 +129,10 @@ backward = Op(
     "bias_act_backward(Tensor dy, Tensor y, str activation, float slope, bool want_bias) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends=_native.backends(launch_backward, lambda dy, y, *rest: (dy, y)),
+    backends={
+        **_native.backends(launch_backward, lambda dy, y, *rest: (dy, y)),
+        "triton": triton("bias_act", "bias_act_backward"),
+    },
     example=lambda: (*draw((2, 5, 4, 3), (2, 5, 4, 3)), "leaky_relu", 0.3, True),
 )
 

@@ -4,7 +4,7 @@ Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t =
              training: mean, var of each channel over its group's samples and pixels; group g holds the samples
              [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
-Dtypes       x float32, bfloat16 natively, float16 too in CUDA, every floating dtype through the reference; weight,
+Dtypes       x float32, bfloat16 natively, float16 too on GPUs, every floating dtype through the reference; weight,
              bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 parameters, as torch's batch norm does
@@ -15,7 +15,7 @@ Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice
              batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     cuda, native, reference
+Backends     cuda, native, triton, reference
 Source       Ioffe and Szegedy, Batch Normalization (2015); double backward derived in docs/maths.md
 """
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
@@ -41,6 +42,10 @@ def cost(x: Tensor) -> dict[str, int]:
 
 def cost_backward(x: Tensor) -> dict[str, int]:
     return {"bytes": 5 * x.numel() * x.element_size(), "flops": 12 * x.numel()}
+
+
+def cost_double_backward(x: Tensor) -> dict[str, int]:
+    return {"bytes": 8 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
@@ -104,7 +109,7 @@ op = Op(
     " float eps, str activation, float slope, int groups) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends=_native.backends(launch, lambda x, *rest: (x,)),
+    backends={**_native.backends(launch, lambda x, *rest: (x,)), "triton": triton("bn_act")},
     example=lambda: (*draw((4, 5, 4, 3), (5,), (5,)), None, None, True, 1e-5, "leaky_relu", 0.2, 2),
 )
 
@@ -177,7 +182,10 @@ backward = Op(
     " float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends=_native.backends(launch_backward, lambda dy, x, *rest: (dy, x)),
+    backends={
+        **_native.backends(launch_backward, lambda dy, x, *rest: (dy, x)),
+        "triton": triton("bn_act", "bn_act_backward"),
+    },
     example=lambda: (
         *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (2, 5)),
         draw((2, 5))[0].abs() + 0.5,
@@ -279,7 +287,10 @@ double_backward = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference_double_backward,
     fake=fake_double_backward,
-    backends=_native.backends(launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2])),
+    backends={
+        **_native.backends(launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2])),
+        "triton": triton("bn_act", "bn_act_double_backward"),
+    },
     example=lambda: (
         *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (4, 5, 4, 3), (5,), (5,), (2, 5)),
         draw((2, 5))[0].abs() + 0.5,

@@ -13,7 +13,7 @@ Saves        x, weight, and y where there is an activation
 Traffic      2 accesses an element of x, y in all (read x, write y); PyTorch 4 with bias and activation as own passes
 FLOPs        2 N K OH OW (C/groups) R S
 Determinism  bit-equal from run to run for one thread count
-Backends     native, reference (torch.nn.functional.conv2d)
+Backends     native, triton, reference (torch.nn.functional.conv2d)
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016)
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
-from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend
+from fastgan._op import OPS, Op, draw, wanted
+from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import epilogue_backward
 
 
@@ -109,7 +109,7 @@ op = Op(
     " str activation, float slope) -> Tensor",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, native_declines)},
+    backends={"native": Backend(native, native_declines), "triton": triton("conv2d")},
     autocast="lower",
     example=lambda: (*draw((2, 3, 9, 8), (5, 3, 4, 3), (5,)), [2, 1], [1, 0], [1, 1], 1, "leaky_relu", 0.2),
 )
@@ -131,7 +131,7 @@ def _backward(ctx, dy):
         dx = OPS["conv_transpose2d"](
             dt, weight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
-    if ctx.needs_input_grad[1]:
+    if wanted(ctx, 1, weight):
         dweight = OPS["conv2d_weight"](x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 6
 

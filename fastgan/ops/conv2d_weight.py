@@ -10,7 +10,7 @@ Saves        x, dy
 Traffic      1 access an element of x, dy, dweight
 FLOPs        2 N K OH OW (C/groups) R S
 Determinism  bit-equal from run to run for one thread count (per-thread partials, fixed order)
-Backends     native, reference (ATen's convolution_backward)
+Backends     native, triton, reference (ATen's convolution_backward)
 Source       MATHS of the forward op; the adjoint in the weight argument
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend
+from fastgan.backends import Backend, triton
 from fastgan.ops.conv2d import input_padding, output_size, plan
 
 
@@ -84,7 +84,7 @@ op = Op(
     " bool weight_channels_last) -> Tensor",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, native_declines)},
+    backends={"native": Backend(native, native_declines), "triton": triton("conv2d_weight")},
     autocast="lower",
     example=lambda: (*draw((2, 3, 8, 8), (2, 5, 4, 4)), [4, 4], [2, 2], [1, 1], [1, 1], 1, False),
 )

@@ -12,7 +12,7 @@ Saves        x, weight, and y where there is an activation
 Traffic      2 accesses an element of x, y in all; PyTorch 4 with bias and activation as own passes
 FLOPs        2 N C H W (K/groups) R S at most (taps that fall outside y are not computed)
 Determinism  bit-equal from run to run for one thread count
-Backends     native, reference (torch.nn.functional.conv_transpose2d)
+Backends     native, triton, reference (torch.nn.functional.conv_transpose2d)
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016); phases: docs/maths.md
 """
 
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
-from fastgan._op import OPS, Op, draw
-from fastgan.backends import Backend
+from fastgan._op import OPS, Op, draw, wanted
+from fastgan.backends import Backend, triton
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.conv2d import channels_last, native_declines, plan
 
@@ -84,7 +84,7 @@ op = Op(
     " int groups, int[] dilation, str activation, float slope) -> Tensor",
     reference=reference,
     fake=fake,
-    backends={"native": Backend(native, native_declines)},
+    backends={"native": Backend(native, native_declines), "triton": triton("conv_transpose2d")},
     autocast="lower",
     example=lambda: (*draw((2, 3, 5, 4), (3, 5, 4, 3), (5,)), [2, 1], [1, 0], [0, 0], 1, [1, 1], "tanh", 0.0),
 )
@@ -105,7 +105,7 @@ def _backward(ctx, dy):
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
-    if ctx.needs_input_grad[1]:
+    if wanted(ctx, 1, weight):
         dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7
 

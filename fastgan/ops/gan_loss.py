@@ -19,7 +19,7 @@ Saves        the logits
 Traffic      1 access a logit forward, 2 backward; no target tensor is made
 FLOPs        about 10 a logit
 Determinism  bit-equal from run to run for one thread count
-Backends     cuda, native, reference
+Backends     cuda, native, triton, reference
 Source       Goodfellow et al. (2014) bce, minimax; Mao et al. (2017) lsgan; Lim and Ye (2017) hinge; Arjovsky et al.
              (2017) wasserstein; Huang et al., R3GAN (2024) relativistic pairing
 """
@@ -33,6 +33,7 @@ from torch.nn.functional import softplus
 from fastgan import _native
 from fastgan._layout import accumulation_dtype
 from fastgan._op import OPS, Op, draw
+from fastgan.backends import triton
 
 KINDS = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
 SIDES = ("d", "g")
@@ -43,6 +44,11 @@ def cost(fake: Tensor, real: Tensor | None) -> dict[str, int]:
     """Bytes and FLOPs that a perfect kernel needs: each logit is read once."""
     n = fake.numel() + (0 if real is None else real.numel())
     return {"bytes": n * fake.element_size(), "flops": 10 * n}
+
+
+def cost_backward(fake: Tensor, real: Tensor | None) -> dict[str, int]:
+    n = fake.numel() + (0 if real is None else real.numel())
+    return {"bytes": 2 * n * fake.element_size(), "flops": 10 * n}
 
 
 def formula(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float) -> Tensor:
@@ -145,7 +151,7 @@ op = Op(
     "gan_loss(Tensor fake, Tensor? real, str kind, str side, float smoothing) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake_shapes,
-    backends=_native.backends(launch, lambda fake, real, *rest: (fake, real)),
+    backends={**_native.backends(launch, lambda fake, real, *rest: (fake, real)), "triton": triton("gan_loss")},
     autocast="float32",
     example=lambda: (*draw((7,), (7,)), "bce", "d", 0.1),
 )
@@ -200,7 +206,10 @@ backward = Op(
     " -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward_shapes,
-    backends=_native.backends(launch_backward, lambda dloss, fake, real, *rest: (fake, real)),
+    backends={
+        **_native.backends(launch_backward, lambda dloss, fake, real, *rest: (fake, real)),
+        "triton": triton("gan_loss", "gan_loss_backward"),
+    },
     autocast="float32",
     example=lambda: (*draw((), (7,), (7,)), "lsgan", "d", 0.0),
 )

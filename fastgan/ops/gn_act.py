@@ -4,7 +4,7 @@ Formula      per sample and group of C/groups channels, M = C/groups * pixels el
              xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
              Instance norm: groups = C. Layer norm over D trailing elements: x viewed as [rows, D], groups = 1
 Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [N,groups]
-Dtypes       x float32, bfloat16 natively, float16 too in CUDA, every floating dtype through the reference; weight and
+Dtypes       x float32, bfloat16 natively, float16 too on GPUs, every floating dtype through the reference; weight and
              bias may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype with float32 statistics and parameters, as bn_act does (torch's CUDA autocast
@@ -16,8 +16,8 @@ Traffic      3 accesses an element forward, 5 backward, 8 double backward; 2, 3 
              a group (NCHW) stays in the cache. PyTorch's group norm + leaky ReLU: 5, 8, and about 100 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     cuda, native, reference (PyTorch's group, instance and layer norm; its channels_last group norm loses the
-             variance where the mean is a thousand standard deviations away, ours does not)
+Backends     cuda, native, triton, reference (PyTorch's group, instance and layer norm; its channels_last group norm
+             loses the variance where the mean is a thousand standard deviations away, ours does not)
 Source       Wu and He, Group Normalization (2018); Ulyanov et al., Instance Normalization (2016); Ba et al., Layer
              Normalization (2016); double backward derived in docs/maths.md, section 5
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, planes
 from fastgan._op import OPS, Op, draw
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
@@ -44,6 +45,10 @@ def cost(x: Tensor) -> dict[str, int]:
 
 def cost_backward(x: Tensor) -> dict[str, int]:
     return {"bytes": 3 * x.numel() * x.element_size(), "flops": 12 * x.numel()}
+
+
+def cost_double_backward(x: Tensor) -> dict[str, int]:
+    return {"bytes": 5 * x.numel() * x.element_size(), "flops": 25 * x.numel()}
 
 
 def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +126,10 @@ op = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends=_native.backends(launch, lambda x, *rest: (x,), lambda x, *rest: _cuda_declines(x)),
+    backends={
+        **_native.backends(launch, lambda x, *rest: (x,), lambda x, *rest: _cuda_declines(x)),
+        "triton": triton("gn_act"),
+    },
     example=lambda: (*draw((3, 6, 4, 3), (6,), (6,)), 2, 1e-5, "leaky_relu", 0.2),
 )
 
@@ -219,7 +227,10 @@ backward = Op(
     " str activation, float slope) -> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends=_native.backends(launch_backward, lambda dy, x, *rest: (dy, x), lambda dy, x, *rest: _cuda_declines(x)),
+    backends={
+        **_native.backends(launch_backward, lambda dy, x, *rest: (dy, x), lambda dy, x, *rest: _cuda_declines(x)),
+        "triton": triton("gn_act", "gn_act_backward"),
+    },
     example=lambda: (
         *draw((3, 6, 4, 3), (3, 6, 4, 3), (6,), (6,), (3, 2)),
         draw((3, 2))[0].abs() + 0.5,
@@ -326,9 +337,12 @@ double_backward = Op(
     " Tensor? bias, Tensor mean, Tensor var, float eps, str activation, float slope) -> (Tensor, Tensor, Tensor)",
     reference=reference_double_backward,
     fake=fake_double_backward,
-    backends=_native.backends(
-        launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2]), lambda dy, *rest: _cuda_declines(dy)
-    ),
+    backends={
+        **_native.backends(
+            launch_double_backward, lambda dy, ddx, *rest: (dy, ddx, rest[2]), lambda dy, *rest: _cuda_declines(dy)
+        ),
+        "triton": triton("gn_act", "gn_act_double_backward"),
+    },
     example=lambda: (
         *draw((3, 6, 4, 3), (3, 6, 4, 3), (6,), (6,), (3, 6, 4, 3), (6,), (6,), (3, 2)),
         draw((3, 2))[0].abs() + 0.5,

@@ -13,7 +13,7 @@ Saves        gradient, norm
 Traffic      1 access an element forward, 2 backward; PyTorch's square, sum, sqrt: 3 and 4
 FLOPs        2 an element forward, 1 backward
 Determinism  bit-equal from run to run for one thread count
-Backends     cuda, reference
+Backends     cuda, native, triton, reference
 Source       Gulrajani et al. (2017); Mescheder et al., Which Training Methods for GANs do actually Converge? (2018);
              derivatives: docs/maths.md, section 4
 """
@@ -26,12 +26,17 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import OPS, Op, draw
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 
 def cost(gradient: Tensor) -> dict[str, int]:
     """Bytes and FLOPs that a perfect forward kernel needs."""
     return {"bytes": gradient.numel() * gradient.element_size(), "flops": 2 * gradient.numel()}
+
+
+def cost_backward(gradient: Tensor) -> dict[str, int]:
+    return {"bytes": 2 * gradient.numel() * gradient.element_size(), "flops": gradient.numel()}
 
 
 def _per_sample(v: Tensor, x: Tensor) -> Tensor:
@@ -59,8 +64,8 @@ def launch(core, gradient, target):
     gradient = dense(gradient, is_channels_last(gradient))
     penalty, norm = fake(gradient, target)
     core.call(
-        "grad_norm_penalty_forward", gradient, _native.DTYPE_CODES[gradient.dtype], gradient, penalty, norm,
-        len(gradient), gradient.numel() // len(gradient), target,
+        "grad_norm_penalty_forward", gradient, _native.DTYPE_CODES[gradient.dtype], gradient, target, penalty, norm,
+        len(gradient), gradient[0].numel(),
     )  # fmt: skip
     return penalty, norm
 
@@ -74,7 +79,7 @@ op = Op(
     "grad_norm_penalty(Tensor gradient, float target) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"cuda": _native.backend(_native.CUDA, launch, lambda gradient, target: (gradient,))},
+    backends={**_native.backends(launch, lambda gradient, target: (gradient,)), "triton": triton("grad_norm_penalty")},
     example=lambda: (*draw((3, 2, 4, 5)), 1.0),
 )
 
@@ -108,8 +113,8 @@ def launch_backward(core, dpenalty, gradient, norm, target):
     dpenalty, norm = _native.float_vectors(dpenalty, norm)
     dgradient = torch.empty_like(gradient)
     core.call(
-        "grad_norm_penalty_backward", gradient, _native.DTYPE_CODES[gradient.dtype], dpenalty, gradient, norm,
-        dgradient, len(gradient), gradient.numel() // len(gradient), target,
+        "grad_norm_penalty_backward", gradient, _native.DTYPE_CODES[gradient.dtype], dpenalty, gradient, norm, target,
+        dgradient, len(gradient), gradient[0].numel(),
     )  # fmt: skip
     return dgradient
 
@@ -118,7 +123,10 @@ backward = Op(
     "grad_norm_penalty_backward(Tensor dpenalty, Tensor gradient, Tensor norm, float target) -> Tensor",
     reference=reference_backward,
     fake=lambda dpenalty, gradient, norm, target: like(gradient),
-    backends={"cuda": _native.backend(_native.CUDA, launch_backward, lambda dp, gradient, *rest: (gradient,))},
+    backends={
+        **_native.backends(launch_backward, lambda dp, gradient, *rest: (gradient,)),
+        "triton": triton("grad_norm_penalty", "grad_norm_penalty_backward"),
+    },
     example=lambda: (*draw((3,), (3, 2, 4, 5)), draw((3,))[0].abs() + 0.5, 1.0),
 )
 

@@ -11,7 +11,7 @@ Saves        epsilon, and real, fake where epsilon wants a gradient
 Traffic      3 accesses an element (PyTorch's lerp the same; e * real + (1 - e) * fake written out: 8)
 FLOPs        3 an element
 Determinism  bit-equal from run to run
-Backends     cuda, reference (torch.lerp)
+Backends     cuda, native, triton, reference (torch.lerp)
 Source       Gulrajani et al., Improved Training of Wasserstein GANs (2017)
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
 from fastgan._op import Op, draw
+from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
 
@@ -47,8 +48,7 @@ def launch(core, real, fake, epsilon):
     (epsilon,) = _native.float_vectors(epsilon)
     y = torch.empty_like(real)
     core.call(
-        "interpolate_forward", real, _native.DTYPE_CODES[real.dtype], real, fake, epsilon, y, len(real),
-        real.numel() // len(real),
+        "interpolate", real, _native.DTYPE_CODES[real.dtype], real, fake, epsilon, y, len(real), real[0].numel(),
     )  # fmt: skip
     return y
 
@@ -57,7 +57,7 @@ op = Op(
     "interpolate(Tensor real, Tensor fake, Tensor epsilon) -> Tensor",
     reference=reference,
     fake=lambda real, fake, epsilon: like(real),
-    backends={"cuda": _native.backend(_native.CUDA, launch, lambda real, fake, epsilon: (real, fake))},
+    backends={**_native.backends(launch, lambda real, fake, epsilon: (real, fake)), "triton": triton("interpolate")},
     example=lambda: (*draw((3, 2, 4, 5), (3, 2, 4, 5)), torch.rand(3)),
 )
 

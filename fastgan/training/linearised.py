@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fastgan.ops import grad_norm_penalty
 from fastgan.training.linear_rules import RULES
 from fastgan.training.linear_steps import Declined, Step, Traced, scaled
 
@@ -245,13 +246,18 @@ def _functional(name: str) -> str:
     return f"{namespace}.{packet.removesuffix('_')}.{overload}"
 
 
+def squared_norms(gradient: Tensor) -> Tensor:
+    """|g|^2 of each sample, [N], float32 (float64 for float64), by the op, differentiable."""
+    squared: Tensor = grad_norm_penalty.op(gradient if gradient.dim() > 1 else gradient[:, None], 0.0)[0]
+    return squared
+
+
 class Linearised(torch.autograd.Function):
     """(logits, |gradient|^2 of each sample) as functions of the learnt weights; differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, tape: Tape, logits: Tensor, gradient: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        squared = wide.reshape(tape.samples, -1).square().sum(1)
+        squared = squared_norms(gradient)
         ctx.tape = tape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, *tape.tensors)  # so that autograd frees them, and sees a weight changed

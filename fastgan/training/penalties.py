@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgan._layout import accumulation_dtype
+from fastgan._op import inputs_only
+from fastgan.ops import interpolate
 from fastgan.training import linearised
 from fastgan.training.linearised import logits_and_squared_norms as forward_logits_and_norms
 from fastgan.training.linearised import verdict
@@ -92,10 +95,10 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
     """Where wgan-gp and dragan look at the gradient."""
     real = real.detach()
     if kind == "wgan-gp" and fake is not None:
-        shape = (real.shape[0], *(1,) * (real.dim() - 1))
-        epsilon = torch.rand(shape, generator=generator, device=real.device, dtype=real.dtype)
+        epsilon = torch.rand(len(real), generator=generator, device=real.device, dtype=accumulation_dtype(real.dtype))
         # under autocast G gives 16-bit images beside float32 ones
-        return torch.lerp(fake.detach().to(real.dtype), real, epsilon)
+        mixed: Tensor = interpolate.op(real, fake.detach().to(real.dtype), epsilon)
+        return mixed
     noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=real.dtype)
     return real + 0.5 * real.std() * noise
 
@@ -136,9 +139,10 @@ def _double_backward(discriminator: nn.Module, x: Tensor, labels: Tensor | None)
     x = x if x.requires_grad else x.detach().requires_grad_(True)
     with torch.enable_grad(), linearised.eagerly(discriminator):
         logits = discriminator(x) if labels is None else discriminator(x, labels)
-        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        return logits, wide.reshape(x.shape[0], -1).square().sum(1)
+        total = logits.sum()
+        with inputs_only(total):
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+        return logits, linearised.squared_norms(gradient)
 
 
 def _norm(squared: Tensor) -> Tensor:

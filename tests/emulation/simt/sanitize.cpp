@@ -25,9 +25,9 @@ int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const T
 int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&) WEAK;
 int64_t gan_loss_forward(const GanLossArgs&, const Target&) WEAK;
 int64_t gan_loss_backward(const GanLossArgs&, const Target&) WEAK;
-int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
-int64_t grad_norm_penalty_forward(const GradNormArgs&, const Target&) WEAK;
-int64_t grad_norm_penalty_backward(const GradNormArgs&, const Target&) WEAK;
+int64_t interpolate(const InterpolateArgs&, const Target&) WEAK;
+int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&) WEAK;
+int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&) WEAK;
 }  // namespace fg::cuda
 
 using namespace fg;
@@ -187,10 +187,10 @@ void penalties(DType d, const Size& s) {
   const Array real(d, s.count()), fake(d, s.count()), epsilon(F32, s.N), y(d, s.count(), true);
   const Array penalty(F32, s.N, true), norm(F32, s.N, true), dgradient(d, s.count(), true);
   call([&](const auto& t) {
-    return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), y.get(), s.N, E}, t);
+    return cuda::interpolate({d, real.get(), fake.get(), epsilon.floats(), y.get(), s.N, E, 1}, t);
   });
-  const cuda::GradNormArgs a{d, real.get(), epsilon.floats(), penalty.floats(), norm.floats(), dgradient.get(), s.N,
-                             E, 1.0f};
+  const GradNormPenaltyArgs a{d,   real.get(), 1.0f, penalty.floats(), norm.floats(), epsilon.floats(), dgradient.get(),
+                              s.N, E,          1};
   call([&](const auto& t) { return cuda::grad_norm_penalty_forward(a, t); });
   call([&](const auto& t) { return cuda::grad_norm_penalty_backward(a, t); });
   for (const Array* p : {&y, &dgradient}) written("penalties", d, *p);
@@ -214,7 +214,7 @@ int main(int count, char** arguments) {
                          {"gn_act", gn_act, cuda::gn_act_forward != nullptr},
                          {"bias_act", bias_act, cuda::bias_act_forward != nullptr},
                          {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
-                         {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward}};
+                         {"penalties", penalties, cuda::interpolate && cuda::grad_norm_penalty_forward}};
   try {
     for (const auto& f : functions)
       for (const Size& size : sizes)

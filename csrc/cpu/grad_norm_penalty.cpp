@@ -1,0 +1,63 @@
+// norm[n] = |g[n]|, penalty[n] = (norm[n] - target)^2, and dg[n] = dpenalty[n] 2 (1 - target / norm[n]) g[n].
+// Forward 1 access an element, backward 2: bound by memory.
+#include "common/kernels.hpp"
+#include "common/scratch.hpp"
+#include "cpu/samples.hpp"
+#include "cpu/simd.hpp"
+
+#include <cmath>
+
+namespace fg::ISA {
+namespace {
+
+template <class T>
+void forward(const GradNormPenaltyArgs& a) {
+  const T* g = static_cast<const T*>(a.gradient);
+  const int64_t blocks = blocks_of(a.M);
+  Scratch scratch(Scratch::bytes_for<double>(a.N * blocks));
+  double* sums = scratch.cut<double>(a.N * blocks);
+#pragma omp parallel num_threads(team_for(a.N* a.M, a.threads))
+  each_block(a.N, a.M, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t block) {
+    vf s[2] = {zero(), zero()};  // two chains: one would wait for the adder's latency
+    int chain = 0;
+    each(n * a.M + begin, n * a.M + end, [&](int64_t i, int lanes) {
+      const vf v = load_some(g + i, lanes);
+      s[chain] = fma(v, v, s[chain]);
+      chain ^= 1;
+    });
+    sums[block] = static_cast<double>(sum(s[0] + s[1]));
+  });
+  for (int64_t n = 0; n < a.N; ++n) {
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) total += sums[n * blocks + b];
+    const double norm = std::sqrt(total), beyond = norm - a.target;
+    a.norm[n] = static_cast<float>(norm);
+    a.penalty[n] = static_cast<float>(beyond * beyond);
+  }
+}
+
+template <class T>
+void backward(const GradNormPenaltyArgs& a) {
+  const T* g = static_cast<const T*>(a.gradient);
+  T* dg = static_cast<T*>(a.dgradient);
+#pragma omp parallel num_threads(team_for(a.N* a.M, a.threads))
+  each_block(a.N, a.M, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t) {
+    const float norm = a.norm[n];
+    const float slope = a.target == 0.0f ? 2.0f : norm > 0.0f ? 2.0f - 2.0f * a.target / norm : 0.0f;
+    const vf scale = set1(a.dpenalty[n] * slope);
+    each(n * a.M + begin, n * a.M + end,
+         [&](int64_t i, int lanes) { store_some(dg + i, scale * load_some(g + i, lanes), lanes); });
+  });
+}
+
+}  // namespace
+
+void grad_norm_penalty_forward(const GradNormPenaltyArgs& args) {
+  args.dtype == BF16 ? forward<bf16>(args) : forward<float>(args);
+}
+
+void grad_norm_penalty_backward(const GradNormPenaltyArgs& args) {
+  args.dtype == BF16 ? backward<bf16>(args) : backward<float>(args);
+}
+
+}  // namespace fg::ISA

@@ -1,0 +1,119 @@
+"""Triton kernel of `conv2d`: implicit GEMM over output pixels, with bias and activation in its epilogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan.backends import Backend
+from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.launching import launch, meta, wide
+from fastgan.ops.conv2d import channels_last, output_shape
+
+# Bound: 2 M K taps C/groups flops; x, weight and y once. A DCGAN layer (k4 s2, 128 to 256 channels, 16x16 out, batch
+# 128) makes 34 GFLOP of 51 MB in bf16: 670 flops a byte, above the 300 at which an H100 turns from memory to its tensor
+# cores. So the tile is large (128 x 128: 128 flops an element loaded) wherever it still fills the card; layers with 3
+# channels at an end are bound by memory at any tile, there BLOCK_N = 16 wastes only idle tensor cores.
+
+
+@triton.jit
+def conv2d_kernel(
+    x, weight, bias, y, M, H, W, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    size, slope, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [N,H,W,C], weight [K,R,S,CG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32.
+
+    One program a tile of M = N OH OW pixels by KG channels of a group; channel tiles run fastest, so that programs
+    that run together read the same pixels.
+    """
+    # ---- which tile
+    tiles_n = tl.cdiv(KG, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    program = tl.program_id(0)
+    n_tile = program % tiles_n
+    program = program // tiles_n
+    split = program % SPLITS
+    program = program // SPLITS
+    m_tile = program % tiles_m
+    group = program // tiles_m
+    # ---- which pixels and channels
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = m < M
+    is_output = k < KG
+    row = m // OW
+    column = m - row * OW
+    sample = row // OH
+    row = row - sample * OH
+    if WIDE:
+        sample = sample.to(tl.int64)
+        m = m.to(tl.int64)
+    acc = gather_gemm(
+        x, weight + group * KG * (R * S * CG), sample * (H * W * C) + group * CG,
+        row * stride_h - pad_h, column * stride_w - pad_w, inside, k, is_output,
+        H, W, C, CG, R, S, dilation_h, dilation_w, 1, R * S * CG, S * CG, CG, split,
+        SPLITS, PRECISION, FLAT, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    store_tile(y, bias, acc, m * K, inside, group * KG + k, is_output, slope, split, size, SPLITS, ACTIVATION)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: tuple, epilogue: Any, product: Product,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """x and weight in channels_last -> y in channels_last."""
+    (n, c, h, w), (_, k, oh, ow), (_, cg, r, s) = x.shape, shape, weight.shape
+    groups, (activation, slope) = c // cg, epilogue
+    y = empty(shape, x, True)
+    out = y if config.splits == 1 else spread(y, config.splits)
+    m, kg = n * oh * ow, k // groups
+    programs = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups * config.splits
+    launch(
+        conv2d_kernel, programs, x, weight, bias if config.splits == 1 else None, out, m, h, w, oh, ow, c, cg, k, kg,
+        r, s, *geometry, y.numel(), float(slope), SPLITS=config.splits,
+        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
+        FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
+    )  # fmt: skip
+    if config.splits > 1:
+        merge_splits(out, bias, y, k, slope, activation)
+    return y
+
+
+def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope):
+    shape = output_shape(x, weight, stride, padding, dilation)
+    x_, weight_ = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
+    product = Product(
+        shape[0] * shape[2] * shape[3],
+        shape[1] // groups,
+        weight[0].numel(),
+        groups,
+        weight.shape[1],
+        "k",
+        precision(x),
+    )
+    geometry = (*stride, *padding, *dilation)
+    y = tuned(
+        "conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry),
+        lambda config: _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, config),
+    )  # fmt: skip
+    return dense(y, channels_last(x, weight))
+
+
+LAUNCHERS = {"conv2d": Backend(conv2d, lambda x, weight, bias, *rest: declines(x, weight, bias))}
+
+
+def static_cases():
+    """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB image."""
+    return every_candidate(lambda channels, dtype: conv2d(*_arguments(*channels, dtype)), [(128, 256), (3, 64)])
+
+
+def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:
+    x, weight = meta((128, c, 32, 32), dtype, True), meta((k, c, 4, 4), dtype, True)
+    return x, weight, meta((k,), dtype), [2, 2], [1, 1], [1, 1], 1, "tanh", 0.0

@@ -1,0 +1,182 @@
+"""Triton kernel of `conv_transpose2d`: the adjoint of conv2d by output phase, each phase a dense implicit GEMM."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan.backends import Backend
+from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.launching import launch, meta, wide
+from fastgan.ops.conv2d import channels_last
+from fastgan.ops.conv_transpose2d import output_shape
+
+# Bound: each pair of an output pixel and a tap that reaches it costs 2 C/groups K flops, and no other pair is computed:
+# a quarter of what zero insertion costs at stride 2. Bytes and tiles as for conv2d. Phases run next to each other (they
+# read the same pixels of x, which then come from the L2 cache once), and channel tiles within them.
+
+
+@triton.jit
+def phase_taps(phase, stride, pad, dilation, kernel, step, inverse):
+    """Of one axis and the outputs o = stride q + phase: how many taps reach them, the first of them, and the input
+    that it reads at q = 0.
+
+    Tap r reaches o from input (o + pad - dilation r) / stride where that divides. With g = gcd(dilation, stride) it
+    needs g | phase + pad, and then r = first (mod step), step = stride / g; `inverse` is that of dilation / g mod step.
+    Tap first + t step reads input origin + q - t dilation / g.
+    """
+    g = stride // step
+    reach = phase + pad
+    first = (reach // g) * inverse % step
+    some = (reach % g == 0) & (first < kernel)
+    count = tl.where(some, (kernel - first + step - 1) // step, 0)
+    origin = tl.where(some, reach - dilation * first, 0) // stride
+    return count, first, origin
+
+
+@triton.jit
+def conv_transpose2d_kernel(
+    x, weight, bias, y, M, H, W, QH, QW, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w,
+    dilation_h, dilation_w, step_h, step_w, inverse_h, inverse_w, phases_h, phases_w, size, slope,
+    SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [N,H,W,C], weight [C,R,S,KG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32.
+
+    One program a tile of M = N QH QW pixels (q_h, q_w) of one phase (f_h, f_w), output pixel stride q + f, by KG
+    channels of a group. A phase that no tap reaches is the bias alone.
+    """
+    # ---- which tile of which phase
+    tiles_n = tl.cdiv(KG, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    program = tl.program_id(0)
+    n_tile = program % tiles_n
+    program = program // tiles_n
+    phase_w = program % phases_w
+    program = program // phases_w
+    phase_h = program % phases_h
+    program = program // phases_h
+    split = program % SPLITS
+    program = program // SPLITS
+    m_tile = program % tiles_m
+    group = program // tiles_m
+    TH, first_h, origin_h = phase_taps(phase_h, stride_h, pad_h, dilation_h, R, step_h, inverse_h)
+    TW, first_w, origin_w = phase_taps(phase_w, stride_w, pad_w, dilation_w, S, step_w, inverse_w)
+    # ---- which pixels and channels
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = k < KG
+    row = m // QW
+    column = m - row * QW
+    sample = row // QH
+    row = row - sample * QH
+    out_row = row * stride_h + phase_h
+    out_column = column * stride_w + phase_w
+    inside = (m < M) & (out_row < OH) & (out_column < OW)
+    if WIDE:
+        sample = sample.to(tl.int64)
+    acc = gather_gemm(
+        x, weight + group * CG * (R * S * KG) + (first_h * S + first_w) * KG, sample * (H * W * C) + group * CG,
+        row + origin_h, column + origin_w, inside, k, is_output,
+        H, W, C, CG, TH, TW, -(dilation_h * step_h // stride_h), -(dilation_w * step_w // stride_w),
+        R * S * KG, 1, step_h * S * KG, step_w * KG, split,
+        SPLITS, PRECISION, FLAT, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    at = ((sample * OH + out_row) * OW + out_column) * K
+    store_tile(y, bias, acc, at, inside, group * KG + k, is_output, slope, split, size, SPLITS, ACTIVATION)
+
+
+class Geometry(NamedTuple):
+    """A transposed convolution per axis; `step` and `inverse` as in phase_taps."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def steps(self) -> list[int]:
+        return [s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
+
+    @property
+    def inverses(self) -> list[int]:
+        return [
+            pow(d // math.gcd(s, d), -1, s // math.gcd(s, d)) if s > math.gcd(s, d) else 0
+            for s, d in zip(self.stride, self.dilation, strict=True)
+        ]
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: Geometry, epilogue: Any, product: Product,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """x and weight in channels_last -> y in channels_last."""
+    (n, c, h, w), (_, k, oh, ow), (_, kg, r, s) = x.shape, shape, weight.shape
+    groups, (activation, slope) = k // kg, epilogue
+    phases = [min(stride, size) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
+    q = [triton.cdiv(size, stride) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
+    y = empty(shape, x, True)
+    out = y if config.splits == 1 else spread(y, config.splits)
+    m, cg = n * q[0] * q[1], c // groups
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * phases[0] * phases[1]
+    launch(
+        conv_transpose2d_kernel, tiles * groups * config.splits, x, weight, bias if config.splits == 1 else None, out,
+        m, h, w, *q, oh, ow, c, cg, k, kg, r, s, *geometry.stride, *geometry.padding, *geometry.dilation,
+        *geometry.steps, *geometry.inverses, *phases, y.numel(), float(slope), SPLITS=config.splits,
+        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
+        FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
+    )  # fmt: skip
+    if config.splits > 1:
+        merge_splits(out, bias, y, k, slope, activation)
+    return y
+
+
+def _as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A 1x1 input at padding 0 as [N, C] times [C, R S K]: by pixels, each of the R S outputs would try every tap for
+    the one that reaches it (16 times the work in a DCGAN generator's first layer)."""
+    _, kg, r, s = weight.shape
+    matrix = weight.permute(0, 2, 3, 1).reshape(-1, r * s * kg, 1, 1)
+    return x, matrix, None if bias is None else bias.repeat(r * s)
+
+
+def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+    shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+    x_, weight_ = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
+    geometry, launched, bias_ = Geometry(tuple(stride), tuple(padding), tuple(dilation)), shape, bias
+    is_product = x.shape[2:] == (1, 1) and groups == 1 and shape[2:] == tuple(weight.shape[2:])
+    if is_product and not any(padding):
+        x_, weight_, bias_ = _as_product(x_, weight_, bias)
+        geometry, launched = Geometry((1, 1), (0, 0), (1, 1)), (shape[0], weight_.shape[1], 1, 1)
+    phases = math.prod(geometry.stride)
+    product = Product(
+        -(-launched[0] * launched[2] * launched[3] // phases), weight_.shape[1],
+        -(-weight_[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, "k", precision(x),
+    )  # fmt: skip
+    y = tuned(
+        "conv_transpose2d", x_, product, (tuple(x_.shape), launched, tuple(weight_.shape), geometry),
+        lambda config: _launch(x_, weight_, bias_, launched, geometry, (activation, slope), product, config),
+    )  # fmt: skip
+    if launched is not shape:
+        y = y.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    return dense(y, channels_last(x, weight))
+
+
+LAUNCHERS = {"conv_transpose2d": Backend(conv_transpose2d, lambda x, weight, bias, *rest: declines(x, weight, bias))}
+
+
+def static_cases():
+    """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB gradient."""
+    return every_candidate(
+        lambda channels, dtype: conv_transpose2d(*_arguments(*channels, dtype)), [(256, 128), (3, 64)]
+    )
+
+
+def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:
+    x, weight = meta((128, c, 16, 16), dtype, True), meta((c, k, 4, 4), dtype, True)
+    return x, weight, meta((k,), dtype), [2, 2], [1, 1], [0, 0], 1, [1, 1], "tanh", 0.0

@@ -1,0 +1,171 @@
+"""What the three convolution kernels share: the implicit GEMM over taps and channels, its epilogue, its second stage.
+
+Tensors are channels_last in memory: x is [N, H, W, C], y is [N, OH, OW, K], a weight [A, R, S, B] (of PyTorch's
+[A, B, R, S]). A convolution is then a matrix product whose rows are output pixels, whose columns are output channels
+and whose inner index runs over taps and input channels; the left matrix is never made, its tiles are gathered from x.
+
+Forward and adjoint differ in where the taps lie and nowhere else: per axis, tap t of an output pixel reads the input at
+`origin + t step`. So one loop serves both.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgan.kernels.launching import declines as declines_activations
+from fastgan.kernels.launching import launch
+from fastgan.kernels.numerics import activate
+
+
+@triton.jit
+def next_tap(th, tw, c0, TH, TW, BLOCK_K: tl.constexpr):
+    """The step after tap (th, tw) of the channels from c0: taps run fastest, so that neighbouring taps find the pixels
+    that they share in the cache."""
+    tw += 1
+    row_ends = tw == TW
+    tw = tl.where(row_ends, 0, tw)
+    th = tl.where(row_ends, th + 1, th)
+    ends = th == TH
+    th = tl.where(ends, 0, th)
+    return th, tw, tl.where(ends, c0 + BLOCK_K, c0)
+
+
+@triton.jit
+def gather_gemm(
+    x, weight, base, row, column, inside, k, is_output, H, W, C, CG, TH, TW, step_h, step_w,
+    stride_c, stride_k, stride_th, stride_tw, split,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc[m, k] = sum over taps (th, tw) and channels c < CG of
+    x[base[m] + ((row[m] + th step_h) W + column[m] + tw step_w) C + c] weight[th, tw, c, k], in float32.
+
+    base [M]: offset of the sample and its group's first channel. FLAT: taps and channels form one inner index, for
+    inputs whose CG channels fill no block (the 3 of an image: 48 of 64 places used at 4x4, not 3 of 16).
+    split: which of SPLITS equal parts of the inner index to sum.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    inner = tl.arange(0, BLOCK_K)
+    taps = TH * TW
+    if FLAT:
+        steps = tl.cdiv(taps * CG, BLOCK_K)
+    else:
+        steps = taps * tl.cdiv(CG, BLOCK_K)
+    part = tl.cdiv(steps, SPLITS)
+    first = split * part
+    last = tl.minimum(first + part, steps)
+    if FLAT:
+        for step in range(first, last):
+            j = step * BLOCK_K + inner
+            tap = j // CG
+            c = j - tap * CG
+            th = tap // TW
+            tw = tap - th * TW
+            is_inner = j < taps * CG
+            h = row[:, None] + (th * step_h)[None, :]
+            w = column[:, None] + (tw * step_w)[None, :]
+            there = inside[:, None] & is_inner[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            a = tl.load(x + base[:, None] + (h * W + w) * C + c[None, :], mask=there, other=0.0)
+            at = th * stride_th + tw * stride_tw + c * stride_c
+            b = tl.load(
+                weight + at[:, None] + k[None, :] * stride_k, mask=is_inner[:, None] & is_output[None, :], other=0.0
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        some = tl.maximum(taps, 1)  # a phase without taps makes no step, yet divides here
+        tap = first % some
+        c0 = first // some * BLOCK_K
+        th = tap // TW
+        tw = tap - th * TW
+        for _ in range(first, last):
+            c = c0 + inner
+            h = row + th * step_h
+            w = column + tw * step_w
+            there = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            is_inner = c < CG
+            a = tl.load(
+                x + (base + (h * W + w) * C)[:, None] + c[None, :], mask=there[:, None] & is_inner[None, :], other=0.0
+            )
+            at = th * stride_th + tw * stride_tw
+            b = tl.load(
+                weight + at + c[:, None] * stride_c + k[None, :] * stride_k,
+                mask=is_inner[:, None] & is_output[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            th, tw, c0 = next_tap(th, tw, c0, TH, TW, BLOCK_K)
+    return acc
+
+
+@triton.jit
+def store_tile(
+    y, bias, acc, at, inside, channel, is_output, slope, split, size, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """y[at + channel] = phi(acc + bias[channel]); with several splits the bare sum, to part `split` of y."""
+    where = at[:, None] + channel[None, :]
+    mask = inside[:, None] & is_output[None, :]
+    if SPLITS > 1:
+        tl.store(y + split.to(tl.int64) * size + where, acc, mask=mask)
+    else:
+        if bias is not None:
+            acc += tl.load(bias + channel, mask=is_output, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + where, activate(acc, slope, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial, bias, y, size, K, slope, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y[e] = phi(sum over splits of partial[split, e] + bias[e % K]), in the order of the splits: no atomics, so a
+    result is the same at every run.
+
+    Bound: SPLITS + 1 accesses an element and 2 flops; y is small where a product is split at all.
+    """
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    e = program * BLOCK + tl.arange(0, BLOCK)
+    mask = e < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * size + e, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + e % K, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + e, activate(total, slope, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+
+MERGE_BLOCK = 1024  # elements a program of the second stage writes: 8 a thread
+
+
+def merge_splits(partial: Tensor, bias: Tensor | None, y: Tensor, channels: int, slope: float, activation: str) -> None:
+    """y = phi(partial.sum(0) + bias), elements in memory order, channels innermost."""
+    size = y.numel()
+    launch(
+        merge_splits_kernel, triton.cdiv(size, MERGE_BLOCK), partial, bias, y, size, channels, float(slope),
+        SPLITS=partial.shape[0], ACTIVATION=activation, WIDE=partial.numel() >= 2**31, BLOCK=MERGE_BLOCK,
+    )  # fmt: skip
+
+
+def declines(x: Tensor, *rest: Tensor | None) -> str:
+    """Why the convolution kernels leave a case to the reference, or ""."""
+    reason = declines_activations(x, *rest)
+    if reason:
+        return reason
+    if any(t is not None and t.dim() not in (1, 4) for t in (x, *rest)):
+        return "triton convolutions take batched 4-D tensors"
+    if any(t is not None and t.numel() // t.shape[0] >= 2**31 for t in (x, *rest)):
+        return "triton convolutions take samples below 2^31 elements"
+    if x.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "triton's dots compile to scalar FMA with spills below sm_80"
+    return ""
+
+
+def spread(tensor: Tensor, splits: int) -> Tensor:
+    """Room for the parts of a split sum."""
+    return torch.empty((splits, tensor.numel()), dtype=torch.float32, device=tensor.device)

@@ -1,0 +1,101 @@
+"""Device functions that the kernels share: where an element lies, activations and their derivatives, merged moments.
+
+Everything is computed in float32, whatever is loaded.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def element_offsets(s, c, C, P, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets [S, C'] of the elements at sample-and-pixel s [S], counted n P + p, and channel c [C'] of a dense
+    [N, C, P] tensor. WIDE: in 64 bits."""
+    if WIDE:
+        s = s.to(tl.int64)
+        c = c.to(tl.int64)
+    if CHANNELS_LAST:
+        at = s[:, None] * C + c[None, :]
+    else:
+        n = s // P
+        at = (n * C * P + (s - n * P))[:, None] + (c * P)[None, :]
+    return at
+
+
+@triton.jit
+def load_channels(vector, c, C, default):
+    """vector[c] in float32, `default` beyond C and where there is no vector."""
+    if vector is None:
+        values = tl.full(c.shape, default, tl.float32)
+    else:
+        values = tl.load(vector + c, mask=c < C, other=default).to(tl.float32)
+    return values
+
+
+@triton.jit
+def tanh(t):
+    """By exp(-2|t|) where 1 - tanh is small, by the odd series to t^9 below 1/4, where that difference would cancel:
+    its next term is 8e-9 of the value there."""
+    e = tl.exp(-2.0 * tl.abs(t))
+    far = (1.0 - e) / (1.0 + e)
+    q = t * t
+    near = t * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
+    return tl.where(q < 0.0625, near, tl.where(t < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(t):
+    return 1.0 / (1.0 + tl.exp(-t))
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e >= 0 with every digit of a small e, after Kahan: the rounding of 1 + e is divided out again."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus(t):
+    return activate(t, 0.0, "relu") + log1p(tl.exp(-tl.abs(t)))
+
+
+@triton.jit
+def activate(t, slope, ACTIVATION: tl.constexpr):
+    """phi(t). A NaN stays one, as in torch."""
+    if ACTIVATION == "relu":
+        y = tl.where(t <= 0, 0.0, t)
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(t > 0, t, t * slope)
+    elif ACTIVATION == "tanh":
+        y = tanh(t)
+    elif ACTIVATION == "sigmoid":
+        y = sigmoid(t)
+    else:
+        y = t
+    return y
+
+
+@triton.jit
+def activate_backward(dy, y, slope, ACTIVATION: tl.constexpr):
+    """dy phi'(t) from y = phi(t); for the piecewise linear ones t itself serves as well, as it has y's sign."""
+    if ACTIVATION == "relu":
+        dt = tl.where(y <= 0, 0.0, dy)
+    elif ACTIVATION == "leaky_relu":
+        dt = tl.where(y > 0, dy, dy * slope)
+    elif ACTIVATION == "tanh":
+        dt = dy * (1.0 - y * y)
+    elif ACTIVATION == "sigmoid":
+        dt = dy * (y * (1.0 - y))
+    else:
+        dt = dy
+    return dt
+
+
+@triton.jit
+def merge_moments(n, mean, square, n_other, mean_other, square_other):
+    """Chan's merge of (count, mean, sum of squared differences from it); counts are at least 1 together."""
+    total = n + n_other
+    d = mean_other - mean
+    share = n_other / total
+    return total, mean + d * share, square + square_other + d * d * (n * share)

@@ -1,0 +1,135 @@
+"""Every op's Triton kernels on a real GPU: values, derivatives, races, proofs, graphs; skipped where there is none.
+
+The comparisons are those of the emulated tests; float32 runs at full precision, so that PyTorch's own error can judge.
+"""
+
+import pytest
+import test_conv2d
+import test_conv_transpose2d
+import torch
+from checks import LAYOUTS, assert_close, distance, leaves, orders
+from test_op import flat, gradients, sample
+
+import fastgan
+from fastgan import functional
+from fastgan._op import OPS
+from fastgan.backends import PROOF_TOLERANCE, prove_all, refusal, winners
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRITON = [name for name, op in OPS.items() if "triton" in op.backends]
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def on_gpu(args, dtype, layout, op):
+    """An op's sample there; ops of mixed types ("first") keep their per-channel vectors in float32."""
+
+    def move(a):
+        if not isinstance(a, torch.Tensor):
+            return a
+        kept = op.autocast == "first" and a.dim() < 4
+        moved = a.detach().to(GPU, a.dtype if kept else dtype)
+        moved = moved.contiguous(memory_format=layout) if a.dim() == 4 else moved
+        return moved.requires_grad_(a.requires_grad)
+
+    return tuple(move(a) for a in args)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRITON)
+def test_every_op_and_its_gradient_equal_the_reference(name, dtype, layout):
+    op = OPS[name]
+    args = on_gpu(sample(name), dtype, layout, op)
+    assert not refusal(op, "triton", args)
+    wide = tuple(
+        a.detach().double().cpu().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+    )
+    with fastgan.backend("triton"):
+        got = op(*args)
+        on_cpu = tuple(o.cpu() for o in flat(got))
+        found = gradients(on_cpu, args) if any(o.requires_grad for o in on_cpu) else []
+    with fastgan.backend("reference"):
+        want = op(*wide)
+        expected = gradients(want, wide) if found else []
+    for g, w in zip([*flat(got), *found], [*flat(want), *expected], strict=True):
+        assert distance(g.detach().cpu(), w.detach()) <= PROOF_TOLERANCE[dtype], name
+
+
+CONVOLUTIONS = [(test_conv2d, shape) for shape in test_conv2d.SAMPLES]
+CONVOLUTIONS += [(test_conv_transpose2d, shape) for shape in test_conv_transpose2d.SAMPLES]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: f"{case[0].__name__}{case[1]}")
+def test_convolutions_to_second_order(case, dtype, layout):
+    module, shape = case
+    inputs = module.inputs(shape)
+    rounded = [None if t is None else t.to(dtype).double() for t in inputs]
+    there = lambda: [None if t is None else t.to(GPU) for t in rounded]
+    want = orders(module.plain(shape), leaves(rounded, torch.float64, LAYOUTS[0]))
+    theirs = orders(module.plain(shape), leaves(there(), dtype, layout))
+    with fastgan.backend("triton"):
+        got = orders(module.ours(shape), leaves(there(), dtype, layout))
+    for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
+        assert_close(g.cpu(), w, dtype, distance(t.cpu(), w), f"result {i}")
+
+
+def layer(dtype=torch.bfloat16):
+    x = torch.randn(32, 64, 32, 32, device=GPU, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(128, 64, 4, 4, device=GPU, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(), w.requires_grad_()
+
+
+def test_results_are_the_same_at_every_run():
+    x, w = layer()
+    with fastgan.backend("triton"):
+        runs = [torch.autograd.grad(functional.conv2d(x, w, None, 2, 1).square().sum(), (x, w)) for _ in range(3)]
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def test_a_race_is_run_once_and_kept():
+    x, w = layer()
+    functional.conv2d(x, w, None, 2, 1)
+    known = dict(winners())
+    functional.conv2d(x, w, None, 2, 1)
+    assert known and winners() == known
+
+
+def test_a_captured_graph_replays_the_kernels():
+    x, w = layer()
+    with fastgan.backend("triton"), torch.no_grad():
+        functional.conv2d(x, w, None, 2, 1)  # proved, raced and compiled before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = functional.conv2d(x, w, None, 2, 1)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+    assert distance(y.cpu(), torch.nn.functional.conv2d(x.double(), w.double(), None, 2, 1).detach().cpu()) < 1e-2
+
+
+def test_offsets_past_32_bits():
+    if torch.cuda.get_device_properties(0).total_memory < 24e9:
+        pytest.skip("needs a GPU with 24 GB: the tensors hold 2^31 elements")
+    shape = 2**31 // 2**15 + 8, 32, 32, 32
+    x = torch.empty(shape, device=GPU, dtype=torch.bfloat16, memory_format=LAYOUTS[1]).normal_()
+    w = torch.randn(16, 32, 2, 2, device=GPU, dtype=torch.bfloat16)
+    with fastgan.backend("triton"), torch.no_grad():
+        y = OPS["conv2d"].backends["triton"].run(x, w, None, [2, 2], [0, 0], [1, 1], 1, "identity", 0.0)
+    want = torch.nn.functional.conv2d(x[-8:].double(), w.double(), None, 2)
+    assert distance(y[-8:].cpu(), want.cpu()) < 1e-2
+
+
+def test_doctor_proves_every_kernel():
+    rows = [row for row in prove_all() if row["backend"] == "triton"]
+    assert {row["op"] for row in rows} == set(TRITON)
+    assert not [row for row in rows if row["error"]]
