@@ -26,8 +26,8 @@ int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const
 int64_t gan_loss_forward(const GanLossArgs&, const Target&) WEAK;
 int64_t gan_loss_backward(const GanLossArgs&, const Target&) WEAK;
 int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
-int64_t grad_norm_penalty_forward(const GradNormArgs&, const Target&) WEAK;
-int64_t grad_norm_penalty_backward(const GradNormArgs&, const Target&) WEAK;
+int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&) WEAK;
+int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&) WEAK;
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&) WEAK;
 int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&) WEAK;
 int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&) WEAK;
@@ -190,10 +190,10 @@ void penalties(DType d, const Size& s) {
   const Array real(d, s.count()), fake(d, s.count()), epsilon(F32, s.N), y(d, s.count(), true);
   const Array penalty(F32, s.N, true), norm(F32, s.N, true), dgradient(d, s.count(), true);
   call([&](const auto& t) {
-    return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), y.get(), s.N, E}, t);
+    return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), y.get(), s.N, E, 1}, t);
   });
-  const cuda::GradNormArgs a{d, real.get(), epsilon.floats(), penalty.floats(), norm.floats(), dgradient.get(), s.N,
-                             E, 1.0f};
+  const GradNormPenaltyArgs a{
+      d, real.get(), epsilon.floats(), penalty.floats(), norm.floats(), dgradient.get(), s.N, E, 1.0f, 1};
   call([&](const auto& t) { return cuda::grad_norm_penalty_forward(a, t); });
   call([&](const auto& t) { return cuda::grad_norm_penalty_backward(a, t); });
   for (const Array* p : {&y, &dgradient}) written("penalties", d, *p);
