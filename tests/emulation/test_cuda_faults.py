@@ -115,7 +115,6 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(tmp_path, fault):
     name, text, replacement, stems, function, (sanitizer, race), words = FAULTS[fault]
