@@ -40,9 +40,7 @@ def runners(case):
             x, mean, var, weight, bias, training=True, activation=activation, negative_slope=SLOPE
         )
 
-    # the card: 7 accesses an element; two cotangents more than the backward's arithmetic
-    last = {"bytes": 7 * x.numel() * x.element_size(), "flops": 2 * bn_act.cost_backward(x)["flops"]}
-    first = [bn_act.cost(x), bn_act.cost_backward(x)]
+    first, last = [bn_act.cost(x), bn_act.cost_backward(x)], bn_act.cost_double_backward(x)
     work = {"forward": first[:1], "forward+backward": first, SECOND: [*first, last], DOUBLE: [last]}[case.direction]
     return rows(plain, ours, [x, weight, bias], case, work)
 
