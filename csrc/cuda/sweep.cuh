@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(THREADS)
 template <class Body, int V>
 __global__ void __launch_bounds__(THREADS)
     reduce_columns_kernel(Body body, Planes p, float* partials, int lanes_x, int splits, i64 rows_per_split) {
-  constexpr int U = UNROLL<Body>, WARPS = THREADS / WARP, WORDS = Body::Acc::WORDS;
+  // with eight columns a thread half the rows are in flight: all of them spilled 8 to 16 bytes of registers
+  constexpr int U = V == 8 ? (UNROLL<Body> + 1) / 2 : UNROLL<Body>, WARPS = THREADS / WARP, WORDS = Body::Acc::WORDS;
   constexpr int PITCH = COLUMN_LANES + WARP / V;  // the 32 columns that a warp reads below lie in 32 banks
   using Acc = typename Body::Acc;
   FG_SHARED(float, part, [WORDS][WARPS][V * PITCH]);
