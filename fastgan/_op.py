@@ -186,9 +186,10 @@ def inputs_only(root: Tensor) -> Iterator[None]:
 
 def wanted(ctx: Any, index: int, weight: Tensor) -> bool:
     """Whether a backward must compute the gradient of its input `index`, the tensor `weight`."""
-    if _inputs_only and isinstance(weight, torch.nn.Parameter):
-        return torch._C._current_graph_task_id() not in _inputs_only
-    return bool(ctx.needs_input_grad[index])
+    if not ctx.needs_input_grad[index]:
+        return False
+    skipped = _inputs_only and isinstance(weight, torch.nn.Parameter)
+    return not (skipped and torch._C._current_graph_task_id() in _inputs_only)
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
