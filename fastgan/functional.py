@@ -702,7 +702,8 @@ def _fold(
     channel_dim: int,
 ) -> tuple[Tensor, Tensor]:
     """(weight, bias) of the convolution that does its own eval-mode batch norm; differentiable, computed in float32."""
-    scale = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
+    scale = (var.to(accumulation_dtype(var.dtype)) + eps).rsqrt()
+    scale = scale if gamma is None else gamma * scale
     shape = [1] * 4
     shape[channel_dim] = -1
     shift = -mean * scale if bias is None else (bias - mean) * scale

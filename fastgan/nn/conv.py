@@ -42,6 +42,22 @@ def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | 
     )  # fmt: skip
 
 
+def conv_bn_act(
+    conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d, x: Tensor, activation: str | None, slope: float
+) -> Tensor:
+    """The forward of a torch convolution module, an eval-mode batch norm module and an activation, as one op."""
+    norm = statistics(bn, 1) | {
+        "bn_weight": bn.weight, "bn_bias": bn.bias, "activation": activation, "negative_slope": slope,
+    }  # fmt: skip
+    if isinstance(conv, nn.ConvTranspose2d):
+        padding = cast(tuple[int, ...], conv.padding)
+        return functional.conv_transpose2d_bn_act(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation, **norm
+        )
+    x, pads = _padded(conv, x)
+    return functional.conv2d_bn_act(x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm)
+
+
 def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     """Non-zero padding modes pad first, as torch does."""
     if conv.padding_mode == "zeros":
@@ -80,31 +96,11 @@ class _BNAct(_Block):
     def forward(self, x: Tensor) -> Tensor:
         hooks = has_hooks(self.conv) or has_hooks(self.bn)
         if not (hooks or self.bn.training or self.bn.running_mean is None):
-            return self._folded(x)
+            return conv_bn_act(self.conv, self.bn, x, self.activation, self.negative_slope)
         y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
         return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
-
-    def _folded(self, x: Tensor) -> Tensor:
-        """Eval mode: batch norm inside the convolution's weight and bias."""
-        conv, bn = self.conv, self.bn
-        norm = statistics(bn, 1) | {
-            "bn_weight": bn.weight,
-            "bn_bias": bn.bias,
-            "activation": self.activation,
-            "negative_slope": self.negative_slope,
-        }
-        if isinstance(conv, nn.ConvTranspose2d):
-            padding = cast(tuple[int, ...], conv.padding)
-            return functional.conv_transpose2d_bn_act(
-                x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups,
-                conv.dilation, **norm,
-            )  # fmt: skip
-        x, pads = _padded(conv, x)
-        return functional.conv2d_bn_act(
-            x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm
-        )
 
 
 class Conv2dBiasAct(_BiasAct):
