@@ -387,7 +387,7 @@ def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
         name = f"fastgan.{OPS[type(part.layer)]}"
         if part.norm is not None:
             name += " + batch norm"
-            found[id(part.norm)] = "folded into the layer before it", ""
+            found[id(part.norm)] = "in the layer before it", "folded into its weight where the output is larger"
         if part.activation is not None:
             name += f" + {ACTIVATIONS[type(part.activation)]}"
             found[id(part.activation)] = "in the layer before it", ""
