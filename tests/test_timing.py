@@ -148,7 +148,9 @@ def records(**seconds):
     watch = Watch(**seconds)
     work = [{"flops": 10**9, "bytes": 1000}]
     runners = {
-        name: comparison.Runner(run, work, "bfloat16" if "bf16" in name else "float32", ours="fastgan" in name)
+        name: comparison.Runner(
+            run, work, "bfloat16" if "bf16" in name else "float32", ours="fastgan" in name, pytorch="other" not in name
+        )
         for name, run in watch.runners().items()
     }
     runners["compile"] = comparison.Runner(fail_at(0), work)
@@ -170,6 +172,13 @@ def test_records_compare_within_a_dtype_and_keep_losing_and_failing_rows():
     keys |= {"flops", "bytes", "bound_s", "share_of_bound", "best_pytorch", "speedup", "backends", "first_call_s"}
     assert all(keys <= set(row) for row in rows.values())
     json.dumps(list(rows.values()))
+
+
+def test_another_library_is_compared_with_pytorch_and_is_not_its_best_row():
+    rows = {r["row"]: r for r in records(eager=0.2, other=0.1, fastgan=0.05)}
+    assert rows["fastgan"]["best_pytorch"] == rows["other"]["best_pytorch"] == "eager"
+    assert rows["other"]["speedup"] == pytest.approx(2) and rows["other"]["peak_bytes"] is None
+    assert report.versus(rows["other"]) == "2.00" and report.cells(rows["other"])[6] == "-"
 
 
 def test_a_row_without_a_runner_is_refused():
