@@ -12,6 +12,7 @@ WHY = "installed without the source tree's benchmarks"
 ceilings = pytest.importorskip("ceilings", reason=WHY)
 comparison = pytest.importorskip("comparison", reason=WHY)
 report = pytest.importorskip("report", reason=WHY)
+scaling = pytest.importorskip("scaling", reason=WHY)
 timing = pytest.importorskip("timing", reason=WHY)
 
 
@@ -210,3 +211,47 @@ def test_tables_show_losses_failures_and_the_machine():
 def test_results_without_ceilings_say_why():
     without = results() | {"ceilings": {"unavailable": "no compiler"}}
     assert "no bounds: no compiler" in "\n".join(report.text(without))
+
+
+# ---- scaling --------------------------------------------------------------------------------------------------------
+
+
+def point(batch, rate, threads=2, size=64, **rows):
+    rates = dict.fromkeys(scaling.ROWS, rate) | rows
+    samples = {name: [batch / r] * 3 if r else [] for name, r in rates.items()}
+    coordinates = {"threads": threads, "size": size, "batch": batch}
+    return coordinates | {"images_per_second": rates, "samples_s": samples}
+
+
+def test_a_cliff_is_a_drop_of_more_than_a_quarter_against_the_next_smaller_batch():
+    points = [
+        point(64, 74.0),
+        point(1, 10.0),
+        point(16, 90.0, fastgan=100.0),
+        point(32, 75.0),
+        point(16, 9.0, threads=1),
+    ]
+    points[3]["images_per_second"]["PyTorch"] = None  # it failed: its neighbours are 16 and 64
+    assert scaling.cliffs([*points, point(64, 1.0, size=32)]) == []
+    points[0]["images_per_second"] |= {"fastgan": 56.0, "PyTorch": 50.0}
+    assert scaling.cliffs(points) == [
+        "PyTorch, 2 threads: batch 64 is 44 % slower an image than batch 16",
+        "fastgan, 2 threads: batch 64 is 25 % slower an image than batch 32",
+    ]
+    assert scaling.curve(points, "fastgan", "batch", threads=2, size=64)[0] == (1, 10.0)
+
+
+def test_points_that_do_not_fit_are_foreseen_and_all_are_asked_for():
+    assert scaling.expected([], 2, 64, 512) == 0
+    assert scaling.expected([point(64, 100.0)], 1, 64, 128) == pytest.approx(4 * 1.28 * 2 * (scaling.ROUNDS + 2))
+    assert {b for threads, size, b in scaling.points() if (threads, size) == (2, 64)} == {2**i for i in range(10)}
+    assert {(t, size) for t, size, _ in scaling.points()} == {(t, size) for t in (1, 2) for size in (32, 64, 128)}
+
+
+def test_the_picture_is_drawn_from_what_was_measured(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install matplotlib)")
+    facts = {"cpu": "C", "cores": 2, "torch": "t", "commit": "abc"}
+    points = [point(b, 10.0 * b, threads=t, size=s) for b in (1, 64) for t in (1, 2) for s in (32, 64)]
+    points[0]["images_per_second"]["fastgan"] = None
+    scaling.draw({"machine": facts, "points": points}, tmp_path / "new" / "scaling.png")
+    assert (tmp_path / "new" / "scaling.png").read_bytes().startswith(b"\x89PNG")
