@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgan
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 WHY = "installed without the source tree's benchmarks"
 ceilings = pytest.importorskip("ceilings", reason=WHY)
 comparison = pytest.importorskip("comparison", reason=WHY)
+quality = pytest.importorskip("quality", reason=WHY)
 report = pytest.importorskip("report", reason=WHY)
 scaling = pytest.importorskip("scaling", reason=WHY)
 timing = pytest.importorskip("timing", reason=WHY)
@@ -255,3 +258,35 @@ def test_the_picture_is_drawn_from_what_was_measured(tmp_path):
     points[0]["images_per_second"]["fastgan"] = None
     scaling.draw({"machine": facts, "points": points}, tmp_path / "new" / "scaling.png")
     assert (tmp_path / "new" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+def test_the_frechet_distance_of_two_gaussians():
+    diagonal = [torch.diag(torch.tensor(v, dtype=torch.float64)) for v in ([1.0, 4.0, 0.0], [9.0, 1.0, 0.0])]
+    a, b = (torch.zeros(3).double(), diagonal[0]), (torch.tensor([0.0, 3.0, 4.0]).double(), diagonal[1])
+    assert quality.frechet(a, b) == pytest.approx(25 + (1 - 3) ** 2 + (2 - 1) ** 2)
+    assert quality.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    turned = [(turn @ mean, turn @ cov @ turn.T) for mean, cov in (a, b)]
+    assert quality.frechet(*turned) == pytest.approx(30)
+
+
+def test_the_permutation_test_counts_splits():
+    assert quality.permutation_p([1.0, 2.0, 3.0], [11.0, 12.0, 13.0]) == pytest.approx(2 / 20)
+    assert quality.permutation_p([1.0, 1.0], [1.0, 1.0]) == 1
+    apart = quality.verdict({"a": [1.0, 1.1, 1.2, 1.3, 1.4], "b": [2.0, 2.1, 2.2, 2.3, 2.4]})
+    assert not apart["within_spread"] and "NOT within" in apart["sentence"] and apart["difference"] == pytest.approx(1)
+    mixed = quality.verdict({"a": [1.0, 1.2, 1.4, 1.6, 1.8], "b": [1.1, 1.3, 1.5, 1.7, 1.9]})
+    assert mixed["within_spread"] and mixed["by_seed"] == pytest.approx([0.1] * 5)
+
+
+def test_both_arms_train_plain_generators(tmp_path):
+    images = fastgan.data.ImageSet(torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8))
+    made = [train(images, 0, 1) for train in quality.ARMS.values()]
+    assert all(type(m).__module__.startswith(("torch", "fastgan.models")) for g in made for m in g.modules())
+    weights = [g.main[0].weight for g in made]  # one step from the same start
+    assert (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
+    quality.side_by_side([torch.zeros(64, 1, 28, 28), torch.ones(64, 1, 28, 28)], tmp_path / "q.png")
+    assert (tmp_path / "q.png").exists()
