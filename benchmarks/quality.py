@@ -176,7 +176,9 @@ def verdict(values: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "mean": {name: statistics.mean(v) for name, v in values.items()},
         "standard_deviation": {name: statistics.stdev(v) for name, v in values.items()},
-        "difference": difference, "by_seed": [y - x for x, y in zip(a, b, strict=True)], "standard_error": error, "p": p, "within_spread": within,
+        "difference": difference,
+        "by_seed": [y - x for x, y in zip(a, b, strict=True)],
+        "standard_error": error, "p": p, "within_spread": within,
         "sentence": f"{second} minus {first}: {difference:+.3f}, which {said} the spread of seeds (permutation test, "
         f"p = {p:.3f}); two standard errors are {2 * error:.3f}, a smaller difference would not be seen",
     }  # fmt: skip
