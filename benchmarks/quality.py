@@ -198,7 +198,7 @@ def run(seeds: int, steps: int, png: Path | None) -> dict[str, Any]:
         "untrained": frechet(real, moments(network, draw(networks(PICTURE_SEED)[0], z))),
         "seeds": [], "frechet": {arm: [] for arm in ARMS}, "seconds": {arm: [] for arm in ARMS},
     }  # fmt: skip
-    print(f"classifier: {100 * accuracy:.1f} % of held-out images right")
+    print(f"classifier: {100 * accuracy:.1f} % of held-out images right", flush=True)
     pictures = []
     for seed in range(seeds):
         results["seeds"].append(seed)
