@@ -160,8 +160,8 @@ def around(wrap: Callable[[Op, Launcher], Launcher]) -> Iterator[None]:
 def wanted(ctx: Any, index: int) -> bool:
     """Whether the running backward pass uses the gradient of input `index` (the inputs before it are tensors too).
 
-    autograd asks this of its own nodes before they compute, of Python's nodes it does not: in `autograd.grad(y, x)` each
-    convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
+    autograd asks this of its own nodes before they compute, of Python's nodes it does not: in `autograd.grad(y, x)`
+    each convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
     """
     if not ctx.needs_input_grad[index]:
         return False
