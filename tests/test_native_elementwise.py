@@ -625,10 +625,33 @@ def test_interpolate(table, n, m, dtype):
     real, fake = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] for _ in range(2))
     epsilon, y = torch.rand(n), Guarded(n * m, DTYPES[dtype])
     epsilon[0] = 1.0
-    _C.interpolate_forward(dtype, pointer(real), pointer(fake), pointer(epsilon), pointer(y), n, m, 2)
+    _C.interpolate_forward(dtype, pointer(real), pointer(fake), pointer(epsilon), 0, pointer(y), n, m, 2)
     e = epsilon.double().repeat_interleave(m)
     check(y.get(), e * real.double() + (1 - e) * fake.double(), dtype, "y")
     assert torch.equal(y.get()[:m], real[:m])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(3, 5), (1, 12289), (7, 4096), (65, 33)])
+def test_two_coefficients_and_one_alone(table, n, m, dtype):
+    real, fake = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] for _ in range(2))
+    epsilon, rest = torch.randn(n), torch.randn(n)
+    e, other = (v.double().repeat_interleave(m) for v in (epsilon, rest))
+    y, alone = (Guarded(n * m, DTYPES[dtype]) for _ in range(2))
+    ends = pointer(real), pointer(fake), pointer(epsilon), pointer(rest)
+    _C.interpolate_forward(dtype, *ends, pointer(y), n, m, 2)
+    _C.interpolate_forward(dtype, pointer(real), 0, pointer(epsilon), 0, pointer(alone), n, m, 2)
+    check(y.get(), e * real.double() + other * fake.double(), dtype, "y")
+    check(alone.get(), e * real.double(), dtype, "alone")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(3, 5), (1, 12289), (7, 4096), (65, 33)])
+def test_sample_dot(table, n, m, dtype):
+    x, y = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] + 1 for _ in range(2))
+    dot = Guarded(n)
+    _C.sample_dot(dtype, pointer(x), pointer(y), pointer(dot), n, m, 2)
+    check(dot.get(), (x.double() * y.double()).view(n, m).sum(1), F32, "dot")
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
@@ -704,7 +727,7 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
         (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 1), "kind must be"),
         (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 1), "side must be"),
-        (lambda: _C.interpolate_forward(0, 8, 8, 8, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),
+        (lambda: _C.interpolate_forward(0, 8, 8, 8, 0, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),
         (lambda: _C.grad_norm_penalty_forward(0, 8, 8, 8, -1, 4, 1.0, 1), "N and E must be at least 1"),
         (lambda: _C.use_table("sse9"), "sse9"),
     ],

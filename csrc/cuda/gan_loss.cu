@@ -49,4 +49,24 @@ int64_t gan_loss_backward(const GanLossArgs& a, const Target& target) {
   return 0;
 }
 
+int64_t gan_loss_double_backward(const GanLossArgs& a, const Target& target) {
+  constexpr auto op = "gan_loss_double_backward";
+  const int64_t blocks = blocks_for(a);
+  auto* partials = static_cast<float*>(target.workspace);
+  if (blocks > 1 && !partials) return blocks * int64_t{sizeof(float)};
+  by_dtype(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    FG_LAUNCH(gan_loss_double_backward_kernel<T>, grid_of(op, blocks), LOSS_THREADS, 0, target.stream, logits_of<T>(a),
+              static_cast<const T*>(a.ddfake), static_cast<const T*>(a.ddreal), a.dloss, partials, a.out,
+              static_cast<T*>(a.dfake), static_cast<T*>(a.dreal));
+    check_launch(op);
+  });
+  if (blocks > 1) {
+    FG_LAUNCH(gan_loss_double_backward_finish_kernel, 1, LOSS_THREADS, 0, target.stream, partials,
+              static_cast<int>(blocks), a.out);
+    check_launch(op);
+  }
+  return 0;
+}
+
 }  // namespace fg::cuda

@@ -130,4 +130,57 @@ __global__ void __launch_bounds__(LOSS_THREADS)
   }
 }
 
+// L'' by either logit, L''(f - r) for the relativistic kind; sigma'(x) = e/(1+e)^2 with e = exp(-|x|).
+FG_DEVICE float loss_curve(float v, Loss kind, Side side) {
+  if (kind == LOSS_LSGAN) return 1.0f;
+  if (kind == LOSS_HINGE || kind == LOSS_WASSERSTEIN) return 0.0f;
+  const float e = expf(-fabsf(v)), bump = e / ((1.0f + e) * (1.0f + e));
+  return kind == LOSS_MINIMAX && side == SIDE_G ? -bump : bump;
+}
+
+// What follows from the cotangents (ddfake, ddreal) of the gradients: d_dloss = sum dd slope, d_logit = dloss dd L''.
+// One block finishes d_dloss; several leave their sums in partials [blocks].
+template <class T>
+__global__ void __launch_bounds__(LOSS_THREADS)
+    gan_loss_double_backward_kernel(GanLogits<T> a, const T* ddfake, const T* ddreal, const float* dloss,
+                                    float* partials, float* d_dloss, T* d_fake, T* d_real) {
+  const float inv_f = 1.0f / static_cast<float>(a.n_fake), scale = load(dloss);
+  const float inv_r = a.n_real ? 1.0f / static_cast<float>(a.n_real) : 0.0f;
+  const bool pairs = a.kind == LOSS_RELATIVISTIC;
+  const i64 step = static_cast<i64>(gridDim.x) * LOSS_THREADS, first = static_cast<i64>(blockIdx.x) * LOSS_THREADS;
+  Sums<1> sum;
+  sum.clear();
+  for (i64 i = first + threadIdx.x; i < a.n_fake; i += step) {
+    const float f = to_float(load(a.fake + i)), r = pairs ? to_float(load(a.real + i)) : 0.0f;
+    const float u = to_float(load(ddfake + i)) - (pairs ? to_float(load(ddreal + i)) : 0.0f);
+    const Point p = pairs ? pair_point(f, r, a.side) : fake_point(f, a.kind, a.side);
+    const float d = scale * inv_f * u * loss_curve(f - r, a.kind, a.side);
+    sum.word[0] += inv_f * u * p.slope;
+    store(d_fake + i, from_float<T>(d));
+    if (pairs) store(d_real + i, from_float<T>(-d));
+  }
+  if (!pairs)
+    for (i64 i = first + threadIdx.x; i < a.n_real; i += step) {
+      float d = 0.0f;
+      if (a.side == SIDE_D) {
+        const float r = to_float(load(a.real + i)), u = to_float(load(ddreal + i));
+        sum.word[0] += inv_r * u * real_point(r, a.kind, a.smoothing).slope;
+        d = scale * inv_r * u * loss_curve(r, a.kind, a.side);
+      }
+      store(d_real + i, from_float<T>(d));
+    }
+  merge_block<LOSS_THREADS>(sum);
+  if (threadIdx.x == 0) store(gridDim.x == 1 ? d_dloss : partials + blockIdx.x, sum.word[0]);
+}
+
+// One block.
+static __global__ void __launch_bounds__(LOSS_THREADS)
+    gan_loss_double_backward_finish_kernel(const float* partials, int blocks, float* d_dloss) {
+  Sums<1> sum;
+  sum.clear();
+  for (int b = threadIdx.x; b < blocks; b += LOSS_THREADS) sum.word[0] += load(partials + b);
+  merge_block<LOSS_THREADS>(sum);
+  if (threadIdx.x == 0) store(d_dloss, sum.word[0]);
+}
+
 }  // namespace fg::cuda
