@@ -96,7 +96,7 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
     if kind == "wgan-gp" and fake is not None:
         epsilon = torch.rand(len(real), generator=generator, device=real.device, dtype=accumulation_dtype(real.dtype))
         # under autocast G gives 16-bit images beside float32 ones
-        mixed: Tensor = interpolate.op(real, fake.detach().to(real.dtype), epsilon)
+        mixed: Tensor = interpolate.op(real, fake.detach().to(real.dtype), epsilon, None)
         return mixed
     noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=real.dtype)
     return real + 0.5 * real.std() * noise
