@@ -318,11 +318,12 @@ GanLossArgs gan_loss_args(const char* op, int dtype, Address fake, int64_t n_fak
 
 template <class Core, class... Tail>
 int64_t gan_loss_forward(int dtype, Address fake, int64_t n_fake, Address real, int64_t n_real, int kind, int side,
-                         float smoothing, Address out, Tail... tail) {
+                         float smoothing, Address loss, Address statistics, Tail... tail) {
   const Core core{tail...};
   constexpr auto op = "gan_loss_forward";
   GanLossArgs args = gan_loss_args<Core>(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, core);
-  args.out = at<float>(out);
+  args.loss = at<float>(loss);
+  args.statistics = at<float>(statistics);
   return core.run(Core::table().gan_loss_forward, args);
 }
 
@@ -348,7 +349,7 @@ int64_t gan_loss_double_backward(int dtype, Address ddfake, Address ddreal, Addr
   args.dloss = at<float>(dloss);
   args.ddfake = at(ddfake);
   args.ddreal = at(ddreal);
-  args.out = at<float>(d_dloss);
+  args.d_dloss = at<float>(d_dloss);
   args.dfake = at(d_fake);
   args.dreal = at(d_real);
   return core.run(Core::table().gan_loss_double_backward, args);
@@ -467,7 +468,7 @@ void bind_kernels(py::module_& m, const Names&... tail) {
         arg("dbias"), arg("N"), arg("C"), arg("HW"), arg("channels_last"), arg("act"), arg("slope"), tail...);
 
   m.def("gan_loss_forward", &gan_loss_forward<Core, Tail...>, arg("dtype"), arg("fake"), arg("n_fake"), arg("real"),
-        arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("out"), tail...);
+        arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("loss"), arg("statistics"), tail...);
   m.def("gan_loss_backward", &gan_loss_backward<Core, Tail...>, arg("dtype"), arg("dloss"), arg("fake"), arg("n_fake"),
         arg("real"), arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("dfake"), arg("dreal"), tail...);
   m.def("gan_loss_double_backward", &gan_loss_double_backward<Core, Tail...>, arg("dtype"), arg("ddfake"),

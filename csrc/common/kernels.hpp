@@ -139,7 +139,8 @@ struct GanLossArgs {
   Loss kind;
   Side side;
   float smoothing;
-  float* out;                   // forward: [7]; double backward: the derivative by dloss
+  float *loss, *statistics;     // forward: one value, [6]
+  float* d_dloss;               // double backward: one value
   const float* dloss;           // backward: one value
   void *dfake, *dreal;          // backward; null: not wanted
   const void *ddfake, *ddreal;  // double backward: cotangents of dfake and dreal, whose place the results take

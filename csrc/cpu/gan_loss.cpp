@@ -160,14 +160,10 @@ static void forward(const GanLossArgs& a) {
     }
   const double inv_f = 1.0 / static_cast<double>(a.n_fake),
                inv_r = a.n_real ? 1.0 / static_cast<double>(a.n_real) : 0.0;
-  const double out[7] = {f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r,
-                         r[SUM_LOGIT] * inv_r,
-                         f[SUM_LOGIT] * inv_f,
-                         r[SUM_SIGMOID] * inv_r,
-                         f[SUM_SIGMOID] * inv_f,
-                         r[SUM_RIGHT] * inv_r,
-                         f[SUM_RIGHT] * inv_f};
-  for (int k = 0; k < 7; ++k) a.out[k] = static_cast<float>(out[k]);
+  const double statistics[6] = {r[SUM_LOGIT] * inv_r,   f[SUM_LOGIT] * inv_f, r[SUM_SIGMOID] * inv_r,
+                                f[SUM_SIGMOID] * inv_f, r[SUM_RIGHT] * inv_r, f[SUM_RIGHT] * inv_f};
+  *a.loss = static_cast<float>(f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r);
+  for (int k = 0; k < 6; ++k) a.statistics[k] = static_cast<float>(statistics[k]);
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -285,7 +281,7 @@ static void double_backward(const GanLossArgs& a) {
   }
   double total = 0.0;
   for (int t = 0; t < team; ++t) total += partial[t * PITCH];
-  *a.out = static_cast<float>(total);
+  *a.d_dloss = static_cast<float>(total);
 }
 
 }  // namespace

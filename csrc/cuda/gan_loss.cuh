@@ -55,21 +55,22 @@ FG_DEVICE Point pair_point(float f, float r, Side side) {  // slope: of f; r's i
 // Of the fake and of the real logits: loss, logit, sigmoid, how many are right.
 using LossSums = Sums<8>;
 
-// out: loss, mean r, mean f, mean sigmoid(r), mean sigmoid(f), share r > 0, share f < 0.
+// statistics: mean r, mean f, mean sigmoid(r), mean sigmoid(f), share r > 0, share f < 0.
 template <class T>
-FG_DEVICE void write_loss(const GanLogits<T>& a, const LossSums& s, float* out) {
+FG_DEVICE void write_loss(const GanLogits<T>& a, const LossSums& s, float* loss, float* statistics) {
   const float inv_f = 1.0f / static_cast<float>(a.n_fake);
   const float inv_r = a.n_real ? 1.0f / static_cast<float>(a.n_real) : 0.0f;
-  store(out, s.word[0] * inv_f + s.word[4] * inv_r);
+  store(loss, s.word[0] * inv_f + s.word[4] * inv_r);
   for (int k = 1; k < 4; ++k) {
-    store(out + 2 * k - 1, s.word[4 + k] * inv_r);
-    store(out + 2 * k, s.word[k] * inv_f);
+    store(statistics + 2 * k - 2, s.word[4 + k] * inv_r);
+    store(statistics + 2 * k - 1, s.word[k] * inv_f);
   }
 }
 
-// One block: `out` is finished; several: each leaves its sums in partials [8][blocks].
+// One block: the results are finished; several: each leaves its sums in partials [8][blocks].
 template <class T>
-__global__ void __launch_bounds__(LOSS_THREADS) gan_loss_forward_kernel(GanLogits<T> a, float* partials, float* out) {
+__global__ void __launch_bounds__(LOSS_THREADS)
+    gan_loss_forward_kernel(GanLogits<T> a, float* partials, float* loss, float* statistics) {
   LossSums s;
   s.clear();
   const i64 step = static_cast<i64>(gridDim.x) * LOSS_THREADS, first = static_cast<i64>(blockIdx.x) * LOSS_THREADS;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(LOSS_THREADS) gan_loss_forward_kernel(GanLogit
   merge_block<LOSS_THREADS>(s);
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
-    write_loss(a, s, out);
+    write_loss(a, s, loss, statistics);
   } else {
     for (int k = 0; k < 8; ++k) store(partials + k * gridDim.x + blockIdx.x, s.word[k]);
   }
@@ -99,13 +100,13 @@ __global__ void __launch_bounds__(LOSS_THREADS) gan_loss_forward_kernel(GanLogit
 // One block.
 template <class T>
 __global__ void __launch_bounds__(LOSS_THREADS)
-    gan_loss_finish_kernel(GanLogits<T> a, const float* partials, int blocks, float* out) {
+    gan_loss_finish_kernel(GanLogits<T> a, const float* partials, int blocks, float* loss, float* statistics) {
   LossSums s;
   s.clear();
   for (int b = threadIdx.x; b < blocks; b += LOSS_THREADS)
     for (int k = 0; k < 8; ++k) s.word[k] += load(partials + k * blocks + b);
   merge_block<LOSS_THREADS>(s);
-  if (threadIdx.x == 0) write_loss(a, s, out);
+  if (threadIdx.x == 0) write_loss(a, s, loss, statistics);
 }
 
 // Grid: any.

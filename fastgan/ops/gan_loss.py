@@ -141,12 +141,12 @@ def reference(fake, real, kind, side, smoothing):
 
 def launch(core, fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
-    out = fake.new_empty(7, dtype=torch.float32)
+    loss, statistics = fake.new_empty((), dtype=torch.float32), fake.new_empty(6, dtype=torch.float32)
     core.call(
         "gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], fake, fake.numel(), real,
-        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, out,
+        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, loss, statistics,
     )  # fmt: skip
-    return out[0].to(fake.dtype, copy=True), out[1:].clone()
+    return loss.to(fake.dtype), statistics
 
 
 def fake_shapes(fake, real, kind, side, smoothing):

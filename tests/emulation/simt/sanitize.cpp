@@ -167,7 +167,8 @@ void bias_act(DType d, const Size& s) {
 
 void gan_loss(DType d, const Size& s) {
   const int64_t n = s.count();
-  const Array fake(d, n), real(d, n), dfake(d, n, true), dreal(d, n, true), dloss(F32, 1), out(F32, 7, true);
+  const Array fake(d, n), real(d, n), dfake(d, n, true), dreal(d, n, true), dloss(F32, 1);
+  const Array loss(F32, 1, true), statistics(F32, 6, true), d_dloss(F32, 1, true);
   for (const Loss kind : {LOSS_BCE, LOSS_HINGE, LOSS_RELATIVISTIC}) {
     GanLossArgs a{};
     a.dtype = d;
@@ -175,7 +176,9 @@ void gan_loss(DType d, const Size& s) {
     a.real = real.get();
     a.n_fake = a.n_real = n;
     a.kind = kind;
-    a.out = out.floats();
+    a.loss = loss.floats();
+    a.statistics = statistics.floats();
+    a.d_dloss = d_dloss.floats();
     a.dloss = dloss.floats();
     a.dfake = dfake.get();
     a.dreal = dreal.get();
@@ -187,7 +190,7 @@ void gan_loss(DType d, const Size& s) {
   }
   written("gan_loss", d, dfake);
   written("gan_loss", d, dreal);
-  written("gan_loss", F32, out);
+  for (const Array* a : {&loss, &statistics, &d_dloss}) written("gan_loss", F32, *a);
 }
 
 void penalties(DType d, const Size& s) {
