@@ -335,6 +335,10 @@ def dcgan_calls(batch: int, dtype: torch.dtype, device: torch.device) -> Iterato
         yield "conv2d", (x, weight, None, s, p, one, 1, "identity", 0.0)
         yield "conv_transpose2d", (y, weight, None, s, p, [0, 0], 1, one, "identity", 0.0)
         yield "conv2d_weight", (x, y, [4, 4], s, p, one, 1, True)
+        if c > 3 and stride == 2:  # a batch norm follows: of each half in the discriminator
+            yield "conv2d_statistics", (x, weight, None, s, p, one, 1, 2)
+        if c > 3 and k > 1:
+            yield "conv_transpose2d_statistics", (y, weight, None, s, p, [0, 0], 1, one, 1)
 
 
 _clock = time.perf_counter
