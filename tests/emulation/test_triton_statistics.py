@@ -1,5 +1,6 @@
 """Batch statistics from the convolutions' epilogues, under the checker: numbers, gradients, traffic, planted faults."""
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -347,6 +348,77 @@ def test_a_fused_block_compiles_whole(always):
         eager = model(x)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     assert record.kernels.count("finish_moments_kernel") == 4 and distance(compiled, eager) < 1e-6
+
+
+# ---- converted models ------------------------------------------------------------------------------------------------
+
+
+def converted():
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(6, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3),
+    )  # fmt: skip
+    return fastgan.convert(model)
+
+
+def kernels_of(run):
+    with testing.emulate("triton") as record:
+        return run(), record.kernels
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_converted_models_convolutions_leave_their_norms_the_statistics(groups, always):
+    x = torch.randn(4, 2, 8, 6)
+
+    def run():
+        model = converted()
+        with fastgan.nn.stat_groups(model, groups):
+            y = model(x)
+        gradients = torch.autograd.grad(y.square().mean() + y[0].sum(), list(model.parameters()))
+        return [y.detach(), *gradients, *model.state_dict().values()]
+
+    with fastgan.backend("reference"):
+        want = run()
+    got, kernels = kernels_of(run)
+    assert kernels.count("finish_moments_kernel") == kernels.count("norm_act_kernel") == 3
+    assert "resident_kernel" not in kernels and "moments_kernel" not in kernels
+    scale = max(w.double().norm() for w in want)
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w.double()).norm() <= 1e-4 * w.double().norm() + 1e-6 * scale
+
+
+def test_what_was_changed_on_the_way_to_the_norm_is_measured_anew(always):
+    """In place, by a hook, cut into other groups, in inference mode: the norm computes its own statistics."""
+    x = torch.randn(4, 2, 8, 6)
+
+    def changed(model, way):
+        y = model[0](x)
+        if way == "in place":
+            y.mul_(2).add_(1)
+        with fastgan.nn.stat_groups(model[1], 2 if way == "other groups" else 1):
+            return y, model[1](y)
+
+    for way in ("in place", "hook", "other groups"):
+        model = converted()[:3].requires_grad_(False)
+        if way == "hook":
+            model[1].register_forward_pre_hook(lambda m, args: (args[0].data.mul_(2),))
+        (y, got), kernels = kernels_of(lambda model=model, way=way: changed(model, way))
+        want = torch.cat([F.batch_norm(p, None, None, training=True) for p in y.chunk(1 + (way == "other groups"))])
+        assert distance(got, F.leaky_relu(want, 0.2) if way != "hook" else want) < 1e-5, way
+        assert kernels.count("resident_kernel") == 1, way
+    with torch.inference_mode():
+        _, kernels = kernels_of(lambda: converted()(x))
+    assert kernels.count("resident_kernel") == 3
+    model = converted().eval()
+    _, kernels = kernels_of(lambda: model(x))
+    assert "finish_moments_kernel" not in kernels
+
+
+def test_a_converted_model_survives_copying(always):
+    model, x = converted(), torch.randn(4, 2, 8, 6)
+    _, kernels = kernels_of(lambda: copy.deepcopy(model)(x))
+    assert kernels.count("finish_moments_kernel") == 3 and model[1].num_batches_tracked == 0
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------
