@@ -639,7 +639,7 @@ def interpolate(
             f"{name}: epsilon must have shape ({len(real)},) on {real.device}, "
             f"got {tuple(epsilon.shape)} on {epsilon.device}"
         )
-    return _interpolate.op(real, fake, epsilon)
+    return _interpolate.op(real, fake, epsilon, None)
 
 
 def grad_norm_penalty(gradient: Tensor, target: float = 1.0) -> Tensor:

@@ -689,7 +689,8 @@ def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation,
         )  # fmt: skip
         launch(
             norm_act_backward_kernel, p.tiles, dy, x, weight, bias, mean, var, means, dx, p.S, p.C, p.P, p.CG, p.G,
-            eps, slope, **_constants(p, x, activation), **_blocks(p),
+            eps, slope, num_warps=8 if wide(x) else 4,  # at 4, 64-bit offsets made 8 spilled bytes on sm_86 and sm_89
+            **_constants(p, x, activation), **_blocks(p),
         )  # fmt: skip
     dweight, dbias = column_sums(dweight, dbias)
     return dx, dweight, dbias

@@ -196,14 +196,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
-    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2])
+    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and wanted(ctx, 2))
     dx = dweight = None
-    if ctx.needs_input_grad[0]:
+    if wanted(ctx, 0):
         extra = input_padding(x.shape, dt.shape, weight.shape, *geometry)
         dx = OPS["conv_transpose2d"](
             dt, weight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
-    if wanted(ctx, 1, weight):
+    if wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 6
 

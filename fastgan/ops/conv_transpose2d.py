@@ -138,13 +138,13 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
-    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2])
+    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and wanted(ctx, 2))
     dx = dweight = None
-    if ctx.needs_input_grad[0]:
+    if wanted(ctx, 0):
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
-    if wanted(ctx, 1, weight):
+    if wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7
 

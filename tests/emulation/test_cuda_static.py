@@ -43,14 +43,17 @@ SWEEPS = {  # file -> its Bodies, and how they are walked
         "NormDoubleSums": "reduce",
         "NormDouble": "apply",
     },
-    "interpolate": {"Interpolate": "apply"},
+    "interpolate": {"Interpolate<{T}, 1>": "apply", "Interpolate<{T}, 2>": "apply"},
+    "sample_dot": {"SampleProducts": "reduce"},
     "grad_norm_penalty": {"GradSquares": "reduce", "GradNormBackward": "apply"},
 }
 OTHERS = {
     "bn_act": ["bn_act_statistics_kernel", "bn_act_backward_finish_kernel", "bn_act_double_backward_finish_kernel"],
     "gn_act": ["gn_act_statistics_kernel", "gn_act_backward_finish_kernel", "gn_act_double_backward_finish_kernel"]
     + [f"gn_act_parameters_kernel<{words}>" for words in (2, 5)],
-    "gan_loss": [f"gan_loss_{part}_kernel<{{T}}>" for part in ("forward", "finish", "backward")],
+    "gan_loss": [f"gan_loss_{part}_kernel<{{T}}>" for part in ("forward", "finish", "backward", "double_backward")]
+    + ["gan_loss_double_backward_finish_kernel"],
+    "sample_dot": ["sample_dot_finish_kernel"],
     "conv2d": [f"conv2d_kernel<{{T}}, fg::cuda::{block}>" for block in ("Large", "Small", "Narrow")]
     + ["conv_reduce_kernel<{T}>"],
     "conv_transpose2d": [f"conv_transpose2d_kernel<{{T}}, fg::cuda::{block}>" for block in ("Large", "Narrow")],
@@ -62,7 +65,8 @@ def kernel_names(stem, element="__nv_bfloat16", vector=8):
     """Every kernel of a device file for one dtype, as NVRTC takes names."""
     names = [name.format(T=element) for name in OTHERS.get(stem, [])]
     for body, walks in SWEEPS.get(stem, {}).items():
-        arguments = f"fg::cuda::{body}<{element}>, {vector}"
+        body = body.format(T=element) if "<" in body else f"{body}<{element}>"
+        arguments = f"fg::cuda::{body}, {vector}"
         for walk in walks.split():
             names.append(f"{walk}_columns_kernel<{arguments}>")
             names.append(f"{walk}_rows_kernel<{arguments}{', 256' if walk == 'reduce' else ''}>")
