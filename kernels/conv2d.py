@@ -14,7 +14,15 @@ from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan._op import OPS
 from fastgan.backends import Backend
 from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
-from fastgan.kernels.implicit_gemm import Statistics, declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.implicit_gemm import (
+    Statistics,
+    declines,
+    declines_statistics,
+    gather_gemm,
+    merge_splits,
+    spread,
+    store_tile,
+)
 from fastgan.kernels.launching import launch, meta, wide
 from fastgan.kernels.normalisation import batch_statistics
 from fastgan.ops.conv2d import channels_last, output_shape
@@ -141,9 +149,14 @@ def conv2d_statistics(x, weight, bias, stride, padding, dilation, groups, stat_g
     return tuned("conv2d_statistics", x_, product, case, run, (APART,))
 
 
+def _declines_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
+    reason = declines(x, weight, bias)
+    return reason or declines_statistics(output_shape(x, weight, stride, padding, dilation), stat_groups)
+
+
 LAUNCHERS = {
-    name: Backend(run, lambda x, weight, bias, *rest: declines(x, weight, bias))
-    for name, run in (("conv2d", conv2d), ("conv2d_statistics", conv2d_statistics))
+    "conv2d": Backend(conv2d, lambda x, weight, bias, *rest: declines(x, weight, bias)),
+    "conv2d_statistics": Backend(conv2d_statistics, _declines_statistics),
 }
 
 

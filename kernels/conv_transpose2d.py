@@ -15,7 +15,15 @@ from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan._op import OPS
 from fastgan.backends import Backend
 from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
-from fastgan.kernels.implicit_gemm import Statistics, declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.implicit_gemm import (
+    Statistics,
+    declines,
+    declines_statistics,
+    gather_gemm,
+    merge_splits,
+    spread,
+    store_tile,
+)
 from fastgan.kernels.launching import launch, meta, wide
 from fastgan.kernels.normalisation import batch_statistics
 from fastgan.ops.conv2d import channels_last
@@ -215,12 +223,14 @@ def conv_transpose2d_statistics(x, weight, bias, stride, padding, output_padding
     return tuned("conv_transpose2d_statistics", call.x, call.product, (*call.case, stat_groups), run, (APART,))
 
 
+def _declines_statistics(x, weight, bias, *geometry):
+    reason = declines(x, weight, bias)
+    return reason or declines_statistics(output_shape(x, weight, *geometry[:-1]), geometry[-1])
+
+
 LAUNCHERS = {
-    name: Backend(run, lambda x, weight, bias, *rest: declines(x, weight, bias))
-    for name, run in (
-        ("conv_transpose2d", conv_transpose2d),
-        ("conv_transpose2d_statistics", conv_transpose2d_statistics),
-    )
+    "conv_transpose2d": Backend(conv_transpose2d, lambda x, weight, bias, *rest: declines(x, weight, bias)),
+    "conv_transpose2d_statistics": Backend(conv_transpose2d_statistics, _declines_statistics),
 }
 
 

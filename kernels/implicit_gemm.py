@@ -10,6 +10,8 @@ Forward and adjoint differ in where the taps lie and nowhere else: per axis, tap
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -295,6 +297,15 @@ def declines(x: Tensor, *rest: Tensor | None) -> str:
         return "triton convolutions take samples below 2^31 elements"
     if x.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "triton's dots compile to scalar FMA with spills below sm_80"
+    return ""
+
+
+def declines_statistics(y: tuple[int, ...], stat_groups: int) -> str:
+    """Why the epilogues make no moments of a y of this shape, or ""."""
+    if stat_groups < 1 or y[0] % stat_groups:
+        return f"stat_groups must divide the batch, got {stat_groups} and {y[0]}"
+    if math.prod(y) >= 2**33:  # two moments of every 16 pixels at the least, in 32-bit offsets
+        return "triton convolutions make statistics of fewer than 2^33 elements"
     return ""
 
 

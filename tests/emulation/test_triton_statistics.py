@@ -181,6 +181,11 @@ def test_what_is_declined_says_why():
         declines = OPS[name].backends["triton"].declines
         assert "float32, bfloat16" in declines(x.double(), weight.double(), None, *rest)
         assert "empty" in declines(x[:0], weight, None, *rest)
+        assert "divide the batch" in declines(x, weight, None, *rest[:-1], 3)
+        huge = torch.empty((2**10, 2**9, 2**8, 2**8), device="meta"), torch.empty((2**9, 2**9, 1, 1), device="meta")
+        one, zero = [1, 1], [0, 0]
+        geometry = (one, zero, one, 1) if name == "conv2d_statistics" else (one, zero, zero, 1, one)
+        assert "2^33" in declines(*huge, None, *geometry, 2)
 
 
 # ---- the norm that takes them ----------------------------------------------------------------------------------------
