@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import functional
-from fastgan.backends import watching
+from fastgan.backends import has_kernel, watching
 from fastgan.nn.conv import conv_act, conv_statistics, has_hooks
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.training import linearised
@@ -345,6 +345,8 @@ def _row(name: str, m: nn.Module, in_chain: dict[int, nn.Sequential], owners: Co
     if type(m) in OPS:
         activation = _epilogue(m)[0]
         row.runs = f"fastgan.{OPS[type(m)]}" + ("" if activation == "identity" else f" + {activation}")
+        if "_fused_norm" in m.__dict__ and has_kernel(f"{OPS[type(m)]}_statistics", m.weight.device.type):
+            row.runs += " + the norm's statistics in training"
         row.why = "" if activation != "identity" or "_fused_activation" not in m.__dict__ else "hooks: run apart"
     elif isinstance(m, _Absorbed):
         apart = _epilogue(m.__dict__["_fused_predecessor"])[0] == "identity"

@@ -420,6 +420,14 @@ def test_what_was_changed_on_the_way_to_the_norm_is_measured_anew(always):
     assert "finish_moments_kernel" not in kernels
 
 
+def test_explain_names_the_fusion():
+    model = converted()
+    with testing.emulate("triton"):
+        runs = [row.runs for row in fastgan.explain(model).rows]
+    assert runs[0] == "fastgan.conv2d + the norm's statistics in training" and runs[1] == "fastgan.bn_act + leaky_relu"
+    assert fastgan.explain(model).rows[0].runs == "fastgan.conv2d"
+
+
 def test_a_converted_model_survives_copying(always):
     model, x = converted(), torch.randn(4, 2, 8, 6)
     _, kernels = kernels_of(lambda: copy.deepcopy(model)(x))
