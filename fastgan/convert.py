@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastgan.backends import watching
+from fastgan.backends import has_kernel, watching
 from fastgan.nn.conv import conv_act, conv_bn_act, has_hooks
-from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act
+from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.training import linearised
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 class _Convolution(nn.Module):
     def fused(self: Any, input: Tensor, norm: FusedBatchNorm2d | None, activation: str, slope: float) -> Tensor:
         if norm is not None:
-            return conv_bn_act(self, norm, input, activation, slope)
+            return conv_bn_act(self, norm, input, activation, slope, norm.stat_groups)
         return conv_act(self, input, activation, slope)
 
 
@@ -127,7 +127,7 @@ CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
 
 @dataclass
 class Group:
-    """Neighbours that run as one call of `layer`: it, the eval-mode batch norm folded into it, and the activation."""
+    """Neighbours that run as one call of `layer`: it, the batch norm that follows a convolution, and the activation."""
 
     layer: Any
     norm: Any = None
@@ -152,7 +152,7 @@ def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
             yield layer
             continue
         group = Group(layer)
-        if at < len(children) and _folds(layer, children[at]):
+        if at < len(children) and _joins(layer, children[at]):
             group.norm = children[at]
             at += 1
         if at < len(children) and not _absorption_refusal(group.norm or layer, children[at]):
@@ -167,13 +167,13 @@ def _plain(m: Any, kinds: Collection[type[nn.Module]]) -> bool:
     return type(m) in kinds and not has_hooks(m) and m._compiled_call_impl is None
 
 
-def _folds(conv: Any, norm: Any) -> bool:
-    """Whether a batch norm is, at this moment, a fixed scale and shift of the convolution before it."""
+def _joins(conv: Any, norm: Any) -> bool:
+    """Whether a batch norm runs with the convolution before it: on its statistics in training, folded in eval."""
     return (
         isinstance(conv, CONVOLUTIONS)
         and _plain(norm, (FusedBatchNorm2d,))
-        and not (norm.training or norm.running_mean is None or norm.running_var is None)
         and norm.num_features == conv.out_channels
+        and (takes_batch_statistics(norm) or not (norm.running_mean is None or norm.running_var is None))
     )
 
 
@@ -384,14 +384,19 @@ def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
     for part in _groups(chain):
         if not isinstance(part, Group):
             continue
-        name = f"fastgan.{OPS[type(part.layer)]}"
-        if part.norm is not None:
-            name += " + batch norm"
-            found[id(part.norm)] = "in the layer before it", "folded into its weight where the output is larger"
+        op, norm = OPS[type(part.layer)], part.norm
+        activation = "" if part.activation is None else f" + {ACTIVATIONS[type(part.activation)]}"
         if part.activation is not None:
-            name += f" + {ACTIVATIONS[type(part.activation)]}"
             found[id(part.activation)] = "in the layer before it", ""
-        found[id(part.layer)] = name, ""
+        if norm is None:
+            found[id(part.layer)] = f"fastgan.{op}{activation}", ""
+        elif takes_batch_statistics(norm):
+            known = has_kernel(f"{op}_statistics", part.layer.weight.device.type)
+            found[id(part.layer)] = f"fastgan.{op}" + (" + the norm's statistics in training" if known else ""), ""
+            found[id(norm)] = f"fastgan.bn_act{activation}", ""
+        else:
+            found[id(part.layer)] = f"fastgan.{op} + batch norm{activation}", ""
+            found[id(norm)] = "in the layer before it", "folded into its weight where the output is larger"
     return found
 
 

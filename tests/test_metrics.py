@@ -48,9 +48,7 @@ def test_equal_sets_are_near_and_other_textures_far_at_their_scale():
     for changed in (noisy, blurred):
         far = sliced_wasserstein(images[::2], changed)
         assert far[28] > 2 * near[28]
-    assert (
-        sliced_wasserstein(images[::2], images[1::2].mean(0, keepdim=True).expand(40, -1, -1, -1))[14] > 3 * near[14]
-    )
+    assert sliced_wasserstein(images[::2], images[1::2].mean(0, keepdim=True).expand(40, -1, -1, -1))[14] > 3 * near[14]
 
 
 def test_what_cannot_be_compared_is_refused_in_one_sentence():

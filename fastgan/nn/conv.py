@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import _activation, functional
-from fastgan.nn.norm import bn_act, statistics
+from fastgan.nn.norm import bn_act, statistics, takes_batch_statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
 Size2 = int | tuple[int, int]
@@ -43,9 +43,21 @@ def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | 
 
 
 def conv_bn_act(
-    conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d, x: Tensor, activation: str | None, slope: float
+    conv: nn.Conv2d | nn.ConvTranspose2d,
+    bn: nn.BatchNorm2d,
+    x: Tensor,
+    activation: str | None,
+    slope: float,
+    stat_groups: int,
 ) -> Tensor:
-    """The forward of a torch convolution module, an eval-mode batch norm module and an activation, as one op."""
+    """The forward of a torch convolution module, a batch norm module and an activation, in as few passes as possible.
+
+    In training the convolution makes the norm's statistics where it has them for nothing; in eval the norm folds into
+    its weight where that is less work.
+    """
+    if takes_batch_statistics(bn):
+        y, known = conv_statistics(conv, x, stat_groups)
+        return bn_act(bn, y, activation, slope, stat_groups, known)
     norm = statistics(bn, 1) | {
         "bn_weight": bn.weight, "bn_bias": bn.bias, "activation": activation, "negative_slope": slope,
     }  # fmt: skip
@@ -56,6 +68,22 @@ def conv_bn_act(
         )
     x, pads = _padded(conv, x)
     return functional.conv2d_bn_act(x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm)
+
+
+def conv_statistics(
+    conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, stat_groups: int
+) -> tuple[Tensor, functional.Statistics]:
+    """The forward of a torch convolution module, and its batch statistics where the op has them for nothing."""
+    if isinstance(conv, nn.ConvTranspose2d):
+        padding = cast(tuple[int, ...], conv.padding)
+        return functional.conv_transpose2d_statistics(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation,
+            stat_groups=stat_groups,
+        )  # fmt: skip
+    x, pads = _padded(conv, x)
+    return functional.conv2d_statistics(
+        x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, stat_groups=stat_groups
+    )
 
 
 def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
@@ -95,8 +123,8 @@ class _BNAct(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         hooks = has_hooks(self.conv) or has_hooks(self.bn)
-        if not (hooks or self.bn.training or self.bn.running_mean is None):
-            return conv_bn_act(self.conv, self.bn, x, self.activation, self.negative_slope)
+        if not hooks:
+            return conv_bn_act(self.conv, self.bn, x, self.activation, self.negative_slope, self.stat_groups)
         y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)

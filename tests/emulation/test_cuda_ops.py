@@ -101,6 +101,21 @@ def test_bn_act_in_eval_mode(record, ran, with_parameters, dtype, layout):
 
 @layouts
 @dtypes
+def test_bn_act_with_given_batch_statistics(record, ran, dtype, layout):
+    """Of two groups: x is read once, and the gradients are those of statistics computed here."""
+    moments = lambda x: reversed(torch.var_mean(x.detach().float().unflatten(0, (2, -1)), [1, 3, 4], correction=0))
+    ours = lambda x, w, b: functional.bn_act(
+        x, None, None, w, b, training=True, stat_groups=2, batch_statistics=tuple(moments(x))
+    )
+    plain = lambda x, w, b: F.leaky_relu(
+        torch.cat([F.batch_norm(p, None, None, w, b, True, 0.0, 1e-5) for p in x.chunk(2)]), 0.2
+    )
+    against_plain(ours, plain, (noise(4, 16, 8, 8) * 2 + 3, *affine(16)), dtype, layout, "cuda")
+    on_cuda(ran, "bn_act", "bn_act_backward", "bn_act_double_backward")
+
+
+@layouts
+@dtypes
 @pytest.mark.parametrize(
     ("shape", "groups", "activation"),
     [
