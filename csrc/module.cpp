@@ -100,6 +100,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("tables", &tables, "Every table of this build: '' if this machine can run it, else the reason.");
   m.def("table", [] { return current().name; }, "The table in use.");
   m.def("use_table", &use_table, arg("name"), "Force a table by name; None goes back to the best one.");
+  m.def("scratch_highest", &scratch_highest, arg("restart") = false,
+        "Most bytes of scratch memory ever held at once, in use or kept for the next call; restart begins anew.");
 #ifdef FG_CUDA
   m.def("cuda_devices", &cuda_devices, "Runtime and driver version, and the devices or why there are none.");
 #endif
