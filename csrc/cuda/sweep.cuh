@@ -8,7 +8,9 @@
 // an element. The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move
 // at a time: 16 bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the
 // splits depend on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is
-// applied by its reduction too, in the same pass.
+// applied by its reduction too, in the same pass. Two kinds of Body know of both axes: one with ALONG > 0 has per-channel
+// vectors along its rows, which reduce_rows gives it as further inputs; one with At has constants of each row of
+// columns too, which at_row(row, coefs, at) joins with those of the columns.
 #pragma once
 
 #include "cuda/prelude.cuh"
@@ -58,6 +60,28 @@ FG_DEVICE void apply_one(const Body& body, i64 at, const Pack<typename Body::T, 
 #pragma unroll
   for (int k = 0; k < Body::OUTPUTS; ++k)
     if (body.out[k]) store<V>(body.out[k] + at, result[k]);
+}
+
+template <class Body>
+concept ByRow = requires { typename Body::At; };
+
+template <class Body>
+constexpr int ALONG = 0;
+template <class Body>
+  requires(Body::ALONG > 0)
+constexpr int ALONG<Body> = Body::ALONG;
+
+// V columns of one row.
+template <class Body, int V>
+FG_DEVICE void apply_columns_of(const Body& body, i64 row, i64 at, const Pack<typename Body::T, V> (&raw)[Body::INPUTS],
+                                const typename Body::Coef (&coefs)[V]) {
+  if constexpr (ByRow<Body>) {
+    typename Body::At here[V];
+    body.at_row(row, coefs, here);
+    apply_one<Body, V>(body, at, raw, [&](int j) { return here[j]; });
+  } else {
+    apply_one<Body, V>(body, at, raw, [&](int j) { return coefs[j]; });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- apply
@@ -136,7 +160,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const i64 r = row + u * t.lanes_y;
-      if (r < t.end) apply_one<Body, V>(body, base + r * p.channels, raw[u], [&](int j) { return coefs[j]; });
+      if (r < t.end) apply_columns_of<Body, V>(body, r, base + r * p.channels, raw[u], coefs);
     }
   }
 }
@@ -172,6 +196,7 @@ __global__ void __launch_bounds__(THREADS)
   for (u32 first = lane; first < share; first += LANES * U) {
     Pack<typename Body::T, V> raw[U][Body::INPUTS];
     i64 at[U];
+    u32 offsets[U];
     int valid = 0;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -179,16 +204,28 @@ __global__ void __launch_bounds__(THREADS)
       if (local >= share) break;
       const u32 row = (offset0 + local) / row_vectors, offset = offset0 + local - row * row_vectors;
       at[u] = ((sample0 + row) * p.channels + channel) * p.pixels + static_cast<i64>(offset) * V;
+      offsets[u] = offset * V;
       load_inputs<Body, V>(body, at[u], raw[u]);
       valid = u + 1;
     }
-    float in[Body::INPUTS][U * V];
+    float in[Body::INPUTS + ALONG<Body>][U * V];
 #pragma unroll
     for (int u = 0; u < U; ++u)
 #pragma unroll
       for (int k = 0; k < Body::INPUTS; ++k)
 #pragma unroll
         for (int j = 0; j < V; ++j) in[k][u * V + j] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
+    if constexpr (ALONG<Body> > 0)
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (u >= valid) continue;  // accumulate looks at valid elements only
+        float along[ALONG<Body>][V];
+        body.vectors(channel, offsets[u], along);
+#pragma unroll
+        for (int k = 0; k < ALONG<Body>; ++k)
+#pragma unroll
+          for (int j = 0; j < V; ++j) in[Body::INPUTS + k][u * V + j] = along[k][j];
+      }
     body.accumulate(acc, coef[0], in, valid * V);
     if constexpr (Body::WRITES)
 #pragma unroll
@@ -203,6 +240,21 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int k = 0; k < Acc::WORDS; ++k)
       store(partial_at(partials, group, splits, split, Acc::WORDS, k, p.channels) + channel, acc.word[k]);
+}
+
+// One row of V columns into their accumulators.
+template <class Body, int V>
+FG_DEVICE void accumulate_row(const Body& body, i64 row, const Pack<typename Body::T, V> (&raw)[Body::INPUTS],
+                              const typename Body::Coef (&coefs)[V], typename Body::Acc (&acc)[V]) {
+  typename Body::At here[V];
+  body.at_row(row, coefs, here);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    float in[Body::INPUTS][1];
+#pragma unroll
+    for (int k = 0; k < Body::INPUTS; ++k) in[k][0] = to_float(raw[k].v[j]);
+    body.accumulate(acc[j], here[j], in, 1);
+  }
 }
 
 // Grid: groups x splits x column tiles. V divides C.
@@ -232,21 +284,28 @@ __global__ void __launch_bounds__(THREADS)
         load_inputs<Body, V>(body, base + r * p.channels, raw[u]);
         valid = u + 1;
       }
+      if constexpr (ByRow<Body>) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        float in[Body::INPUTS][U];
+        for (int u = 0; u < U; ++u)
+          if (u < valid) accumulate_row<Body, V>(body, row + u * t.lanes_y, raw[u], coefs, acc);
+      } else {
 #pragma unroll
-        for (int k = 0; k < Body::INPUTS; ++k)
+        for (int j = 0; j < V; ++j) {
+          float in[Body::INPUTS][U];
 #pragma unroll
-          for (int u = 0; u < U; ++u) in[k][u] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
-        body.accumulate(acc[j], coefs[j], in, valid);
+          for (int k = 0; k < Body::INPUTS; ++k)
+#pragma unroll
+            for (int u = 0; u < U; ++u) in[k][u] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
+          body.accumulate(acc[j], coefs[j], in, valid);
+        }
       }
       if constexpr (Body::WRITES)
 #pragma unroll
         for (int u = 0; u < U; ++u)
-          if (u < valid)
-            apply_one<Body, V>(body, base + (row + u * t.lanes_y) * p.channels, raw[u],
-                               [&](int j) { return coefs[j]; });
+          if (u < valid) {
+            const i64 r = row + u * t.lanes_y;
+            apply_columns_of<Body, V>(body, r, base + r * p.channels, raw[u], coefs);
+          }
     }
   }
   // rows of a warp by shuffles, then the warps through shared memory, a thread a column: in this order always
