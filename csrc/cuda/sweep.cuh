@@ -8,9 +8,9 @@
 // an element. The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move
 // at a time: 16 bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the
 // splits depend on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is
-// applied by its reduction too, in the same pass. Two kinds of Body know of both axes: one with ALONG > 0 has per-channel
-// vectors along its rows, which reduce_rows gives it as further inputs; one with At has constants of each row of
-// columns too, which at_row(row, coefs, at) joins with those of the columns.
+// applied by its reduction too, in the same pass. Two kinds of Body know of both axes: one with ALONG > 0 has
+// per-channel vectors along its rows, which reduce_rows gives it as further inputs; one with At has constants of each
+// row of columns too, which at_row(row, coefs, at) joins with those of the columns.
 #pragma once
 
 #include "cuda/prelude.cuh"

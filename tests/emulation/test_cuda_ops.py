@@ -248,13 +248,16 @@ def test_statistics_do_not_cancel(record, columns):
 
 CRITIC = (8, 8192)  # samples of a critic's layer norm
 CRITIC_TRAFFIC = {
-    "gn_act": (lambda x, v: (x, v, v, 1, 1e-5, "relu", 0.0), 3),
+    "gn_act": (lambda x, v: (x, v, v.clone(), 1, 1e-5, "relu", 0.0), 3),
     "gn_act_backward": (
-        lambda x, v: (x, x.clone(), v, v, torch.randn(8, 1), torch.rand(8, 1) + 1, 1e-5, "relu", 0.0),
+        lambda x, v: (x, x.clone(), v, v.clone(), torch.randn(8, 1), torch.rand(8, 1) + 1, 1e-5, "relu", 0.0),
         5,
     ),
     "gn_act_double_backward": (
-        lambda x, v: (x, x.clone(), v, v, x.clone(), v, v, torch.randn(8, 1), torch.rand(8, 1) + 1, 1e-5, "relu", 0.0),
+        lambda x, v: (
+            *(x, x.clone(), v, v.clone(), x.clone(), v.clone(), v.clone()),
+            *(torch.randn(8, 1), torch.rand(8, 1) + 1, 1e-5, "relu", 0.0),
+        ),
         8,
     ),
 }
@@ -346,7 +349,8 @@ def test_traffic(record, name, dtype, layout):
 @dtypes
 @pytest.mark.parametrize("name", CRITIC_TRAFFIC)
 def test_traffic_of_layer_norm(record, name, dtype):
-    """As other norms. The parameters' vectors of float32, as long as a sample, come on top, once a sample at most."""
+    """As other norms. The parameters' vectors, as long as a sample, come on top: once a sample for the sums along the
+    rows, and for the columns once a warp of the block that shares them, from the cache."""
     arguments, accesses = CRITIC_TRAFFIC[name]
     x = torch.randn(CRITIC).to(dtype)
     record.configure(counting=True)
@@ -356,7 +360,7 @@ def test_traffic_of_layer_norm(record, name, dtype):
     assert accesses * size <= sum(t.requested for t in images) <= 1.05 * accesses * size
     assert sum(t.requested for t in images) >= 0.9 * 32 * sum(t.sectors for t in images)
     vectors = [t for t in record.traffic if t.bytes == 4 * CRITIC[1]]
-    assert vectors and all(t.requested <= (CRITIC[0] + 1) * t.bytes for t in vectors)
+    assert vectors and all(t.requested <= (CRITIC[0] + 8) * t.bytes for t in vectors)
     assert sum(n.shared_wavefronts for n in record.launches) <= 1.1 * sum(n.shared_ideal for n in record.launches)
 
 
