@@ -86,6 +86,11 @@ FG_DEVICE void apply_columns_of(const Body& body, i64 row, i64 at, const Pack<ty
 
 // ---------------------------------------------------------------------------------------------- apply
 
+// Blocks start in the order of their index, and a tensor that apply reads has been read from its begin by a reduction,
+// or written by a convolution: what the L2 cache still has of it is its end. So apply begins there. Where the tensor
+// fits into the cache nothing changes; where it does not, the share that fits is not fetched again.
+FG_DEVICE u32 last_first() { return gridDim.x - 1 - blockIdx.x; }
+
 // Grid: blocks of THREADS * UNROLL vectors, over all of the tensor. V divides HW.
 template <class Body, int V>
 __global__ void __launch_bounds__(THREADS) apply_rows_kernel(Body body, Planes p) {
@@ -93,7 +98,8 @@ __global__ void __launch_bounds__(THREADS) apply_rows_kernel(Body body, Planes p
   const u32 row_vectors = static_cast<u32>(p.pixels / V), channels = static_cast<u32>(p.channels);
   const i64 rows = p.groups * p.samples * p.channels, total = rows * row_vectors;
   // 64-bit divisions once a block, 32-bit ones a thread
-  const i64 begin = static_cast<i64>(blockIdx.x) * (THREADS * U), row0 = begin / row_vectors, sample0 = row0 / channels;
+  const i64 begin = static_cast<i64>(last_first()) * (THREADS * U), row0 = begin / row_vectors,
+            sample0 = row0 / channels;
   const u32 offset0 = static_cast<u32>(begin - row0 * row_vectors);
   const u32 channel0 = static_cast<u32>(row0 - sample0 * channels);
   Pack<typename Body::T, V> raw[U][Body::INPUTS];
@@ -123,13 +129,13 @@ struct Tile {
 };
 
 template <int V>
-FG_DEVICE Tile tile_of(const Planes& p, int lanes_x, int splits, i64 rows_per_split) {
+FG_DEVICE Tile tile_of(const Planes& p, u32 block_index, int lanes_x, int splits, i64 rows_per_split) {
   const int tiles = (p.channels + lanes_x * V - 1) / (lanes_x * V);
   Tile t;
   t.lane_x = static_cast<int>(threadIdx.x) % lanes_x;
   t.lane_y = static_cast<int>(threadIdx.x) / lanes_x;
   t.lanes_y = THREADS / lanes_x;
-  const i64 block = blockIdx.x, rest = block / tiles;
+  const i64 block = block_index, rest = block / tiles;
   t.column = (static_cast<int>(block - rest * tiles) * lanes_x + t.lane_x) * V;
   t.group = rest / splits;
   t.split = rest - t.group * splits;
@@ -145,7 +151,7 @@ template <class Body, int V>
 __global__ void __launch_bounds__(THREADS)
     apply_columns_kernel(Body body, Planes p, int lanes_x, int splits, i64 rows_per_split) {
   constexpr int U = UNROLL<Body>;
-  const Tile t = tile_of<V>(p, lanes_x, splits, rows_per_split);
+  const Tile t = tile_of<V>(p, last_first(), lanes_x, splits, rows_per_split);
   if (!t.inside) return;
   typename Body::Coef coefs[V];
   body.coefs(t.group, t.column, coefs);
@@ -266,7 +272,7 @@ __global__ void __launch_bounds__(THREADS)
   constexpr int PITCH = COLUMN_LANES + WARP / V;  // the 32 columns that a warp reads below lie in 32 banks
   using Acc = typename Body::Acc;
   FG_SHARED(float, part, [WORDS][WARPS][V * PITCH]);
-  const Tile t = tile_of<V>(p, lanes_x, splits, rows_per_split);
+  const Tile t = tile_of<V>(p, blockIdx.x, lanes_x, splits, rows_per_split);
   Acc acc[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) acc[j].clear();

@@ -82,7 +82,7 @@ def test_the_launches_are_the_emulators(fake, tmp_path, name, dtype, layout):
         assert prepared(fake, tmp_path) == ""
         with _native.CUDA.emulated(shim.Launchers()):
             op.backends["cuda"].run(*given)
-    launched = [(stem(words[1]), int(words[2]), int(words[3])) for words in fake.lines("launch", "cooperative")]
+    launched = [(stem(words[1]), int(words[2]), int(words[3])) for words in fake.lines("launch")]
     assert launched == emulated and launched
 
 
@@ -97,6 +97,14 @@ def test_parameters_arrive_as_the_kernel_declares_them(cuda):
     (words,) = [w for w in cuda.lines("launch") if "dbias" in w[1]]
     partials, splits, channels, to = (int(word, 16) for word in words[5:])
     assert (partials, splits, channels, to) == (workspace.data_ptr(), 1, 8, dbias.data_ptr())
+
+
+def test_shared_memory_beyond_48_kib_is_asked_for_once(cuda):
+    for kib in (48, 64, 32, 64, 100):
+        shim.load().launch_large(kib << 10)
+    asked = [[name, int(which), int(size) >> 10] for _, name, which, size in cuda.lines("attribute")]
+    assert asked == [["large_kernel", 8, 64], ["large_kernel", 8, 100]]  # 8: MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert [int(words[4]) >> 10 for words in cuda.lines("launch")] == [48, 64, 32, 64, 100]
 
 
 def test_a_thread_without_a_context_takes_that_of_device_0(cuda):
@@ -219,9 +227,14 @@ def real_compiler():
         yield from _nvrtc.compilers(major)
 
 
+def kernels():
+    """(header, name) of the launchers' kernels: without the test's own."""
+    return sorted((header, name) for header, name in shim.load().kernels() if header != "cuda/module.cuh")
+
+
 def all_kernels():
     found = defaultdict(list)
-    for header, name in sorted(set(shim.load().kernels())):
+    for header, name in kernels():
         found[header].append(name)
     return found
 
@@ -260,6 +273,6 @@ def test_a_card_that_nvrtc_does_not_know_takes_ptx(compiler):
 
 
 def test_every_kernel_has_one_name(fake):
-    names = shim.load().kernels()
+    names = kernels()
     assert len(names) == len(set(names)) > 200
     assert all(re.fullmatch(r"fg::cuda::\w+(<.*>)?", name) for _, name in names)

@@ -321,30 +321,11 @@ void launch(Kernel& kernel, const Grid& grid, void** parameters) {
   try {
     int device = 0;
     Function function = ready(kernel, grid.shared, &device);
-    const auto shared = static_cast<unsigned>(grid.shared);
-    if (grid.cooperative)
-      check(lib.cuLaunchCooperativeKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, shared, grid.stream,
-                                          parameters),
-            "cuLaunchCooperativeKernel");
-    else
-      check(
-          lib.cuLaunchKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, shared, grid.stream, parameters, nullptr),
+    check(lib.cuLaunchKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, static_cast<unsigned>(grid.shared),
+                             grid.stream, parameters, nullptr),
           "cuLaunchKernel");
   } catch (const std::exception& error) {
     failure = error.what();
-  }
-}
-
-int resident_blocks(Kernel& kernel, unsigned threads, size_t shared) {
-  try {
-    int device = 0, blocks = 0;
-    Function function = ready(kernel, shared, &device);
-    check(lib.cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, static_cast<int>(threads), shared),
-          "cuOccupancyMaxActiveBlocksPerMultiprocessor");
-    return blocks;
-  } catch (const std::exception& error) {
-    failure = error.what();
-    return 0;
   }
 }
 

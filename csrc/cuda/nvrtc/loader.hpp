@@ -42,13 +42,10 @@ struct Grid {
   unsigned blocks, threads;
   size_t shared;
   void* stream;
-  bool cooperative;
 };
 
 // A failure is kept for cudaGetLastError, which check_launch asks with the op's name at hand.
 void launch(Kernel&, const Grid&, void** parameters);
-// Blocks of this kernel that a multiprocessor of the current device holds at once; 0 after a failure.
-int resident_blocks(Kernel&, unsigned threads, size_t shared);
 const std::vector<Kernel*>& kernels();
 // The machine code (or PTX, if NVRTC does not know the card) of some kernels of one header, and their names in it.
 // Throws std::runtime_error with the compiler's words.
@@ -78,12 +75,8 @@ Named<FUNCTION> named();
 
 }  // namespace fg::cuda::nvrtc
 
-#define FG_NAMED(function) decltype(fg::cuda::nvrtc::named<function>())
-#define FG_LAUNCH_AS(cooperative, function, grid, block, shared_bytes, stream, ...)                           \
-  FG_NAMED(function)::launch(fg::cuda::nvrtc::Grid{static_cast<unsigned>(grid), static_cast<unsigned>(block), \
-                                                   static_cast<size_t>(shared_bytes), stream, cooperative},   \
-                             __VA_ARGS__)
-#define FG_LAUNCH(...) FG_LAUNCH_AS(false, __VA_ARGS__)
-#define FG_LAUNCH_COOPERATIVE(...) FG_LAUNCH_AS(true, __VA_ARGS__)
-#define FG_RESIDENT_BLOCKS(function, block, shared_bytes) \
-  fg::cuda::nvrtc::resident_blocks(FG_NAMED(function)::kernel, block, shared_bytes)
+#define FG_LAUNCH(function, grid, block, shared_bytes, stream, ...)                    \
+  decltype(fg::cuda::nvrtc::named<function>())::launch(                                \
+      fg::cuda::nvrtc::Grid{static_cast<unsigned>(grid), static_cast<unsigned>(block), \
+                            static_cast<size_t>(shared_bytes), stream},                \
+      __VA_ARGS__)

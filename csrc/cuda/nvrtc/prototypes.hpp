@@ -24,26 +24,24 @@ enum : int {
 };
 
 // clang-format off: a line each
-#define FG_DRIVER(f)                                                                 \
-  f(int, cuInit, (unsigned))                                                         \
-  f(int, cuGetErrorString, (int, const char**))                                      \
-  f(int, cuDriverGetVersion, (int*))                                                 \
-  f(int, cuDeviceGetCount, (int*))                                                   \
-  f(int, cuDeviceGet, (int*, int))                                                   \
-  f(int, cuDeviceGetName, (char*, int, int))                                         \
-  f(int, cuDeviceTotalMem_v2, (size_t*, int))                                        \
-  f(int, cuDeviceGetAttribute, (int*, int, int))                                     \
-  f(int, cuDevicePrimaryCtxRetain, (Context*, int))                                  \
-  f(int, cuCtxGetCurrent, (Context*))                                                \
-  f(int, cuCtxSetCurrent, (Context))                                                 \
-  f(int, cuCtxGetDevice, (int*))                                                     \
-  f(int, cuThreadExchangeStreamCaptureMode, (int*))                                  \
-  f(int, cuModuleLoadData, (Module*, const void*))                                   \
-  f(int, cuModuleGetFunction, (Function*, Module, const char*))                      \
-  f(int, cuFuncSetAttribute, (Function, int, int))                                   \
-  f(int, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int*, Function, int, size_t)) \
-  f(int, cuLaunchKernel, (Function, U, U, U, U, U, U, U, void*, void**, void**))     \
-  f(int, cuLaunchCooperativeKernel, (Function, U, U, U, U, U, U, U, void*, void**))
+#define FG_DRIVER(f)                                                             \
+  f(int, cuInit, (unsigned))                                                     \
+  f(int, cuGetErrorString, (int, const char**))                                  \
+  f(int, cuDriverGetVersion, (int*))                                             \
+  f(int, cuDeviceGetCount, (int*))                                               \
+  f(int, cuDeviceGet, (int*, int))                                               \
+  f(int, cuDeviceGetName, (char*, int, int))                                     \
+  f(int, cuDeviceTotalMem_v2, (size_t*, int))                                    \
+  f(int, cuDeviceGetAttribute, (int*, int, int))                                 \
+  f(int, cuDevicePrimaryCtxRetain, (Context*, int))                              \
+  f(int, cuCtxGetCurrent, (Context*))                                            \
+  f(int, cuCtxSetCurrent, (Context))                                             \
+  f(int, cuCtxGetDevice, (int*))                                                 \
+  f(int, cuThreadExchangeStreamCaptureMode, (int*))                              \
+  f(int, cuModuleLoadData, (Module*, const void*))                               \
+  f(int, cuModuleGetFunction, (Function*, Module, const char*))                  \
+  f(int, cuFuncSetAttribute, (Function, int, int))                               \
+  f(int, cuLaunchKernel, (Function, U, U, U, U, U, U, U, void*, void**, void**))
 
 #define FG_COMPILER(f)                                                                                          \
   f(const char*, nvrtcGetErrorString, (int))                                                                    \

@@ -103,15 +103,12 @@ int cuFuncSetAttribute(void* function, int which, int value) {
   say("attribute " + static_cast<Kernel*>(function)->name + " " + std::to_string(which) + " " + std::to_string(value));
   return 0;
 }
-int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t) {
-  *blocks = 2;
-  return 0;
-}
 
-static int launch(const char* how, void* function, unsigned grid, unsigned block, unsigned shared, void** parameters) {
+int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
+                   unsigned shared, void*, void** parameters, void**) {
   const std::string& name = static_cast<Kernel*>(function)->name;
-  std::string line = std::string(how) + " " + name + " " + std::to_string(grid) + " " + std::to_string(block) + " " +
-                     std::to_string(shared);
+  std::string line =
+      "launch " + name + " " + std::to_string(grid) + " " + std::to_string(block) + " " + std::to_string(shared);
   for (const auto& [part, bytes] : watched) {
     if (name.find(part) == std::string::npos) continue;
     for (size_t i = 0; i < bytes.size(); ++i) {
@@ -126,15 +123,6 @@ static int launch(const char* how, void* function, unsigned grid, unsigned block
   say(line);
   return status("cuLaunchKernel");
 }
-int cuLaunchKernel(void* function, unsigned gx, unsigned, unsigned, unsigned bx, unsigned, unsigned, unsigned shared,
-                   void*, void** parameters, void**) {
-  return launch("launch", function, gx, bx, shared, parameters);
-}
-int cuLaunchCooperativeKernel(void* function, unsigned gx, unsigned, unsigned, unsigned bx, unsigned, unsigned,
-                              unsigned shared, void*, void** parameters) {
-  return launch("cooperative", function, gx, bx, shared, parameters);
-}
-
 // ---- NVRTC ---------------------------------------------------------------------------------------------------------
 
 const char* nvrtcGetErrorString(int) { return "a planted error of NVRTC"; }
