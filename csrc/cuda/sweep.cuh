@@ -86,9 +86,9 @@ FG_DEVICE void apply_columns_of(const Body& body, i64 row, i64 at, const Pack<ty
 
 // ---------------------------------------------------------------------------------------------- apply
 
-// Blocks start in the order of their index, and a tensor that apply reads has been read from its begin by a reduction,
-// or written by a convolution: what the L2 cache still has of it is its end. So apply begins there. Where the tensor
-// fits into the cache nothing changes; where it does not, the share that fits is not fetched again.
+// Blocks start in the order of their index. A reduction with many groups (group norm) has gone through the tensor from
+// its begin, so what the L2 cache still has of a larger tensor is its end, and apply begins there. A reduction that
+// goes through all of it at once (batch norm's splits) leaves a part of everything: any order does.
 FG_DEVICE u32 last_first() { return gridDim.x - 1 - blockIdx.x; }
 
 // Grid: blocks of THREADS * UNROLL vectors, over all of the tensor. V divides HW.
