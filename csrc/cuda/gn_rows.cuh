@@ -97,10 +97,14 @@ struct GnRowDoubleSums {
       const Affine affine = {c.mean, v[3][i] * c.rstd, v[4][i]};
       const float w = v[0][i], centred = v[2][i] - c.mean;
       const float dt = activate_gradient(v[1][i], affine.t(centred), norm.act, norm.slope);
-      const float add[7] = {v[3][i] * dt, v[3][i] * dt * centred, w, w * centred, v[3][i] * w * dt,
-                            v[5][i] * dt, v[5][i] * dt * centred};
-#pragma unroll
-      for (int k = 0; k < 7; ++k) acc.word[k] += add[k];
+      const float weighted = v[3][i] * dt, along = v[5][i] * dt;
+      acc.word[0] += weighted;
+      acc.word[1] += weighted * centred;
+      acc.word[2] += w;
+      acc.word[3] += w * centred;
+      acc.word[4] += weighted * w;
+      acc.word[5] += along;
+      acc.word[6] += along * centred;
     }
   }
 };

@@ -1,5 +1,5 @@
 // Found before, or without, the toolkit's file of this name where kernels are compiled at first use (nvrtc/loader.hpp):
-// NVRTC reads the conversions, the host compiler their declarations. The same instructions as the toolkit's.
+// NVRTC reads the conversions, the host compiler their declarations. As the toolkit's do it.
 #pragma once
 
 #ifndef __CUDACC_RTC__
