@@ -127,7 +127,7 @@ CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
 
 @dataclass
 class Group:
-    """Neighbours that run as one call of `layer`: it, the batch norm that follows a convolution, and the activation."""
+    """Neighbours that run as one call of `layer`: a convolution or norm, a convolution's batch norm, an activation."""
 
     layer: Any
     norm: Any = None
@@ -152,7 +152,7 @@ def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
             yield layer
             continue
         group = Group(layer)
-        if at < len(children) and _joins(layer, children[at]):
+        if at < len(children) and _normed(layer, children[at]):
             group.norm = children[at]
             at += 1
         if at < len(children) and not _absorption_refusal(group.norm or layer, children[at]):
@@ -167,13 +167,13 @@ def _plain(m: Any, kinds: Collection[type[nn.Module]]) -> bool:
     return type(m) in kinds and not has_hooks(m) and m._compiled_call_impl is None
 
 
-def _joins(conv: Any, norm: Any) -> bool:
-    """Whether a batch norm runs with the convolution before it: on its statistics in training, folded in eval."""
+def _normed(conv: Any, norm: Any) -> bool:
+    """Whether a batch norm runs with the convolution before it: folded in eval mode, else over its batch statistics."""
     return (
         isinstance(conv, CONVOLUTIONS)
         and _plain(norm, (FusedBatchNorm2d,))
         and norm.num_features == conv.out_channels
-        and (takes_batch_statistics(norm) or not (norm.running_mean is None or norm.running_var is None))
+        and (norm.running_mean is None) == (norm.running_var is None)
     )
 
 
@@ -384,19 +384,20 @@ def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
     for part in _groups(chain):
         if not isinstance(part, Group):
             continue
-        op, norm = OPS[type(part.layer)], part.norm
-        activation = "" if part.activation is None else f" + {ACTIVATIONS[type(part.activation)]}"
-        if part.activation is not None:
-            found[id(part.activation)] = "in the layer before it", ""
-        if norm is None:
-            found[id(part.layer)] = f"fastgan.{op}{activation}", ""
-        elif takes_batch_statistics(norm):
-            known = has_kernel(f"{op}_statistics", part.layer.weight.device.type)
-            found[id(part.layer)] = f"fastgan.{op}" + (" + the norm's statistics in training" if known else ""), ""
-            found[id(norm)] = f"fastgan.bn_act{activation}", ""
-        else:
-            found[id(part.layer)] = f"fastgan.{op} + batch norm{activation}", ""
+        layer, norm = part.layer, part.norm
+        op = OPS[type(layer)]
+        names = [f"fastgan.{op}"]
+        last = layer  # what computes the activation
+        if norm is not None and takes_batch_statistics(norm):
+            found[id(layer)] = names[0] + " + statistics" * has_kernel(f"{op}_statistics", layer.weight.device.type), ""
+            names, last = ["fastgan.bn_act"], norm
+        elif norm is not None:
+            names.append("batch norm")
             found[id(norm)] = "in the layer before it", "folded into its weight where the output is larger"
+        if part.activation is not None:
+            names.append(ACTIVATIONS[type(part.activation)])
+            found[id(part.activation)] = "in the layer before it", ""
+        found[id(last)] = " + ".join(names), ""
     return found
 
 

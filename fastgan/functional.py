@@ -767,8 +767,7 @@ def conv_transpose2d_bn_act(
     """Transposed convolution, batch norm and activation; arguments as `conv_transpose2d` and `bn_act`.
 
     In training as `conv2d_bn_act`. In eval mode (groups = 1) the norm folds into the convolution's weight and bias
-    where that is less work (there are about as many output pixels as weights of an output channel, or more): one
-    kernel, equal to rounding.
+    where that is less work (there are about as many output pixels as weights of an output channel, or more).
     """
     pays = _pixels(x) * math.prod(_pair("conv_transpose2d", "stride", stride, 1)) >= weight[:, 0].numel()
     if pays and not training and groups == 1 and running_mean is not None and running_var is not None:

@@ -42,34 +42,6 @@ def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | 
     )  # fmt: skip
 
 
-def conv_bn_act(
-    conv: nn.Conv2d | nn.ConvTranspose2d,
-    bn: nn.BatchNorm2d,
-    x: Tensor,
-    activation: str | None,
-    slope: float,
-    stat_groups: int,
-) -> Tensor:
-    """The forward of a torch convolution module, a batch norm module and an activation, in as few passes as possible.
-
-    In training the convolution makes the norm's statistics where it has them for nothing; in eval the norm folds into
-    its weight where that is less work.
-    """
-    if takes_batch_statistics(bn):
-        y, known = conv_statistics(conv, x, stat_groups)
-        return bn_act(bn, y, activation, slope, stat_groups, known)
-    norm = statistics(bn, 1) | {
-        "bn_weight": bn.weight, "bn_bias": bn.bias, "activation": activation, "negative_slope": slope,
-    }  # fmt: skip
-    if isinstance(conv, nn.ConvTranspose2d):
-        padding = cast(tuple[int, ...], conv.padding)
-        return functional.conv_transpose2d_bn_act(
-            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation, **norm
-        )
-    x, pads = _padded(conv, x)
-    return functional.conv2d_bn_act(x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm)
-
-
 def conv_statistics(
     conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, stat_groups: int
 ) -> tuple[Tensor, functional.Statistics]:
@@ -84,6 +56,30 @@ def conv_statistics(
     return functional.conv2d_statistics(
         x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, stat_groups=stat_groups
     )
+
+
+def conv_bn_act(
+    conv: nn.Conv2d | nn.ConvTranspose2d,
+    bn: nn.BatchNorm2d,
+    x: Tensor,
+    activation: str | None,
+    slope: float,
+    stat_groups: int = 1,
+) -> Tensor:
+    """A torch convolution module, a batch norm module and an activation: in eval mode as one op."""
+    if takes_batch_statistics(bn):
+        y, known = conv_statistics(conv, x, stat_groups)
+        return bn_act(bn, y, activation, slope, stat_groups, known)
+    norm = statistics(bn, 1) | {
+        "bn_weight": bn.weight, "bn_bias": bn.bias, "activation": activation, "negative_slope": slope,
+    }  # fmt: skip
+    if isinstance(conv, nn.ConvTranspose2d):
+        padding = cast(tuple[int, ...], conv.padding)
+        return functional.conv_transpose2d_bn_act(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation, **norm
+        )
+    x, pads = _padded(conv, x)
+    return functional.conv2d_bn_act(x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm)
 
 
 def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
@@ -122,8 +118,7 @@ class _BNAct(_Block):
         self.stat_groups = stat_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        hooks = has_hooks(self.conv) or has_hooks(self.bn)
-        if not hooks:
+        if not (has_hooks(self.conv) or has_hooks(self.bn)):
             return conv_bn_act(self.conv, self.bn, x, self.activation, self.negative_slope, self.stat_groups)
         y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
