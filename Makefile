@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo recipes test check lint types docs bench slow gpu-static clean
+.PHONY: help setup demo recipes test check lint types docs bench scaling quality slow gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -56,6 +56,13 @@ docs: setup  ## the documentation, strictly, into site/
 
 bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+scaling: setup  ## the training step over batch size, image size and threads, 12 minutes; a picture in docs/images
+	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
+	$(BIN)/python benchmarks/scaling.py
+
+quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 minutes; a verdict and a picture
+	$(BIN)/python benchmarks/quality.py
 
 slow: setup  ## the long sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow

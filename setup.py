@@ -3,7 +3,8 @@
 Nothing here may make `pip install` fail for want of a compiler: without one the package installs with
 PyTorch's own operators only, and the reason is left in fastgan/_C_build_failure.txt for `fastgan doctor`.
 Two cases do fail: FASTGAN_CUDA=1 without a working nvcc, and `python setup.py build_ext`, by which
-developers build.
+developers build. Without nvcc (or with FASTGAN_CUDA=0) the host's compiler builds the CUDA launchers, and their
+kernels are compiled at first use by the NVRTC that torch brings (csrc/cuda/nvrtc).
 
 Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace.
 """
@@ -14,6 +15,7 @@ import contextlib
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+NVRTC = CSRC / "cuda" / "nvrtc"
+LINUX = sys.platform == "linux"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FAILURE_NAME = "_C_build_failure.txt"
 
@@ -52,7 +56,7 @@ class BuildError(RuntimeError):
 
 @dataclass
 class Cuda:
-    """An nvcc that was found, or the reason why CUDA is left out."""
+    """An nvcc that was found, or the reason why the kernels are not compiled at build time."""
 
     absent: str = ""
     nvcc: str = ""
@@ -83,13 +87,13 @@ def cuda_mode() -> str:
 def find_cuda(mode: str) -> Cuda:
     if mode == "0":
         return Cuda(absent="built with FASTGAN_CUDA=0")
-    if os.name == "nt":
+    if not LINUX:
         return Cuda(absent="CUDA sources are built on Linux only")
     home = os.environ.get("CUDA_HOME", "")
     beside = os.path.join(home, "bin", "nvcc") if home else ""
     nvcc = beside if beside and os.access(beside, os.X_OK) else shutil.which("nvcc")
     if not nvcc:
-        return Cuda(absent="no nvcc at build time; install the CUDA toolkit and reinstall fastgan")
+        return Cuda(absent="no nvcc at build time")
     # nvcc may be a wrapper script whose own path says nothing: TOP in the dry run is where the toolkit lies.
     top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "x.cu"), re.MULTILINE)
     version = re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))
@@ -165,6 +169,16 @@ def unit_flags() -> dict[Path, list[tuple[str, str]]]:
     return units
 
 
+def first_use_units(folder: Path) -> dict[Path, list[tuple[str, str]]]:
+    """The CUDA part without nvcc: launchers whose kernels NVRTC compiles at first use. As unit_flags."""
+    header = runpy.run_path(str(NVRTC / "embed.py"))["device_sources"](CSRC)
+    write_if_changed(folder / "device_sources.hpp", header)
+    sources = [s for s in sorted((CSRC / "cuda").glob("*.cu")) if s.stem != "device"]  # that one asks a real runtime
+    # They only prepare launches: -O1. The kernels' bodies are read, never compiled; their pragmas are NVRTC's.
+    flags = f"-DFG_NVRTC -O1 -Wno-unknown-pragmas -I{quote(NVRTC / 'toolkit')} -I{quote(folder)} -x c++"
+    return {s: [(f"cuda/{s.stem}.first_use.o", flags)] for s in (*sources, NVRTC / "loader.cpp")}
+
+
 def openmp() -> tuple[str, str]:
     """(compile flags, link flags). On Linux libgomp is not linked: torch's own is in the process already."""
     if sys.platform != "darwin":
@@ -201,8 +215,8 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
     link += " " + os.environ.get("LDFLAGS", "")
     once = f"-I{quote(folder)}"
     include = f"{once} -I{quote(pybind11.get_include())} -I{quote(sysconfig.get_paths()['include'])}"
-    if cuda.nvcc:
-        include += " -DFG_CUDA"
+    if LINUX:
+        include += " -DFG_CUDA" if cuda.nvcc else " -DFG_CUDA -DFG_NVRTC"
     lines = [
         f"cflags = {flags}",
         f"rule cxx\n  command = {ccache}{cxx} $cflags $extra -MMD -MF $out.d -c $in -o $out",
@@ -215,12 +229,14 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
     # The binding is templates, called once a kernel: optimising them would only double their compile time.
     units[CSRC / "module.cpp"] = [("module.o", f"-O1 {include}")]
     units[CSRC / "dispatch.cpp"] = [("dispatch.o", "")]
+    if LINUX and not cuda.nvcc:
+        units |= first_use_units(folder)
     objects = []
     for source, variants in units.items():
         for name, extra in variants:
             lines.append(f"build {name}: cxx {ninja_path(source)}\n  extra = {extra}")
             objects.append(name)
-    extra = ""
+    extra = "-ldl" if LINUX else ""
     if cuda.nvcc:
         extra = f"{quote(cudart(cuda))} -ldl -lpthread -lrt"
         codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in cuda.archs)
@@ -253,7 +269,7 @@ def write_config(folder: Path, cuda: Cuda) -> None:
 
 
 def choose_cuda(folder: Path, target: Path) -> Cuda:
-    """Finds nvcc and compiles csrc/cuda with it; in mode auto a failure is a warning and CUDA is left out."""
+    """Finds nvcc and compiles csrc/cuda with it; in mode auto a failure is a warning, and NVRTC is left to do it."""
     mode = cuda_mode()
     try:
         cuda = find_cuda(mode)
@@ -267,7 +283,7 @@ def choose_cuda(folder: Path, target: Path) -> Cuda:
     except BuildError as error:
         if mode == "1":
             raise SystemExit(f"FASTGAN_CUDA=1: the CUDA part could not be built.\n{error}") from error
-        print(f"warning: fastgan is built without CUDA: {error}", file=sys.stderr, flush=True)
+        print(f"warning: fastgan is built without nvcc: {error}", file=sys.stderr, flush=True)
         return Cuda(absent=f"nvcc failed at build time: {str(error)[-2000:]}")
 
 

@@ -76,7 +76,8 @@ def runners(case):
 
 def textbook_step(g, d, g_adam, d_adam, real, bf16):
     """The loop body of the tutorial, with its losses in float32."""
-    ones, zeros = torch.ones(BATCH), torch.zeros(BATCH)
+    batch = len(real)
+    ones, zeros = torch.ones(batch), torch.zeros(batch)
 
     def loss(images, target):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -87,7 +88,7 @@ def textbook_step(g, d, g_adam, d_adam, real, bf16):
         d_adam.zero_grad()
         loss(real, ones).backward()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            fake = g(torch.randn(BATCH, LATENT))
+            fake = g(torch.randn(batch, LATENT))
         loss(fake.detach(), zeros).backward()
         d_adam.step()
         g_adam.zero_grad()

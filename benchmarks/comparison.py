@@ -46,12 +46,14 @@ class Runner:
     work: what a perfect kernel would have to do; the bound of the row comes from it.
     dtype: "float32" or "bfloat16": whose ceiling applies; rows are compared within a dtype.
     ours: fastgan's rows; PyTorch's are what they are compared with.
+    pytorch: False for another library, which is compared with PyTorch's rows as ours are.
     """
 
     run: Callable[[], object]
     work: Work = field(default_factory=list)
     dtype: str = "float32"
     ours: bool = False
+    pytorch: bool = True
 
 
 def measure(
@@ -68,7 +70,7 @@ def measure(
         {name: r.run for name, r in runners.items()}, seconds=seconds, stopwatch=stopwatch, device=device
     )
     for name, runner in runners.items():
-        if not timings[name].failed:
+        if not timings[name].failed and runner.pytorch:  # another library's memory is not in torch's allocator
             timings[name].peak_bytes = peak(runner.run, device)
     return [record(name, r, timings, runners, ceilings) for name, r in runners.items()]
 
@@ -83,7 +85,8 @@ def record(
     """A row: times in seconds, memory in bytes, share and ratio as fractions; None where there is nothing to say."""
     t = timings[name]
     bound = ceilings.bound(runner.work, runner.dtype) if ceilings and runner.work else None
-    rivals = [n for n, r in runners.items() if not r.ours and r.dtype == runner.dtype and not timings[n].failed]
+    rivals = [n for n, r in runners.items() if r.pytorch and not r.ours and r.dtype == runner.dtype]
+    rivals = [n for n in rivals if not timings[n].failed]
     best = min(rivals, key=lambda n: timings[n].median, default=None)
     row: dict[str, Any] = {
         "row": name,

@@ -6,12 +6,8 @@ that reads a clock which the samples advance), so that --benchmark-json, --bench
 work on the real numbers. Our own tables replace pytest-benchmark's, which --benchmark-verbose brings back.
 """
 
-import datetime
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,20 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # pytest runs with --import-mode
 
 import ceilings
 import comparison
+import facts
 import pytest
 import report
 import torch
-
-import fastgan
-from fastgan.backends import native
-from fastgan.doctor import machine
 
 # torch.compile warns about its own code; as errors these would fail its rows
 TORCH_COMPILE_WARNINGS = (
     ".torch.jit.script_method. is deprecated:DeprecationWarning",  # importing inductor defines such a class
     "The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",  # dynamo looks at D's input, G's output
 )
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
@@ -91,39 +83,14 @@ CLOCK = ReplayClock()
 def session_facts(request):
     """Measures the ceilings and notes what the numbers depend on, before the first case."""
     results = request.config.stash[RESULTS]
-    results["machine"] = facts = {**machine(), **source(), "device": "cpu", "fastgan": fastgan.__version__}
-    facts["os"] = f"{platform.system()} {platform.machine()}"
-    module, reason = native()
-    facts["kernels"] = module.table() if module else reason
-    facts["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    facts["command"] = " ".join(["pytest", *request.config.invocation_params.args])
-    facts["load_before"] = load()
+    results["machine"] = facts.gather(" ".join(["pytest", *request.config.invocation_params.args]))
     try:
         found = ceilings.measure(torch.get_num_threads())
         results["ceilings"] = found.raw
     except ceilings.Unavailable as error:
         found, results["ceilings"] = None, {"unavailable": str(error)}
     yield found
-    facts["load_after"] = load()
-
-
-def load():
-    """The load average of the last minute: above 0.3 before the first case, the machine was not quiet."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def source():
-    """The commit that is measured, and whether files differ from it."""
-
-    def git(*arguments):
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "--short=12", "HEAD") or "unknown", "dirty": bool(changed)}
-    except OSError:  # no git
-        return {"commit": "unknown", "dirty": None}
+    results["machine"]["load_after"] = facts.load()
 
 
 @pytest.fixture
@@ -185,9 +152,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"written: {path}")
 
 
-def destination(path, facts):
+def destination(path, found):
     """The file itself, or <machine>-<commit>.json in a folder."""
     if path.suffix == ".json" and not path.is_dir():
         return path
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{facts['cpu']} {facts['kernels']} x{facts['cores']}").strip("-").lower()
-    return path / f"{name}-{facts['commit']}{'-dirty' if facts['dirty'] else ''}.json"
+    return path / facts.file_name(found)

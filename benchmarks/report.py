@@ -19,6 +19,7 @@ HEADER = ("row", "median ms", "quartiles", "min ms", "rate", "of bound", "peak M
 GROUPS = {  # the order of the tables
     "step": "Whole training step",
     "penalty": "Gradient penalties",
+    "sample": "Generation",
     "conv2d": "conv2d",
     "conv_transpose2d": "conv_transpose2d",
     "conv2d_weight": "conv2d_weight",

@@ -59,6 +59,7 @@ def interleave(
     *,
     seconds: float = 1.0,
     warmup: int = 2,
+    rounds: int = MIN_ROUNDS,
     stopwatch: Stopwatch | None = None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
@@ -66,8 +67,9 @@ def interleave(
 
     Args:
         runners: name -> callable without arguments; each leaves the world as it found it.
-        seconds: wall time of the rounds (not of the warm-up); at least MIN_ROUNDS are run whatever they take.
+        seconds: wall time of the rounds (not of the warm-up); at least `rounds` are run whatever they take.
         warmup: calls before the first sample, the first one included.
+        rounds: the least number of rounds.
         stopwatch: how a sample is taken; None takes the one of `device`.
         device: "cpu" or "cuda".
 
@@ -86,7 +88,7 @@ def interleave(
     spent = 0.0
     with _without_collector():
         for turn in range(MAX_ROUNDS):
-            if not alive or (turn >= MIN_ROUNDS and spent >= seconds):
+            if not alive or (turn >= rounds and spent >= seconds):
                 break
             start = turn % len(alive)
             for name in alive[start:] + alive[:start]:

@@ -172,6 +172,8 @@ std::mutex scratch_mutex;
 char* kept[MAX_BLOCKS];
 size_t kept_count = 0;
 size_t kept_bytes = 0;
+size_t held_bytes = 0;  // kept or in use: all that came from the system and has not gone back
+size_t most_bytes = 0;  // the highest held_bytes since scratch_highest(true)
 
 size_t& size_of(char* block) { return *reinterpret_cast<size_t*>(block); }
 
@@ -198,6 +200,9 @@ void* scratch_acquire(size_t bytes) {
   if (char* block = take_kept(need)) return block + ALIGN;
   char* block = static_cast<char*>(::operator new(need + ALIGN, std::align_val_t{ALIGN}));
   size_of(block) = need;
+  std::lock_guard<std::mutex> lock(scratch_mutex);
+  held_bytes += need;
+  most_bytes = held_bytes > most_bytes ? held_bytes : most_bytes;
   return block + ALIGN;
 }
 
@@ -211,8 +216,16 @@ void scratch_release(void* pointer) noexcept {
       kept_bytes += size_of(block);
       return;
     }
+    held_bytes -= size_of(block);
   }
   ::operator delete(block, std::align_val_t{ALIGN});
+}
+
+size_t scratch_highest(bool restart) noexcept {
+  std::lock_guard<std::mutex> lock(scratch_mutex);
+  const size_t highest = most_bytes;
+  if (restart) most_bytes = held_bytes;
+  return highest;
 }
 
 }  // namespace fg

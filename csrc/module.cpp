@@ -11,6 +11,9 @@
 #ifdef FG_CUDA
 #include "cuda/device.hpp"
 #endif
+#ifdef FG_NVRTC
+#include "cuda/nvrtc/binding.hpp"
+#endif
 
 namespace py = pybind11;
 using namespace fg;
@@ -42,12 +45,16 @@ py::dict build_info() {
   py::dict cuda;
   cuda["version"] = FG_CUDA_VERSION;
   cuda["archs"] = py::str(FG_CUDA_ARCHS).attr("split")();
+#ifdef FG_NVRTC
+  cuda["compiler"] = "nvrtc";  // at first use; `nvcc_absent` says why not nvcc
+#else
+  cuda["compiler"] = "nvcc";
+#endif
   info["cuda"] = cuda;
-  info["cuda_absent"] = "";
 #else
   info["cuda"] = py::none();
-  info["cuda_absent"] = FG_CUDA_ABSENT;
 #endif
+  info["nvcc_absent"] = FG_CUDA_ABSENT;
   return info;
 }
 
@@ -100,6 +107,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("tables", &tables, "Every table of this build: '' if this machine can run it, else the reason.");
   m.def("table", [] { return current().name; }, "The table in use.");
   m.def("use_table", &use_table, arg("name"), "Force a table by name; None goes back to the best one.");
+  m.def("scratch_highest", &scratch_highest, arg("restart") = false,
+        "Most bytes of scratch memory ever held at once, in use or kept for the next call; restart begins anew.");
 #ifdef FG_CUDA
   m.def("cuda_devices", &cuda_devices, "Runtime and driver version, and the devices or why there are none.");
 #endif
@@ -110,5 +119,8 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, under the names of the CPU's.");
   cuda.attr("Conv") = m.attr("Conv");
   binding::bind_cuda(cuda);
+#ifdef FG_NVRTC
+  binding::bind_nvrtc(cuda);
+#endif
 #endif
 }

@@ -87,18 +87,8 @@ def missing(name: str) -> str:
 def _missing(name: str) -> str:
     if name == "native":
         return native()[1]
-    if name == "cuda":
-        module, reason = native()
-        built = module.build_info()["cuda"] if module else None
-        if not built:
-            return reason or "fastgan._C was built without CUDA: no nvcc was found (FASTGAN_CUDA=1 insists on one)"
-        facts = module.cuda_devices() if module else {}
-        runtime, driver = (facts[name] // 1000 for name in ("runtime", "driver"))
-        if 0 < driver < runtime:
-            return (
-                f"fastgan._C was built with CUDA {runtime}, and the driver knows CUDA {driver} at most; "
-                f"update the driver or reinstall fastgan with the toolkit of CUDA {driver}"
-            )
+    if name == "cuda" and (reason := _cuda_missing()):
+        return reason
     if name == "triton":
         try:
             import triton
@@ -108,6 +98,29 @@ def _missing(name: str) -> str:
             return f"triton {triton.__version__} is too old: 3.8 or newer is needed"
     if name in ("cuda", "triton") and not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
+    return ""
+
+
+def _cuda_missing() -> str:
+    """What the CUDA C++ kernels lack here, but for a device."""
+    module, reason = native()
+    if module is None:
+        return reason
+    build = module.build_info()
+    if not build["cuda"]:
+        return f"fastgan._C was built without CUDA: {build['nvcc_absent']}"
+    if build["cuda"]["compiler"] == "nvrtc":  # at first use
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible to torch"
+        reason = importlib.import_module("fastgan._nvrtc").prepare(module.cuda)
+        return f"fastgan._C was built without nvcc, and {reason}" if reason else ""
+    facts = module.cuda_devices()
+    runtime, driver = (facts[name] // 1000 for name in ("runtime", "driver"))
+    if 0 < driver < runtime:
+        return (
+            f"fastgan._C was built with CUDA {runtime}, and the driver knows CUDA {driver} at most; "
+            f"update the driver or reinstall fastgan with the toolkit of CUDA {driver}"
+        )
     return ""
 
 

@@ -1,135 +1,104 @@
 """fastgan.convert and fastgan.explain: a user's own model, on our ops, from the outside unchanged.
 
-The classes of the children of nn.Sequential chains are swapped for subclasses of themselves; containers, keys,
-parameters and buffers stay the objects they were, so isinstance, deepcopy, pickling, optimisers and checkpoints do too.
-In a chain "norm, activation" the norm computes both and the activation passes its input through, as long as neither has
-hooks; both look at that at every call, so a hook added later finds the values it expects.
-In a chain "convolution, batch norm" in training on a GPU the convolution computes the batch's statistics with its
-output, and the output carries them, as an attribute, to the norm, which then reads it once.
+Convolutions and norms of nn.Sequential chains get subclasses of themselves, which compute what they computed on our
+ops, each for itself; the chain gets a forward of its own (`Chain`) that runs "convolution, norm, activation" as fewer
+ops. Containers, keys, parameters and buffers stay the objects they were, so isinstance, deepcopy, pickling, optimisers
+and checkpoints do too. A chain looks at its children at every call: what is replaced, hooked or switched to eval later
+runs as it then is, and a slice of a chain, or a child called alone, gives plain PyTorch's numbers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from fastgan import functional
 from fastgan.backends import has_kernel, watching
-from fastgan.nn.conv import conv_act, conv_statistics, has_hooks
+from fastgan.nn.conv import conv_act, conv_bn_act, has_hooks
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.training import linearised
 
-ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+}  # fmt: skip
 
 
-def _epilogue(module: nn.Module) -> tuple[str, float]:
-    """The activation that `module` takes over from its successor at this call: (name, slope)."""
-    follower = module.__dict__.get("_fused_activation")
-    if follower is None or has_hooks(module) or has_hooks(follower):
-        return "identity", 0.0
-    return follower._fused_name, getattr(follower, "negative_slope", 0.0)
+# ---- layers: each does its own work, and through `fused` that of its followers ---------------------------------------
 
 
-def _convolve(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """The convolution with the activation that it takes over, or with the statistics that a batch norm will want."""
-    norm = conv.__dict__.get("_fused_norm")
-    if norm is None or not takes_batch_statistics(norm) or torch.compiler.is_compiling():
-        return conv_act(conv, x, *_epilogue(conv))
-    y, known = conv_statistics(conv, x, norm.stat_groups)
-    if known is not None and not (y.is_inference() or has_hooks(conv) or has_hooks(norm)):
-        y._fastgan_statistics = y._version, known  # type: ignore[attr-defined]
-    return y
+class _Convolution(nn.Module):
+    def fused(self: Any, input: Tensor, norm: FusedBatchNorm2d | None, activation: str, slope: float) -> Tensor:
+        if norm is not None:
+            return conv_bn_act(self, norm, input, activation, slope, norm.stat_groups)
+        return conv_act(self, input, activation, slope)
 
 
-def _carried(x: Tensor, groups: int) -> functional.Statistics:
-    """The batch statistics that a convolution left with x, unless x was changed since or is cut into other groups."""
-    version, known = getattr(x, "_fastgan_statistics", (-1, None))
-    fits = known is not None and version == x._version and len(known[0]) == groups
-    return known if fits else None
-
-
-class FusedConv2d(nn.Conv2d):
-    """nn.Conv2d on fastgan's op, with the activation that follows it where there is one."""
+class FusedConv2d(_Convolution, nn.Conv2d):
+    """nn.Conv2d on fastgan's op."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _convolve(self, input)
+        return conv_act(self, input, "identity", 0.0)
 
 
-class FusedConvTranspose2d(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d on fastgan's op, with the activation that follows it where there is one."""
+class FusedConvTranspose2d(_Convolution, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on fastgan's op."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
             return super().forward(input, output_size)
-        return _convolve(self, input)
+        return conv_act(self, input, "identity", 0.0)
 
 
-class FusedBatchNorm1d(nn.BatchNorm1d):
-    """nn.BatchNorm1d on fastgan's op, with the activation that follows it where there is one."""
+class _Norm(nn.Module):
+    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fused(input, None, "identity", 0.0)
+
+
+class FusedBatchNorm1d(_Norm, nn.BatchNorm1d):
+    """nn.BatchNorm1d on fastgan's op."""
 
     stat_groups = 1
 
-    def forward(self, input: Tensor) -> Tensor:
-        return bn_act(self, input, *_epilogue(self), self.stat_groups)
+    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
+        return bn_act(self, input, activation, slope, self.stat_groups)
 
 
-class FusedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d on fastgan's op, with the activation that follows it where there is one."""
+class FusedBatchNorm2d(_Norm, nn.BatchNorm2d):
+    """nn.BatchNorm2d on fastgan's op."""
 
     stat_groups = 1
 
-    def forward(self, input: Tensor) -> Tensor:
-        return bn_act(self, input, *_epilogue(self), self.stat_groups, _carried(input, self.stat_groups))
+    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
+        return bn_act(self, input, activation, slope, self.stat_groups)
 
 
-class FusedGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm on fastgan's op, with the activation that follows it where there is one."""
+class FusedGroupNorm(_Norm, nn.GroupNorm):
+    """nn.GroupNorm on fastgan's op."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return gn_act(self, input, *_epilogue(self))
-
-
-class FusedInstanceNorm2d(nn.InstanceNorm2d):
-    """nn.InstanceNorm2d on fastgan's op, with the activation that follows it where there is one."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return in_act(self, input, *_epilogue(self))
+    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
+        return gn_act(self, input, activation, slope)
 
 
-class FusedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm on fastgan's op, with the activation that follows it where there is one."""
+class FusedInstanceNorm2d(_Norm, nn.InstanceNorm2d):
+    """nn.InstanceNorm2d on fastgan's op."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return ln_act(self, input, *_epilogue(self))
-
-
-class _Absorbed(nn.Module):
-    """An activation that its predecessor computes, unless one of the two has hooks."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        computed = _epilogue(self.__dict__["_fused_predecessor"])[0] != "identity"
-        return input if computed else super().forward(input)
+    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
+        return in_act(self, input, activation, slope)
 
 
-class FusedReLU(_Absorbed, nn.ReLU):
-    _fused_name = "relu"
+class FusedLayerNorm(_Norm, nn.LayerNorm):
+    """nn.LayerNorm on fastgan's op."""
 
-
-class FusedLeakyReLU(_Absorbed, nn.LeakyReLU):
-    _fused_name = "leaky_relu"
-
-
-class FusedTanh(_Absorbed, nn.Tanh):
-    _fused_name = "tanh"
-
-
-class FusedSigmoid(_Absorbed, nn.Sigmoid):
-    _fused_name = "sigmoid"
+    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
+        return ln_act(self, input, activation, slope)
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -140,10 +109,6 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: FusedGroupNorm,
     nn.InstanceNorm2d: FusedInstanceNorm2d,
     nn.LayerNorm: FusedLayerNorm,
-    nn.ReLU: FusedReLU,
-    nn.LeakyReLU: FusedLeakyReLU,
-    nn.Tanh: FusedTanh,
-    nn.Sigmoid: FusedSigmoid,
 }
 OPS: dict[type[nn.Module], str] = {  # what explain calls each fused layer
     FusedConv2d: "conv2d",
@@ -155,6 +120,92 @@ OPS: dict[type[nn.Module], str] = {  # what explain calls each fused layer
     FusedLayerNorm: "ln_act",
 }
 CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
+
+
+# ---- chains ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Neighbours that run as one call of `layer`: a convolution or norm, a convolution's batch norm, an activation."""
+
+    layer: Any
+    norm: Any = None
+    activation: Any = None
+
+    def __call__(self, input: Any) -> Any:
+        layer, norm = self.layer, self.norm
+        if norm is not None and (not isinstance(input, Tensor) or input.dim() != 4):
+            input, layer, norm = layer(input), norm, None  # nn.BatchNorm2d refuses [C, H, W]: let it
+        name = "identity" if self.activation is None else ACTIVATIONS[type(self.activation)]
+        return layer.fused(input, norm, name, getattr(self.activation, "negative_slope", 0.0))
+
+
+def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
+    """The children of a converted chain in order, as they run now: together, or as the modules they are."""
+    children: list[Any] = list(chain._modules.values())
+    at = 0
+    while at < len(children):
+        layer = children[at]
+        at += 1
+        if not _plain(layer, OPS):
+            yield layer
+            continue
+        group = Group(layer)
+        if at < len(children) and _normed(layer, children[at]):
+            group.norm = children[at]
+            at += 1
+        if at < len(children) and not _absorption_refusal(group.norm or layer, children[at]):
+            group.activation = children[at]
+            at += 1
+        alone = group.norm is None and group.activation is None
+        yield layer if alone else group
+
+
+def _plain(m: Any, kinds: Collection[type[nn.Module]]) -> bool:
+    """Whether m is of exactly one of these classes and calling it does no more than its forward."""
+    return type(m) in kinds and not has_hooks(m) and m._compiled_call_impl is None
+
+
+def _normed(conv: Any, norm: Any) -> bool:
+    """Whether a batch norm runs with the convolution before it: folded in eval mode, else over its batch statistics."""
+    return (
+        isinstance(conv, CONVOLUTIONS)
+        and _plain(norm, (FusedBatchNorm2d,))
+        and norm.num_features == conv.out_channels
+        and (norm.running_mean is None) == (norm.running_var is None)
+    )
+
+
+class Chain:
+    """The forward of a converted nn.Sequential.
+
+    It lies in the container's __dict__, so that the container keeps its class, and what is built from its children (a
+    slice, say) does not inherit it.
+    """
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+
+    def __call__(self, input: Any) -> Any:
+        if _has_any_global_hook():  # such hooks are called by modules, so every child is called as one
+            return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
+        for part in _groups(self.owner):
+            input = part(input)
+        return input
+
+    def replicate(self) -> nn.Module:
+        """nn.DataParallel's copy of the container, which gets other children: a forward for it."""
+        replica: nn.Module = nn.Module._replicate_for_data_parallel(self.owner)
+        Chain(replica).install()
+        return replica
+
+    def install(self) -> None:
+        self.owner.__dict__ |= {"forward": self, "_replicate_for_data_parallel": self.replicate}
+
+    def remove(self) -> None:
+        for name in ("forward", "_replicate_for_data_parallel"):
+            del self.owner.__dict__[name]
 
 
 # ---- convert --------------------------------------------------------------------------------------------------------
@@ -183,47 +234,32 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True) 
     before = _outputs(model, example_input) if prove and example_input is not None else None
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     owners = _owners(model)
-    for chain in _chains(model):
-        children = list(chain)
-        for child, following in zip(children, [*children, None][1:], strict=True):
+    chains = [Chain(m) for m in _chains(model) if not _converted(m)]
+    for chain in chains:
+        for child in chain.owner.children():
             if not _refusal(child, owners):
                 swapped.append((child, type(child)))
-                _fuse(child, following, owners, swapped)
+                child.__class__ = FUSED[type(child)]
+        chain.install()
     if before is not None:
         error = _difference(before, _outputs(model, example_input))
         if error:
-            for module, original in reversed(swapped):
+            for module, original in swapped:
                 module.__class__ = original
-                for key in ("_fused_activation", "_fused_predecessor", "_fused_norm"):
-                    module.__dict__.pop(key, None)
+            for chain in chains:
+                chain.remove()
             raise RuntimeError(f"convert: the converted model must give the same numbers, got {error}")
     return model
 
 
-def _fuse(
-    child: nn.Module,
-    following: nn.Module | None,
-    owners: Counter[int],
-    swapped: list[tuple[nn.Module, type[nn.Module]]],
-) -> None:
-    """Swap the class of a convolution or norm, and of the activation that it absorbs."""
-    if type(child) in ACTIVATIONS:
-        swapped.pop()  # an activation alone stays torch's own: nothing to fuse it with
-        return
-    child.__class__ = FUSED[type(child)]
-    if following is not None and not _absorption_refusal(child, following, owners):
-        swapped.append((following, type(following)))
-        following.__class__ = FUSED[type(following)]
-        # into __dict__, past nn.Module's registration: state_dict keys and parents stay as they are
-        child.__dict__["_fused_activation"] = following
-        following.__dict__["_fused_predecessor"] = child
-    elif isinstance(child, CONVOLUTIONS) and type(following) is nn.BatchNorm2d and not _refusal(following, owners):
-        child.__dict__["_fused_norm"] = following
+def _converted(m: nn.Module) -> bool:
+    return isinstance(m.__dict__.get("forward"), Chain)
 
 
-def _chains(model: nn.Module) -> Iterator[nn.Sequential]:
+def _chains(model: nn.Module) -> Iterator[nn.Module]:
     for m in model.modules():
-        if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
+        ordinary = isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
+        if ordinary and ("forward" not in m.__dict__ or _converted(m)):  # a forward that someone put there stays
             yield m
 
 
@@ -247,7 +283,7 @@ def _refusal(child: nn.Module, owners: Counter[int]) -> str:
     return ""
 
 
-def _absorption_refusal(child: nn.Module, following: nn.Module, owners: Counter[int]) -> str:
+def _absorption_refusal(child: nn.Module, following: Any) -> str:
     """Why an activation is not computed by the layer before it, or ""."""
     if type(following) not in ACTIVATIONS:
         return "not an activation that we fuse"
@@ -255,7 +291,7 @@ def _absorption_refusal(child: nn.Module, following: nn.Module, owners: Counter[
         return "norms fuse relu and leaky_relu"
     if isinstance(following, nn.LeakyReLU) and following.negative_slope < 0:
         return "negative_slope below 0"
-    return _refusal(following, owners)
+    return "" if _plain(following, ACTIVATIONS) else "hooks: run apart"
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
@@ -324,9 +360,11 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
             route a gradient penalty on it would go.
     """
     owners = _owners(model)
-    in_chain = {id(c): chain for chain in _chains(model) for c in chain}
+    chains = list(_chains(model))
+    in_chain = {id(c) for chain in chains for c in chain.children()}
+    runs = {key: row for chain in chains if _converted(chain) for key, row in _running(chain).items()}
     rows = [
-        _row(name, m, in_chain, owners)
+        _row(name, m, runs.get(id(m)), in_chain, owners)
         for name, m in model.named_modules()
         if not list(m.children()) or hasattr(m, "stat_groups")
     ]
@@ -340,21 +378,40 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
     return report
 
 
-def _row(name: str, m: nn.Module, in_chain: dict[int, nn.Sequential], owners: Counter[int]) -> Row:
+def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
+    """id of a child -> (what runs it, why nothing faster does), for those that run together in the mode they are in."""
+    found: dict[int, tuple[str, str]] = {}
+    for part in _groups(chain):
+        if not isinstance(part, Group):
+            continue
+        layer, norm = part.layer, part.norm
+        op = OPS[type(layer)]
+        names = [f"fastgan.{op}"]
+        last = layer  # what computes the activation
+        if norm is not None and takes_batch_statistics(norm):
+            found[id(layer)] = names[0] + " + statistics" * has_kernel(f"{op}_statistics", layer.weight.device.type), ""
+            names, last = ["fastgan.bn_act"], norm
+        elif norm is not None:
+            names.append("batch norm")
+            found[id(norm)] = "in the layer before it", "folded into its weight where the output is larger"
+        if part.activation is not None:
+            names.append(ACTIVATIONS[type(part.activation)])
+            found[id(part.activation)] = "in the layer before it", ""
+        found[id(last)] = " + ".join(names), ""
+    return found
+
+
+def _row(name: str, m: nn.Module, runs: tuple[str, str] | None, in_chain: set[int], owners: Counter[int]) -> Row:
     row = Row(name or "(model)", type(m).__name__, "torch")
-    if type(m) in OPS:
-        activation = _epilogue(m)[0]
-        row.runs = f"fastgan.{OPS[type(m)]}" + ("" if activation == "identity" else f" + {activation}")
-        if "_fused_norm" in m.__dict__ and has_kernel(f"{OPS[type(m)]}_statistics", m.weight.device.type):
-            row.runs += " + the norm's statistics in training"
-        row.why = "" if activation != "identity" or "_fused_activation" not in m.__dict__ else "hooks: run apart"
-    elif isinstance(m, _Absorbed):
-        apart = _epilogue(m.__dict__["_fused_predecessor"])[0] == "identity"
-        row.runs, row.why = ("torch", "hooks: run apart") if apart else ("in the layer before it", "")
+    if runs is not None:
+        row.runs, row.why = runs
+    elif type(m) in OPS:
+        row.runs = f"fastgan.{OPS[type(m)]}"
+        row.why = "hooks: run apart" if has_hooks(m) else ""
     elif type(m).__module__.startswith("fastgan.nn"):
         row.runs = "fastgan"
     elif type(m) in ACTIVATIONS:
-        row.why = "no convolution or norm before it to compute it"
+        row.why = "hooks: run apart" if has_hooks(m) else "no convolution or norm before it to compute it"
     elif type(m) in FUSED and id(m) not in in_chain:
         row.why = "called from a hand-written forward: left untouched"
     else:

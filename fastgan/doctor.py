@@ -82,6 +82,7 @@ def _cuda() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "available": torch.cuda.is_available(),
         "torch_cuda": torch.version.cuda,
+        "kernels": _cuda_kernels(),
         "devices": [],
     }
     if facts["available"]:
@@ -100,6 +101,19 @@ def _cuda() -> dict[str, Any]:
     else:
         facts["reason"] = "PyTorch finds no usable GPU; see what nvidia-smi says about the driver"
     return facts
+
+
+def _cuda_kernels() -> str:
+    """Who compiles the CUDA C++ kernels, and why not nvcc."""
+    from fastgan.backends import native
+
+    module, _ = native()
+    build = module.build_info() if module else {}
+    if not build.get("cuda"):
+        return "none in this build"
+    if build["cuda"]["compiler"] == "nvcc":
+        return f"compiled by nvcc {build['cuda']['version']} for {', '.join(build['cuda']['archs'])}"
+    return f"compiled at first use by NVRTC, since nvcc was not used to build ({build['nvcc_absent']})"
 
 
 def _extra(module: str) -> dict[str, Any]:

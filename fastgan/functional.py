@@ -715,9 +715,11 @@ def conv2d_bn_act(
     """Convolution, batch norm and activation; arguments as `conv2d` and `bn_act`.
 
     In training on a GPU the statistics come out of the convolution's epilogue, and the norm reads its input once. In
-    eval mode the norm folds into the convolution's weight and bias: one kernel, equal to rounding.
+    eval mode the norm folds into the convolution's weight and bias where that is less work (there are about as many
+    output pixels as taps, or more): one kernel, equal to rounding.
     """
-    if not training and running_mean is not None and running_var is not None:
+    pays = _pixels(x) >= weight[0].numel() * math.prod(_pair("conv2d", "stride", stride, 1))
+    if pays and not training and running_mean is not None and running_var is not None:
         weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
         return conv2d(
             x,
@@ -760,10 +762,11 @@ def conv_transpose2d_bn_act(
 ) -> Tensor:
     """Transposed convolution, batch norm and activation; arguments as `conv_transpose2d` and `bn_act`.
 
-    In training as `conv2d_bn_act`. In eval mode (groups = 1) the norm folds into the convolution's weight and bias: one
-    kernel, equal to rounding.
+    In training as `conv2d_bn_act`. In eval mode (groups = 1) the norm folds into the convolution's weight and bias
+    where that is less work (there are about as many output pixels as weights of an output channel, or more).
     """
-    if not training and groups == 1 and running_mean is not None and running_var is not None:
+    pays = _pixels(x) * math.prod(_pair("conv_transpose2d", "stride", stride, 1)) >= weight[:, 0].numel()
+    if pays and not training and groups == 1 and running_mean is not None and running_var is not None:
         weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=1)
         return conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation,
@@ -778,6 +781,10 @@ def conv_transpose2d_bn_act(
     )  # fmt: skip
 
 
+def _pixels(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-3], 1)
+
+
 def _fold(
     weight: Tensor,
     bias: Tensor | None,
@@ -788,8 +795,14 @@ def _fold(
     eps: float,
     channel_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of the convolution that does its own eval-mode batch norm; differentiable, computed in float32."""
-    scale = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
+    """(weight, bias) of the convolution that does its own eval-mode batch norm; differentiable, computed in float32.
+
+    Anew at each call, weight.numel() multiplications: nothing tells reliably that weights or statistics changed
+    (`_version` does not move under fused optimisers, numpy views or `.data`). The pass that it saves reads and writes
+    output.numel() elements, so callers fold where that is about the larger number.
+    """
+    scale = (var.to(accumulation_dtype(var.dtype)) + eps).rsqrt()
+    scale = scale if gamma is None else gamma * scale
     shape = [1] * 4
     shape[channel_dim] = -1
     shift = -mean * scale if bias is None else (bias - mean) * scale

@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 import subprocess
@@ -85,6 +86,68 @@ def test_a_damaged_cache_counts_as_empty(forget, content):
     path.write_text(content)
     call()
     assert all(v in forget.NAMES for v in json.loads(path.read_text()).values())
+
+
+@CORE
+def test_a_cache_file_cut_short_anywhere_counts_as_empty(forget, monkeypatch):
+    call()
+    path = cache_dir() / "winners.json"
+    whole = path.read_bytes()
+    for length in (1, len(whole) // 3, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        monkeypatch.setattr(forget, "_chosen", {})
+        monkeypatch.setattr(forget, "_winners", None)
+        call()
+        assert json.loads(path.read_text()) and not winners().keys() - json.loads(path.read_text()).keys()
+
+
+CRASH = """
+import os, sys, torch, fastgan
+from fastgan import functional
+functional.bias_act(torch.randn(2, 3, 4, 4))
+before = open(os.path.join(os.environ["FASTGAN_CACHE"], "winners.json")).read()
+where = sys.argv[1]
+if where == "writing":
+    def dump(value, file):
+        file.write('{"half'); file.flush(); os._exit(9)
+    sys.modules["json"].dump = dump
+else:
+    os.replace = lambda *names: os._exit(9)
+functional.bias_act(torch.randn(3, 3, 4, 4))
+"""
+
+
+@CORE
+@pytest.mark.parametrize("where", ["writing", "replacing"])
+def test_a_process_that_dies_while_it_writes_the_cache_leaves_it_whole(forget, monkeypatch, tmp_path, where):
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", CRASH, where], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 9, done.stderr
+    stored = json.loads((tmp_path / "winners.json").read_text())
+    assert len(stored) == 1 and set(winners()) == set(
+        stored
+    )  # the first race; what the crash left beside it is not read
+    call(3)
+    assert len(json.loads((tmp_path / "winners.json").read_text())) == 2
+
+
+@CORE
+@pytest.mark.parametrize("changed", ["cpu", "torch", "fastgan"])
+def test_winners_of_another_machine_or_version_are_not_taken(forget, monkeypatch, changed):
+    load_winners({})
+    call(5)
+    known = dict(winners())
+    before = forget.fingerprint()
+    if changed == "cpu":
+        monkeypatch.setattr(forget, "_cpu_name", lambda: "another CPU")
+    else:
+        monkeypatch.setattr(sys.modules[changed], "__version__", "99.0")
+    fresh = functools.cache(forget.fingerprint.__wrapped__)
+    monkeypatch.setattr(forget, "fingerprint", fresh)
+    assert fresh() != before
+    monkeypatch.setattr(forget, "_chosen", {})
+    call(5)
+    assert len(winners()) == len(known) + 1  # raced again, under a key of its own
 
 
 @CORE

@@ -124,6 +124,16 @@ def test_sample(run, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_evaluate(run, capsys):
+    assert main(["evaluate", "--run", str(run), "--n=8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n"] == 8 and list(found["sliced_wasserstein"]) == list(found["between_halves_of_the_images"]) == ["8"]
+    assert main(["evaluate", "--run", str(run), "--n=8"]) == 0
+    assert f"{found['sliced_wasserstein']['8']:.2f}" in capsys.readouterr().out
+    assert main(["evaluate", "--run", str(run), "--n=1"]) == 2
+    assert "at least 2 images to compare with, got 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["slerp", "lerp"])
 def test_interpolate(run, tmp_path, mode):
     start = ["interpolate", "--run", str(run), "--walks=3", "--frames=4", "--stops=2", f"--mode={mode}"]
@@ -173,6 +183,7 @@ def test_data(data, tmp_path, monkeypatch, capsys):
         ("sample --run RUN --out x.jpg", "--out must end in .png, got x.jpg"),
         ("sample --run RUN --out x.png --label 3", "takes none"),
         ("sample --run RUN --out x.png --n 0", "whole number of at least 1"),
+        ("evaluate --run nowhere", "nowhere must be a run directory"),
         ("interpolate --run RUN --out x.avi", "--out must end in .gif, .mp4 or .png, got x.avi"),
         ("interpolate --run RUN --out x.gif --stops 1", "--stops must be at least 2, got 1"),
         ("data inspect nowhere", "nowhere does not exist"),

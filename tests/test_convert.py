@@ -1,6 +1,7 @@
 import copy
 import pickle
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_children_keep_their_types_and_survive_copying():
     model.eval()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(x), model(x))
-        assert twin[1].__dict__["_fused_activation"] is twin[2]
+        assert twin.forward.owner is twin and twin.state_dict().keys() == model.state_dict().keys()
     assert fastgan.convert(model) is model and type(model[0]) is FusedConv2d
 
 
@@ -87,7 +88,7 @@ def test_a_hook_added_later_sees_the_norm_not_the_activation():
 
 
 def test_what_is_left_alone_and_why():
-    shared = nn.LeakyReLU(0.2)
+    shared = nn.LeakyReLU(0.2)  # without parameters: fused in both places
 
     class HandWritten(nn.Module):
         def __init__(self):
@@ -112,7 +113,7 @@ def test_what_is_left_alone_and_why():
     rows = {r.name: r for r in fastgan.explain(model).rows}
     assert "hand-written" in rows["0.conv"].why and rows["0.conv"].runs == "torch"
     assert rows["1"].why == "has hooks" and rows["6"].why == "a subclass of a torch layer"
-    assert rows["3"].why and rows["2"].runs == "fastgan.conv2d"
+    assert rows["3"].runs == "in the layer before it" and rows["2"].runs == "fastgan.conv2d + leaky_relu"
     assert rows["7.parametrizations.weight.0"].runs == "torch"
     assert isinstance(model[8], FusedBatchNorm2d) and rows["8"].runs == "fastgan.bn_act"
     x = torch.randn(2, 3, 12, 12)
@@ -127,7 +128,225 @@ def test_proof_undoes_a_conversion_that_changes_numbers(monkeypatch):
     classes = [type(m) for m in model]
     with pytest.raises(RuntimeError, match="must give the same numbers"):
         fastgan.convert(model, example_input=x)
-    assert [type(m) for m in model] == classes and not any("_fused_activation" in m.__dict__ for m in model)
+    assert [type(m) for m in model] == classes and "forward" not in model.__dict__
+
+
+# ---- eval mode: batch norm inside the convolution before it ----------------------------------------------------------
+
+
+def worn(model):
+    """The model in eval mode, as after training: running statistics and affine parameters that are not the defaults."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+            nn.init.normal_(m.running_mean, 0.0, 0.5), nn.init.uniform_(m.running_var, 0.2, 3.0)
+        if isinstance(m, nn.BatchNorm2d) and m.affine:
+            nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+    return model.eval()
+
+
+def converted(model, *args, **kwargs):
+    """(the model, its converted copy)."""
+    return model, fastgan.convert(copy.deepcopy(model), *args, **kwargs)
+
+
+def ops_of(model, x):
+    return Counter(op for op, _, _ in fastgan.explain(model, x).calls)
+
+
+def batch_norm_and(*layers, **options):
+    return nn.Sequential(layers[0], nn.BatchNorm2d(8, **options), *layers[1:])
+
+
+FOLDED = {
+    "conv": batch_norm_and(nn.Conv2d(4, 8, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)),
+    "biased": batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU()),
+    "no activation": batch_norm_and(nn.Conv2d(4, 8, 3, padding="same")),
+    "an activation norms do not fuse": batch_norm_and(nn.Conv2d(4, 8, 1), nn.Tanh()),
+    "groups": batch_norm_and(nn.Conv2d(4, 8, 3, groups=2, dilation=2), nn.ReLU()),
+    "padding mode": batch_norm_and(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU()),
+    "transposed": batch_norm_and(nn.ConvTranspose2d(4, 8, 4, 2, 1, bias=False), nn.ReLU(True)),
+    "transposed, biased": batch_norm_and(nn.ConvTranspose2d(4, 8, 3, 2, 1, 1), nn.LeakyReLU(0.3)),
+    "not affine": batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU(), affine=False, eps=1e-3),
+    "cumulative": batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU(), momentum=None),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_eval_folds_batch_norm_and_keeps_the_numbers_and_gradients(name):
+    plain, ours = converted(worn(copy.deepcopy(FOLDED[name])).double())
+    x = torch.randn(3, 4, 9, 9, dtype=torch.float64, requires_grad=True)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(ours(x), plain(x), rtol=1e-9, atol=1e-12)
+    for a, b in zip(results(ours, x), results(plain, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert sum(ops_of(ours, x.detach().repeat(9, 1, 1, 1)).values()) == 1
+    rows = {r.name: r.runs for r in fastgan.explain(ours).rows}
+    assert "+ batch norm" in rows["0"] and rows["1"] == "in the layer before it"
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(40, 8, 3), nn.ConvTranspose2d(40, 8, 3, 2)])
+def test_a_weight_larger_than_the_output_is_not_multiplied(conv):
+    plain, ours = converted(worn(batch_norm_and(conv, nn.ReLU())).double())
+    for n, calls in ((1, 2), (100, 1)):
+        x = torch.randn(n, 40, 4, 4, dtype=torch.float64)
+        assert sum(ops_of(ours, x).values()) == calls
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_folding_is_no_less_exact_than_pytorch_in_bf16(parameters):
+    for name in ("conv", "transposed"):
+        exact = worn(copy.deepcopy(FOLDED[name])).to(parameters).double()
+        plain, ours = converted(copy.deepcopy(exact).to(parameters))
+        x = torch.randn(3, 4, 9, 9).to(parameters)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=parameters != torch.bfloat16):
+            a, b, want = ours(x), plain(x), exact(x.double())
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert distance(a, want) <= 2 * distance(b, want)
+
+
+def test_only_what_is_in_eval_mode_folds():
+    plain, ours = converted(worn(chain()))
+    x = torch.randn(4, 3, 16, 16)
+    assert ops_of(ours, x) == Counter(conv2d=3, conv_transpose2d=1, bn_act=1)  # the bn_act after nn.Linear
+    for m in (plain, ours):
+        m.train()
+        m[1].eval()  # frozen
+    assert (
+        "+ batch norm" in str(fastgan.explain(ours)) and fastgan.explain(ours).rows[4].runs == "fastgan.bn_act + relu"
+    )
+    for a, b in zip(results(ours, x), results(plain, x), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-4
+    for a, b in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert fastgan.explain(ours.train()).rows[1].runs == "fastgan.bn_act + leaky_relu"
+
+
+def shared_norm():
+    norm = nn.BatchNorm2d(4)
+    return nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), norm)
+
+
+def hooked(which):
+    model = batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU())
+    model[which].register_forward_hook(lambda m, args, out: out * 2)
+    return model
+
+
+def spectral(wrap):
+    return batch_norm_and(wrap(nn.Conv2d(4, 8, 3)), nn.ReLU())
+
+
+APART = {
+    "no running statistics": lambda: batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU(), track_running_stats=False),
+    "dropout between": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.ReLU()),
+    "activation between": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.ReLU()),
+    "used twice": shared_norm,
+    "hook on the convolution": lambda: hooked(0),
+    "hook on the norm": lambda: hooked(1),
+    "parametrized": lambda: spectral(nn.utils.parametrizations.spectral_norm),
+    "old spectral norm": lambda: spectral(nn.utils.spectral_norm),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before convert", "after convert"])
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*:FutureWarning")
+def test_what_does_not_fold_gives_the_same_numbers(name, late):
+    made = worn(APART[name]())
+    if late and "hook on" in name:
+        plain, ours = converted(worn(batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU())))
+        for m in (plain, ours):
+            m[0 if "convolution" in name else 1].register_forward_hook(lambda m, args, out: out * 2)
+    elif late and "parametrized" in name:
+        plain, ours = converted(worn(batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU())))
+        for m in (plain, ours):
+            torch.manual_seed(3)
+            nn.utils.parametrizations.spectral_norm(m[0])
+    else:
+        plain, ours = converted(made)
+    x = torch.randn(2, 4, 9, 9)
+    assert "+ batch norm" not in str(fastgan.explain(ours))
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_and_weights_changed_in_any_way_are_seen_at_the_next_call():
+    plain, ours = converted(worn(copy.deepcopy(FOLDED["conv"])))
+    x = torch.randn(2, 4, 9, 9)
+    ours(x)
+    for m in (plain, ours):
+        m[0].weight.data.mul_(2)  # none of these moves a _version that one could watch
+        m[1].running_mean.numpy()[:] += 1
+        m[1].weight.data = torch.full((8,), 0.5)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+    state = {name: torch.rand_like(t) for name, t in plain.state_dict().items() if t.is_floating_point()}
+    call = torch.func.functional_call
+    torch.testing.assert_close(call(ours, state, (x,)), call(plain, state, (x,)), rtol=1e-4, atol=1e-5)
+
+
+# ---- chains taken apart ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_slices_children_and_replacements_compute_what_they_say(training):
+    plain, ours = converted(worn(chain()).double())
+    plain.train(training), ours.train(training)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for part in (slice(0, 1), slice(0, 2), slice(0, 5), slice(0, -1)):
+        a, b = copy.deepcopy(ours)[part](x), copy.deepcopy(plain)[part](x)
+        torch.testing.assert_close(a, b)
+    without = [nn.Sequential(*list(copy.deepcopy(m).children())[:-1]) for m in (ours, plain)]
+    torch.testing.assert_close(*(m(x) for m in without))
+    a, b = x, x
+    for ours_child, plain_child in zip(copy.deepcopy(ours), copy.deepcopy(plain), strict=True):
+        a, b = ours_child(a), plain_child(b)
+        torch.testing.assert_close(a, b)
+    for m in (ours, plain):
+        m[2], m[7] = nn.SELU(), nn.Softsign()
+        m.insert(4, nn.Upsample(scale_factor=1))
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_a_data_parallel_replica_runs_its_own_children():
+    plain, ours = converted(worn(copy.deepcopy(FOLDED["conv"])))
+    replica = ours._replicate_for_data_parallel()
+    for name, child in ours.named_children():
+        copied = child._replicate_for_data_parallel()
+        setattr(replica, name, copied)
+        for key, p in child._parameters.items():  # as torch.nn.parallel.replicate: tensors, not Parameters
+            copied._parameters[key] = None
+            if p is not None:
+                del copied._parameters[key]
+                setattr(copied, key, (p * 2).detach())
+    x = torch.randn(2, 4, 9, 9)
+    for p in plain.parameters():
+        p.data.mul_(2)
+    torch.testing.assert_close(replica(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_global_hooks_see_every_child():
+    model = fastgan.convert(worn(chain()))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m)))
+    try:
+        model(torch.randn(4, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert len(seen) == len(model) + 1
+
+
+def test_an_unbatched_image_is_refused_as_before():
+    for model in converted(worn(copy.deepcopy(FOLDED["conv"]))):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            model(torch.randn(4, 9, 9))
+
+
+def test_folded_chains_compile_whole():
+    plain, ours = converted(worn(copy.deepcopy(FOLDED["transposed"])))
+    x = torch.randn(2, 4, 5, 5)
+    y = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
 
 
 def critic():

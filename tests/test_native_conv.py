@@ -13,8 +13,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -364,6 +366,55 @@ def test_the_same_bits_every_time(table, dtype):
             first = run(op, shape, dtype, threads=8)
             for _ in range(3):
                 assert torch.equal(run(op, shape, dtype, threads=8), first), f"{op} {shape}"
+
+
+LAYERS = """
+import hashlib, torch
+from fastgan import backend, functional as f
+torch.set_num_threads(8)
+torch.manual_seed(0)
+digest = hashlib.sha256()
+with backend("native"):
+    for dtype in (torch.float32, torch.bfloat16):
+        for op, x, w, *geometry in (
+            (f.conv2d, (6, 32, 16, 16), (64, 32, 4, 4), 2, 1),  # minimal filtering in float32
+            (f.conv2d, (6, 32, 8, 8), (32, 32, 3, 3), 1, 1),
+            (f.conv_transpose2d, (6, 64, 8, 8), (64, 32, 4, 4), 2, 1),
+            (f.conv_transpose2d, (6, 64, 16, 16), (64, 3, 4, 4), 2, 1),
+        ):
+            leaves = [torch.randn(s).to(dtype).requires_grad_() for s in (x, w)]
+            runs = []
+            for _ in range(3):
+                y = op(*leaves, None, *geometry)
+                runs.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+            for results in runs:
+                assert all(torch.equal(a, b) for a, b in zip(results, runs[0]))
+            for t in runs[0]:
+                digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_bits_in_every_process_at_eight_threads():
+    def digest() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", LAYERS], capture_output=True, text=True, timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "8"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert digest() == digest() != ""
+
+
+def test_scratch_memory_is_counted_and_kept():
+    _C.scratch_highest(True)
+    held = _C.scratch_highest(True)
+    for _ in range(2):
+        run("conv2d", SHAPES[0], torch.float32)
+    first = _C.scratch_highest(True)
+    run("conv2d", SHAPES[0], torch.float32)
+    assert first >= held and _C.scratch_highest() == first  # the third call took what the first left
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgan
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 WHY = "installed without the source tree's benchmarks"
 ceilings = pytest.importorskip("ceilings", reason=WHY)
 comparison = pytest.importorskip("comparison", reason=WHY)
+quality = pytest.importorskip("quality", reason=WHY)
 report = pytest.importorskip("report", reason=WHY)
+scaling = pytest.importorskip("scaling", reason=WHY)
 timing = pytest.importorskip("timing", reason=WHY)
 
 
@@ -148,7 +152,9 @@ def records(**seconds):
     watch = Watch(**seconds)
     work = [{"flops": 10**9, "bytes": 1000}]
     runners = {
-        name: comparison.Runner(run, work, "bfloat16" if "bf16" in name else "float32", ours="fastgan" in name)
+        name: comparison.Runner(
+            run, work, "bfloat16" if "bf16" in name else "float32", ours="fastgan" in name, pytorch="other" not in name
+        )
         for name, run in watch.runners().items()
     }
     runners["compile"] = comparison.Runner(fail_at(0), work)
@@ -170,6 +176,13 @@ def test_records_compare_within_a_dtype_and_keep_losing_and_failing_rows():
     keys |= {"flops", "bytes", "bound_s", "share_of_bound", "best_pytorch", "speedup", "backends", "first_call_s"}
     assert all(keys <= set(row) for row in rows.values())
     json.dumps(list(rows.values()))
+
+
+def test_another_library_is_compared_with_pytorch_and_is_not_its_best_row():
+    rows = {r["row"]: r for r in records(eager=0.2, other=0.1, fastgan=0.05)}
+    assert rows["fastgan"]["best_pytorch"] == rows["other"]["best_pytorch"] == "eager"
+    assert rows["other"]["speedup"] == pytest.approx(2) and rows["other"]["peak_bytes"] is None
+    assert report.versus(rows["other"]) == "2.00" and report.cells(rows["other"])[6] == "-"
 
 
 def test_a_row_without_a_runner_is_refused():
@@ -201,3 +214,80 @@ def test_tables_show_losses_failures_and_the_machine():
 def test_results_without_ceilings_say_why():
     without = results() | {"ceilings": {"unavailable": "no compiler"}}
     assert "no bounds: no compiler" in "\n".join(report.text(without))
+
+
+# ---- scaling --------------------------------------------------------------------------------------------------------
+
+
+def point(batch, rate, threads=2, size=64, **rows):
+    rates = dict.fromkeys(scaling.ROWS, rate) | rows
+    samples = {name: [batch / r] * 3 if r else [] for name, r in rates.items()}
+    coordinates = {"threads": threads, "size": size, "batch": batch}
+    return coordinates | {"images_per_second": rates, "samples_s": samples}
+
+
+def test_a_cliff_is_a_drop_of_more_than_a_quarter_against_the_next_smaller_batch():
+    points = [
+        point(64, 74.0),
+        point(1, 10.0),
+        point(16, 90.0, fastgan=100.0),
+        point(32, 75.0),
+        point(16, 9.0, threads=1),
+    ]
+    points[3]["images_per_second"]["PyTorch"] = None  # it failed: its neighbours are 16 and 64
+    assert scaling.cliffs([*points, point(64, 1.0, size=32)]) == []
+    points[0]["images_per_second"] |= {"fastgan": 56.0, "PyTorch": 50.0}
+    assert scaling.cliffs(points) == [
+        "PyTorch, 2 threads: batch 64 is 44 % slower an image than batch 16",
+        "fastgan, 2 threads: batch 64 is 25 % slower an image than batch 32",
+    ]
+    assert scaling.curve(points, "fastgan", "batch", threads=2, size=64)[0] == (1, 10.0)
+
+
+def test_points_that_do_not_fit_are_foreseen_and_all_are_asked_for():
+    assert scaling.expected([], 2, 64, 512) == 0
+    assert scaling.expected([point(64, 100.0)], 1, 64, 128) == pytest.approx(4 * 1.28 * 2 * (scaling.ROUNDS + 2))
+    assert {b for threads, size, b in scaling.points() if (threads, size) == (2, 64)} == {2**i for i in range(10)}
+    assert {(t, size) for t, size, _ in scaling.points()} == {(t, size) for t in (1, 2) for size in (32, 64, 128)}
+
+
+def test_the_picture_is_drawn_from_what_was_measured(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install matplotlib)")
+    facts = {"cpu": "C", "cores": 2, "torch": "t", "commit": "abc"}
+    points = [point(b, 10.0 * b, threads=t, size=s) for b in (1, 64) for t in (1, 2) for s in (32, 64)]
+    points[0]["images_per_second"]["fastgan"] = None
+    scaling.draw({"machine": facts, "points": points}, tmp_path / "new" / "scaling.png")
+    assert (tmp_path / "new" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+def test_the_frechet_distance_of_two_gaussians():
+    diagonal = [torch.diag(torch.tensor(v, dtype=torch.float64)) for v in ([1.0, 4.0, 0.0], [9.0, 1.0, 0.0])]
+    a, b = (torch.zeros(3).double(), diagonal[0]), (torch.tensor([0.0, 3.0, 4.0]).double(), diagonal[1])
+    assert quality.frechet(a, b) == pytest.approx(25 + (1 - 3) ** 2 + (2 - 1) ** 2)
+    assert quality.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    turned = [(turn @ mean, turn @ cov @ turn.T) for mean, cov in (a, b)]
+    assert quality.frechet(*turned) == pytest.approx(30)
+
+
+def test_the_permutation_test_counts_splits():
+    assert quality.permutation_p([1.0, 2.0, 3.0], [11.0, 12.0, 13.0]) == pytest.approx(2 / 20)
+    assert quality.permutation_p([1.0, 1.0], [1.0, 1.0]) == 1
+    apart = quality.verdict({"a": [1.0, 1.1, 1.2, 1.3, 1.4], "b": [2.0, 2.1, 2.2, 2.3, 2.4]})
+    assert not apart["within_spread"] and "NOT within" in apart["sentence"] and apart["difference"] == pytest.approx(1)
+    mixed = quality.verdict({"a": [1.0, 1.2, 1.4, 1.6, 1.8], "b": [1.1, 1.3, 1.5, 1.7, 1.9]})
+    assert mixed["within_spread"] and mixed["by_seed"] == pytest.approx([0.1] * 5)
+
+
+def test_both_arms_train_plain_generators(tmp_path):
+    images = fastgan.data.ImageSet(torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8))
+    with fastgan.racing(False):
+        made = [train(images, 0, 1) for train in quality.ARMS.values()]
+    assert all(type(m).__module__.startswith(("torch", "fastgan.models")) for g in made for m in g.modules())
+    weights = [g.main[0].weight for g in made]  # one step from the same start
+    assert (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
+    quality.side_by_side([torch.zeros(64, 1, 28, 28), torch.ones(64, 1, 28, 28)], tmp_path / "q.png")
+    assert (tmp_path / "q.png").exists()

@@ -204,5 +204,6 @@ struct Table {
 // Compiled once, in dispatch.cpp, with the base instruction set.
 void* scratch_acquire(size_t bytes);
 void scratch_release(void* block) noexcept;
+size_t scratch_highest(bool restart) noexcept;  // most bytes held at once, in use or kept, since the last restart
 
 }  // namespace fg

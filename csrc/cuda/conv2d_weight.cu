@@ -27,9 +27,9 @@ int64_t conv2d_weight(const ConvShape& s, const Conv2dWeightArgs& a, const Targe
   p.stride = Stride::of(4 * chunk, static_cast<int>(s.OH), static_cast<int>(s.OW));
   p.dy = {a.dy, static_cast<int>(pixels), 0, s.K, K % chunk == 0 && aligned(a.dy)};
   const int64_t size = s.K * taps * C;
-  const Problem problem = {"conv2d_weight", K, taps * C, pixels, s.groups, p.x.vectors && p.dy.vectors, size};
+  const Problem problem = {"conv2d_weight", K, taps * C, pixels, s.groups, p.x.vectors && p.dy.vectors, size, false};
   check_counts(problem);
-  Choice choice = choose(problem, 4 * chunk, multiprocessors());
+  const Choice choice = choose(problem, 4 * chunk, multiprocessors());
 
   // The sums are [k][r][s][c]; a dweight in another order (NCHW) is written by the second stage.
   const bool reorder = taps > 1 && C > 1 && a.dw_strides[1] != 1;

@@ -19,6 +19,7 @@ struct Problem {
   int64_t copies;         // groups x phases
   bool vectors;           // both operands come in whole aligned chunks
   int64_t output_size;    // elements, all groups and phases; 0: the reduction cannot be split
+  bool narrow = true;     // the kernel is compiled for blocks of 16 columns
 };
 
 struct Choice {
@@ -36,7 +37,7 @@ inline Choice choose(const Problem& p, int slab, int multiprocessors) {
   const int64_t slabs = divide_up(p.depth, slab);
   const int64_t parts = p.output_size ? std::clamp<int64_t>(slabs / 8, 1, 64) : 1;
   const bool large = p.vectors && p.rows >= 128 && p.columns >= 128 && blocks(128) * parts >= multiprocessors;
-  c.block = p.columns <= 16 ? 2 : large ? 0 : 1;
+  c.block = p.columns <= 16 && p.narrow ? 2 : large ? 0 : 1;
   const int64_t rows = c.block == 1 ? 64 : 128, columns = c.block == 0 ? 128 : c.block == 1 ? 64 : 16;
   c.tiles_m = divide_up(p.rows, rows);
   c.tiles_n = divide_up(p.columns, columns);

@@ -1,7 +1,8 @@
-// Group norm + activation. Sums are kept per sample and channel, so a sample should have some pixels:
-// fastgan/ops/gn_act.py leaves fewer than 16 to PyTorch.
+// Group norm + activation. Sums are kept per sample and channel, so a sample should have some pixels: fewer than 16,
+// and layer norm's one, go to gn_rows.cu.
 #include "cuda/gn_act.cuh"
 
+#include "cuda/gn_rows.hpp"
 #include "cuda/norm.hpp"
 
 namespace fg::cuda {
@@ -26,6 +27,7 @@ GnFinish finish_of(const GnShape& s, const Norm& norm, const Reduction& plan, co
 }  // namespace
 
 int64_t gn_act_forward(const GnShape& s, const GnActForwardArgs& a, const Target& target) {
+  if (s.HW < FEW_PIXELS) return gn_rows_forward(s, a, target);
   constexpr auto op = "gn_act_forward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
   NormTensors t{};
@@ -46,6 +48,7 @@ int64_t gn_act_forward(const GnShape& s, const GnActForwardArgs& a, const Target
 }
 
 int64_t gn_act_backward(const GnShape& s, const GnActBackwardArgs& a, const Target& target) {
+  if (s.HW < FEW_PIXELS) return gn_rows_backward(s, a, target);
   constexpr auto op = "gn_act_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
   NormTensors t{};
@@ -74,6 +77,7 @@ int64_t gn_act_backward(const GnShape& s, const GnActBackwardArgs& a, const Targ
 }
 
 int64_t gn_act_double_backward(const GnShape& s, const GnActDoubleBackwardArgs& a, const Target& target) {
+  if (s.HW < FEW_PIXELS) return gn_rows_double_backward(s, a, target);
   constexpr auto op = "gn_act_double_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
   NormTensors t{};

@@ -10,7 +10,9 @@
 #include "cuda/kernels.hpp"
 #include "cuda/prelude.cuh"
 
-#ifndef FG_SIMT
+#if defined(FG_NVRTC)
+#include "cuda/nvrtc/loader.hpp"
+#elif !defined(FG_SIMT)
 #define FG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #endif

@@ -1,8 +1,9 @@
 // What every device file starts from: float conversion, vectors of 16 bytes, warp reductions, activations.
 //
 // Device code (.cuh) includes cuda_bf16.h, cuda_fp16.h and other .cuh only, so that NVRTC compiles it without a
-// toolkit; launchers (.cu) add cuda/launch.hpp. tests/emulation/simt puts its own cuda_fp16.h first on the include path
-// and compiles the same files with a C++ compiler: it defines FG_SIMT and the four macros below.
+// toolkit; launchers (.cu) add cuda/launch.hpp. Without nvcc both headers are those of cuda/nvrtc/toolkit.
+// tests/emulation/simt puts its own first on the include path and compiles the same files with a C++ compiler: it
+// defines FG_SIMT and the four macros below.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -8,7 +8,9 @@
 // an element. The N samples fall into G groups of N/G, and a channel's constants may differ by group. V elements move
 // at a time: 16 bytes where rows and addresses allow it, else 1. Reductions leave partials [G][splits][WORDS][C]; the
 // splits depend on the shape alone, so sums are bit-equal from run to run and from card to card. A Body that WRITES is
-// applied by its reduction too, in the same pass.
+// applied by its reduction too, in the same pass. Two kinds of Body know of both axes: one with ALONG > 0 has
+// per-channel vectors along its rows, which reduce_rows gives it as further inputs; one with At has constants of each
+// row of columns too, which at_row(row, coefs, at) joins with those of the columns.
 #pragma once
 
 #include "cuda/prelude.cuh"
@@ -60,7 +62,34 @@ FG_DEVICE void apply_one(const Body& body, i64 at, const Pack<typename Body::T, 
     if (body.out[k]) store<V>(body.out[k] + at, result[k]);
 }
 
+template <class Body>
+concept ByRow = requires { typename Body::At; };
+
+template <class Body>
+constexpr int ALONG = 0;
+template <class Body>
+  requires(Body::ALONG > 0)
+constexpr int ALONG<Body> = Body::ALONG;
+
+// V columns of one row.
+template <class Body, int V>
+FG_DEVICE void apply_columns_of(const Body& body, i64 row, i64 at, const Pack<typename Body::T, V> (&raw)[Body::INPUTS],
+                                const typename Body::Coef (&coefs)[V]) {
+  if constexpr (ByRow<Body>) {
+    typename Body::At here[V];
+    body.at_row(row, coefs, here);
+    apply_one<Body, V>(body, at, raw, [&](int j) { return here[j]; });
+  } else {
+    apply_one<Body, V>(body, at, raw, [&](int j) { return coefs[j]; });
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- apply
+
+// Blocks start in the order of their index. A reduction with many groups (group norm) has gone through the tensor from
+// its begin, so what the L2 cache still has of a larger tensor is its end, and apply begins there. A reduction that
+// goes through all of it at once (batch norm's splits) leaves a part of everything: any order does.
+FG_DEVICE u32 last_first() { return gridDim.x - 1 - blockIdx.x; }
 
 // Grid: blocks of THREADS * UNROLL vectors, over all of the tensor. V divides HW.
 template <class Body, int V>
@@ -69,7 +98,8 @@ __global__ void __launch_bounds__(THREADS) apply_rows_kernel(Body body, Planes p
   const u32 row_vectors = static_cast<u32>(p.pixels / V), channels = static_cast<u32>(p.channels);
   const i64 rows = p.groups * p.samples * p.channels, total = rows * row_vectors;
   // 64-bit divisions once a block, 32-bit ones a thread
-  const i64 begin = static_cast<i64>(blockIdx.x) * (THREADS * U), row0 = begin / row_vectors, sample0 = row0 / channels;
+  const i64 begin = static_cast<i64>(last_first()) * (THREADS * U), row0 = begin / row_vectors,
+            sample0 = row0 / channels;
   const u32 offset0 = static_cast<u32>(begin - row0 * row_vectors);
   const u32 channel0 = static_cast<u32>(row0 - sample0 * channels);
   Pack<typename Body::T, V> raw[U][Body::INPUTS];
@@ -99,13 +129,13 @@ struct Tile {
 };
 
 template <int V>
-FG_DEVICE Tile tile_of(const Planes& p, int lanes_x, int splits, i64 rows_per_split) {
+FG_DEVICE Tile tile_of(const Planes& p, u32 block_index, int lanes_x, int splits, i64 rows_per_split) {
   const int tiles = (p.channels + lanes_x * V - 1) / (lanes_x * V);
   Tile t;
   t.lane_x = static_cast<int>(threadIdx.x) % lanes_x;
   t.lane_y = static_cast<int>(threadIdx.x) / lanes_x;
   t.lanes_y = THREADS / lanes_x;
-  const i64 block = blockIdx.x, rest = block / tiles;
+  const i64 block = block_index, rest = block / tiles;
   t.column = (static_cast<int>(block - rest * tiles) * lanes_x + t.lane_x) * V;
   t.group = rest / splits;
   t.split = rest - t.group * splits;
@@ -121,7 +151,7 @@ template <class Body, int V>
 __global__ void __launch_bounds__(THREADS)
     apply_columns_kernel(Body body, Planes p, int lanes_x, int splits, i64 rows_per_split) {
   constexpr int U = UNROLL<Body>;
-  const Tile t = tile_of<V>(p, lanes_x, splits, rows_per_split);
+  const Tile t = tile_of<V>(p, last_first(), lanes_x, splits, rows_per_split);
   if (!t.inside) return;
   typename Body::Coef coefs[V];
   body.coefs(t.group, t.column, coefs);
@@ -136,7 +166,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const i64 r = row + u * t.lanes_y;
-      if (r < t.end) apply_one<Body, V>(body, base + r * p.channels, raw[u], [&](int j) { return coefs[j]; });
+      if (r < t.end) apply_columns_of<Body, V>(body, r, base + r * p.channels, raw[u], coefs);
     }
   }
 }
@@ -148,9 +178,10 @@ FG_DEVICE float* partial_at(float* partials, i64 group, int splits, i64 split, i
 }
 
 // Grid: groups x channels x splits; a block, or where there is little to add a warp (LANES), has one channel of a group
-// and one split of it. V divides HW.
+// and one split of it. V divides HW. With vectors along the rows at least 2 blocks a multiprocessor, so 128 registers,
+// are asked for: left alone, ptxas took 80 on sm_100 and spilled one.
 template <class Body, int V, int LANES>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, ALONG<Body> > 0 ? 2 : 0)
     reduce_rows_kernel(Body body, Planes p, float* partials, int splits, i64 vectors_per_split) {
   constexpr int U = UNROLL<Body>;
   using Acc = typename Body::Acc;
@@ -172,6 +203,7 @@ __global__ void __launch_bounds__(THREADS)
   for (u32 first = lane; first < share; first += LANES * U) {
     Pack<typename Body::T, V> raw[U][Body::INPUTS];
     i64 at[U];
+    u32 offsets[U];
     int valid = 0;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -179,16 +211,28 @@ __global__ void __launch_bounds__(THREADS)
       if (local >= share) break;
       const u32 row = (offset0 + local) / row_vectors, offset = offset0 + local - row * row_vectors;
       at[u] = ((sample0 + row) * p.channels + channel) * p.pixels + static_cast<i64>(offset) * V;
+      offsets[u] = offset * V;
       load_inputs<Body, V>(body, at[u], raw[u]);
       valid = u + 1;
     }
-    float in[Body::INPUTS][U * V];
+    float in[Body::INPUTS + ALONG<Body>][U * V];
 #pragma unroll
     for (int u = 0; u < U; ++u)
 #pragma unroll
       for (int k = 0; k < Body::INPUTS; ++k)
 #pragma unroll
         for (int j = 0; j < V; ++j) in[k][u * V + j] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
+    if constexpr (ALONG<Body> > 0)
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (u >= valid) continue;  // accumulate looks at valid elements only
+        float along[ALONG<Body>][V];
+        body.vectors(channel, offsets[u], along);
+#pragma unroll
+        for (int k = 0; k < ALONG<Body>; ++k)
+#pragma unroll
+          for (int j = 0; j < V; ++j) in[Body::INPUTS + k][u * V + j] = along[k][j];
+      }
     body.accumulate(acc, coef[0], in, valid * V);
     if constexpr (Body::WRITES)
 #pragma unroll
@@ -205,6 +249,21 @@ __global__ void __launch_bounds__(THREADS)
       store(partial_at(partials, group, splits, split, Acc::WORDS, k, p.channels) + channel, acc.word[k]);
 }
 
+// One row of V columns into their accumulators.
+template <class Body, int V>
+FG_DEVICE void accumulate_row(const Body& body, i64 row, const Pack<typename Body::T, V> (&raw)[Body::INPUTS],
+                              const typename Body::Coef (&coefs)[V], typename Body::Acc (&acc)[V]) {
+  typename Body::At here[V];
+  body.at_row(row, coefs, here);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    float in[Body::INPUTS][1];
+#pragma unroll
+    for (int k = 0; k < Body::INPUTS; ++k) in[k][0] = to_float(raw[k].v[j]);
+    body.accumulate(acc[j], here[j], in, 1);
+  }
+}
+
 // Grid: groups x splits x column tiles. V divides C.
 template <class Body, int V>
 __global__ void __launch_bounds__(THREADS)
@@ -214,7 +273,7 @@ __global__ void __launch_bounds__(THREADS)
   constexpr int PITCH = COLUMN_LANES + WARP / V;  // the 32 columns that a warp reads below lie in 32 banks
   using Acc = typename Body::Acc;
   FG_SHARED(float, part, [WORDS][WARPS][V * PITCH]);
-  const Tile t = tile_of<V>(p, lanes_x, splits, rows_per_split);
+  const Tile t = tile_of<V>(p, blockIdx.x, lanes_x, splits, rows_per_split);
   Acc acc[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) acc[j].clear();
@@ -232,21 +291,28 @@ __global__ void __launch_bounds__(THREADS)
         load_inputs<Body, V>(body, base + r * p.channels, raw[u]);
         valid = u + 1;
       }
+      if constexpr (ByRow<Body>) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        float in[Body::INPUTS][U];
+        for (int u = 0; u < U; ++u)
+          if (u < valid) accumulate_row<Body, V>(body, row + u * t.lanes_y, raw[u], coefs, acc);
+      } else {
 #pragma unroll
-        for (int k = 0; k < Body::INPUTS; ++k)
+        for (int j = 0; j < V; ++j) {
+          float in[Body::INPUTS][U];
 #pragma unroll
-          for (int u = 0; u < U; ++u) in[k][u] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
-        body.accumulate(acc[j], coefs[j], in, valid);
+          for (int k = 0; k < Body::INPUTS; ++k)
+#pragma unroll
+            for (int u = 0; u < U; ++u) in[k][u] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
+          body.accumulate(acc[j], coefs[j], in, valid);
+        }
       }
       if constexpr (Body::WRITES)
 #pragma unroll
         for (int u = 0; u < U; ++u)
-          if (u < valid)
-            apply_one<Body, V>(body, base + (row + u * t.lanes_y) * p.channels, raw[u],
-                               [&](int j) { return coefs[j]; });
+          if (u < valid) {
+            const i64 r = row + u * t.lanes_y;
+            apply_columns_of<Body, V>(body, r, base + r * p.channels, raw[u], coefs);
+          }
     }
   }
   // rows of a warp by shuffles, then the warps through shared memory, a thread a column: in this order always

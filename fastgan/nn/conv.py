@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import _activation, functional
-from fastgan.nn.norm import bn_act, statistics
+from fastgan.nn.norm import bn_act, statistics, takes_batch_statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
 Size2 = int | tuple[int, int]
@@ -58,6 +58,30 @@ def conv_statistics(
     )
 
 
+def conv_bn_act(
+    conv: nn.Conv2d | nn.ConvTranspose2d,
+    bn: nn.BatchNorm2d,
+    x: Tensor,
+    activation: str | None,
+    slope: float,
+    stat_groups: int = 1,
+) -> Tensor:
+    """A torch convolution module, a batch norm module and an activation: in eval mode as one op."""
+    if takes_batch_statistics(bn):
+        y, known = conv_statistics(conv, x, stat_groups)
+        return bn_act(bn, y, activation, slope, stat_groups, known)
+    norm = statistics(bn, 1) | {
+        "bn_weight": bn.weight, "bn_bias": bn.bias, "activation": activation, "negative_slope": slope,
+    }  # fmt: skip
+    if isinstance(conv, nn.ConvTranspose2d):
+        padding = cast(tuple[int, ...], conv.padding)
+        return functional.conv_transpose2d_bn_act(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation, **norm
+        )
+    x, pads = _padded(conv, x)
+    return functional.conv2d_bn_act(x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm)
+
+
 def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     """Non-zero padding modes pad first, as torch does."""
     if conv.padding_mode == "zeros":
@@ -94,36 +118,12 @@ class _BNAct(_Block):
         self.stat_groups = stat_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        hooks = has_hooks(self.conv) or has_hooks(self.bn)
-        if not (hooks or self.bn.training or self.bn.running_mean is None):
-            return self._folded(x)
-        if not hooks:
-            y, known = conv_statistics(self.conv, x, self.stat_groups)
-            return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups, known)
+        if not (has_hooks(self.conv) or has_hooks(self.bn)):
+            return conv_bn_act(self.conv, self.bn, x, self.activation, self.negative_slope, self.stat_groups)
         y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
         return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
-
-    def _folded(self, x: Tensor) -> Tensor:
-        """Eval mode: batch norm inside the convolution's weight and bias."""
-        conv, bn = self.conv, self.bn
-        norm = statistics(bn, 1) | {
-            "bn_weight": bn.weight,
-            "bn_bias": bn.bias,
-            "activation": self.activation,
-            "negative_slope": self.negative_slope,
-        }
-        if isinstance(conv, nn.ConvTranspose2d):
-            padding = cast(tuple[int, ...], conv.padding)
-            return functional.conv_transpose2d_bn_act(
-                x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups,
-                conv.dilation, **norm,
-            )  # fmt: skip
-        x, pads = _padded(conv, x)
-        return functional.conv2d_bn_act(
-            x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm
-        )
 
 
 class Conv2dBiasAct(_BiasAct):

@@ -78,9 +78,16 @@ def _is_layer_norm(x: Tensor, groups: int) -> bool:
 
 
 def _cuda_declines(x: Tensor) -> str:
-    """The CUDA kernels keep sums per sample and channel: as much memory as x itself where a sample has few pixels."""
-    pixels = planes(x)[2]
-    return "" if pixels >= 16 else f"cuda kernels want at least 16 pixels a sample, got {pixels}"
+    """Rows of few pixels are counted in int."""
+    n, channels, pixels = planes(x)
+    few = pixels < 16 and max(n, pixels) * channels > 2**30
+    return f"cuda kernels want at most 2^30 elements a sample of few pixels, got {tuple(x.shape)}" if few else ""
+
+
+def _layout(core, x: Tensor) -> bool:
+    """Whether the kernels get x as channels_last. CUDA's take a sample of fewer than 16 pixels as one row of channels,
+    each with its pixels: such small images are copied where they lie the other way."""
+    return is_channels_last(x) and not (core is _native.CUDA and planes(x)[2] < 16)
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def reference(x, weight, bias, groups, eps, activation, slope):
 
 
 def launch(core, x, weight, bias, groups, eps, activation, slope):
-    channels_last = is_channels_last(x)
+    channels_last, given = _layout(core, x), is_channels_last(x)
     x = dense(x, channels_last)
     y = torch.empty_like(x)
     mean, var = _statistics_like(x, groups)
@@ -114,7 +121,7 @@ def launch(core, x, weight, bias, groups, eps, activation, slope):
         "gn_act_forward", x, _native.DTYPE_CODES[x.dtype], x, weight, bias, mean, var, y, *planes(x), groups,
         channels_last, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
-    return y, mean, var
+    return dense(y, given), mean, var
 
 
 def fake(x, weight, bias, groups, eps, activation, slope):
@@ -206,7 +213,7 @@ def _instance_norm_backward(dt, x, weight, mean, rstd, eps, wanted):
 
 
 def launch_backward(core, dy, x, weight, bias, mean, var, eps, activation, slope):
-    channels_last = is_channels_last(x)
+    channels_last, given = _layout(core, x), is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     dx, dweight, dbias = torch.empty_like(x), _gradient_like(x, weight), _gradient_like(x, bias)
     weight, bias = _native.float_vectors(weight, bias)
@@ -215,7 +222,7 @@ def launch_backward(core, dy, x, weight, bias, mean, var, eps, activation, slope
         None if weight is None else dweight, None if bias is None else dbias, *planes(x), mean.shape[1],
         channels_last, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
-    return dx, dweight, dbias
+    return dense(dx, given), dweight, dbias
 
 
 def fake_backward(dy, x, weight, bias, mean, var, eps, activation, slope):
@@ -314,7 +321,7 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
 
 
 def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, eps, activation, slope):
-    channels_last = is_channels_last(x)
+    channels_last, given = _layout(core, x), is_channels_last(x)
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     ddx = None if ddx is None else dense(ddx, channels_last)
     d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), _gradient_like(x, weight)
@@ -325,7 +332,7 @@ def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mea
         d_dy, d_x, None if weight is None else d_weight, *planes(x), mean.shape[1], channels_last, eps,
         _activation.CODES[activation], slope,
     )  # fmt: skip
-    return d_dy, d_x, d_weight
+    return dense(d_dy, given), dense(d_x, given), d_weight
 
 
 def fake_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, eps, activation, slope):

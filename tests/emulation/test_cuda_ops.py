@@ -141,12 +141,40 @@ def test_instance_norm_without_parameters(record, ran, dtype):
     on_cuda(ran, "gn_act", "gn_act_backward", "gn_act_double_backward")
 
 
-def test_few_pixels_are_left_to_pytorch(record, ran):
-    with backends.watching(lambda op, name, why: ran.add(why)):
-        functional.gn_act(torch.randn(4, 6, 3, 3), 2)
-    assert ("gn_act", "reference") in ran
-    refused = backends.refusal(OPS["gn_act"], "cuda", (torch.randn(4, 6, 3, 3), None, None, 2, 1e-5, "relu", 0.0))
-    assert refused == "cuda kernels want at least 16 pixels a sample, got 9"
+FEW_PIXELS = [  # shape, groups: layer norm (whole vectors, odd, several splits, many rows), few pixels
+    ((5, 64), 1),
+    ((3, 37), 1),
+    ((2, 9001), 1),
+    ((600, 24), 1),
+    ((4, 48), 6),
+    ((2, 12, 3, 3), 2),
+    ((3, 20, 3, 5), 1),
+    ((2, 8, 1, 2), 8),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("shape", "groups"), FEW_PIXELS, ids=str)
+def test_gn_act_of_few_pixels(record, ran, shape, groups, dtype):
+    record.configure(seed=3)
+    for layout in LAYOUTS if len(shape) == 4 else [torch.contiguous_format]:
+        for activation in ACTIVATIONS:
+            ours = lambda x, w, b, a=activation: functional.gn_act(x, groups, w, b, activation=a)
+            plain = lambda x, w, b, a=activation: ACTIVATIONS[a](F.group_norm(x, groups, w, b))
+            against_plain(ours, plain, (noise(*shape) * 2 + 3, *affine(shape[1])), dtype, layout, "cuda")
+    on_cuda(ran, "gn_act", "gn_act_backward", "gn_act_double_backward")
+
+
+@dtypes
+@pytest.mark.parametrize("with_parameters", [True, False])
+def test_a_critics_layer_norm(record, ran, with_parameters, dtype):
+    """Over C, H and W, as WGAN-GP's critics have it."""
+    shape = (8, 12, 6)
+    ours = lambda x, w=None, b=None: functional.ln_act(x, shape, w, b)
+    plain = lambda x, w=None, b=None: F.leaky_relu(F.layer_norm(x, shape, w, b), 0.2)
+    parameters = (torch.rand(shape, dtype=torch.float64) + 0.5, noise(*shape)) if with_parameters else ()
+    against_plain(ours, plain, (noise(5, *shape) * 2 + 3, *parameters), dtype, torch.contiguous_format, "cuda")
+    on_cuda(ran, "gn_act", "gn_act_backward", "gn_act_double_backward")
 
 
 @layouts
@@ -245,7 +273,35 @@ def test_statistics_do_not_cancel(record, columns):
     torch.testing.assert_close(mean, want_mean.float(), rtol=2e-7, atol=0)
 
 
+CRITIC = (8, 8192)  # samples of a critic's layer norm
+CRITIC_TRAFFIC = {
+    "gn_act": (lambda x, v: (x, v, v.clone(), 1, 1e-5, "relu", 0.0), 3),
+    "gn_act_backward": (
+        lambda x, v: (x, x.clone(), v, v.clone(), torch.randn(8, 1), torch.rand(8, 1) + 1, 1e-5, "relu", 0.0),
+        5,
+    ),
+    "gn_act_double_backward": (
+        lambda x, v: (
+            *(x, x.clone(), v, v.clone(), x.clone(), v.clone(), v.clone()),
+            *(torch.randn(8, 1), torch.rand(8, 1) + 1, 1e-5, "relu", 0.0),
+        ),
+        8,
+    ),
+}
+
+
 # ---- any order of threads gives the same bits ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CRITIC_TRAFFIC)
+def test_thread_orders_of_layer_norm_are_bit_equal(record, name):
+    results = []
+    for seed in range(4):
+        record.configure(seed=seed)
+        torch.manual_seed(0)
+        results.append(OPS[name].run(*CRITIC_TRAFFIC[name][0](torch.randn(8, 264), torch.randn(264))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @layouts
@@ -328,6 +384,24 @@ def test_traffic(record, name, dtype, layout):
     wavefronts = sum(launch.shared_wavefronts for launch in record.launches)
     ideal = sum(launch.shared_ideal for launch in record.launches)
     assert wavefronts <= 1.1 * ideal
+
+
+@dtypes
+@pytest.mark.parametrize("name", CRITIC_TRAFFIC)
+def test_traffic_of_layer_norm(record, name, dtype):
+    """As other norms. The parameters' vectors, as long as a sample, come on top: once a sample for the sums along the
+    rows, and for the columns once a warp of the block that shares them, from the cache."""
+    arguments, accesses = CRITIC_TRAFFIC[name]
+    x = torch.randn(CRITIC).to(dtype)
+    record.configure(counting=True)
+    OPS[name].run(*arguments(x, torch.randn(CRITIC[1])))
+    size = x.numel() * x.element_size()
+    images = [t for t in record.traffic if t.bytes == size]
+    assert accesses * size <= sum(t.requested for t in images) <= 1.05 * accesses * size
+    assert sum(t.requested for t in images) >= 0.9 * 32 * sum(t.sectors for t in images)
+    vectors = [t for t in record.traffic if t.bytes == 4 * CRITIC[1]]
+    assert vectors and all(t.requested <= (CRITIC[0] + 8) * t.bytes for t in vectors)
+    assert sum(n.shared_wavefronts for n in record.launches) <= 1.1 * sum(n.shared_ideal for n in record.launches)
 
 
 @layouts

@@ -21,6 +21,9 @@ PYBIND11_MODULE(fastgan_cuda_shim, m) {
       },
       arg("seed"), arg("counting"), "Thread order (0: natural) and whether accesses are counted.");
   m.def(
+      "last_blocks", [](unsigned count) { simt::settings.last_blocks = count; }, arg("count"),
+      "Run only so many of the last blocks of each grid; 0: all.");
+  m.def(
       "declare",
       [](binding::Address begin, uint64_t bytes) {
         for (auto& r : simt::regions)

@@ -532,18 +532,19 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_bytes, bool
                                         " bytes of dynamic shared memory"));
   launches.push_back({kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(n)});
   std::mt19937 rng(settings.seed);
-  std::vector<unsigned> order(blocks);
-  for (size_t i = 0; i < blocks; ++i) order[i] = static_cast<unsigned>(i);
+  const size_t ran = settings.last_blocks ? std::min<size_t>(settings.last_blocks, blocks) : blocks;
+  std::vector<unsigned> order(ran);
+  for (size_t i = 0; i < ran; ++i) order[i] = static_cast<unsigned>(blocks - ran + i);
   if (settings.seed) std::shuffle(order.begin(), order.end(), rng);
   host_race = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
-  const size_t resident = cooperative ? blocks : 1;
+  const size_t resident = cooperative ? ran : 1;
   std::vector<Block> living(resident);
   std::vector<Fiber*> fibers(resident * n);
   for (size_t i = 0; i < fibers.size(); ++i) fibers[i] = fiber(i);
   // blocks are born of a context that knows nothing of earlier blocks
   const bool apart = __tsan_create_fiber && settings.race == Race::BETWEEN;
   void* creator = apart ? __tsan_create_fiber(0) : host_race;
-  for (size_t next = 0; next < blocks; next += resident) {
+  for (size_t next = 0; next < ran; next += resident) {
     for (size_t b = 0; b < resident; ++b)
       open_block(living[b], order[next + b], grid, size, dynamic_bytes, &fibers[b * n], n, creator);
     run(living, rng);

@@ -53,6 +53,7 @@ struct Settings {
   unsigned seed = 0;  // 0: natural order; else blocks and threads run in orders drawn from it
   Race race = Race::WITHIN;
   bool counting = false;
+  unsigned last_blocks = 0;  // 0: every block of a grid; else so many of its last ones
 };
 extern Settings settings;
 

@@ -1,0 +1,12 @@
+// Found instead of the toolkit's file of this name where kernels are compiled at first use: the little that launchers
+// ask of the runtime, answered by loader.cpp.
+#pragma once
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+cudaError_t cudaGetLastError();  // of this thread, and forgets it
+const char* cudaGetErrorString(cudaError_t);
+cudaError_t cudaGetDevice(int*);
+cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int device);

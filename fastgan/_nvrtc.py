@@ -1,0 +1,48 @@
+"""Finds what compiles the CUDA kernels at first use: NVRTC, which torch's CUDA builds bring, and the driver.
+
+Only for installations built without nvcc; csrc/cuda/nvrtc does the rest. Nothing is compiled here or at import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastgan.backends import cache_dir
+
+DRIVERS = ["libcuda.so.1"]
+REMEDY = (
+    "install NVIDIA's package of NVRTC (pip install nvidia-cuda-nvrtc, for CUDA 12 nvidia-cuda-nvrtc-cu12), "
+    "or reinstall fastgan with nvcc on PATH"
+)
+
+
+def prepare(cuda: ModuleType) -> str:
+    """Open both libraries for fastgan._C.cuda: "" or why its kernels cannot be compiled, and the remedy."""
+    version = torch.version.cuda
+    if version is None:
+        return "this PyTorch is built without CUDA"
+    major = int(version.partition(".")[0])
+    if major < 12:
+        return f"compiling CUDA kernels at first use needs a PyTorch for CUDA 12 or newer, got {version}"
+    reason: str = cuda.prepare(DRIVERS, [*compilers(major)], str(cache_dir() / "kernels"))
+    return f"its kernels cannot be compiled at first use: {reason}; {REMEDY}" if reason else ""
+
+
+def compilers(major: int) -> Iterator[str]:
+    """Where NVRTC of torch's CUDA version may lie: NVIDIA's wheels, torch's own folder, the loader's search path."""
+    nvidia = importlib.util.find_spec("nvidia")
+    roots = [Path(p) for p in (nvidia.submodule_search_locations or [])] if nvidia else []
+    folders = [f for root in roots for f in sorted(root.glob("*/lib"))]
+    for folder in (*folders, Path(torch.__file__).parent / "lib"):
+        yield from (str(p) for p in sorted(folder.glob(f"libnvrtc*.so.{major}*")) if _is_compiler(p.name))
+    yield f"libnvrtc.so.{major}"
+
+
+def _is_compiler(name: str) -> bool:
+    """Not libnvrtc-builtins, which NVRTC opens itself, nor its variant for old kernels of Linux, "alt"."""
+    return "builtins" not in name and ".alt." not in name
