@@ -346,13 +346,15 @@ def test_eval_mode_penalties_still_go_by_forward_ops(always):
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.*LeafSpec:FutureWarning")
-def test_a_fused_block_compiles_whole(always):
-    model, x = blocks()[:2], torch.randn(4, 2, 8, 6)
+@pytest.mark.parametrize("make", [lambda: blocks()[:2], lambda: converted()], ids=["blocks", "converted"])
+def test_fused_blocks_compile_whole(make, always):
+    model, x = make(), torch.randn(4, 2, 8, 6)
     torch._dynamo.reset()
     with testing.emulate("triton") as record:
         eager = model(x)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    assert record.kernels.count("finish_moments_kernel") == 4 and distance(compiled, eager) < 1e-6
+    fused = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert record.kernels.count("finish_moments_kernel") == 2 * fused and distance(compiled, eager) < 1e-6
 
 
 # ---- converted models ------------------------------------------------------------------------------------------------
