@@ -318,11 +318,12 @@ GanLossArgs gan_loss_args(const char* op, int dtype, Address fake, int64_t n_fak
 
 template <class Core, class... Tail>
 int64_t gan_loss_forward(int dtype, Address fake, int64_t n_fake, Address real, int64_t n_real, int kind, int side,
-                         float smoothing, Address out, Tail... tail) {
+                         float smoothing, Address loss, Address statistics, Tail... tail) {
   const Core core{tail...};
   constexpr auto op = "gan_loss_forward";
   GanLossArgs args = gan_loss_args<Core>(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, core);
-  args.out = at<float>(out);
+  args.loss = at<float>(loss);
+  args.statistics = at<float>(statistics);
   return core.run(Core::table().gan_loss_forward, args);
 }
 
@@ -338,6 +339,22 @@ int64_t gan_loss_backward(int dtype, Address dloss, Address fake, int64_t n_fake
   return core.run(Core::table().gan_loss_backward, args);
 }
 
+template <class Core, class... Tail>
+int64_t gan_loss_double_backward(int dtype, Address ddfake, Address ddreal, Address dloss, Address fake, int64_t n_fake,
+                                 Address real, int64_t n_real, int kind, int side, float smoothing, Address d_dloss,
+                                 Address d_fake, Address d_real, Tail... tail) {
+  const Core core{tail...};
+  constexpr auto op = "gan_loss_double_backward";
+  GanLossArgs args = gan_loss_args<Core>(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, core);
+  args.dloss = at<float>(dloss);
+  args.ddfake = at(ddfake);
+  args.ddreal = at(ddreal);
+  args.d_dloss = at<float>(d_dloss);
+  args.dfake = at(d_fake);
+  args.dreal = at(d_real);
+  return core.run(Core::table().gan_loss_double_backward, args);
+}
+
 // ---------------------------------------------------------------------------------------------- penalties
 
 inline void samples_of(const char* op, int64_t N, int64_t E) {
@@ -346,14 +363,24 @@ inline void samples_of(const char* op, int64_t N, int64_t E) {
 }
 
 template <class Core, class... Tail>
-int64_t interpolate_forward(int dtype, Address real, Address fake, Address epsilon, Address y, int64_t N, int64_t E,
-                            Tail... tail) {
+int64_t interpolate_forward(int dtype, Address real, Address fake, Address epsilon, Address rest, Address y, int64_t N,
+                            int64_t E, Tail... tail) {
   const Core core{tail...};
   constexpr auto op = "interpolate_forward";
   samples_of(op, N, E);
-  const InterpolateArgs args{dtype_of<Core>(op, dtype), at(real), at(fake), at<float>(epsilon), at(y), N, E,
+  const InterpolateArgs args{dtype_of<Core>(op, dtype), at(real), at(fake), at<float>(epsilon),
+                             at<float>(rest),           at(y),    N,        E,
                              core.threads(op)};
   return core.run(Core::table().interpolate_forward, args);
+}
+
+template <class Core, class... Tail>
+int64_t sample_dot(int dtype, Address x, Address y, Address dot, int64_t N, int64_t E, Tail... tail) {
+  const Core core{tail...};
+  constexpr auto op = "sample_dot";
+  samples_of(op, N, E);
+  const SampleDotArgs args{dtype_of<Core>(op, dtype), at(x), at(y), at<float>(dot), N, E, core.threads(op)};
+  return core.run(Core::table().sample_dot, args);
 }
 
 template <class Core>
@@ -441,12 +468,17 @@ void bind_kernels(py::module_& m, const Names&... tail) {
         arg("dbias"), arg("N"), arg("C"), arg("HW"), arg("channels_last"), arg("act"), arg("slope"), tail...);
 
   m.def("gan_loss_forward", &gan_loss_forward<Core, Tail...>, arg("dtype"), arg("fake"), arg("n_fake"), arg("real"),
-        arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("out"), tail...);
+        arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("loss"), arg("statistics"), tail...);
   m.def("gan_loss_backward", &gan_loss_backward<Core, Tail...>, arg("dtype"), arg("dloss"), arg("fake"), arg("n_fake"),
         arg("real"), arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("dfake"), arg("dreal"), tail...);
+  m.def("gan_loss_double_backward", &gan_loss_double_backward<Core, Tail...>, arg("dtype"), arg("ddfake"),
+        arg("ddreal"), arg("dloss"), arg("fake"), arg("n_fake"), arg("real"), arg("n_real"), arg("kind"), arg("side"),
+        arg("smoothing"), arg("d_dloss"), arg("d_fake"), arg("d_real"), tail...);
 
   m.def("interpolate_forward", &interpolate_forward<Core, Tail...>, arg("dtype"), arg("real"), arg("fake"),
-        arg("epsilon"), arg("y"), arg("N"), arg("E"), tail...);
+        arg("epsilon"), arg("rest"), arg("y"), arg("N"), arg("E"), tail...);
+  m.def("sample_dot", &sample_dot<Core, Tail...>, arg("dtype"), arg("x"), arg("y"), arg("dot"), arg("N"), arg("E"),
+        tail...);
   m.def("grad_norm_penalty_forward", &grad_norm_penalty_forward<Core, Tail...>, arg("dtype"), arg("gradient"),
         arg("penalty"), arg("norm"), arg("N"), arg("E"), arg("target"), tail...);
   m.def("grad_norm_penalty_backward", &grad_norm_penalty_backward<Core, Tail...>, arg("dtype"), arg("dpenalty"),

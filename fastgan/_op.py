@@ -157,39 +157,18 @@ def around(wrap: Callable[[Op, Launcher], Launcher]) -> Iterator[None]:
         _around = before
 
 
-# ---- gradients that nobody asked for ---------------------------------------------------------------------------------
+def wanted(ctx: Any, index: int) -> bool:
+    """Whether the running backward pass uses the gradient of input `index` (the inputs before it are tensors too).
 
-_inputs_only: set[int] = set()  # running backward passes that want no gradient of a Parameter
-
-
-@contextlib.contextmanager
-def inputs_only(root: Tensor) -> Iterator[None]:
-    """Within: a backward pass from `root` computes no gradients of Parameters, for `autograd.grad(root, x)`.
-
-    autograd tells its own nodes what is wanted of a pass, Python's nodes it does not: each convolution of ours would
-    make a whole weight gradient for nothing, one sixth of a double backward. Passes are known by autograd's own number,
-    so that one in another thread is left alone.
+    autograd asks this of its own nodes before they compute, of Python's nodes it does not: in `autograd.grad(y, x)`
+    each convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
     """
-    noted: list[int] = []
-
-    def note(cotangent: Tensor) -> None:
-        noted.append(torch._C._current_graph_task_id())
-        _inputs_only.update(noted)
-
-    hook = root.register_hook(note)
-    try:
-        yield
-    finally:
-        hook.remove()
-        _inputs_only.difference_update(noted)
-
-
-def wanted(ctx: Any, index: int, weight: Tensor) -> bool:
-    """Whether a backward must compute the gradient of its input `index`, the tensor `weight`."""
     if not ctx.needs_input_grad[index]:
         return False
-    skipped = _inputs_only and isinstance(weight, torch.nn.Parameter)
-    return not (skipped and torch._C._current_graph_task_id() in _inputs_only)
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # refused for a leaf that the pass is asked for itself, and where no engine runs
+        return True
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:

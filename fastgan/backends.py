@@ -202,6 +202,23 @@ def forced() -> tuple[str, bool]:
     return _forced, _racing
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a kernel of this op may run on this type of device: else a fused op is better run as its parts.
+
+    Not whether it takes a certain case: then the reference does.
+    """
+    if device == "cpu" and not _emulated:  # no fused op has a kernel there
+        return False
+    from fastgan._op import OPS
+
+    def may_run(name: str) -> bool:
+        runs_on = ("cpu",) if name in _emulated else DEVICES[name]
+        return device in runs_on and not missing(name) and (op, name) not in _disabled
+
+    return any(_forced in ("auto", name) and may_run(name) for name in OPS[op].backends)
+
+
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 _forced = "auto"

@@ -4,6 +4,8 @@ The classes of the children of nn.Sequential chains are swapped for subclasses o
 parameters and buffers stay the objects they were, so isinstance, deepcopy, pickling, optimisers and checkpoints do too.
 In a chain "norm, activation" the norm computes both and the activation passes its input through, as long as neither has
 hooks; both look at that at every call, so a hook added later finds the values it expects.
+In a chain "convolution, batch norm" in training on a GPU the convolution computes the batch's statistics with its
+output, and the output carries them, as an attribute, to the norm, which then reads it once.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.backends import watching
-from fastgan.nn.conv import conv_act, has_hooks
-from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act
+from fastgan import functional
+from fastgan.backends import has_kernel, watching
+from fastgan.nn.conv import conv_act, conv_statistics, has_hooks
+from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.training import linearised
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -32,11 +35,29 @@ def _epilogue(module: nn.Module) -> tuple[str, float]:
     return follower._fused_name, getattr(follower, "negative_slope", 0.0)
 
 
+def _convolve(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """The convolution with the activation that it takes over, or with the statistics that a batch norm will want."""
+    norm = conv.__dict__.get("_fused_norm")
+    if norm is None or not takes_batch_statistics(norm) or torch.compiler.is_compiling():
+        return conv_act(conv, x, *_epilogue(conv))
+    y, known = conv_statistics(conv, x, norm.stat_groups)
+    if known is not None and not (y.is_inference() or has_hooks(conv) or has_hooks(norm)):
+        y._fastgan_statistics = y._version, known  # type: ignore[attr-defined]
+    return y
+
+
+def _carried(x: Tensor, groups: int) -> functional.Statistics:
+    """The batch statistics that a convolution left with x, unless x was changed since or is cut into other groups."""
+    version, known = getattr(x, "_fastgan_statistics", (-1, None))
+    fits = known is not None and version == x._version and len(known[0]) == groups
+    return known if fits else None
+
+
 class FusedConv2d(nn.Conv2d):
     """nn.Conv2d on fastgan's op, with the activation that follows it where there is one."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return conv_act(self, input, *_epilogue(self))
+        return _convolve(self, input)
 
 
 class FusedConvTranspose2d(nn.ConvTranspose2d):
@@ -45,7 +66,7 @@ class FusedConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
             return super().forward(input, output_size)
-        return conv_act(self, input, *_epilogue(self))
+        return _convolve(self, input)
 
 
 class FusedBatchNorm1d(nn.BatchNorm1d):
@@ -63,7 +84,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     stat_groups = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        return bn_act(self, input, *_epilogue(self), self.stat_groups)
+        return bn_act(self, input, *_epilogue(self), self.stat_groups, _carried(input, self.stat_groups))
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -173,7 +194,7 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True) 
         if error:
             for module, original in reversed(swapped):
                 module.__class__ = original
-                for key in ("_fused_activation", "_fused_predecessor"):
+                for key in ("_fused_activation", "_fused_predecessor", "_fused_norm"):
                     module.__dict__.pop(key, None)
             raise RuntimeError(f"convert: the converted model must give the same numbers, got {error}")
     return model
@@ -196,6 +217,8 @@ def _fuse(
         # into __dict__, past nn.Module's registration: state_dict keys and parents stay as they are
         child.__dict__["_fused_activation"] = following
         following.__dict__["_fused_predecessor"] = child
+    elif isinstance(child, CONVOLUTIONS) and type(following) is nn.BatchNorm2d and not _refusal(following, owners):
+        child.__dict__["_fused_norm"] = following
 
 
 def _chains(model: nn.Module) -> Iterator[nn.Sequential]:
@@ -322,6 +345,8 @@ def _row(name: str, m: nn.Module, in_chain: dict[int, nn.Sequential], owners: Co
     if type(m) in OPS:
         activation = _epilogue(m)[0]
         row.runs = f"fastgan.{OPS[type(m)]}" + ("" if activation == "identity" else f" + {activation}")
+        if "_fused_norm" in m.__dict__ and has_kernel(f"{OPS[type(m)]}_statistics", m.weight.device.type):
+            row.runs += " + the norm's statistics in training"
         row.why = "" if activation != "identity" or "_fused_activation" not in m.__dict__ else "hooks: run apart"
     elif isinstance(m, _Absorbed):
         apart = _epilogue(m.__dict__["_fused_predecessor"])[0] == "identity"

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 Size2 = int | Sequence[int]
+Statistics = tuple[Tensor, Tensor] | None  # (mean, var) of a batch
 
 
 def _pair(op: str, name: str, value: Size2, least: int) -> list[int]:
@@ -100,8 +101,17 @@ def conv2d(
         ValueError: shapes that do not fit, an unknown activation, a negative slope below 0.
         TypeError: dtypes that differ outside autocast.
     """
+    activation = _activation.check("conv2d", activation, negative_slope)
+    args = _conv2d_arguments(x, weight, bias, stride, padding, dilation, groups)
+    y = _conv2d.op(*args, activation, float(negative_slope))
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _conv2d_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Size2, padding: Size2 | str, dilation: Size2, groups: int
+) -> tuple:
+    """The op's arguments up to groups, checked."""
     name = "conv2d"
-    activation = _activation.check(name, activation, negative_slope)
     _check_tensors(name, x, weight, bias)
     strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
     if isinstance(padding, str):
@@ -120,8 +130,33 @@ def conv2d(
             f"{name}: the kernel must fit into the padded input, got x {tuple(x.shape)}, weight "
             f"{tuple(weight.shape)}, padding {paddings}, dilation {dilations}"
         )
-    y = _conv2d.op(batched, weight, bias, strides, paddings, dilations, groups, activation, float(negative_slope))
-    return y if x.dim() == 4 else y.squeeze(0)
+    return batched, weight, bias, strides, paddings, dilations, groups
+
+
+def conv2d_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    stat_groups: int = 1,
+) -> tuple[Tensor, Statistics]:
+    """`conv2d` and, where a GPU's kernel makes them in its epilogue, y's batch statistics for `bn_act`.
+
+    Returns:
+        (y, (mean, var)) with [stat_groups, K] float32 statistics of y, var biased, no gradients; (y, None) on a CPU and
+        wherever `bn_act` is as fast with its own.
+    """
+    args = _conv2d_arguments(x, weight, bias, stride, padding, dilation, groups)
+    shape = _conv2d.output_shape(args[0], weight, *args[3:6])
+    if x.dim() == 4 and _conv2d.statistics_pay(shape, x.device.type, "conv2d_statistics", stat_groups):
+        y, mean, var = _conv2d.statistics(*args, stat_groups)
+        return y, (mean, var)
+    y = _conv2d.op(*args, "identity", 0.0)
+    return y if x.dim() == 4 else y.squeeze(0), None
 
 
 def _string_padding(
@@ -175,8 +210,24 @@ def conv_transpose2d(
         ValueError: shapes that do not fit, an unknown activation, a negative slope below 0.
         TypeError: dtypes that differ outside autocast.
     """
+    activation = _activation.check("conv_transpose2d", activation, negative_slope)
+    args = _conv_transpose2d_arguments(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    y = _conv_transpose2d.op(*args, activation, float(negative_slope))
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _conv_transpose2d_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size2,
+    padding: Size2,
+    output_padding: Size2,
+    groups: int,
+    dilation: Size2,
+) -> tuple:
+    """The op's arguments up to dilation, checked."""
     name = "conv_transpose2d"
-    activation = _activation.check(name, activation, negative_slope)
     _check_tensors(name, x, weight, bias)
     strides, dilations = _pair(name, "stride", stride, 1), _pair(name, "dilation", dilation, 1)
     paddings, extra = _pair(name, "padding", padding, 0), _pair(name, "output_padding", output_padding, 0)
@@ -195,10 +246,29 @@ def conv_transpose2d(
     shape = _conv_transpose2d.output_shape(batched, weight, strides, paddings, extra, groups, dilations)
     if min(shape[2:]) < 1:
         raise ValueError(f"{name}: the output must not be empty, got x {tuple(x.shape)}, padding {paddings}")
-    y = _conv_transpose2d.op(
-        batched, weight, bias, strides, paddings, extra, groups, dilations, activation, float(negative_slope)
-    )
-    return y if x.dim() == 4 else y.squeeze(0)
+    return batched, weight, bias, strides, paddings, extra, groups, dilations
+
+
+def conv_transpose2d_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    output_padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+    *,
+    stat_groups: int = 1,
+) -> tuple[Tensor, Statistics]:
+    """`conv_transpose2d` with batch statistics, as `conv2d_statistics`."""
+    args = _conv_transpose2d_arguments(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    shape = _conv_transpose2d.output_shape(args[0], weight, *args[3:])
+    if x.dim() == 4 and _conv2d.statistics_pay(shape, x.device.type, "conv_transpose2d_statistics", stat_groups):
+        y, mean, var = _conv_transpose2d.statistics(*args, stat_groups)
+        return y, (mean, var)
+    y = _conv_transpose2d.op(*args, "identity", 0.0)
+    return y if x.dim() == 4 else y.squeeze(0), None
 
 
 def bias_act(
@@ -239,6 +309,7 @@ def bn_act(
     activation: str | None = "leaky_relu",
     negative_slope: float = 0.2,
     stat_groups: int = 1,
+    batch_statistics: Statistics = None,
 ) -> Tensor:
     """Batch norm followed by an activation, with statistics over `stat_groups` equal parts of the batch.
 
@@ -254,6 +325,8 @@ def bn_act(
         activation: None, "identity", "relu" or "leaky_relu".
         negative_slope: of leaky_relu, >= 0.
         stat_groups: number of equal parts of the batch; in eval mode it has no effect.
+        batch_statistics: in training, x's own (mean, biased var), [stat_groups, C] each, where they are known already
+            (`conv2d_statistics`): x is then read once. Gradients are those of statistics computed here.
 
     Returns:
         x's shape, dtype and layout.
@@ -289,9 +362,19 @@ def bn_act(
             f"{name}: training needs more than 1 value per channel and stat group, got x {tuple(x.shape)}; "
             "use a larger batch or call .eval()"
         )
-    y, mean, var = _bn_act.op(
-        x, weight, bias, None, None, True, float(eps), activation, float(negative_slope), stat_groups
-    )
+    if batch_statistics is None:
+        y, mean, var = _bn_act.op(
+            x, weight, bias, None, None, True, float(eps), activation, float(negative_slope), stat_groups
+        )
+    else:
+        mean, var = batch_statistics
+        shape = (stat_groups, x.shape[1])
+        if mean.shape != shape or var.shape != shape or mean.device != x.device or var.device != x.device:
+            raise ValueError(
+                f"{name}: batch_statistics must have shape {shape} on {x.device}, "
+                f"got {tuple(mean.shape)} on {mean.device} and {tuple(var.shape)} on {var.device}"
+            )
+        y = _bn_act.op(x, weight, bias, mean, var, True, float(eps), activation, float(negative_slope), stat_groups)[0]
     if count:
         _update(running_mean, running_var, mean, var, count, momentum)
     return y
@@ -556,7 +639,7 @@ def interpolate(
             f"{name}: epsilon must have shape ({len(real)},) on {real.device}, "
             f"got {tuple(epsilon.shape)} on {epsilon.device}"
         )
-    return _interpolate.op(real, fake, epsilon)
+    return _interpolate.op(real, fake, epsilon, None)
 
 
 def grad_norm_penalty(gradient: Tensor, target: float = 1.0) -> Tensor:
@@ -631,7 +714,8 @@ def conv2d_bn_act(
 ) -> Tensor:
     """Convolution, batch norm and activation; arguments as `conv2d` and `bn_act`.
 
-    In eval mode the norm folds into the convolution's weight and bias: one kernel, equal to rounding.
+    In training on a GPU the statistics come out of the convolution's epilogue, and the norm reads its input once. In
+    eval mode the norm folds into the convolution's weight and bias: one kernel, equal to rounding.
     """
     if not training and running_mean is not None and running_var is not None:
         weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
@@ -646,10 +730,10 @@ def conv2d_bn_act(
             activation=activation,
             negative_slope=negative_slope,
         )
-    y = conv2d(x, weight, bias, stride, padding, dilation, groups)
+    y, known = conv2d_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups=stat_groups)
     return bn_act(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        activation=activation, negative_slope=negative_slope, stat_groups=stat_groups,
+        activation=activation, negative_slope=negative_slope, stat_groups=stat_groups, batch_statistics=known,
     )  # fmt: skip
 
 
@@ -676,7 +760,8 @@ def conv_transpose2d_bn_act(
 ) -> Tensor:
     """Transposed convolution, batch norm and activation; arguments as `conv_transpose2d` and `bn_act`.
 
-    In eval mode (groups = 1) the norm folds into the convolution's weight and bias: one kernel, equal to rounding.
+    In training as `conv2d_bn_act`. In eval mode (groups = 1) the norm folds into the convolution's weight and bias: one
+    kernel, equal to rounding.
     """
     if not training and groups == 1 and running_mean is not None and running_var is not None:
         weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=1)
@@ -684,10 +769,12 @@ def conv_transpose2d_bn_act(
             x, weight, bias, stride, padding, output_padding, groups, dilation,
             activation=activation, negative_slope=negative_slope,
         )  # fmt: skip
-    y = conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    y, known = conv_transpose2d_statistics(
+        x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups=stat_groups
+    )
     return bn_act(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        activation=activation, negative_slope=negative_slope, stat_groups=stat_groups,
+        activation=activation, negative_slope=negative_slope, stat_groups=stat_groups, batch_statistics=known,
     )  # fmt: skip
 
 

@@ -38,9 +38,10 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def cost_of(op: Op, args: tuple) -> dict[str, int] | None:
-    """{"bytes", "flops"} by the op's own cost(), cost_backward() or cost_double_backward(); None where it has none."""
+    """{"bytes", "flops"} by the op's own cost(), or cost_statistics(), cost_backward() or cost_double_backward(); None
+    where it has none."""
     stem, suffix = op.name, ""
-    for ending in ("_double_backward", "_backward"):
+    for ending in ("_double_backward", "_backward", "_statistics"):
         if op.name.endswith(ending):
             stem, suffix = op.name.removesuffix(ending), ending
             break

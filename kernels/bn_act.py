@@ -8,16 +8,20 @@ from fastgan.backends import Backend
 from fastgan.kernels import normalisation
 from fastgan.kernels.launching import declines
 from fastgan.kernels.normalisation import plan
+from fastgan.ops.bn_act import computed
 
 
 def _forward(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
-    statistics = None
-    if not training:
+    statistics, given = None, training and running_mean is not None
+    if given:
+        statistics = tuple(s.to(torch.float32).contiguous() for s in (running_mean, running_var))
+    elif not training:
         statistics = tuple(
             s.to(torch.float32, copy=True).contiguous().unsqueeze(0) for s in (running_mean, running_var)
         )
-    case = plan(x, groups if training else 1, 1, may_be_resident=training)
-    return normalisation.forward(case, x, weight, bias, eps, activation, slope, statistics)
+    case = plan(x, groups if training else 1, 1, may_be_resident=statistics is None)
+    y, mean, var = normalisation.forward(case, x, weight, bias, eps, activation, slope, statistics)
+    return y, *computed(mean, var, training, running_mean)
 
 
 def _backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ CASE_SECONDS = 6.0  # after which no further configuration of a case is begun
 PROCESS_SECONDS = 120.0  # of racing in one process; later cases take the model's first choice
 QUIET_SECONDS = 2.0  # after which one line says what takes so long
 ROUNDS = 5
+
+
+Result = TypeVar("Result")
 
 
 class Config(NamedTuple):
@@ -49,11 +52,16 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+# Not a tile: what a fused kernel is raced against, the op without its extra and the extra as a pass of its own.
+APART = Config(0, 0, 0, 0, 0, 0)
+
+
 class Product(NamedTuple):
     """A convolution as `batch` products of [m, k] and [k, n].
 
     channels   how many elements of x's index (`gathered`: "k" the inner one, "n" the columns) belong to one tap
     precision  of float32 dots
+    statistics whether the epilogue makes moments
     """
 
     m: int
@@ -63,6 +71,7 @@ class Product(NamedTuple):
     channels: int
     gathered: str
     precision: str
+    statistics: bool = False
 
     def flat(self, config: Config) -> bool:
         """Whether a tile holds elements of several taps."""
@@ -119,6 +128,7 @@ TILES_IEEE = [
     (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
     (16, 16, 16, 2),
 ]  # fmt: skip
+GATHERED_MOMENTS = 32  # rows and columns of a gathered float32 tile with moments: (64, 16) and (32, 64) spill on sm_86
 GATHERED_BYTES = 64  # of a step whose taps differ from element to element: an address and a mask each, so registers
 SPLITS = (1, 2, 4, 8, 16, 32)
 
@@ -176,6 +186,8 @@ def candidates(product: Product, dtype: torch.dtype, card: Card) -> list[Config]
         stages = 2 if card.warp == 64 else 3
         config = Config(m, n, k, warps, stages)
         too_wide = product.flat(config) and k * dtype.itemsize > GATHERED_BYTES
+        if product.flat(config) and product.statistics and dtype.itemsize == 4:
+            too_wide = too_wide or max(m, n) > GATHERED_MOMENTS
         if too_wide or shared_bytes(config, dtype) > card.shared_program:
             continue
         steps = math.ceil(product.k / k)
@@ -236,10 +248,13 @@ _spent = 0.0
 _told = False
 
 
-def tuned(op: str, x: Tensor, product: Product, case: tuple, run: Callable[[Config], Tensor]) -> Tensor:
+def tuned(
+    op: str, x: Tensor, product: Product, case: tuple, run: Callable[[Config], Result], also: tuple[Config, ...] = ()
+) -> Result:
     """run(config) with the configuration for this case, raced if it is new and may be raced.
 
     case: whatever the launch depends on beside x's dtype and device, printable.
+    also: configurations that the model does not rank; they run only where they won the race.
     """
     if _every is not None:
         return _run_every(product, x, run)
@@ -250,20 +265,23 @@ def tuned(op: str, x: Tensor, product: Product, case: tuple, run: Callable[[Conf
             _first[key] = ranked(product, x.dtype, card(x.device))
         config = _first[key][0]
         if may_race(x.device):
-            config = _raced[key] = _winner(key, run)
+            config = _raced[key] = _winner(key, run, also)
     return run(config)
 
 
-def _winner(key: tuple, run: Callable[[Config], Any]) -> Config:
+def _winner(key: tuple, run: Callable[[Config], Any], also: tuple[Config, ...]) -> Config:
     """From the cache, or from a race of the model's best, which is then kept."""
     known = remembered(("config", *key))
     config = Config(*map(int, known.split()[1:])) if known else None
-    if config in _first[key]:
+    if config in (*_first[key], *also):
         return config
     if _spent > PROCESS_SECONDS:
         return _first[key][0]
     with timing():
-        config = race(_first[key][:RACED], run, f"{key[0]} {key[1]}")
+        for config in also:  # the races of the ops that it runs are not on this one's time
+            run(config)
+        first, *others = _first[key][:RACED]
+        config = race([first, *also, *others], run, f"{key[0]} {key[1]}")
     remember(("config", *key), "config " + " ".join(map(str, config)))
     return config
 
@@ -317,6 +335,10 @@ def dcgan_calls(batch: int, dtype: torch.dtype, device: torch.device) -> Iterato
         yield "conv2d", (x, weight, None, s, p, one, 1, "identity", 0.0)
         yield "conv_transpose2d", (y, weight, None, s, p, [0, 0], 1, one, "identity", 0.0)
         yield "conv2d_weight", (x, y, [4, 4], s, p, one, 1, True)
+        if c > 3 and stride == 2:  # a batch norm follows: of each half in the discriminator
+            yield "conv2d_statistics", (x, weight, None, s, p, one, 1, 2)
+        if c > 3 and k > 1:
+            yield "conv_transpose2d_statistics", (y, weight, None, s, p, [0, 0], 1, one, 1)
 
 
 _clock = time.perf_counter
@@ -370,7 +392,7 @@ def _running_every(rounding: str) -> Iterator[None]:
         _every = None
 
 
-def _run_every(product: Product, x: Tensor, run: Callable[[Config], Tensor]) -> Tensor:
+def _run_every(product: Product, x: Tensor, run: Callable[[Config], Result]) -> Result:
     """All tiles unsplit, and the first one split; float16 differs from bfloat16 in one type: its first tile will do."""
     found = candidates(product, x.dtype, card(x.device))
     tiles = [c for c in found if c.splits == 1][: 1 if x.dtype == torch.float16 else None]

@@ -1,4 +1,5 @@
-"""Triton kernel of `conv2d`: implicit GEMM over output pixels, with bias and activation in its epilogue."""
+"""Triton kernel of `conv2d` and `conv2d_statistics`: implicit GEMM over output pixels, with bias and activation in its
+epilogue, or bias and the statistics for a batch norm."""
 
 from __future__ import annotations
 
@@ -10,10 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan._op import OPS
 from fastgan.backends import Backend
-from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
-from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import (
+    Statistics,
+    declines,
+    declines_statistics,
+    gather_gemm,
+    merge_splits,
+    spread,
+    store_tile,
+)
 from fastgan.kernels.launching import launch, meta, wide
+from fastgan.kernels.normalisation import batch_statistics
 from fastgan.ops.conv2d import channels_last, output_shape
 
 # Bound: 2 M K taps C/groups flops; x, weight and y once. A DCGAN layer (k4 s2, 128 to 256 channels, 16x16 out, batch
@@ -24,14 +35,16 @@ from fastgan.ops.conv2d import channels_last, output_shape
 
 @triton.jit
 def conv2d_kernel(
-    x, weight, bias, y, M, H, W, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    size, slope, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, y, moments, M, G, H, W, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w,
+    dilation_h, dilation_w, size, slope,
+    SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [N,H,W,C], weight [K,R,S,CG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32.
+    """x [N,H,W,C], weight [K,R,S,CG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32; and moments of
+    G statistic groups, or None (then G is 1).
 
-    One program a tile of M = N OH OW pixels by KG channels of a group; channel tiles run fastest, so that programs
-    that run together read the same pixels.
+    One program a tile of the M = N/G OH OW pixels of a statistic group by KG channels of a group: no tile straddles
+    two. Channel tiles run fastest, so that programs that run together read the same pixels.
     """
     # ---- which tile
     tiles_n = tl.cdiv(KG, BLOCK_N)
@@ -41,13 +54,14 @@ def conv2d_kernel(
     program = program // tiles_n
     split = program % SPLITS
     program = program // SPLITS
-    m_tile = program % tiles_m
-    group = program // tiles_m
+    part = program % (tiles_m * G)
+    group = program // (tiles_m * G)
     # ---- which pixels and channels
-    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = part % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = m < M
     is_output = k < KG
+    m += part // tiles_m * M
     row = m // OW
     column = m - row * OW
     sample = row // OH
@@ -61,32 +75,41 @@ def conv2d_kernel(
         H, W, C, CG, R, S, dilation_h, dilation_w, 1, R * S * CG, S * CG, CG, split,
         SPLITS, PRECISION, FLAT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    store_tile(y, bias, acc, m * K, inside, group * KG + k, is_output, slope, split, size, SPLITS, ACTIVATION)
+    store_tile(
+        y, bias, moments, acc, m * K, inside, group * KG + k, is_output, part, tiles_m * G, K,
+        (n_tile == 0) & (group == 0), slope, split, size, SPLITS, ACTIVATION,
+    )  # fmt: skip
 
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: tuple, epilogue: Any, product: Product,
-    config: Config,
+    statistics: Statistics | None, config: Config,
 ) -> Tensor:  # fmt: skip
-    """x and weight in channels_last -> y in channels_last."""
+    """x and weight in channels_last -> y in channels_last; the moments of y go to `statistics`."""
     (n, c, h, w), (_, k, oh, ow), (_, cg, r, s) = x.shape, shape, weight.shape
     groups, (activation, slope) = c // cg, epilogue
     y = empty(shape, x, True)
     out = y if config.splits == 1 else spread(y, config.splits)
-    m, kg = n * oh * ow, k // groups
-    programs = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups * config.splits
+    stat_groups = statistics.groups if statistics else 1
+    m, kg = n // stat_groups * oh * ow, k // groups
+    parts = stat_groups * triton.cdiv(m, config.block_m)
+    moments = statistics.room(y, parts, k) if statistics and config.splits == 1 else None
     launch(
-        conv2d_kernel, programs, x, weight, bias if config.splits == 1 else None, out, m, h, w, oh, ow, c, cg, k, kg,
-        r, s, *geometry, y.numel(), float(slope), SPLITS=config.splits,
+        conv2d_kernel, parts * triton.cdiv(kg, config.block_n) * groups * config.splits, x, weight,
+        bias if config.splits == 1 else None, out, moments, m, stat_groups, h, w, oh, ow, c, cg, k, kg, r, s, *geometry,
+        y.numel(), float(slope), SPLITS=config.splits,
         ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
         FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
     )  # fmt: skip
-    if config.splits > 1:
+    if config.splits > 1 and statistics:
+        statistics.merge_splits(out, bias, y, k)
+    elif config.splits > 1:
         merge_splits(out, bias, y, k, slope, activation)
     return y
 
 
-def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope):
+def _case(x, weight, stride, padding, dilation, groups):
+    """(x and weight in channels_last, shape of y, geometry, product) of a call."""
     shape = output_shape(x, weight, stride, padding, dilation)
     x_, weight_ = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
     product = Product(
@@ -98,20 +121,52 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope
         "k",
         precision(x),
     )
-    geometry = (*stride, *padding, *dilation)
+    return x_, weight_, shape, (*stride, *padding, *dilation), product
+
+
+def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope):
+    x_, weight_, shape, geometry, product = _case(x, weight, stride, padding, dilation, groups)
     y = tuned(
         "conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry),
-        lambda config: _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, config),
+        lambda config: _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, None, config),
     )  # fmt: skip
     return dense(y, channels_last(x, weight))
 
 
-LAUNCHERS = {"conv2d": Backend(conv2d, lambda x, weight, bias, *rest: declines(x, weight, bias))}
+def conv2d_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
+    x_, weight_, shape, geometry, product = _case(x, weight, stride, padding, dilation, groups)
+    product, epilogue = product._replace(statistics=True), ("identity", 0.0)
+
+    def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
+        if config == APART:
+            y = OPS["conv2d"].run(x, weight, bias, stride, padding, dilation, groups, *epilogue)
+            return y, *batch_statistics(y, stat_groups)
+        statistics = Statistics(stat_groups)
+        y = _launch(x_, weight_, bias, shape, geometry, epilogue, product, statistics, config)
+        return dense(y, channels_last(x, weight)), *statistics.finish(shape[1])
+
+    case = tuple(x.shape), shape, tuple(weight.shape), geometry, stat_groups
+    return tuned("conv2d_statistics", x_, product, case, run, (APART,))
+
+
+def _declines_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
+    reason = declines(x, weight, bias)
+    return reason or declines_statistics(output_shape(x, weight, stride, padding, dilation), stat_groups)
+
+
+LAUNCHERS = {
+    "conv2d": Backend(conv2d, lambda x, weight, bias, *rest: declines(x, weight, bias)),
+    "conv2d_statistics": Backend(conv2d_statistics, _declines_statistics),
+}
 
 
 def static_cases():
     """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB image."""
-    return every_candidate(lambda channels, dtype: conv2d(*_arguments(*channels, dtype)), [(128, 256), (3, 64)])
+    layers = [(128, 256), (3, 64)]
+    return [
+        *every_candidate(lambda channels, dtype: conv2d(*_arguments(*channels, dtype)), layers),
+        *every_candidate(lambda channels, dtype: conv2d_statistics(*_arguments(*channels, dtype)[:-2], 1), layers),
+    ]
 
 
 def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:

@@ -1,4 +1,5 @@
-"""Triton kernel of `conv_transpose2d`: the adjoint of conv2d by output phase, each phase a dense implicit GEMM."""
+"""Triton kernel of `conv_transpose2d` and `conv_transpose2d_statistics`: the adjoint of conv2d by output phase, each
+phase a dense implicit GEMM."""
 
 from __future__ import annotations
 
@@ -11,10 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan._op import OPS
 from fastgan.backends import Backend
-from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
-from fastgan.kernels.implicit_gemm import declines, gather_gemm, merge_splits, spread, store_tile
+from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
+from fastgan.kernels.implicit_gemm import (
+    Statistics,
+    declines,
+    declines_statistics,
+    gather_gemm,
+    merge_splits,
+    spread,
+    store_tile,
+)
 from fastgan.kernels.launching import launch, meta, wide
+from fastgan.kernels.normalisation import batch_statistics
 from fastgan.ops.conv2d import channels_last
 from fastgan.ops.conv_transpose2d import output_shape
 
@@ -43,15 +54,16 @@ def phase_taps(phase, stride, pad, dilation, kernel, step, inverse):
 
 @triton.jit
 def conv_transpose2d_kernel(
-    x, weight, bias, y, M, H, W, QH, QW, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w,
+    x, weight, bias, y, moments, M, G, H, W, QH, QW, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w,
     dilation_h, dilation_w, step_h, step_w, inverse_h, inverse_w, phases_h, phases_w, size, slope,
     SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [N,H,W,C], weight [C,R,S,KG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32.
+    """x [N,H,W,C], weight [C,R,S,KG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32; and moments of
+    G statistic groups, or None (then G is 1).
 
-    One program a tile of M = N QH QW pixels (q_h, q_w) of one phase (f_h, f_w), output pixel stride q + f, by KG
-    channels of a group. A phase that no tap reaches is the bias alone.
+    One program a tile of the M = N/G QH QW pixels (q_h, q_w) of one phase (f_h, f_w) of a statistic group, output
+    pixel stride q + f, by KG channels of a group. A phase that no tap reaches is the bias alone.
     """
     # ---- which tile of which phase
     tiles_n = tl.cdiv(KG, BLOCK_N)
@@ -65,21 +77,23 @@ def conv_transpose2d_kernel(
     program = program // phases_h
     split = program % SPLITS
     program = program // SPLITS
-    m_tile = program % tiles_m
-    group = program // tiles_m
+    m_tile = program % (tiles_m * G)
+    group = program // (tiles_m * G)
     TH, first_h, origin_h = phase_taps(phase_h, stride_h, pad_h, dilation_h, R, step_h, inverse_h)
     TW, first_w, origin_w = phase_taps(phase_w, stride_w, pad_w, dilation_w, S, step_w, inverse_w)
     # ---- which pixels and channels
-    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = m_tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = k < KG
+    there = m < M
+    m += m_tile // tiles_m * M
     row = m // QW
     column = m - row * QW
     sample = row // QH
     row = row - sample * QH
     out_row = row * stride_h + phase_h
     out_column = column * stride_w + phase_w
-    inside = (m < M) & (out_row < OH) & (out_column < OW)
+    inside = there & (out_row < OH) & (out_column < OW)
     if WIDE:
         sample = sample.to(tl.int64)
     acc = gather_gemm(
@@ -90,7 +104,11 @@ def conv_transpose2d_kernel(
         SPLITS, PRECISION, FLAT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     at = ((sample * OH + out_row) * OW + out_column) * K
-    store_tile(y, bias, acc, at, inside, group * KG + k, is_output, slope, split, size, SPLITS, ACTIVATION)
+    part = (m_tile * phases_h + phase_h) * phases_w + phase_w
+    store_tile(
+        y, bias, moments, acc, at, inside, group * KG + k, is_output, part, tiles_m * G * phases_h * phases_w, K,
+        (n_tile == 0) & (group == 0), slope, split, size, SPLITS, ACTIVATION,
+    )  # fmt: skip
 
 
 class Geometry(NamedTuple):
@@ -114,25 +132,30 @@ class Geometry(NamedTuple):
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: Geometry, epilogue: Any, product: Product,
-    config: Config,
+    statistics: Statistics | None, config: Config,
 ) -> Tensor:  # fmt: skip
-    """x and weight in channels_last -> y in channels_last."""
+    """x and weight in channels_last -> y in channels_last; the moments of y go to `statistics`."""
     (n, c, h, w), (_, k, oh, ow), (_, kg, r, s) = x.shape, shape, weight.shape
     groups, (activation, slope) = k // kg, epilogue
     phases = [min(stride, size) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
     q = [triton.cdiv(size, stride) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
     y = empty(shape, x, True)
     out = y if config.splits == 1 else spread(y, config.splits)
-    m, cg = n * q[0] * q[1], c // groups
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * phases[0] * phases[1]
+    stat_groups = statistics.groups if statistics else 1
+    m, cg = n // stat_groups * q[0] * q[1], c // groups
+    parts = stat_groups * triton.cdiv(m, config.block_m) * phases[0] * phases[1]
+    moments = statistics.room(y, parts, k) if statistics and config.splits == 1 else None
     launch(
-        conv_transpose2d_kernel, tiles * groups * config.splits, x, weight, bias if config.splits == 1 else None, out,
-        m, h, w, *q, oh, ow, c, cg, k, kg, r, s, *geometry.stride, *geometry.padding, *geometry.dilation,
+        conv_transpose2d_kernel, parts * triton.cdiv(kg, config.block_n) * groups * config.splits, x, weight,
+        bias if config.splits == 1 else None, out, moments, m, stat_groups, h, w,
+        *q, oh, ow, c, cg, k, kg, r, s, *geometry.stride, *geometry.padding, *geometry.dilation,
         *geometry.steps, *geometry.inverses, *phases, y.numel(), float(slope), SPLITS=config.splits,
         ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
         FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
     )  # fmt: skip
-    if config.splits > 1:
+    if config.splits > 1 and statistics:
+        statistics.merge_splits(out, bias, y, k)
+    elif config.splits > 1:
         merge_splits(out, bias, y, k, slope, activation)
     return y
 
@@ -145,36 +168,81 @@ def _as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
     return x, matrix, None if bias is None else bias.repeat(r * s)
 
 
+class _Call:
+    """A call of either op as it is launched: as phases, or as one product where the input is 1x1."""
+
+    def __init__(self, x, weight, bias, stride, padding, output_padding, groups, dilation):
+        self.shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+        self.x, self.weight = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
+        self.geometry, self.launched = Geometry(tuple(stride), tuple(padding), tuple(dilation)), self.shape
+        self.bias, self.channels_last, self.repeat = bias, channels_last(x, weight), 1
+        is_product = x.shape[2:] == (1, 1) and groups == 1 and self.shape[2:] == tuple(weight.shape[2:])
+        if is_product and not any(padding):
+            self.repeat = math.prod(weight.shape[2:])
+            self.x, self.weight, self.bias = _as_product(self.x, self.weight, bias)
+            self.geometry = Geometry((1, 1), (0, 0), (1, 1))
+            self.launched = (self.shape[0], self.weight.shape[1], 1, 1)
+        phases = math.prod(self.geometry.stride)
+        self.product = Product(
+            -(-self.launched[0] * self.launched[2] * self.launched[3] // phases), self.weight.shape[1],
+            -(-self.weight[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, "k",
+            precision(x),
+        )  # fmt: skip
+        self.case = tuple(self.x.shape), self.launched, tuple(self.weight.shape), self.geometry
+
+    def run(self, epilogue: Any, statistics: Statistics | None, config: Config) -> Tensor:
+        y = _launch(
+            self.x, self.weight, self.bias, self.launched, self.geometry, epilogue, self.product, statistics, config
+        )
+        if self.launched is not self.shape:
+            y = y.view(self.shape[0], *self.shape[2:], self.shape[1]).permute(0, 3, 1, 2)
+        return dense(y, self.channels_last)
+
+
 def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
-    shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
-    x_, weight_ = (t.contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
-    geometry, launched, bias_ = Geometry(tuple(stride), tuple(padding), tuple(dilation)), shape, bias
-    is_product = x.shape[2:] == (1, 1) and groups == 1 and shape[2:] == tuple(weight.shape[2:])
-    if is_product and not any(padding):
-        x_, weight_, bias_ = _as_product(x_, weight_, bias)
-        geometry, launched = Geometry((1, 1), (0, 0), (1, 1)), (shape[0], weight_.shape[1], 1, 1)
-    phases = math.prod(geometry.stride)
-    product = Product(
-        -(-launched[0] * launched[2] * launched[3] // phases), weight_.shape[1],
-        -(-weight_[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, "k", precision(x),
-    )  # fmt: skip
-    y = tuned(
-        "conv_transpose2d", x_, product, (tuple(x_.shape), launched, tuple(weight_.shape), geometry),
-        lambda config: _launch(x_, weight_, bias_, launched, geometry, (activation, slope), product, config),
-    )  # fmt: skip
-    if launched is not shape:
-        y = y.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
-    return dense(y, channels_last(x, weight))
+    call = _Call(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return tuned(
+        "conv_transpose2d", call.x, call.product, call.case, lambda config: call.run((activation, slope), None, config)
+    )
 
 
-LAUNCHERS = {"conv_transpose2d": Backend(conv_transpose2d, lambda x, weight, bias, *rest: declines(x, weight, bias))}
+def conv_transpose2d_statistics(x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):
+    call = _Call(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    call.product, epilogue = call.product._replace(statistics=True), ("identity", 0.0)
+
+    def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
+        if config == APART:
+            y = OPS["conv_transpose2d"].run(
+                x, weight, bias, stride, padding, output_padding, groups, dilation, *epilogue
+            )
+            return y, *batch_statistics(y, stat_groups)
+        statistics = Statistics(stat_groups, call.repeat)
+        y = call.run(epilogue, statistics, config)
+        return y, *statistics.finish(y.shape[1])
+
+    return tuned("conv_transpose2d_statistics", call.x, call.product, (*call.case, stat_groups), run, (APART,))
+
+
+def _declines_statistics(x, weight, bias, *geometry):
+    reason = declines(x, weight, bias)
+    return reason or declines_statistics(output_shape(x, weight, *geometry[:-1]), geometry[-1])
+
+
+LAUNCHERS = {
+    "conv_transpose2d": Backend(conv_transpose2d, lambda x, weight, bias, *rest: declines(x, weight, bias)),
+    "conv_transpose2d_statistics": Backend(conv_transpose2d_statistics, _declines_statistics),
+}
 
 
 def static_cases():
     """Every tile of every dtype, on a layer whose channels fill it and, gathered by element, on an RGB gradient."""
-    return every_candidate(
-        lambda channels, dtype: conv_transpose2d(*_arguments(*channels, dtype)), [(256, 128), (3, 64)]
-    )
+    layers = [(256, 128), (3, 64)]
+    return [
+        *every_candidate(lambda channels, dtype: conv_transpose2d(*_arguments(*channels, dtype)), layers),
+        *every_candidate(
+            lambda channels, dtype: conv_transpose2d_statistics(*_arguments(*channels, dtype)[:-2], 1), layers
+        ),
+    ]
 
 
 def _arguments(c: int, k: int, dtype: torch.dtype) -> tuple:

@@ -1,4 +1,4 @@
-"""Triton kernels of `gan_loss` and its backward: one launch for both batches, with the statistics people log."""
+"""Triton kernels of `gan_loss` and its derivatives: one launch for both batches, with the statistics people log."""
 
 from __future__ import annotations
 
@@ -74,6 +74,20 @@ def loss_slopes(f, r, smoothing, KIND: tl.constexpr, SIDE: tl.constexpr):
         to_f = sigmoid(f)
         to_r = sigmoid(r) - (1.0 - smoothing)
     return to_f, to_r
+
+
+@triton.jit
+def curve(u, KIND: tl.constexpr, SIDE: tl.constexpr):
+    """L'' by a logit; L''(f - r) for the relativistic kind. sigma'(u) = e / (1 + e)^2 with e = exp(-|u|)."""
+    e = tl.exp(-tl.abs(u))
+    bump = e / ((1.0 + e) * (1.0 + e))
+    if KIND == "lsgan":
+        bump = tl.zeros_like(u) + 1.0
+    elif KIND == "hinge" or KIND == "wasserstein":
+        bump = tl.zeros_like(u)
+    elif KIND == "minimax" and SIDE == "g":
+        bump = -bump
+    return bump
 
 
 @triton.jit
@@ -171,6 +185,52 @@ def gan_loss_backward_kernel(
         tl.store(dreal + i, (scale * (to_r * inv_m)).to(dreal.dtype.element_ty), mask=i < m)
 
 
+# Bound: 3 accesses a logit.
+@triton.jit
+def gan_loss_double_backward_kernel(
+    ddfake, ddreal, dloss, fake, real, out, d_fake, d_real, n, m, each, smoothing, inv_n, inv_m,
+    KIND: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the cotangents of dfake and dreal, `each` logits a program: out [programs] sums dd L', the rest dd L''."""
+    first = tl.program_id(0) * each
+    scale = tl.load(dloss).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, tl.minimum(first + each, tl.maximum(n, m)), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        f = tl.load(fake + i, mask=i < n, other=0.0).to(tl.float32)
+        u = tl.load(ddfake + i, mask=i < n, other=0.0).to(tl.float32)
+        r = tl.zeros((BLOCK,), tl.float32)
+        v = tl.zeros((BLOCK,), tl.float32)
+        if real is not None and (SIDE == "d" or KIND == "relativistic"):
+            r = tl.load(real + i, mask=i < m, other=0.0).to(tl.float32)
+            v = tl.load(ddreal + i, mask=i < m, other=0.0).to(tl.float32)
+        to_f, to_r = loss_slopes(f, r, smoothing, KIND, SIDE)
+        total += u * to_f * inv_n + v * to_r * inv_m
+        if KIND == "relativistic":
+            bent_f = (u - v) * curve(f - r, KIND, SIDE) * inv_n
+            bent_r = -bent_f
+        else:
+            bent_f = u * curve(f, KIND, SIDE) * inv_n
+            bent_r = v * curve(r, KIND, SIDE) * inv_m
+        tl.store(d_fake + i, (scale * bent_f).to(d_fake.dtype.element_ty), mask=i < n)
+        if real is not None:
+            tl.store(d_real + i, (scale * bent_r).to(d_real.dtype.element_ty), mask=i < m)
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+
+
+# Bound: 4 bytes a program of the first launch: a launch.
+@triton.jit
+def gan_loss_double_backward_merge_kernel(partial, d_dloss, programs, BLOCK: tl.constexpr):
+    tl.store(d_dloss, sum_of(partial, 0, programs, BLOCK))
+
+
+def _programs(n, m):
+    """(programs, logits of each): as many programs as the merging one can sum at once."""
+    longer = max(n, m)
+    each = ALONE if longer <= ALONE else triton.cdiv(triton.cdiv(longer, BLOCK), 512) * BLOCK
+    return triton.cdiv(longer, each), each
+
+
 def _counts(fake, real):
     n, m = fake.numel(), 0 if real is None else real.numel()
     return n, m, 1.0 / n, 1.0 / max(m, 1)
@@ -180,9 +240,7 @@ def _forward(fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
     n, m, inv_n, inv_m = _counts(fake, real)
     loss, statistics = fake.new_empty(()), fake.new_empty(6, dtype=torch.float32)
-    # as many programs as the merging one can sum at once
-    each = ALONE if max(n, m) <= ALONE else triton.cdiv(triton.cdiv(max(n, m), BLOCK), 512) * BLOCK
-    programs = triton.cdiv(max(n, m), each)
+    programs, each = _programs(n, m)
     partial = None if programs == 1 else fake.new_empty(SUMS, programs, dtype=torch.float32)
     launch(
         gan_loss_kernel, programs, fake, real, loss, statistics, partial, n, m, each, programs, float(smoothing),
@@ -206,6 +264,23 @@ def _backward(dloss, fake, real, kind, side, smoothing):
     return dfake, dreal
 
 
+def _double_backward(ddfake, ddreal, dloss, fake, real, kind, side, smoothing):
+    ddfake, fake = ddfake.contiguous(), fake.contiguous()
+    ddreal, real = (None if t is None else t.contiguous() for t in (ddreal, real))
+    n, m, inv_n, inv_m = _counts(fake, real)
+    d_dloss, d_fake = fake.new_empty((), dtype=torch.float32), torch.empty_like(fake)
+    d_real = fake.new_empty(0) if real is None else torch.empty_like(real)
+    programs, each = _programs(n, m)
+    out = d_dloss if programs == 1 else fake.new_empty(programs, dtype=torch.float32)
+    launch(
+        gan_loss_double_backward_kernel, programs, ddfake, ddreal, dloss, fake, real, out, d_fake, d_real, n, m, each,
+        float(smoothing), inv_n, inv_m, KIND=kind, SIDE=side, BLOCK=BLOCK,
+    )  # fmt: skip
+    if programs > 1:
+        launch(gan_loss_double_backward_merge_kernel, 1, out, d_dloss, programs, BLOCK=power_of_2(programs))
+    return d_dloss, d_fake, d_real
+
+
 def _declines(fake, real, kind, side):
     if real is None and (side == "d" or kind == "relativistic"):
         return "triton kernels take this loss with real logits only"
@@ -219,11 +294,17 @@ LAUNCHERS = {
     "gan_loss_backward": Backend(
         _backward, lambda dloss, fake, real, kind, side, smoothing: _declines(fake, real, kind, side)
     ),
+    "gan_loss_double_backward": Backend(
+        _double_backward,
+        lambda ddfake, ddreal, dloss, fake, real, kind, side, smoothing: (
+            _declines(fake, real, kind, side) or declines(ddfake, ddreal)
+        ),
+    ),
 }
 
 
 def static_cases():
-    """One launch, two launches (a PatchGAN's logits) and the backward."""
+    """One launch, two launches (a PatchGAN's logits), the backward and its own."""
     return recorded(
         run
         for dtype in FLOATS
@@ -233,5 +314,6 @@ def static_cases():
         for run in (
             lambda x=x, kind=kind, side=side: _forward(x, x, kind, side, 0.1),
             lambda x=x, one=one, kind=kind, side=side: _backward(one, x, x, kind, side, 0.1),
+            lambda x=x, one=one, kind=kind, side=side: _double_backward(x, x, one, x, x, kind, side, 0.1),
         )
     )

@@ -8,10 +8,8 @@ import triton.language as tl
 
 from fastgan._layout import dense, is_channels_last
 from fastgan.backends import Backend
-from fastgan.kernels.launching import FLOATS, PROGRAMS, declines, launch, meta, power_of_2, recorded, wide
-from fastgan.kernels.samples import sample_blocks, sample_tile
-
-BLOCK = 2048
+from fastgan.kernels.launching import FLOATS, declines, launch, meta, power_of_2, recorded, wide
+from fastgan.kernels.samples import merged_sum, sample_blocks, sample_chunks, sample_sum, sample_tile
 
 
 @triton.jit
@@ -28,25 +26,18 @@ def grad_norm_penalty_kernel(
 ):  # fmt: skip
     """Sum of squares of `each` elements of a sample; partial [N, chunks], or the penalty itself from an only chunk."""
     n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    sample = gradient + (n.to(tl.int64) * M if WIDE else n * M)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(chunk * each, tl.minimum((chunk + 1) * each, M), BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        g = tl.load(sample + j, mask=j < M, other=0.0).to(tl.float32)
-        squares += g * g
+    squares = sample_sum(gradient, None, n, tl.program_id(0) % chunks, M, each, WIDE, BLOCK)
     if partial is None:
-        write_penalty(penalty, norm, n, tl.sum(squares, 0), target)
+        write_penalty(penalty, norm, n, squares, target)
     else:
-        tl.store(partial + tl.program_id(0), tl.sum(squares, 0))
+        tl.store(partial + tl.program_id(0), squares)
 
 
 # Bound: 4 bytes a chunk: a launch.
 @triton.jit
 def grad_norm_penalty_merge_kernel(partial, penalty, norm, chunks, target, BLOCK: tl.constexpr):
     n = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    write_penalty(penalty, norm, n, tl.sum(tl.load(partial + n * chunks + i, mask=i < chunks, other=0.0), 0), target)
+    write_penalty(penalty, norm, n, merged_sum(partial, n, chunks, BLOCK), target)
 
 
 # Bound: 2 accesses and 1 flop an element: memory on every card.
@@ -72,13 +63,11 @@ def _forward(gradient, target):
     gradient = dense(gradient, is_channels_last(gradient))
     n, m = len(gradient), gradient.numel() // len(gradient)
     penalty, norm = (gradient.new_empty(n, dtype=torch.float32) for _ in range(2))
-    tiles = triton.cdiv(m, BLOCK)
-    each = triton.cdiv(tiles, min(triton.cdiv(PROGRAMS, n), 1024)) * BLOCK
-    chunks = triton.cdiv(m, each)
+    chunks, each, block = sample_chunks(n, m)
     partial = None if chunks == 1 else gradient.new_empty(n, chunks, dtype=torch.float32)
     launch(
         grad_norm_penalty_kernel, n * chunks, gradient, penalty, norm, partial, m, chunks, each, float(target),
-        WIDE=wide(gradient), BLOCK=BLOCK,
+        WIDE=wide(gradient), BLOCK=block,
     )  # fmt: skip
     if partial is not None:
         launch(

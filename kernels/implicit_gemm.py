@@ -1,4 +1,4 @@
-"""What the three convolution kernels share: the implicit GEMM over taps and channels, its epilogue, its second stage.
+"""What the three convolution kernels share: the implicit GEMM over taps and channels, its epilogues, its second stage.
 
 Tensors are channels_last in memory: x is [N, H, W, C], y is [N, OH, OW, K], a weight [A, R, S, B] (of PyTorch's
 [A, B, R, S]). A convolution is then a matrix product whose rows are output pixels, whose columns are output channels
@@ -10,14 +10,16 @@ Forward and adjoint differ in where the taps lie and nowhere else: per axis, tap
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgan.kernels.launching import declines as declines_activations
-from fastgan.kernels.launching import launch
-from fastgan.kernels.numerics import activate
+from fastgan.kernels.launching import launch, power_of_2, tile
+from fastgan.kernels.numerics import activate, merge_moments
 
 
 @triton.jit
@@ -101,10 +103,29 @@ def gather_gemm(
 
 
 @triton.jit
+def store_moments(moments, v, inside, channel, is_output, part, parts, columns, counts):
+    """Part `part` of moments: of each channel of v [M, K] the mean over the rows inside and the sum of squared
+    differences from it, and how many rows those are, where this program is the one that counts them.
+
+    moments: [2, parts, columns] and then the counts [parts]. The tile's own mean comes first, from registers, so that
+    a large mean costs no digits.
+    """
+    n = tl.sum(inside.to(tl.float32), 0)
+    mean = tl.sum(tl.where(inside[:, None], v, 0.0), 0) / tl.maximum(n, 1.0)
+    d = tl.where(inside[:, None], v - mean[None, :], 0.0)
+    at = moments + part * columns + channel
+    tl.store(at, mean, mask=is_output)
+    tl.store(at + parts * columns, tl.sum(d * d, 0), mask=is_output)
+    tl.store(moments + 2 * parts * columns + part, n, mask=counts)
+
+
+@triton.jit
 def store_tile(
-    y, bias, acc, at, inside, channel, is_output, slope, split, size, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """y[at + channel] = phi(acc + bias[channel]); with several splits the bare sum, to part `split` of y."""
+    y, bias, moments, acc, at, inside, channel, is_output, part, parts, columns, counts, slope, split, size,
+    SPLITS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """y[at + channel] = phi(acc + bias[channel]), and the moments of these numbers as y holds them, where there are
+    moments; with several splits the bare sum, to part `split` of y."""
     where = at[:, None] + channel[None, :]
     mask = inside[:, None] & is_output[None, :]
     if SPLITS > 1:
@@ -112,7 +133,10 @@ def store_tile(
     else:
         if bias is not None:
             acc += tl.load(bias + channel, mask=is_output, other=0.0).to(tl.float32)[None, :]
-        tl.store(y + where, activate(acc, slope, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+        rounded = activate(acc, slope, ACTIVATION).to(y.dtype.element_ty)
+        tl.store(y + where, rounded, mask=mask)
+        if moments is not None:
+            store_moments(moments, rounded.to(tl.float32), inside, channel, is_output, part, parts, columns, counts)
 
 
 @triton.jit
@@ -138,9 +162,77 @@ def merge_splits_kernel(
     tl.store(y + e, activate(total, slope, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def merge_splits_moments_kernel(
+    partial, bias, y, moments, size, M, G, K, parts,
+    SPLITS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """merge_splits_kernel with the moments of y: one program a tile of the M rows of one of G statistic groups by
+    channels.
+
+    Bound: SPLITS + 1 accesses an element.
+    """
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    n_tile = tl.program_id(0) % tiles_n
+    part = tl.program_id(0) // tiles_n
+    m = part % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = m < M
+    is_output = k < K
+    m += part // tiles_m * M
+    if WIDE:
+        m = m.to(tl.int64)
+    at = (m * K)[:, None] + k[None, :]
+    mask = inside[:, None] & is_output[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * size + at, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + k, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    rounded = total.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, mask=mask)
+    store_moments(moments, rounded.to(tl.float32), inside, k, is_output, part, parts, K, n_tile == 0)
+
+
+@triton.jit
+def finish_moments_kernel(
+    moments, mean, var, rows, parts, repeat, K, blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """mean and var [G, K] from moments [2, parts, repeat K] and counts [parts]: one program a statistic group of `rows`
+    rows of K moments by BLOCK_C channels; `repeat` neighbouring rows share a count.
+
+    Chan's merge from block to block of rows, in their order. The first part of a group is never empty, others may be.
+    Bound: 8 bytes a part and column; one launch.
+    """
+    g = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    size = parts * repeat * K
+    count = 0.0
+    average = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, rows, BLOCK_P):
+        r = start + tl.arange(0, BLOCK_P)
+        row = g * rows + r
+        at = row[:, None] * K + c[None, :]
+        mask = (r < rows)[:, None] & (c < K)[None, :]
+        n = tl.load(moments + 2 * size + row // repeat, mask=r < rows, other=0.0)
+        m = tl.load(moments + at, mask=mask, other=0.0)
+        s = tl.load(moments + size + at, mask=mask, other=0.0)
+        total = tl.sum(n, 0)
+        centre = tl.sum(n[:, None] * m, 0) / tl.maximum(total, 1.0)
+        d = m - centre[None, :]
+        s += n[:, None] * d * d
+        count, average, squares = merge_moments(count, average, squares, total, centre, tl.sum(s, 0))
+    tl.store(mean + g * K + c, average, mask=c < K)
+    tl.store(var + g * K + c, squares / count, mask=c < K)
+
+
 # ---- launching ------------------------------------------------------------------------------------------------------
 
 MERGE_BLOCK = 1024  # elements a program of the second stage writes: 8 a thread
+FINISH_CHANNELS = 8  # of a finishing program: 32 bytes of a row, the least that memory moves
+FINISHED = 8192  # moments that a finishing program holds of each kind: 1,024 parts of 8 channels, 32 a thread
 
 
 def merge_splits(partial: Tensor, bias: Tensor | None, y: Tensor, channels: int, slope: float, activation: str) -> None:
@@ -150,6 +242,48 @@ def merge_splits(partial: Tensor, bias: Tensor | None, y: Tensor, channels: int,
         merge_splits_kernel, triton.cdiv(size, MERGE_BLOCK), partial, bias, y, size, channels, float(slope),
         SPLITS=partial.shape[0], ACTIVATION=activation, WIDE=partial.numel() >= 2**31, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
+
+
+class Statistics:
+    """The moments of a convolution's output, part by part, on their way to mean and var of `groups` statistic groups.
+
+    repeat: neighbouring columns of the launched product that are one channel's (the pixels of a 1x1 input's product).
+    """
+
+    moments: Tensor
+    parts: int
+
+    def __init__(self, groups: int, repeat: int = 1):
+        self.groups, self.repeat = groups, repeat
+
+    def room(self, y: Tensor, parts: int, columns: int) -> Tensor:
+        """[2, parts, columns] and [parts], flat, for an epilogue that leaves `parts` parts."""
+        self.parts = parts
+        self.moments = torch.empty(parts * (2 * columns + 1), dtype=torch.float32, device=y.device)
+        return self.moments
+
+    def merge_splits(self, partial: Tensor, bias: Tensor | None, y: Tensor, columns: int) -> None:
+        """y = partial.sum(0) + bias with its moments; y's elements in memory order, `columns` of them innermost."""
+        rows = y.numel() // columns // self.groups
+        block_m, block_n = tile(rows, columns, 1, True)
+        tiles, parts = triton.cdiv(columns, block_n), self.groups * triton.cdiv(rows, block_m)
+        launch(
+            merge_splits_moments_kernel, parts * tiles, partial, bias, y, self.room(y, parts, columns), y.numel(),
+            rows, self.groups, columns, parts, SPLITS=partial.shape[0], WIDE=partial.numel() >= 2**31,
+            BLOCK_M=block_m, BLOCK_N=block_n,
+        )  # fmt: skip
+
+    def finish(self, channels: int) -> tuple[Tensor, Tensor]:
+        """(mean, var) [G, K], float32."""
+        mean = self.moments.new_empty(self.groups, channels)
+        var, rows = torch.empty_like(mean), self.parts // self.groups * self.repeat
+        block_c = min(power_of_2(channels), FINISH_CHANNELS)
+        block_p, blocks = min(power_of_2(rows), FINISHED // block_c), triton.cdiv(channels, block_c)
+        launch(
+            finish_moments_kernel, self.groups * blocks, self.moments, mean, var, rows, self.parts, self.repeat,
+            channels, blocks, num_warps=min(8, max(1, block_p * block_c // 256)), BLOCK_P=block_p, BLOCK_C=block_c,
+        )  # fmt: skip
+        return mean, var
 
 
 def declines(x: Tensor, *rest: Tensor | None) -> str:
@@ -163,6 +297,15 @@ def declines(x: Tensor, *rest: Tensor | None) -> str:
         return "triton convolutions take samples below 2^31 elements"
     if x.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "triton's dots compile to scalar FMA with spills below sm_80"
+    return ""
+
+
+def declines_statistics(y: tuple[int, ...], stat_groups: int) -> str:
+    """Why the epilogues make no moments of a y of this shape, or ""."""
+    if stat_groups < 1 or y[0] % stat_groups:
+        return f"stat_groups must divide the batch, got {stat_groups} and {y[0]}"
+    if math.prod(y) >= 2**33:  # two moments of every 16 pixels at the least, in 32-bit offsets
+        return "triton convolutions make statistics of fewer than 2^33 elements"
     return ""
 
 

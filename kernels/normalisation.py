@@ -608,6 +608,28 @@ def _blocks(p: Plan) -> dict[str, int]:
     return {"BLOCK_S": p.block_s, "BLOCK_C": p.block_c}
 
 
+def _statistics(p: Plan, x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """mean and var of a dense x, streamed."""
+    chunks, rows = p.chunks()
+    moments = x.new_empty(2, p.G, chunks, p.C, dtype=torch.float32)
+    launch(
+        moments_kernel, p.G * chunks * triton.cdiv(p.C, p.block_c), x, moments[0], moments[1], p.S, p.C, p.P,
+        chunks, rows, **_constants(p, x), **_blocks(p),
+    )  # fmt: skip
+    launch(
+        merge_moments_kernel, p.G * p.group_blocks, moments[0], moments[1], mean, var, p.S, p.C, p.CG,
+        p.group_blocks, rows, p.inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
+    )  # fmt: skip
+
+
+def batch_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(mean, var) [G, C] of a batch norm's statistic groups, float32, in one pass over x."""
+    p = plan(x, groups, 1, may_be_resident=False)
+    mean, var = (x.new_empty(groups, p.C, dtype=torch.float32) for _ in range(2))
+    _statistics(p, dense(x, is_channels_last(x)), mean, var)
+    return mean, var
+
+
 def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
     """(y, mean, var) [G, NG] float32; statistics: (mean, var) given, as in eval mode."""
     x = dense(x, is_channels_last(x))
@@ -624,16 +646,7 @@ def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
                 PER_CHANNEL=p.CG == 1, **_blocks(p),
             )  # fmt: skip
             return y, mean, var
-        chunks, rows = p.chunks()
-        moments = x.new_empty(2, p.G, chunks, p.C, dtype=torch.float32)
-        launch(
-            moments_kernel, p.G * chunks * triton.cdiv(p.C, p.block_c), x, moments[0], moments[1], p.S, p.C, p.P,
-            chunks, rows, **_constants(p, x), **_blocks(p),
-        )  # fmt: skip
-        launch(
-            merge_moments_kernel, p.G * p.group_blocks, moments[0], moments[1], mean, var, p.S, p.C, p.CG,
-            p.group_blocks, rows, p.inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
-        )  # fmt: skip
+        _statistics(p, x, mean, var)
     launch(
         norm_act_kernel, p.tiles, x, weight, bias, mean, var, y, p.S, p.C, p.P, p.CG, eps, slope,
         **_constants(p, x, activation), **_blocks(p),
@@ -676,7 +689,8 @@ def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation,
         )  # fmt: skip
         launch(
             norm_act_backward_kernel, p.tiles, dy, x, weight, bias, mean, var, means, dx, p.S, p.C, p.P, p.CG, p.G,
-            eps, slope, **_constants(p, x, activation), **_blocks(p),
+            eps, slope, num_warps=8 if wide(x) else 4,  # at 4, 64-bit offsets made 8 spilled bytes on sm_86 and sm_89
+            **_constants(p, x, activation), **_blocks(p),
         )  # fmt: skip
     dweight, dbias = column_sums(dweight, dbias)
     return dx, dweight, dbias

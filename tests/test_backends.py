@@ -239,3 +239,18 @@ def test_environment_variable_forces_and_never_breaks_the_import():
             env={**__import__("os").environ, "FASTGAN_BACKEND": value},
         )  # fmt: skip
         assert done.returncode == 0 and done.stdout.strip() == want, done.stderr
+
+
+def test_a_fused_op_has_a_kernel_only_where_one_may_run(monkeypatch):
+    """Elsewhere its parts run one by one, as if it did not exist."""
+    state = sys.modules["fastgan.backends"]
+    has = state.has_kernel
+    assert not has("conv2d_statistics", "cpu")
+    monkeypatch.setattr(state, "_missing", lambda name: "" if name == "triton" else "not here")
+    assert has("conv2d_statistics", "cuda") and not has("conv2d_statistics", "cpu")
+    monkeypatch.setattr(state, "_forced", "cuda")
+    assert not has("conv2d_statistics", "cuda")
+    monkeypatch.setattr(state, "_forced", "triton")
+    assert has("conv2d_statistics", "cuda")
+    monkeypatch.setattr(state, "_disabled", {("conv2d_statistics", "triton"): "it failed its proof"})
+    assert not has("conv2d_statistics", "cuda") and has("conv_transpose2d_statistics", "cuda")

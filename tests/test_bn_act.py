@@ -123,6 +123,55 @@ def test_empty_batch_mixed_dtypes_and_slices(backend):
     assert y.dtype == torch.bfloat16 and distance(y, want) < 1e-2
 
 
+def with_given(activation, groups):
+    """bn_act with the statistics that it would have computed, as constants."""
+
+    def run(x, weight, bias):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        grouped = x.detach().to(dtype).unflatten(0, (groups, -1))
+        var, mean = torch.var_mean(grouped, [1, *range(3, grouped.dim())], correction=0)
+        return functional.bn_act(
+            x, None, None, weight, bias, training=True, activation=activation, stat_groups=groups,
+            batch_statistics=(mean, var),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [SHAPES[0], SHAPES[1], SHAPES[4]], ids=str)
+def test_given_batch_statistics_change_nothing(shape, groups, dtype, layout, backend):
+    """Outputs, first and second derivatives: the statistics' share is in the gradient of x all the same."""
+    against_plain(with_given("leaky_relu", groups), plain("leaky_relu", groups), inputs(shape), dtype, layout, backend)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradgradcheck_with_given_statistics(groups):
+    """As constants they would give another gradient: here they follow x from call to call."""
+    args = [t.requires_grad_() for t in inputs((4, 3, 2, 3))]
+    assert torch.autograd.gradcheck(with_given("leaky_relu", groups), args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(with_given("leaky_relu", groups), args, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_statistics_update_the_running_ones(backend):
+    x = torch.randn(6, 5, 3, 3) * 3 + 1
+    var, mean = torch.var_mean(x.unflatten(0, (2, 3)), [1, 3, 4], correction=0)
+    ours, theirs = ([torch.zeros(5), torch.ones(5)] for _ in range(2))
+    with fastgan.backend(backend):
+        functional.bn_act(x, *ours, training=True, stat_groups=2, batch_statistics=(mean, var))
+        functional.bn_act(x, *theirs, training=True, stat_groups=2)
+    assert all(distance(a, b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_given_statistics_must_fit():
+    x, wrong = torch.randn(4, 3, 2, 2), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"^bn_act: batch_statistics must have shape \(2, 3\)"):
+        functional.bn_act(x, training=True, stat_groups=2, batch_statistics=(wrong, wrong))
+
+
 def test_errors():
     x = torch.randn(4, 3, 2, 2)
     for call, words in [

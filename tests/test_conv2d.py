@@ -5,6 +5,7 @@ from checks import BACKENDS, DTYPES, LAYOUTS, against_plain, distance
 
 import fastgan
 from fastgan import functional
+from fastgan.backends import watching
 from fastgan.ops import conv2d as card
 
 # (N, C, H, W), K, kernel, stride, padding, dilation, groups, bias, activation
@@ -130,3 +131,46 @@ def test_cost_counts_each_tensor_once():
         "bytes": 4 * (2 * 3 * 64 + 4 * 27 + 2 * 4 * 36),
         "flops": 2 * 2 * 4 * 36 * 27,
     }
+
+
+# ---- with the statistics for a batch norm ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_statistics_are_those_of_y_as_it_is_stored(groups, dtype):
+    x, w, b = (None if t is None else t.to(dtype) for t in inputs(SAMPLES[2]))
+    y, mean, var = card.statistics(x, w, b, [2, 1], [0, 1], [1, 1], 2, groups)
+    assert torch.equal(y, card.reference(x, w, b, [2, 1], [0, 1], [1, 1], 2, "identity", 0.0))
+    exact = torch.var_mean(y.double().unflatten(0, (groups, -1)), [1, 3, 4], correction=0)
+    assert mean.dtype == var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert distance(var, exact[0]) < 1e-6 and distance(mean, exact[1]) < 1e-6
+    assert not mean.requires_grad and not var.requires_grad
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_statistics_leave_the_derivatives_alone(layout):
+    args = [t.requires_grad_() for t in inputs(SAMPLES[2])]
+    ours = lambda *args: card.statistics(*args, [2, 1], [0, 1], [1, 1], 2, 3)[0]
+    theirs = lambda *args: F.conv2d(*args, (2, 1), (0, 1), 1, 2)
+    against_plain(ours, theirs, args, torch.float32, layout, "reference")
+    assert torch.autograd.gradcheck(ours, args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ours, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cpu_computes_no_statistics_with_the_convolution(backend):
+    x, w = torch.randn(8, 3, 16, 16), torch.randn(4, 3, 3, 3)
+    ran = []
+    with fastgan.backend(backend), watching(lambda op, name, why: ran.append(op.name)):
+        y, statistics = functional.conv2d_statistics(x, w)
+        functional.conv2d_bn_act(x, w, training=True)
+        fastgan.nn.Conv2dBNAct(3, 4, 3)(x)
+    assert statistics is None and torch.equal(y, functional.conv2d(x, w))
+    assert ran == ["conv2d", "conv2d", "bn_act", "conv2d", "bn_act"]
+
+
+def test_cost_of_statistics_is_two_numbers_a_channel():
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    plain, ours = card.cost(x, w, (1, 1), (0, 0), (1, 1)), card.cost_statistics(x, w, (1, 1), (0, 0), (1, 1), 2)
+    assert ours["bytes"] - plain["bytes"] == 2 * 2 * 4 * 4 and ours["flops"] - plain["flops"] == 4 * 2 * 4 * 36

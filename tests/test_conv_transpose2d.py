@@ -5,6 +5,7 @@ from checks import BACKENDS, DTYPES, LAYOUTS, against_plain, distance
 
 import fastgan
 from fastgan import functional
+from fastgan.ops import conv_transpose2d as card
 
 # (N, C, H, W), K, kernel, stride, padding, output_padding, groups, dilation, bias, activation
 SAMPLES = [
@@ -87,3 +88,27 @@ def test_errors_are_one_clear_sentence():
         with pytest.raises(error, match=words) as raised:
             call()
         assert str(raised.value).startswith("conv_transpose2d: ") and "\n" not in str(raised.value)
+
+
+# ---- with the statistics for a batch norm ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_statistics_are_those_of_y_as_it_is_stored(groups, dtype):
+    x, w, b = (torch.randn(shape).to(dtype) for shape in ((4, 3, 5, 4), (3, 6, 4, 4), (6,)))
+    geometry = [2, 2], [1, 1], [0, 0], 1, [1, 1]
+    y, mean, var = card.statistics(x, w, b, *geometry, groups)
+    assert torch.equal(y, card.reference(x, w, b, *geometry, "identity", 0.0))
+    exact = torch.var_mean(y.double().unflatten(0, (groups, -1)), [1, 3, 4], correction=0)
+    assert distance(var, exact[0]) < 1e-6 and distance(mean, exact[1]) < 1e-6
+    assert not mean.requires_grad and not var.requires_grad
+
+
+def test_statistics_leave_the_derivatives_alone():
+    args = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 3, 3, 4), (3, 4, 3, 3), (4,))]
+    ours = lambda *args: card.statistics(*args, [2, 2], [1, 1], [1, 0], 1, [1, 1], 2)[0]
+    theirs = lambda *args: F.conv_transpose2d(*args, 2, 1, (1, 0))
+    against_plain(ours, theirs, args, torch.float32, LAYOUTS[1], "reference")
+    assert torch.autograd.gradcheck(ours, args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ours, args, fast_mode=True)

@@ -87,7 +87,9 @@ def layers(x):
         "gn_act_double_backward": (x, x, per_channel(c), per_channel(c), x, *gn),
         "gan_loss": (x, x, "bce", "d", 0.1),
         "gan_loss_backward": (torch.ones((), dtype=x.dtype), x, x, "hinge", "d", 0.0),
-        "interpolate": (x, x, torch.rand(n)),
+        "gan_loss_double_backward": (x, x, torch.ones((), dtype=x.dtype), x, x, "bce", "d", 0.1),
+        "sample_dot": (x, x),
+        "interpolate": (x, x, torch.rand(n), None),
         "grad_norm_penalty": (x, 1.0),
         "grad_norm_penalty_backward": (per_channel(n), x, per_channel(n), 1.0),
     }

@@ -579,23 +579,23 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
     n_fake, n_real = counts
     if (kind == "relativistic" and n_fake != n_real) or (side == D and not n_real):
         with pytest.raises(ValueError, match="gan_loss_forward"):
-            _C.gan_loss_forward(dtype, 8, n_fake, 8, n_real, KINDS.index(kind), side, smoothing, 8, 1)
+            _C.gan_loss_forward(dtype, 8, n_fake, 8, n_real, KINDS.index(kind), side, smoothing, 8, 8, 1)
         return
     gen = torch.Generator().manual_seed(4)
     fake, real = ((torch.randn(n, generator=gen) * 3).to(DTYPES[dtype]) for n in counts)
     fake64, real64 = fake.double().requires_grad_(), real.double().requires_grad_()
     loss = loss_reference(fake64, real64, kind, side, smoothing)
     head = (KINDS.index(kind), side, smoothing)
-    out = Guarded(7)
+    loss_out, statistics = Guarded(1), Guarded(6)
     logits = (pointer(fake), n_fake, pointer(real) if n_real else 0, n_real)
-    _C.gan_loss_forward(dtype, *logits, *head, pointer(out), 2)
+    _C.gan_loss_forward(dtype, *logits, *head, pointer(loss_out), pointer(statistics), 2)
     r, f = (real64.detach(), fake64.detach()) if n_real else (torch.zeros(1).double() - 1e30, fake64.detach())
     want = [loss, r.mean(), f.mean(), r.sigmoid().mean(), f.sigmoid().mean(), (r > 0).double().mean()]
     want.append((f < 0).double().mean())
     want = torch.stack([torch.as_tensor(v) for v in want]).detach()
     if not n_real:
         want[1] = 0
-    torch.testing.assert_close(out.get().double(), want, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(torch.cat([loss_out.get(), statistics.get()]).double(), want, rtol=2e-6, atol=2e-6)
 
     dloss = torch.tensor([1.75])
     dfake, dreal = torch.autograd.grad(loss, [fake64, real64], dloss.double()[0], allow_unused=True)
@@ -610,10 +610,12 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
 def test_softplus_over_the_whole_range(table):
     """Through the minimax G loss of one logit, -softplus(f): relative accuracy for tiny results, too."""
     for x in [-1e4, -104.0, -88.0, -30.0, -5.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 17.0, 88.0, 1e4, math.inf, -math.inf]:
-        logit, out = torch.tensor([x]), Guarded(7)
-        _C.gan_loss_forward(F32, pointer(logit), 1, 0, 0, KINDS.index("minimax"), G, 0.0, pointer(out), 1)
+        logit, out, statistics = torch.tensor([x]), Guarded(1), Guarded(6)
+        _C.gan_loss_forward(
+            F32, pointer(logit), 1, 0, 0, KINDS.index("minimax"), G, 0.0, pointer(out), pointer(statistics), 1
+        )
         want = -torch.logaddexp(torch.zeros(1).double(), logit.double())
-        torch.testing.assert_close(out.get()[:1].double(), want, rtol=5e-7, atol=1e-44)
+        torch.testing.assert_close(out.get().double(), want, rtol=5e-7, atol=1e-44)
 
 
 # ------------------------------------------------------------------------------------------------ penalties
@@ -625,10 +627,33 @@ def test_interpolate(table, n, m, dtype):
     real, fake = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] for _ in range(2))
     epsilon, y = torch.rand(n), Guarded(n * m, DTYPES[dtype])
     epsilon[0] = 1.0
-    _C.interpolate_forward(dtype, pointer(real), pointer(fake), pointer(epsilon), pointer(y), n, m, 2)
+    _C.interpolate_forward(dtype, pointer(real), pointer(fake), pointer(epsilon), 0, pointer(y), n, m, 2)
     e = epsilon.double().repeat_interleave(m)
     check(y.get(), e * real.double() + (1 - e) * fake.double(), dtype, "y")
     assert torch.equal(y.get()[:m], real[:m])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(3, 5), (1, 12289), (7, 4096), (65, 33)])
+def test_two_coefficients_and_one_alone(table, n, m, dtype):
+    real, fake = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] for _ in range(2))
+    epsilon, rest = torch.randn(n), torch.randn(n)
+    e, other = (v.double().repeat_interleave(m) for v in (epsilon, rest))
+    y, alone = (Guarded(n * m, DTYPES[dtype]) for _ in range(2))
+    ends = pointer(real), pointer(fake), pointer(epsilon), pointer(rest)
+    _C.interpolate_forward(dtype, *ends, pointer(y), n, m, 2)
+    _C.interpolate_forward(dtype, pointer(real), 0, pointer(epsilon), 0, pointer(alone), n, m, 2)
+    check(y.get(), e * real.double() + other * fake.double(), dtype, "y")
+    check(alone.get(), e * real.double(), dtype, "alone")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(3, 5), (1, 12289), (7, 4096), (65, 33)])
+def test_sample_dot(table, n, m, dtype):
+    x, y = (torch.randn(n * m + 1).to(DTYPES[dtype])[1:] + 1 for _ in range(2))
+    dot = Guarded(n)
+    _C.sample_dot(dtype, pointer(x), pointer(y), pointer(dot), n, m, 2)
+    check(dot.get(), (x.double() * y.double()).view(n, m).sum(1), F32, "dot")
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
@@ -702,9 +727,9 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 5, 0.0, 1), "act must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 0, 0.0, 0), "threads must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
-        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 1), "kind must be"),
-        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 1), "side must be"),
-        (lambda: _C.interpolate_forward(0, 8, 8, 8, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),
+        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 8, 1), "kind must be"),
+        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 8, 1), "side must be"),
+        (lambda: _C.interpolate_forward(0, 8, 8, 8, 0, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),
         (lambda: _C.grad_norm_penalty_forward(0, 8, 8, 8, -1, 4, 1.0, 1), "N and E must be at least 1"),
         (lambda: _C.use_table("sse9"), "sse9"),
     ],

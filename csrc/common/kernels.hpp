@@ -139,18 +139,28 @@ struct GanLossArgs {
   Loss kind;
   Side side;
   float smoothing;
-  float* out;           // forward: [7]
-  const float* dloss;   // backward: one value
-  void *dfake, *dreal;  // backward; null: not wanted
+  float *loss, *statistics;     // forward: one value, [6]
+  float* d_dloss;               // double backward: one value
+  const float* dloss;           // backward: one value
+  void *dfake, *dreal;          // backward; null: not wanted
+  const void *ddfake, *ddreal;  // double backward: cotangents of dfake and dreal, whose place the results take
   int threads;
 };
 
 // N samples of E elements each, dense, all in one layout.
 struct InterpolateArgs {
   DType dtype;
-  const void *real, *fake;
-  const float* epsilon;  // [N]
+  const void *real, *fake;      // fake null: absent
+  const float *epsilon, *rest;  // [N]; rest null: 1 - epsilon
   void* y;
+  int64_t N, E;
+  int threads;
+};
+
+struct SampleDotArgs {
+  DType dtype;
+  const void *x, *y;  // [N][E]
+  float* dot;         // [N]
   int64_t N, E;
   int threads;
 };
@@ -182,7 +192,9 @@ struct Table {
   void (*bias_act_backward)(const BiasActShape&, const BiasActBackwardArgs&);
   void (*gan_loss_forward)(const GanLossArgs&);
   void (*gan_loss_backward)(const GanLossArgs&);
+  void (*gan_loss_double_backward)(const GanLossArgs&);
   void (*interpolate_forward)(const InterpolateArgs&);
+  void (*sample_dot)(const SampleDotArgs&);
   void (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&);
   void (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&);
 };

@@ -1,4 +1,4 @@
-// GAN losses on logits: loss and statistics in one pass over fake and real, and the gradients in another.
+// GAN losses on logits: loss and statistics in one pass over fake and real, the gradients in another, and theirs.
 //
 // With σ the sigmoid, sp the softplus, r real and f fake logits:
 //   kind           D loss                          G loss
@@ -88,6 +88,14 @@ FG_INLINE vf slope_fake(vf f, Loss kind, Side side) {
   }
 }
 
+// And of these: L'' by either logit, which is L''(f - r) for the relativistic kind. σ'(x) = e/(1+e)², e = exp(-|x|).
+FG_INLINE vf curve(vf v, Loss kind, Side side) {
+  if (kind == LOSS_LSGAN) return set1(1.0f);
+  if (kind == LOSS_HINGE || kind == LOSS_WASSERSTEIN) return zero();
+  const vf e = exp(negative(abs(v))), one_e = set1(1.0f) + e, bump = e / (one_e * one_e);
+  return kind == LOSS_MINIMAX && side == SIDE_G ? negative(bump) : bump;
+}
+
 // ------------------------------------------------------------------------------------------------ forward
 
 // What one pass adds up: the loss, and of the logits their sum, the sum of their sigmoids, and how many are right.
@@ -152,14 +160,10 @@ static void forward(const GanLossArgs& a) {
     }
   const double inv_f = 1.0 / static_cast<double>(a.n_fake),
                inv_r = a.n_real ? 1.0 / static_cast<double>(a.n_real) : 0.0;
-  const double out[7] = {f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r,
-                         r[SUM_LOGIT] * inv_r,
-                         f[SUM_LOGIT] * inv_f,
-                         r[SUM_SIGMOID] * inv_r,
-                         f[SUM_SIGMOID] * inv_f,
-                         r[SUM_RIGHT] * inv_r,
-                         f[SUM_RIGHT] * inv_f};
-  for (int k = 0; k < 7; ++k) a.out[k] = static_cast<float>(out[k]);
+  const double statistics[6] = {r[SUM_LOGIT] * inv_r,   f[SUM_LOGIT] * inv_f, r[SUM_SIGMOID] * inv_r,
+                                f[SUM_SIGMOID] * inv_f, r[SUM_RIGHT] * inv_r, f[SUM_RIGHT] * inv_f};
+  *a.loss = static_cast<float>(f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r);
+  for (int k = 0; k < 6; ++k) a.statistics[k] = static_cast<float>(statistics[k]);
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -207,9 +211,85 @@ static void backward(const GanLossArgs& a) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------ double backward
+
+// Over logits [begin, end): the sum of u slope, and scale u curve stored, for (u, slope, curve) = bends(i, lanes).
+template <class T, class Bends>
+static double bend(int64_t begin, int64_t end, vf scale, T* out, T* negated, const Bends& bends) {
+  constexpr int64_t BLOCK = 4096;  // fp32 sums over as many elements, float64 beyond
+  double total = 0.0;
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    vf s = zero();
+    each(at, at + BLOCK < end ? at + BLOCK : end, [&](int64_t i, int n) {
+      vf u, slope, second;
+      bends(i, n, u, slope, second);
+      s = fma(u, slope, s);  // u is 0 in lanes beyond the end
+      const vf d = scale * u * second;
+      if (out) store_some(out + i, d, n);
+      if (negated) store_some(negated + i, negative(d), n);
+    });
+    total += static_cast<double>(sum(s));
+  }
+  return total;
+}
+
+template <class T>
+static void double_backward(const GanLossArgs& a) {
+  const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
+  const T *ddfake = static_cast<const T*>(a.ddfake), *ddreal = static_cast<const T*>(a.ddreal);
+  T *dfake = static_cast<T*>(a.dfake), *dreal = static_cast<T*>(a.dreal);
+  const int threads = team_for(8 * (a.n_fake + a.n_real), a.threads);
+  constexpr int PITCH = 8;  // doubles of one thread: a cache line
+  Scratch scratch(Scratch::bytes_for<double>(threads * PITCH));
+  double* partial = scratch.cut<double>(threads * PITCH);
+  const double inv_f = 1.0 / static_cast<double>(a.n_fake),
+               inv_r = a.n_real ? 1.0 / static_cast<double>(a.n_real) : 0.0;
+  const vf scale_f = set1(static_cast<float>(*a.dloss * inv_f)), scale_r = set1(static_cast<float>(*a.dloss * inv_r));
+  int team = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    const int t = thread_index(), parts = team_size();
+    if (t == 0) team = parts;
+    const int64_t f0 = part_begin(a.n_fake, t, parts), f1 = part_begin(a.n_fake, t + 1, parts);
+    const int64_t r0 = part_begin(a.n_real, t, parts), r1 = part_begin(a.n_real, t + 1, parts);
+    double sum_f = 0.0, sum_r = 0.0;
+    if (a.kind == LOSS_RELATIVISTIC) {
+      sum_f = bend<T>(f0, f1, scale_f, dfake, dreal, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
+        const vf z = load_some(fake + i, n) - load_some(real + i, n);
+        u = load_some(ddfake + i, n) - load_some(ddreal + i, n);
+        slope = a.side == SIDE_D ? sigmoid(z) : negative(sigmoid(negative(z)));
+        second = curve(z, a.kind, a.side);
+      });
+    } else {
+      sum_f = bend<T>(f0, f1, scale_f, dfake, nullptr, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
+        const vf f = load_some(fake + i, n);
+        u = load_some(ddfake + i, n);
+        slope = slope_fake(f, a.kind, a.side);
+        second = curve(f, a.kind, a.side);
+      });
+      if (a.side == SIDE_D)
+        sum_r = bend<T>(r0, r1, scale_r, dreal, nullptr, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
+          const vf r = load_some(real + i, n);
+          u = load_some(ddreal + i, n);
+          slope = slope_real(r, a.kind, a.smoothing);
+          second = curve(r, a.kind, a.side);
+        });
+      else if (dreal)
+        each(r0, r1, [&](int64_t i, int n) { store_some(dreal + i, zero(), n); });
+    }
+    partial[t * PITCH] = sum_f * inv_f + sum_r * inv_r;
+  }
+  double total = 0.0;
+  for (int t = 0; t < team; ++t) total += partial[t * PITCH];
+  *a.d_dloss = static_cast<float>(total);
+}
+
 }  // namespace
 
 void gan_loss_forward(const GanLossArgs& args) { args.dtype == BF16 ? forward<bf16>(args) : forward<float>(args); }
 void gan_loss_backward(const GanLossArgs& args) { args.dtype == BF16 ? backward<bf16>(args) : backward<float>(args); }
+void gan_loss_double_backward(const GanLossArgs& args) {
+  args.dtype == BF16 ? double_backward<bf16>(args) : double_backward<float>(args);
+}
 
 }  // namespace fg::ISA

@@ -1,9 +1,7 @@
 // norm[n] = |g[n]|, penalty[n] = (norm[n] - target)^2, and dg[n] = dpenalty[n] 2 (1 - target / norm[n]) g[n].
 // Forward 1 access an element, backward 2: bound by memory.
 #include "common/kernels.hpp"
-#include "common/scratch.hpp"
 #include "cpu/samples.hpp"
-#include "cpu/simd.hpp"
 
 #include <cmath>
 
@@ -13,27 +11,17 @@ namespace {
 template <class T>
 void forward(const GradNormPenaltyArgs& a) {
   const T* g = static_cast<const T*>(a.gradient);
-  const int64_t blocks = blocks_of(a.E);
-  Scratch scratch(Scratch::bytes_for<double>(a.N * blocks));
-  double* sums = scratch.cut<double>(a.N * blocks);
-#pragma omp parallel num_threads(team_for(a.N* a.E, a.threads))
-  each_block(a.N, a.E, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t block) {
-    vf s[2] = {zero(), zero()};  // two chains: one would wait for the adder's latency
-    int chain = 0;
-    each(n * a.E + begin, n * a.E + end, [&](int64_t i, int lanes) {
-      const vf v = load_some(g + i, lanes);
-      s[chain] = fma(v, v, s[chain]);
-      chain ^= 1;
-    });
-    sums[block] = static_cast<double>(sum(s[0] + s[1]));
-  });
-  for (int64_t n = 0; n < a.N; ++n) {
-    double total = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) total += sums[n * blocks + b];
-    const double norm = std::sqrt(total), beyond = norm - a.target;
-    a.norm[n] = static_cast<float>(norm);
-    a.penalty[n] = static_cast<float>(beyond * beyond);
-  }
+  sum_samples(
+      a.N, a.E, a.threads,
+      [&](int64_t i, int lanes, vf so_far) {
+        const vf v = load_some(g + i, lanes);
+        return fma(v, v, so_far);
+      },
+      [&](int64_t n, double squares) {
+        const double norm = std::sqrt(squares), beyond = norm - a.target;
+        a.norm[n] = static_cast<float>(norm);
+        a.penalty[n] = static_cast<float>(beyond * beyond);
+      });
 }
 
 template <class T>

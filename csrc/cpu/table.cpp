@@ -23,7 +23,9 @@ void bias_act_forward(const BiasActShape&, const BiasActForwardArgs&);
 void bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&);
 void gan_loss_forward(const GanLossArgs&);
 void gan_loss_backward(const GanLossArgs&);
+void gan_loss_double_backward(const GanLossArgs&);
 void interpolate_forward(const InterpolateArgs&);
+void sample_dot(const SampleDotArgs&);
 void grad_norm_penalty_forward(const GradNormPenaltyArgs&);
 void grad_norm_penalty_backward(const GradNormPenaltyArgs&);
 
@@ -51,7 +53,9 @@ const Table table = {
     ELEMENTWISE::bias_act_backward,
     ELEMENTWISE::gan_loss_forward,
     ELEMENTWISE::gan_loss_backward,
+    ELEMENTWISE::gan_loss_double_backward,
     ELEMENTWISE::interpolate_forward,
+    ELEMENTWISE::sample_dot,
     ELEMENTWISE::grad_norm_penalty_forward,
     ELEMENTWISE::grad_norm_penalty_backward,
 };

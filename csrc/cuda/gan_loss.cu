@@ -28,11 +28,11 @@ int64_t gan_loss_forward(const GanLossArgs& a, const Target& target) {
   by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     FG_LAUNCH(gan_loss_forward_kernel<T>, grid_of(op, blocks), LOSS_THREADS, 0, target.stream, logits_of<T>(a),
-              partials, a.out);
+              partials, a.loss, a.statistics);
     check_launch(op);
     if (blocks == 1) return;
     FG_LAUNCH(gan_loss_finish_kernel<T>, 1, LOSS_THREADS, 0, target.stream, logits_of<T>(a), partials,
-              static_cast<int>(blocks), a.out);
+              static_cast<int>(blocks), a.loss, a.statistics);
     check_launch(op);
   });
   return 0;
@@ -46,6 +46,26 @@ int64_t gan_loss_backward(const GanLossArgs& a, const Target& target) {
               a.dloss, static_cast<T*>(a.dfake), static_cast<T*>(a.dreal));
     check_launch(op);
   });
+  return 0;
+}
+
+int64_t gan_loss_double_backward(const GanLossArgs& a, const Target& target) {
+  constexpr auto op = "gan_loss_double_backward";
+  const int64_t blocks = blocks_for(a);
+  auto* partials = static_cast<float*>(target.workspace);
+  if (blocks > 1 && !partials) return blocks * int64_t{sizeof(float)};
+  by_dtype(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    FG_LAUNCH(gan_loss_double_backward_kernel<T>, grid_of(op, blocks), LOSS_THREADS, 0, target.stream, logits_of<T>(a),
+              static_cast<const T*>(a.ddfake), static_cast<const T*>(a.ddreal), a.dloss, partials, a.d_dloss,
+              static_cast<T*>(a.dfake), static_cast<T*>(a.dreal));
+    check_launch(op);
+  });
+  if (blocks > 1) {
+    FG_LAUNCH(gan_loss_double_backward_finish_kernel, 1, LOSS_THREADS, 0, target.stream, partials,
+              static_cast<int>(blocks), a.d_dloss);
+    check_launch(op);
+  }
   return 0;
 }
 

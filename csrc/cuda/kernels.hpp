@@ -22,7 +22,9 @@ int64_t gn_act_backward(const GnShape&, const GnActBackwardArgs&, const Target&)
 int64_t gn_act_double_backward(const GnShape&, const GnActDoubleBackwardArgs&, const Target&);
 int64_t gan_loss_forward(const GanLossArgs&, const Target&);
 int64_t gan_loss_backward(const GanLossArgs&, const Target&);
+int64_t gan_loss_double_backward(const GanLossArgs&, const Target&);
 int64_t interpolate_forward(const InterpolateArgs&, const Target&);
+int64_t sample_dot(const SampleDotArgs&, const Target&);
 int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&);
 int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&);
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&);
@@ -41,7 +43,9 @@ struct Table {
   int64_t (*gn_act_double_backward)(const GnShape&, const GnActDoubleBackwardArgs&, const Target&);
   int64_t (*gan_loss_forward)(const GanLossArgs&, const Target&);
   int64_t (*gan_loss_backward)(const GanLossArgs&, const Target&);
+  int64_t (*gan_loss_double_backward)(const GanLossArgs&, const Target&);
   int64_t (*interpolate_forward)(const InterpolateArgs&, const Target&);
+  int64_t (*sample_dot)(const SampleDotArgs&, const Target&);
   int64_t (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&, const Target&);
   int64_t (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&, const Target&);
   int64_t (*conv2d)(const ConvShape&, const Conv2dArgs&, const Target&);

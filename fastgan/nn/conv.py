@@ -42,6 +42,22 @@ def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | 
     )  # fmt: skip
 
 
+def conv_statistics(
+    conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, stat_groups: int
+) -> tuple[Tensor, functional.Statistics]:
+    """The forward of a torch convolution module, and its batch statistics where the op has them for nothing."""
+    if isinstance(conv, nn.ConvTranspose2d):
+        padding = cast(tuple[int, ...], conv.padding)
+        return functional.conv_transpose2d_statistics(
+            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation,
+            stat_groups=stat_groups,
+        )  # fmt: skip
+    x, pads = _padded(conv, x)
+    return functional.conv2d_statistics(
+        x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, stat_groups=stat_groups
+    )
+
+
 def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     """Non-zero padding modes pad first, as torch does."""
     if conv.padding_mode == "zeros":
@@ -81,6 +97,9 @@ class _BNAct(_Block):
         hooks = has_hooks(self.conv) or has_hooks(self.bn)
         if not (hooks or self.bn.training or self.bn.running_mean is None):
             return self._folded(x)
+        if not hooks:
+            y, known = conv_statistics(self.conv, x, self.stat_groups)
+            return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups, known)
         y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)

@@ -27,24 +27,35 @@ def momenta(bn: _BatchNorm, groups: int) -> float | list[float | Tensor]:
 
 def statistics(bn: _BatchNorm, groups: int) -> dict[str, Any]:
     """The norm's state as `functional.bn_act` wants it, by torch's own rules for training and buffers."""
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
     buffers = not bn.training or bn.track_running_stats
     return {
         "running_mean": bn.running_mean if buffers else None,
         "running_var": bn.running_var if buffers else None,
-        "training": training,
+        "training": takes_batch_statistics(bn),
         "momentum": momenta(bn, groups),
         "eps": bn.eps,
         "stat_groups": groups,
     }
 
 
-def bn_act(bn: _BatchNorm, x: Tensor, activation: str | None, negative_slope: float, groups: int) -> Tensor:
+def takes_batch_statistics(bn: _BatchNorm) -> bool:
+    """Whether the norm takes the batch's statistics, not its running ones, by torch's own rule."""
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def bn_act(
+    bn: _BatchNorm,
+    x: Tensor,
+    activation: str | None,
+    negative_slope: float,
+    groups: int,
+    batch_statistics: functional.Statistics = None,
+) -> Tensor:
     """A torch batch norm module followed by an activation, as one op."""
     bn._check_input_dim(x)
     return functional.bn_act(
         x, weight=bn.weight, bias=bn.bias, activation=activation, negative_slope=negative_slope,
-        **statistics(bn, groups),
+        batch_statistics=batch_statistics, **statistics(bn, groups),
     )  # fmt: skip
 
 

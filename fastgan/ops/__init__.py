@@ -10,6 +10,7 @@ from fastgan.ops import (
     gn_act,
     grad_norm_penalty,
     interpolate,
+    sample_dot,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "gn_act",
     "grad_norm_penalty",
     "interpolate",
+    "sample_dot",
 ]

@@ -2,8 +2,10 @@
 
 Formula      xhat = (x - mean) rstd, rstd = (var + eps)^(-1/2) (biased var), t = weight xhat + bias, y = phi(t).
              training: mean, var of each channel over its group's samples and pixels; group g holds the samples
-             [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1)
-Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]
+             [g N/G, (g+1) N/G). eval: mean = running_mean, var = running_var (G = 1). training with running_mean and
+             running_var [G,C] given: they are the mean and var of x, from the epilogue of conv2d_statistics or its
+             adjoint
+Shapes       x [N,C,*], weight, bias [C] or None -> y like x, mean, var [G,C]; [0,C] where the batch's own were given
 Dtypes       x float32, bfloat16 natively, float16 too in CUDA and Triton, every floating dtype through the reference;
              weight, bias, statistics may be float32 beside a 16-bit x; mean, var are float32 (float64 for float64)
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
@@ -11,9 +13,9 @@ Autocast     first: runs in x's dtype with float32 parameters, as torch's batch 
 Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form in one reduction and one elementwise
              pass. third: raises. mean and var are not differentiable outputs
 Saves        x, weight, bias, mean, var (no mask, no normalised copy)
-Traffic      3 accesses an element forward (x twice, y), 5 backward (dy, x twice, dx), 8 double backward (dy, ddx, x
-             twice, d_dy, d_x); in Triton 2, 3 and 5 where a group fits a program's registers. PyTorch's
-             batch norm + leaky ReLU: 5, 8, and about 80 kernels
+Traffic      3 accesses an element forward (x twice, y), 2 where mean and var are given; 5 backward (dy, x twice, dx),
+             8 double backward (dy, ddx, x twice, d_dy, d_x); in Triton 2, 3 and 5 where a group fits a program's
+             registers. PyTorch's batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
 Backends     cuda, triton, native, reference
@@ -36,9 +38,11 @@ from fastgan.ops.bias_act import like
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
 
 
-def cost(x: Tensor) -> dict[str, int]:
-    """Bytes and FLOPs that a perfect two-pass forward kernel needs (x is read twice, y written once)."""
-    return {"bytes": 3 * x.numel() * x.element_size(), "flops": 8 * x.numel()}
+def cost(x: Tensor, training: bool = True, running_mean: Tensor | None = None) -> dict[str, int]:
+    """Bytes and FLOPs that a perfect two-pass forward kernel needs (x is read twice, y written once); with statistics
+    given, x is read once."""
+    accesses, flops = (2, 4) if not training or running_mean is not None else (3, 8)
+    return {"bytes": accesses * x.numel() * x.element_size(), "flops": flops * x.numel()}
 
 
 def cost_backward(x: Tensor) -> dict[str, int]:
@@ -59,6 +63,21 @@ def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return empty, torch.empty_like(empty)
 
 
+def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each stat group and channel, [G, C]."""
+    dims = [1, *range(3, x.dim() + 1)]
+    var, mean = torch.var_mean(grouped(x, groups).to(accumulation_dtype(x.dtype)), dims, correction=0)
+    return mean, var
+
+
+def computed(mean: Tensor, var: Tensor, training: bool, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The statistics as the op returns them: an op may not return its argument, and a copy of given ones would cost a
+    launch each, so then none, [0, C]."""
+    if training and given is not None:
+        return mean.new_empty(0, mean.shape[1]), var.new_empty(0, mean.shape[1])
+    return mean, var
+
+
 def _normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """t = weight xhat + bias, group by group, with PyTorch's elementwise batch norm kernel."""
     parts = [
@@ -75,34 +94,37 @@ def reference(x, weight, bias, running_mean, running_var, training, eps, activat
     dtype = accumulation_dtype(x.dtype)
     if training and x.numel() == 0:
         mean, var = (s.zero_() for s in _statistics_like(x, groups))
+    elif training and running_mean is not None:
+        mean, var = running_mean.to(dtype), running_var.to(dtype)
     elif training:
-        dims = [1, *range(3, x.dim() + 1)]
-        var, mean = torch.var_mean(grouped(x, groups).to(dtype), dims, correction=0)
+        mean, var = moments(x, groups)
     else:
         mean, var = (s.to(dtype, copy=True).unsqueeze(0) for s in (running_mean, running_var))
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     y = _activation.apply(_normalise(x, mean, var, weight, bias, eps), activation, slope)
-    return dense(y, is_channels_last(x)), mean, var
+    return dense(y, is_channels_last(x)), *computed(mean, var, training, running_mean)
 
 
 def launch(core, x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     y = torch.empty_like(x)
-    if training:
+    if training and running_mean is not None:
+        mean, var = (s.to(torch.float32).contiguous() for s in (running_mean, running_var))
+    elif training:
         mean, var = _statistics_like(x, groups)
     else:
         mean, var = (s.to(torch.float32, copy=True).unsqueeze(0) for s in (running_mean, running_var))
     weight, bias = _native.float_vectors(weight, bias)
     core.call(
         "bn_act_forward", x, _native.DTYPE_CODES[x.dtype], x, weight, bias, mean, var, y, *planes(x), groups,
-        channels_last, training, eps, _activation.CODES[activation], slope,
+        channels_last, training and running_mean is None, eps, _activation.CODES[activation], slope,
     )  # fmt: skip
-    return y, mean, var
+    return y, *computed(mean, var, training, running_mean)
 
 
 def fake(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
-    return like(x), *_statistics_like(x, groups)
+    return like(x), *computed(*_statistics_like(x, groups), training, running_mean)
 
 
 op = Op(
@@ -116,9 +138,11 @@ op = Op(
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, _, _, *ctx.scalars, _ = inputs
+    x, weight, bias, running_mean, running_var, *ctx.scalars, _ = inputs
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
+    if ctx.scalars[0] and running_mean is not None:
+        mean, var = running_mean, running_var
     ctx.save_for_backward(x, weight, bias, mean, var)
 
 

@@ -1,21 +1,29 @@
-"""Strided forward convolution with a bias and activation epilogue.
+"""Strided forward convolution with an epilogue: bias and activation, or bias and the statistics for a batch norm.
 
-Formula      y[n,k,o] = phi(bias[k] + sum_{c,r} x[n,c, s o + d r - p] weight[k,c,r]), per spatial axis
+Formula      y[n,k,o] = phi(bias[k] + sum_{c,r} x[n,c, s o + d r - p] weight[k,c,r]), per spatial axis.
+             conv2d_statistics (phi = identity): mean and biased var of each channel of y over the samples and pixels
+             of each of G groups, group g being the samples [g N/G, (g+1) N/G). They are those of y as it is stored,
+             rounded to its dtype: the batch norm that follows reads that y, and its derivatives assume that the mean
+             and var it was given are those of what it reads
 Shapes       x [N,C,H,W], weight [K,C/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
-             OH = floor((H + 2p - d(R-1) - 1)/s) + 1
+             OH = floor((H + 2p - d(R-1) - 1)/s) + 1; conv2d_statistics: mean, var [G,K]
 Dtypes       float32, bfloat16 (float32 accumulation) natively, float16 too on a GPU; every torch dtype through the
              reference. On a GPU float32 multiplies in TF32 where torch's own convolutions do; on a
-             CPU float32 layers of 2 or 3 neighbouring taps an axis use minimal filtering (csrc/cpu/conv_winograd.hpp)
+             CPU float32 layers of 2 or 3 neighbouring taps an axis use minimal filtering (csrc/cpu/conv_winograd.hpp).
+             mean and var are float32 (float64 for float64)
 Layout       the kernels work in channels_last and convert NCHW at its edges; y is channels_last if x or weight
              suggests it, as torch decides
 Autocast     lower: x, weight and bias go to the autocast dtype
 Derivatives  first: conv_transpose2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and
-             closed); the activation's through bias_act_backward
+             closed); the activation's through bias_act_backward. mean and var are no differentiable outputs: their
+             share of the gradient is in that of bn_act, which takes them as functions of its input
 Saves        x, weight, and y where there is an activation
-Traffic      2 accesses an element of x, y in all (read x, write y); PyTorch 4 with bias and activation as own passes
+Traffic      2 accesses an element of x, y in all (read x, write y), mean and var included; PyTorch 4 with bias and
+             activation as own passes, and 1 more of y for statistics
 FLOPs        2 N K OH OW (C/groups) R S in the direct form; minimal filtering multiplies 0.44 to 0.64 of that
-Determinism  bit-equal from run to run for one thread count, or one card and shape
-Backends     cuda, triton, native, reference (torch.nn.functional.conv2d)
+Determinism  bit-equal from run to run for one thread count, or one card and shape (moments of tiles, merged by Chan's
+             formula in a fixed order)
+Backends     cuda, triton, native, reference (torch.nn.functional.conv2d); conv2d_statistics: triton, reference
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016)
 """
 
@@ -29,10 +37,11 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
+from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
-from fastgan.backends import Backend, triton
+from fastgan.backends import Backend, has_kernel, triton
 from fastgan.ops.bias_act import epilogue_backward
+from fastgan.ops.bn_act import moments
 
 POSITIONS = 1 << 30  # the CUDA kernels hold coordinates in 32 bits, with room for taps outside the image
 
@@ -54,6 +63,15 @@ def cost(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) ->
         "bytes": (x.numel() + weight.numel() + y) * x.element_size(),
         "flops": 2 * y * weight[0].numel(),
     }
+
+
+def cost_statistics(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, stat_groups: int
+) -> dict[str, int]:
+    """Of conv2d_statistics: y's elements cross memory once as they do without; mean and var are written besides."""
+    found = cost(x, weight, stride, padding, dilation)
+    n, k, oh, ow = output_shape(x, weight, stride, padding, dilation)
+    return {"bytes": found["bytes"] + 8 * stat_groups * k, "flops": found["flops"] + 4 * n * k * oh * ow}
 
 
 # ---- what the three convolution ops share ---------------------------------------------------------------------------
@@ -178,16 +196,83 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
-    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2])
+    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and wanted(ctx, 2))
     dx = dweight = None
-    if ctx.needs_input_grad[0]:
+    if wanted(ctx, 0):
         extra = input_padding(x.shape, dt.shape, weight.shape, *geometry)
         dx = OPS["conv_transpose2d"](
             dt, weight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
-    if wanted(ctx, 1, weight):
+    if wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 6
 
 
 op.differentiate(_save, _backward)
+
+
+# ---- with the statistics for a batch norm ---------------------------------------------------------------------------
+
+# Pixels of a stat group up to which bn_act needs no help: a program of its Triton kernel holds them, 512 by 16 channels
+# of a 16-bit type, and reads them once anyway, in one launch.
+LEAST_PIXELS = 512
+
+
+def statistics_pay(y: tuple, device: str, name: str, stat_groups: int) -> bool:
+    """Whether the op `name` with statistics beats the convolution and bn_act's own: on a GPU, for y's shape [N,K,H,W].
+
+    On a CPU there is nothing to win: the pass that it saves reads 75 MB of a DCGAN-64 step at batch 128 in bfloat16,
+    a few milliseconds of a second.
+    """
+    if not has_kernel(name, device) or stat_groups < 1 or y[0] % stat_groups:
+        return False
+    return y[0] // stat_groups * y[2] * y[3] > LEAST_PIXELS
+
+
+def with_statistics(y: Tensor, stat_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, var) of a convolution's output: what the epilogues compute, by a pass over y."""
+    return y, *moments(y, stat_groups)
+
+
+def statistics_like(y: Tensor, stat_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, var) with the last two empty, for tracing."""
+    mean = y.new_empty(stat_groups, y.shape[1], dtype=accumulation_dtype(y.dtype))
+    return y, mean, torch.empty_like(mean)
+
+
+def reference_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
+    return with_statistics(reference(x, weight, bias, stride, padding, dilation, groups, "identity", 0.0), stat_groups)
+
+
+def fake_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
+    return statistics_like(fake(x, weight, bias, stride, padding, dilation, groups, "identity", 0.0), stat_groups)
+
+
+statistics = Op(
+    "conv2d_statistics(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
+    " int stat_groups) -> (Tensor, Tensor, Tensor)",
+    reference=reference_statistics,
+    fake=fake_statistics,
+    backends={"triton": triton("conv2d", "conv2d_statistics")},
+    autocast="lower",
+    example=lambda: (*draw((4, 3, 9, 8), (5, 3, 4, 3), (5,)), [2, 1], [1, 0], [1, 1], 1, 2),
+)
+
+
+def saves_statistics(save: Callable[..., None]) -> Callable[..., None]:
+    """The convolution's own `save` for its op with statistics."""
+
+    def save_statistics(ctx, inputs, output):
+        y, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        save(ctx, (*inputs[:-1], "identity", 0.0), y)
+
+    return save_statistics
+
+
+def backward_statistics(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The convolution's own backward for its op with statistics, which has one argument less."""
+    return lambda ctx, dy, _dmean, _dvar: backward(ctx, dy)[:-1]
+
+
+statistics.differentiate(saves_statistics(_save), backward_statistics(_backward))

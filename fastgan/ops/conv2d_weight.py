@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import CHANNELS_LAST, dense, empty
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, wanted
 from fastgan.backends import triton
 from fastgan.ops.conv2d import POSITIONS, backends, declines, input_padding, output_size, plan, product_code
 
@@ -105,13 +105,13 @@ def _backward(ctx, ddweight):
     x, dy = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
     dx = ddy = None
-    if ctx.needs_input_grad[0]:
+    if wanted(ctx, 0):
         whole = _full(x, dy, ctx.kernel, *geometry)
         extra = input_padding(x.shape, whole.shape, ddweight.shape, *geometry)
         dx = OPS["conv_transpose2d"](
             whole, ddweight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
-    if ctx.needs_input_grad[1]:
+    if wanted(ctx, 1):
         ddy = OPS["conv2d"](x, ddweight, None, *geometry, ctx.groups, "identity", 0.0)
         ddy = ddy[:, :, : dy.shape[2], : dy.shape[3]]
     return dx, ddy, *(None,) * 6

@@ -1,18 +1,22 @@
-"""Transposed convolution: the adjoint of conv2d, with a bias and activation epilogue.
+"""Transposed convolution: the adjoint of conv2d, with its epilogues.
 
 Formula      y[n,k,o] = phi(bias[k] + sum_{c,i,r: o = s i + d r - p} x[n,c,i] weight[c,k,r]), per spatial axis;
-             computed by output phase o mod s, each a dense stride-1 convolution (no zero insertion)
+             computed by output phase o mod s, each a dense stride-1 convolution (no zero insertion).
+             conv_transpose2d_statistics: mean and var of y's channels too, as conv2d_statistics
 Shapes       x [N,C,H,W], weight [C,K/groups,R,S], bias [K] or None -> y [N,K,OH,OW],
-             OH = (H-1) s - 2p + d(R-1) + output_padding + 1
+             OH = (H-1) s - 2p + d(R-1) + output_padding + 1; conv_transpose2d_statistics: mean, var [G,K]
 Dtypes       as conv2d: float32, bfloat16 natively, float16 too on a GPU; every torch dtype through the reference
 Layout       as conv2d: kernels in channels_last; y is channels_last if x or weight suggests it
 Autocast     lower: x, weight and bias go to the autocast dtype
-Derivatives  first: conv2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and closed)
+Derivatives  first: conv2d, conv2d_weight, bias_act_backward. second and higher: the same ops (bilinear and closed).
+             mean and var are no differentiable outputs, as in conv2d_statistics
 Saves        x, weight, and y where there is an activation
-Traffic      2 accesses an element of x, y in all; PyTorch 4 with bias and activation as own passes
+Traffic      2 accesses an element of x, y in all, mean and var included; PyTorch 4 with bias and activation as own
+             passes, and 1 more of y for statistics
 FLOPs        2 N C H W (K/groups) R S at most (taps that fall outside y are not computed)
 Determinism  bit-equal from run to run for one thread count, or one card and shape
-Backends     cuda, triton, native, reference (torch.nn.functional.conv_transpose2d)
+Backends     cuda, triton, native, reference (torch.nn.functional.conv_transpose2d); conv_transpose2d_statistics:
+             triton, reference
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016); phases: docs/maths.md
 """
 
@@ -28,7 +32,18 @@ from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.backends import triton
 from fastgan.ops.bias_act import epilogue_backward
-from fastgan.ops.conv2d import backends, channels_last, declines, operand, plan, product_code
+from fastgan.ops.conv2d import (
+    backends,
+    backward_statistics,
+    channels_last,
+    declines,
+    operand,
+    plan,
+    product_code,
+    saves_statistics,
+    statistics_like,
+    with_statistics,
+)
 
 
 def output_shape(
@@ -54,6 +69,22 @@ def cost(
         "bytes": (x.numel() + weight.numel() + n * k * oh * ow) * x.element_size(),
         "flops": 2 * x.numel() * weight[0].numel(),
     }
+
+
+def cost_statistics(
+    x: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+    stat_groups: int,
+) -> dict[str, int]:
+    """Of conv_transpose2d_statistics: y's elements cross memory once as they do without; mean and var besides."""
+    found = cost(x, weight, stride, padding, output_padding, groups, dilation)
+    n, k, oh, ow = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
+    return {"bytes": found["bytes"] + 8 * stat_groups * k, "flops": found["flops"] + 4 * n * k * oh * ow}
 
 
 def reference(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
@@ -107,15 +138,40 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
     geometry = ctx.stride, ctx.padding, ctx.dilation
-    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[2])
+    dt, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and wanted(ctx, 2))
     dx = dweight = None
-    if ctx.needs_input_grad[0]:
+    if wanted(ctx, 0):
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
-    if wanted(ctx, 1, weight):
+    if wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7
 
 
 op.differentiate(_save, _backward)
+
+
+# ---- with the statistics for a batch norm ---------------------------------------------------------------------------
+
+
+def reference_statistics(x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):
+    y = reference(x, weight, bias, stride, padding, output_padding, groups, dilation, "identity", 0.0)
+    return with_statistics(y, stat_groups)
+
+
+def fake_statistics(x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):
+    y = fake(x, weight, bias, stride, padding, output_padding, groups, dilation, "identity", 0.0)
+    return statistics_like(y, stat_groups)
+
+
+statistics = Op(
+    "conv_transpose2d_statistics(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding,"
+    " int[] output_padding, int groups, int[] dilation, int stat_groups) -> (Tensor, Tensor, Tensor)",
+    reference=reference_statistics,
+    fake=fake_statistics,
+    backends={"triton": triton("conv_transpose2d", "conv_transpose2d_statistics")},
+    autocast="lower",
+    example=lambda: (*draw((4, 3, 5, 4), (3, 5, 4, 3), (5,)), [2, 1], [1, 0], [0, 0], 1, [1, 1], 2),
+)
+statistics.differentiate(saves_statistics(_save), backward_statistics(_backward))

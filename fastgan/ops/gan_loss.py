@@ -13,10 +13,10 @@ Shapes       fake, real: any (equal numbers of elements for relativistic) -> los
 Dtypes       computed in float32 (float64 for float64); loss in the logits' dtype, statistics in the computing one
 Layout       any; read as a flat array
 Autocast     float32
-Derivatives  first: gan_loss_backward. second and higher: closed form (sigma' terms) in differentiable torch ops.
-             statistics are not differentiable
+Derivatives  first: gan_loss_backward. second: gan_loss_double_backward (sigma' terms) in one pass. higher: the same
+             formulas in differentiable torch ops. statistics are not differentiable
 Saves        the logits
-Traffic      1 access a logit forward, 2 backward; no target tensor is made
+Traffic      1 access a logit forward, 2 backward, 3 double backward; no target tensor is made
 FLOPs        about 10 a logit
 Determinism  bit-equal from run to run for one thread count
 Backends     cuda, triton, native, reference
@@ -25,6 +25,8 @@ Source       Goodfellow et al. (2014) bce, minimax; Mao et al. (2017) lsgan; Lim
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,11 @@ def cost(fake: Tensor, real: Tensor | None) -> dict[str, int]:
 def cost_backward(fake: Tensor, real: Tensor | None) -> dict[str, int]:
     n = fake.numel() + (0 if real is None else real.numel())
     return {"bytes": 2 * n * fake.element_size(), "flops": 10 * n}
+
+
+def cost_double_backward(fake: Tensor, real: Tensor | None) -> dict[str, int]:
+    n = fake.numel() + (0 if real is None else real.numel())
+    return {"bytes": 3 * n * fake.element_size(), "flops": 15 * n}
 
 
 def formula(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float) -> Tensor:
@@ -97,22 +104,21 @@ def slopes(f: Tensor, r: Tensor | None, kind: str, side: str, smoothing: float) 
     return torch.sigmoid(f) / n, (torch.sigmoid(r) - (1 - smoothing)) / m
 
 
-def curvatures(f: Tensor, r: Tensor | None, kind: str, side: str) -> tuple[Tensor | None, Tensor | None]:
-    """(d2L/df2, d2L/dr2) elementwise, None where zero; for the relativistic kind both are L''(f - r)."""
+def curvatures(f: Tensor, r: Tensor | None, kind: str, side: str) -> tuple[Tensor, Tensor | None]:
+    """(d2L/df2, d2L/dr2) elementwise, None as in `slopes`; for the relativistic kind both are L''(f - r)."""
 
     def bump(u: Tensor) -> Tensor:  # sigma'(u) / n
         return torch.sigmoid(u) * torch.sigmoid(-u) / u.numel()
 
     if kind == "relativistic" and r is not None:
         return bump(f - r), bump(f - r)
-    if kind in ("hinge", "wasserstein"):
-        return None, None
-    if kind == "lsgan":
-        flat = torch.ones_like
-        return flat(f) / f.numel(), None if side == "g" or r is None else flat(r) / r.numel()
-    if side == "g" or r is None:
-        return (-bump(f) if kind == "minimax" else bump(f)), None
-    return bump(f), bump(r)
+    of = {
+        "minimax": lambda u: bump(u) if side == "d" else -bump(u),
+        "lsgan": lambda u: torch.full_like(u, 1 / u.numel()),
+        "hinge": torch.zeros_like,
+        "wasserstein": torch.zeros_like,
+    }.get(kind, bump)
+    return of(f), None if side == "g" or r is None else of(r)
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -135,12 +141,12 @@ def reference(fake, real, kind, side, smoothing):
 
 def launch(core, fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
-    out = fake.new_empty(7, dtype=torch.float32)
+    loss, statistics = fake.new_empty((), dtype=torch.float32), fake.new_empty(6, dtype=torch.float32)
     core.call(
         "gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], fake, fake.numel(), real,
-        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, out,
+        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, loss, statistics,
     )  # fmt: skip
-    return out[0].to(fake.dtype, copy=True), out[1:].clone()
+    return loss.to(fake.dtype), statistics
 
 
 def fake_shapes(fake, real, kind, side, smoothing):
@@ -221,19 +227,67 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, ddfake, ddreal):
-    """dfake = dloss L'(f), dreal = dloss L'(r): every factor a differentiable torch op, so any order follows."""
     dloss, fake, real = ctx.saved_tensors
-    slope_f, slope_r = slopes(fake, real, ctx.kind, ctx.side, ctx.smoothing)
-    curve_f, curve_r = curvatures(fake, real, ctx.kind, ctx.side)
-    if real is None or slope_r is None:
-        return (ddfake * slope_f).sum(), None if curve_f is None else dloss * ddfake * curve_f, *(None,) * 4
-    d_dloss = (ddfake * slope_f).sum() + (ddreal * slope_r).sum()
-    if ctx.kind == "relativistic":
-        d_f = dloss * (ddfake - ddreal) * curve_f
-        return d_dloss, d_f, -d_f, None, None, None
-    d_f = None if curve_f is None else dloss * ddfake * curve_f
-    d_r = None if curve_r is None else dloss * ddreal * curve_r
-    return d_dloss, d_f, d_r, None, None, None
+    scalars = ctx.kind, ctx.side, ctx.smoothing
+    # someone who records this pass wants a third derivative: torch's own ops then, which have every order
+    run = reference_double_backward if torch.is_grad_enabled() else OPS["gan_loss_double_backward"]
+    d_dloss, d_fake, d_real = run(ddfake, None if real is None else ddreal, dloss, fake, real, *scalars)
+    return d_dloss.to(dloss.dtype), d_fake, None if real is None else d_real, None, None, None
 
 
 backward.differentiate(_save_backward, _double_backward)
+
+
+# ---- double backward ------------------------------------------------------------------------------------------------
+
+
+def reference_double_backward(ddfake, ddreal, dloss, fake, real, kind, side, smoothing):
+    """dfake = dloss L'(f), dreal = dloss L'(r), L the sum of both: every factor a differentiable torch op."""
+    dtype = accumulation_dtype(fake.dtype)
+    u, f = ddfake.to(dtype), fake.to(dtype)
+    v: Any = None if real is None else ddreal.to(dtype)
+    r = None if real is None else real.to(dtype)
+    slope_f, slope_r = slopes(f, r, kind, side, smoothing)
+    curve_f, curve_r = curvatures(f, r, kind, side)
+    d_real: Any = fake.new_zeros(0 if real is None else real.shape)
+    if kind == "relativistic":
+        u = u - v
+        d_fake = dloss * u * curve_f
+        d_dloss, d_real = (u * slope_f).sum(), -d_fake
+    else:
+        d_dloss, d_fake = (u * slope_f).sum(), dloss * u * curve_f
+        if slope_r is not None:
+            d_dloss, d_real = d_dloss + (v * slope_r).sum(), dloss * v * curve_r
+    return d_dloss, d_fake.to(fake.dtype).contiguous(), d_real.to(fake.dtype).contiguous()
+
+
+def launch_double_backward(core, ddfake, ddreal, dloss, fake, real, kind, side, smoothing):
+    ddfake, fake = ddfake.contiguous(), fake.contiguous()
+    ddreal, real = (None if t is None else t.contiguous() for t in (ddreal, real))
+    d_dloss, d_fake, d_real = fake_double_backward_shapes(ddfake, ddreal, dloss, fake, real, kind, side, smoothing)
+    core.call(
+        "gan_loss_double_backward", fake, _native.DTYPE_CODES[fake.dtype], ddfake, ddreal, dloss.to(torch.float32),
+        fake, fake.numel(), real, 0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing,
+        d_dloss, d_fake, None if real is None else d_real,
+    )  # fmt: skip
+    return d_dloss, d_fake, d_real
+
+
+def fake_double_backward_shapes(ddfake, ddreal, dloss, fake, real, kind, side, smoothing):
+    d_real = fake.new_empty(0 if real is None else real.shape)
+    return fake.new_empty((), dtype=accumulation_dtype(fake.dtype)), fake.new_empty(fake.shape), d_real
+
+
+double_backward = Op(
+    "gan_loss_double_backward(Tensor ddfake, Tensor? ddreal, Tensor dloss, Tensor fake, Tensor? real, str kind,"
+    " str side, float smoothing) -> (Tensor, Tensor, Tensor)",
+    reference=reference_double_backward,
+    fake=fake_double_backward_shapes,
+    backends={
+        **_native.backends(launch_double_backward, lambda u, v, dloss, fake, real, *rest: (fake, real, u, v)),
+        "triton": triton("gan_loss", "gan_loss_double_backward"),
+    },
+    autocast="float32",
+    example=lambda: (*draw((7,), (7,), (), (7,), (7,)), "bce", "d", 0.1),
+)
+double_backward.not_differentiable()

@@ -7,10 +7,10 @@ Dtypes       gradient any floating dtype; sums, penalty and norm in float32 (flo
 Layout       any; the derivative keeps gradient's layout
 Autocast     first: runs in gradient's dtype, with sums in float32
 Derivatives  first: grad_norm_penalty_backward, d penalty / dg = 2 (1 - target / |g|) g, and 0 where |g| = 0 (the
-             subgradient that torch's norm takes). second and higher: closed form in differentiable torch ops.
-             norm is not a differentiable output
+             subgradient that torch's norm takes). second and higher: closed form by `sample_dot` (one reduction) and
+             `interpolate` (one elementwise pass), closed themselves. norm is not a differentiable output
 Saves        gradient, norm
-Traffic      1 access an element forward, 2 backward; PyTorch's square, sum, sqrt: 3 and 4
+Traffic      1 access an element forward, 2 backward, 5 double backward; PyTorch's square, sum, sqrt: 3, 4 and more
 FLOPs        2 an element forward, 1 backward
 Determinism  bit-equal from run to run for one thread count
 Backends     cuda, triton, native, reference
@@ -139,22 +139,20 @@ def _save_backward(ctx, inputs, output):
 def _double_backward(ctx, w):
     """L = sum dp s(|g|) <w, g> per sample. norm is a function of gradient: its share is in d_gradient."""
     dpenalty, gradient, norm = ctx.saved_tensors
-    dtype = norm.dtype
-    along = (w.to(dtype) * gradient.to(dtype)).flatten(1).sum(1)
-    if ctx.target != 0:
-        norm = _differentiable_norm(gradient.to(dtype))
+    along = OPS["sample_dot"](w, gradient)
+    if ctx.target == 0:
+        return 2 * along, OPS["interpolate"](w, None, 2 * dpenalty, None), None, None
+    if torch.is_grad_enabled():  # for orders beyond the second
+        norm = _differentiable_norm(gradient)
     slope = _slope(norm, ctx.target)
-    d_gradient = _per_sample(dpenalty * slope, w) * w
-    if ctx.target != 0:
-        cube = torch.where(norm > 0, norm, 1.0) ** 3
-        bend = torch.where(norm > 0, 2 * ctx.target / cube, 0.0)
-        d_gradient = d_gradient + _per_sample(dpenalty * bend * along, gradient) * gradient
-    return slope * along, d_gradient.to(gradient.dtype), None, None
+    bend = torch.where(norm > 0, 2 * ctx.target / torch.where(norm > 0, norm, 1.0) ** 3, 0.0)
+    d_gradient = OPS["interpolate"](w, gradient, dpenalty * slope, dpenalty * bend * along)
+    return slope * along, d_gradient, None, None
 
 
 def _differentiable_norm(gradient: Tensor) -> Tensor:
-    """|g| with derivative 0 at 0, for orders beyond the second."""
-    squared = gradient.square().flatten(1).sum(1)
+    """|g| with derivative 0 at 0."""
+    squared = OPS["sample_dot"](gradient, gradient)
     positive = squared > 0
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 

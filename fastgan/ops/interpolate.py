@@ -1,13 +1,13 @@
 """Points between real and fake samples, one coefficient a sample: where WGAN-GP looks at the gradient.
 
-Formula      y = e[n] real + (1 - e[n]) fake
-Shapes       real, fake [N,*], epsilon [N] -> y like real
-Dtypes       every floating dtype; 16-bit samples are mixed in float32, epsilon may be float32 beside them
+Formula      y = e[n] real + (1 - e[n]) fake; with rest, y = e[n] real + rest[n] fake; without fake, y = e[n] real
+Shapes       real [N,*], fake [N,*] or None, epsilon [N], rest [N] or None -> y like real
+Dtypes       every floating dtype; 16-bit samples are mixed in float32, the coefficients may be float32 beside them
 Layout       y keeps real's layout (channels_last or NCHW)
 Autocast     first: runs in real's dtype
-Derivatives  first: dreal = e dy, dfake = (1 - e) dy, depsilon = sum dy (real - fake) per sample (float32 sums), in
-             differentiable torch ops. second and higher: the same ops (trilinear)
-Saves        epsilon, and real, fake where epsilon wants a gradient
+Derivatives  every order, by `interpolate` and `sample_dot`, which are closed: dreal = e dy, dfake = (1 - e) dy or
+             rest dy, depsilon = <dy, real> (- <dy, fake> without rest), drest = <dy, fake>
+Saves        the coefficients, and real, fake where a coefficient wants a gradient
 Traffic      3 accesses an element (PyTorch's lerp the same; e * real + (1 - e) * fake written out: 8)
 FLOPs        3 an element
 Determinism  bit-equal from run to run
@@ -17,12 +17,14 @@ Source       Gulrajani et al., Improved Training of Wasserstein GANs (2017)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
-from fastgan._op import Op, draw
+from fastgan._op import OPS, Op, draw
 from fastgan.backends import triton
 from fastgan.ops.bias_act import like
 
@@ -36,49 +38,59 @@ def _per_sample(epsilon: Tensor, x: Tensor) -> Tensor:
     return epsilon.to(accumulation_dtype(x.dtype)).view(-1, *(1,) * (x.dim() - 1))
 
 
-def reference(real, fake, epsilon):
+def reference(real, fake, epsilon, rest):
     dtype = accumulation_dtype(real.dtype)
-    y = torch.lerp(fake.to(dtype), real.to(dtype), _per_sample(epsilon, real)).to(real.dtype)
-    return dense(y, is_channels_last(real))
+    r, e = real.to(dtype), _per_sample(epsilon, real)
+    if fake is None:
+        y = e * r
+    elif rest is None:
+        y = torch.lerp(fake.to(dtype), r, e)
+    else:
+        y = torch.addcmul(e * r, _per_sample(rest, real), fake.to(dtype))
+    return dense(y.to(real.dtype), is_channels_last(real))
 
 
-def launch(core, real, fake, epsilon):
+def launch(core, real, fake, epsilon, rest):
     channels_last = is_channels_last(real)
-    real, fake = dense(real, channels_last), dense(fake, channels_last)
-    (epsilon,) = _native.float_vectors(epsilon)
+    real, fake = dense(real, channels_last), None if fake is None else dense(fake, channels_last)
+    epsilon, rest = _native.float_vectors(epsilon, rest)
     y = torch.empty_like(real)
     core.call(
-        "interpolate_forward", real, _native.DTYPE_CODES[real.dtype], real, fake, epsilon, y, len(real),
+        "interpolate_forward", real, _native.DTYPE_CODES[real.dtype], real, fake, epsilon, rest, y, len(real),
         real.numel() // len(real),
     )  # fmt: skip
     return y
 
 
 op = Op(
-    "interpolate(Tensor real, Tensor fake, Tensor epsilon) -> Tensor",
+    "interpolate(Tensor real, Tensor? fake, Tensor epsilon, Tensor? rest) -> Tensor",
     reference=reference,
-    fake=lambda real, fake, epsilon: like(real),
-    backends={**_native.backends(launch, lambda real, fake, epsilon: (real, fake)), "triton": triton("interpolate")},
-    example=lambda: (*draw((3, 2, 4, 5), (3, 2, 4, 5)), torch.rand(3)),
+    fake=lambda real, fake, epsilon, rest: like(real),
+    backends={
+        **_native.backends(launch, lambda real, fake, epsilon, rest: (real, fake)),
+        "triton": triton("interpolate"),
+    },
+    example=lambda: (*draw((3, 2, 4, 5), (3, 2, 4, 5)), torch.rand(3), None),
 )
 
 
 def _save(ctx, inputs, output):
-    real, fake, epsilon = inputs
-    want_ends = ctx.needs_input_grad[2]
-    ctx.save_for_backward(epsilon, real if want_ends else None, fake if want_ends else None)
+    real, fake, epsilon, rest = inputs
+    want_ends = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    ctx.save_for_backward(epsilon, rest, real if want_ends else None, fake if want_ends else None)
+    ctx.complement = fake is not None and rest is None
 
 
 def _backward(ctx, dy):
-    epsilon, real, fake = ctx.saved_tensors
-    e = _per_sample(epsilon, dy)
-    dreal = (e * dy).to(dy.dtype) if ctx.needs_input_grad[0] else None
-    dfake = ((1 - e) * dy).to(dy.dtype) if ctx.needs_input_grad[1] else None
-    depsilon = None
-    if real is not None:
-        terms = dy.to(e.dtype) * (real.to(e.dtype) - fake.to(e.dtype))
-        depsilon = terms.flatten(1).sum(1).to(epsilon.dtype)
-    return dreal, dfake, depsilon
+    epsilon, rest, real, fake = ctx.saved_tensors
+    want_real, want_fake, want_epsilon, want_rest = ctx.needs_input_grad
+    dreal = OPS["interpolate"](dy, None, epsilon, None) if want_real else None
+    dfake = OPS["interpolate"](dy, None, 1 - epsilon if rest is None else rest, None) if want_fake else None
+    depsilon = OPS["sample_dot"](dy, real) if want_epsilon else None
+    drest: Any = OPS["sample_dot"](dy, fake) if want_rest or (want_epsilon and ctx.complement) else None
+    if want_epsilon and ctx.complement:
+        depsilon, drest = depsilon - drest, None
+    return dreal, dfake, *(d if d is None else d.to(epsilon.dtype) for d in (depsilon, drest))
 
 
 op.differentiate(_save, _backward)

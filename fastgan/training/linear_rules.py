@@ -225,6 +225,11 @@ def bn_act(
     return _with_statistics(y, tape.read(h), 2)
 
 
+@rule("fastgan.conv2d_statistics.default", "fastgan.conv_transpose2d_statistics.default")
+def batch_statistics(tape: Tape, *args: Any, **kwargs: Any) -> Any:
+    raise Declined("batch norm with the batch's own statistics is not linear")
+
+
 @rule("aten.native_group_norm.default", "aten.native_layer_norm.default", "fastgan.gn_act.default")
 def own_statistics(tape: Tape, *args: Any, **kwargs: Any) -> Any:
     raise Declined("a norm with the sample's own statistics is not linear")

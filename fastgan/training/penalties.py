@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._layout import accumulation_dtype
-from fastgan._op import inputs_only
 from fastgan.ops import interpolate
 from fastgan.training import linearised
 from fastgan.training.linearised import logits_and_squared_norms as forward_logits_and_norms
@@ -97,7 +96,7 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
     if kind == "wgan-gp" and fake is not None:
         epsilon = torch.rand(len(real), generator=generator, device=real.device, dtype=accumulation_dtype(real.dtype))
         # under autocast G gives 16-bit images beside float32 ones
-        mixed: Tensor = interpolate.op(real, fake.detach().to(real.dtype), epsilon)
+        mixed: Tensor = interpolate.op(real, fake.detach().to(real.dtype), epsilon, None)
         return mixed
     noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=real.dtype)
     return real + 0.5 * real.std() * noise
@@ -139,9 +138,7 @@ def _double_backward(discriminator: nn.Module, x: Tensor, labels: Tensor | None)
     x = x if x.requires_grad else x.detach().requires_grad_(True)
     with torch.enable_grad(), linearised.eagerly(discriminator):
         logits = discriminator(x) if labels is None else discriminator(x, labels)
-        total = logits.sum()
-        with inputs_only(total):
-            (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         return logits, linearised.squared_norms(gradient)
 
 

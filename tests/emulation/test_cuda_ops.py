@@ -101,6 +101,21 @@ def test_bn_act_in_eval_mode(record, ran, with_parameters, dtype, layout):
 
 @layouts
 @dtypes
+def test_bn_act_with_given_batch_statistics(record, ran, dtype, layout):
+    """Of two groups: x is read once, and the gradients are those of statistics computed here."""
+    moments = lambda x: reversed(torch.var_mean(x.detach().float().unflatten(0, (2, -1)), [1, 3, 4], correction=0))
+    ours = lambda x, w, b: functional.bn_act(
+        x, None, None, w, b, training=True, stat_groups=2, batch_statistics=tuple(moments(x))
+    )
+    plain = lambda x, w, b: F.leaky_relu(
+        torch.cat([F.batch_norm(p, None, None, w, b, True, 0.0, 1e-5) for p in x.chunk(2)]), 0.2
+    )
+    against_plain(ours, plain, (noise(4, 16, 8, 8) * 2 + 3, *affine(16)), dtype, layout, "cuda")
+    on_cuda(ran, "bn_act", "bn_act_backward", "bn_act_double_backward")
+
+
+@layouts
+@dtypes
 @pytest.mark.parametrize(
     ("shape", "groups", "activation"),
     [
@@ -189,7 +204,7 @@ def test_gan_loss(record, ran, kind, side, dtype):
     for seed, n in enumerate([1, 77, 5000]):
         record.configure(seed=seed)
         against_plain(ours, plain, (noise(n) * 3, noise(n) * 3), dtype, torch.contiguous_format, "cuda")
-    on_cuda(ran, "gan_loss", "gan_loss_backward")
+    on_cuda(ran, "gan_loss", "gan_loss_backward", "gan_loss_double_backward")
 
 
 def test_gan_loss_statistics(record):
@@ -202,7 +217,7 @@ def test_gan_loss_statistics(record):
 @dtypes
 @pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 3, 32, 32), (70, 1)], ids=str)
 def test_interpolate(record, ran, shape, dtype, layout):
-    ours = lambda real, fake, e: OPS["interpolate"](real, fake, e)
+    ours = lambda real, fake, e: OPS["interpolate"](real, fake, e, None)
 
     def plain(real, fake, e):
         e = e.view(-1, *(1,) * (real.dim() - 1))
@@ -210,7 +225,21 @@ def test_interpolate(record, ran, shape, dtype, layout):
 
     args = (noise(*shape), noise(*shape), torch.rand(shape[0], dtype=torch.float64))
     against_plain(ours, plain, args, dtype, layout, "cuda")
-    on_cuda(ran, "interpolate")
+    on_cuda(ran, "interpolate", "sample_dot")
+    two = lambda real, fake, e, rest: OPS["interpolate"](real, fake, e, rest)
+    column = lambda v: v.view(-1, *(1,) * (len(shape) - 1))
+    summed = lambda real, fake, e, rest: column(e) * real + column(rest) * fake
+    against_plain(two, summed, (*args, noise(shape[0])), dtype, layout, "cuda")
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 3, 64, 64), (70, 1)], ids=str)
+def test_sample_dot(record, ran, shape, dtype, layout):
+    ours = lambda x, y: OPS["sample_dot"](x, y).to(x.dtype)
+    plain = lambda x, y: (x * y).flatten(1).sum(1)
+    against_plain(ours, plain, (noise(*shape), noise(*shape)), dtype, layout, "cuda")
+    on_cuda(ran, "sample_dot", "interpolate")
 
 
 @layouts
@@ -320,7 +349,20 @@ TRAFFIC = {  # op -> (arguments, accesses an element)
     ),
     "gan_loss": (lambda x, v: (x.flatten(), x.flatten().clone(), "bce", "d", 0.0), 2),  # an access for each of two
     "gan_loss_backward": (lambda x, v: (torch.tensor(1.0), x.flatten(), x.flatten().clone(), "lsgan", "d", 0.0), 4),
-    "interpolate": (lambda x, v: (x, x.clone(), torch.rand(8)), 3),
+    "gan_loss_double_backward": (
+        lambda x, v: (
+            *(t.flatten().clone() for t in (x, x)),
+            torch.tensor(1.0),
+            x.flatten(),
+            x.flatten().clone(),
+            "bce",
+            "d",
+            0.0,
+        ),
+        6,
+    ),
+    "interpolate": (lambda x, v: (x, x.clone(), torch.rand(8), None), 3),
+    "sample_dot": (lambda x, v: (x, x.clone()), 2),
     "grad_norm_penalty": (lambda x, v: (x, 1.0), 1),
     "grad_norm_penalty_backward": (lambda x, v: (torch.rand(8), x, torch.rand(8) + 1, 1.0), 2),
 }

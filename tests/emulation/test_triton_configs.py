@@ -227,4 +227,21 @@ def test_doctor_races_a_dcgan_ahead(monkeypatch):
     assert state.prove_all() and asked == [torch.device("cuda")]
     calls = list(configs.dcgan_calls(2, BF16, torch.device("meta")))
     launched = recorded(lambda op=op, args=args: OPS[op].backends["triton"].run(*args) for op, args in calls)
-    assert len(calls) == 18 and {case[0].fn.__name__ for case in launched} >= {"conv2d_kernel", "conv2d_weight_kernel"}
+    assert len(calls) == 25 and {case[0].fn.__name__ for case in launched} >= {"conv2d_kernel", "conv2d_weight_kernel"}
+    assert [op for op, _ in calls].count("conv2d_statistics") == 3
+
+
+@pytest.mark.parametrize("apart", [5e-4, 3e-3])
+def test_a_fused_kernel_is_raced_against_its_parts(bench, apart):
+    """The parts' own races run before, off the clock; the better of the two ways wins and is kept."""
+    best = configs.ranked(LAYER, BF16, CARDS["sm_80"])
+    speed = lambda config: apart if config == configs.APART else 1e-3 * (1 + best.index(config))
+    runner = bench(speed, compiling=4.0)  # the second candidate is begun within CASE_SECONDS, the third is not
+    run = lambda: configs.tuned("x", torch.empty(1, dtype=BF16), LAYER, ("case",), runner.run, (configs.APART,))
+    want = configs.APART if apart < 1e-3 else best[0]
+    assert run() == want and runner.compiled == [configs.APART, best[0], best[1]]
+    again = bench(speed)  # another process
+    run = lambda: configs.tuned("x", torch.empty(1, dtype=BF16), LAYER, ("case",), again.run, (configs.APART,))
+    assert run() == want and again.compiled == [want]
+    still = bench(speed, may_race=False)
+    assert configs.tuned("x", torch.empty(1, dtype=BF16), LAYER, ("b",), still.run, (configs.APART,)) == best[0]

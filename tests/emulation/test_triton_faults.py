@@ -83,7 +83,7 @@ def arguments(name):
         "gn_act": (x, weight, bias, 2, 1e-5, "leaky_relu", 0.2),
         "gn_act_backward": (x, other, weight, bias, of_sample, var_of_sample, 1e-5, "leaky_relu", 0.2),
         "gan_loss": (x.flatten()[:40], other.flatten()[:50], "bce", "d", 0.0),
-        "interpolate": (x, other, torch.rand(4)),
+        "interpolate": (x, other, torch.rand(4), None),
         "grad_norm_penalty": (x, 1.0),
     }[name]  # fmt: skip
 

@@ -19,9 +19,10 @@ from fastgan.kernels import (
     interpolate,
     launching,
     normalisation,
+    sample_dot,
 )
 
-MODULES = [bias_act, normalisation, gan_loss, interpolate, grad_norm_penalty]
+MODULES = [bias_act, normalisation, gan_loss, interpolate, grad_norm_penalty, sample_dot]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -13,6 +13,7 @@ from checks import LAYOUTS, against_plain, assert_close, distance, orders
 from fastgan import functional, testing
 from fastgan._op import OPS
 from fastgan.backends import watching
+from fastgan.kernels import samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PHI = {
@@ -211,6 +212,12 @@ def test_gan_loss_of_unequal_batches_with_statistics(side, programs, monkeypatch
     slopes = OPS["gan_loss_backward"].reference(torch.ones((), dtype=torch.float64), f.double(), r.double(),
                                                 "bce", side, 0.1)  # fmt: skip
     assert all(distance(a, b) < 1e-6 for a, b in zip(got, slopes, strict=True))
+    args = (torch.randn(40), torch.randn(70), torch.tensor(0.7), f.detach(), r.detach())
+    with testing.emulate("triton") as record:
+        bent = OPS["gan_loss_double_backward"](*args, "bce", side, 0.1)
+    assert record.launches[0].grid == (programs, 1, 1)
+    want = OPS["gan_loss_double_backward"].reference(*(a.double() for a in args), "bce", side, 0.1)
+    assert all(distance(a, b) < 1e-5 for a, b in zip(bent, want, strict=True))
 
 
 def test_softplus_of_a_confident_discriminator_keeps_its_digits():
@@ -226,7 +233,27 @@ def test_softplus_of_a_confident_discriminator_keeps_its_digits():
 def test_interpolate(dtype, layout):
     plain = lambda real, fake, e: e.view(-1, 1, 1, 1) * real + (1 - e.view(-1, 1, 1, 1)) * fake
     inputs = (noise(3, 3, 5, 7), noise(3, 3, 5, 7), torch.rand(3, dtype=torch.float64))
-    emulated(functional.interpolate, plain, inputs, dtype, layout, ["interpolate"])
+    emulated(functional.interpolate, plain, inputs, dtype, layout, ["interpolate", "sample_dot"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_coefficients(dtype, layout):
+    plain = lambda real, fake, e, rest: e.view(-1, 1, 1, 1) * real + rest.view(-1, 1, 1, 1) * fake
+    inputs = (noise(3, 3, 5, 7), noise(3, 3, 5, 7), noise(3), noise(3))
+    emulated(OPS["interpolate"], plain, inputs, dtype, layout, ["interpolate", "sample_dot"])
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sample_dot(dtype, layout, chunks, monkeypatch):
+    if chunks > 1:
+        monkeypatch.setattr(samples, "BLOCK", 32)
+    ours = lambda x, y: OPS["sample_dot"](x, y).to(x.dtype)
+    _, record = emulated(ours, lambda x, y: (x * y).flatten(1).sum(1), (noise(5, 3, 4, 7), noise(5, 3, 4, 7)), dtype,
+                      layout, ["sample_dot", "interpolate"])  # fmt: skip
+    assert record.launches[0].grid == (5 * chunks, 1, 1)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -234,10 +261,8 @@ def test_interpolate(dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", [0.0, 1.0])
 def test_grad_norm_penalty(target, dtype, layout, chunks, monkeypatch):
-    from fastgan.kernels import grad_norm_penalty
-
     if chunks > 1:
-        monkeypatch.setattr(grad_norm_penalty, "BLOCK", 32)
+        monkeypatch.setattr(samples, "BLOCK", 32)
     g = (torch.randn(5, 3, 4, 7) * 0.3).to(dtype)
     g[3] = 0  # the subgradient there is 0
     ours = lambda g: functional.grad_norm_penalty(g, target).to(g.dtype)
@@ -256,7 +281,7 @@ def test_grad_norm_penalty(target, dtype, layout, chunks, monkeypatch):
 def test_grad_norm_penalty_to_second_order(target):
     ours = lambda g: functional.grad_norm_penalty(g, target)
     plain = lambda g: (g.flatten(1).norm(dim=1) - target).square()
-    ops = ["grad_norm_penalty", "grad_norm_penalty_backward"]
+    ops = ["grad_norm_penalty", "grad_norm_penalty_backward", "sample_dot", "interpolate"]
     emulated(ours, plain, (noise(4, 3, 5) * 0.3,), torch.float32, LAYOUTS[0], ops)
 
 

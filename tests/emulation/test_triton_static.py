@@ -44,6 +44,27 @@ def test_kernels_compile_into_what_the_card_can_run(card):
                 assert 16 in result.loads or kind != "bf16", result
 
 
+def test_moments_are_made_from_rounded_numbers_without_spills():
+    """No compiler may take the rounding of y and the way back for nothing: the tile's 64 numbers a thread come back."""
+    chosen = {}
+    for case in static.cases("sm_80"):
+        name, kind = case[0].fn.__name__, static._kind(case[1], case[2])
+        if name in ("finish_moments_kernel", "merge_splits_moments_kernel"):
+            chosen.setdefault((name, True), case)
+        elif name.startswith("conv") and kind == "bf16" and "FLAT" in case[2] and "G" in case[2]:
+            chosen.setdefault((name, "moments" in case[1]), case)
+    assert len(chosen) == 6, chosen.keys()
+    widened = {}
+    for (name, moments), case in chosen.items():
+        if moments:
+            result = static.inspect(case, "sm_80")
+            assert not result.faults(CARDS["sm_80"]), result
+        if name.startswith("conv"):
+            widened[name, moments] = static.compiled(case, "sm_80").asm["ptx"].count("cvt.f32.bf16")
+    for name in ("conv2d_kernel", "conv_transpose2d_kernel"):
+        assert widened[name, True] - widened[name, False] == 128 * 128 // 256, widened
+
+
 def test_faults_are_found():
     """A tile too large for its warps spills, one too deep for the card does not fit, a dot must not become FMA."""
     with configs.assumed("sm_80"):

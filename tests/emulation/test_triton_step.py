@@ -24,9 +24,16 @@ def networks(norm):
     return g, d
 
 
+NORMS = {"batch": nn.BatchNorm2d, "batch, fused": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(2, c)}
+
+
 @pytest.mark.parametrize("penalty", [None, "r1", "wgan-gp"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)], ids=["batch", "group"])
-def test_a_step_equals_the_references(norm, penalty):
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_step_equals_the_references(kind, penalty, monkeypatch):
+    """Fused: the convolutions give their norms the statistics, as on a GPU those of large layers do."""
+    norm = NORMS[kind]
+    if kind == "batch, fused":
+        monkeypatch.setattr(fastgan.ops.conv2d, "LEAST_PIXELS", 0)
     models = networks(norm)
     real, z = torch.randn(6, 2, 8, 8).tanh(), torch.randn(6, 5, 1, 1)
     ran = set()
@@ -50,4 +57,5 @@ def test_a_step_equals_the_references(norm, penalty):
     wanted = {"bn_act", "bn_act_backward", "gan_loss", "gan_loss_backward", "bias_act_backward"}
     wanted |= {"gn_act", "gn_act_backward"} if norm is not nn.BatchNorm2d else set()
     wanted |= {"grad_norm_penalty"} if penalty else set()
+    wanted |= {"conv2d_statistics", "conv_transpose2d_statistics"} if kind == "batch, fused" else set()
     assert wanted <= {op for op, name in ran if name == "triton"}, wanted - {op for op, name in ran if name == "triton"}

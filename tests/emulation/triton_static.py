@@ -226,7 +226,14 @@ def workloads() -> dict[str, dict[str, int]]:
         "conv_transpose2d, 64 to 3, 32x32 to 64x64": ops.conv_transpose2d.cost(
             x(128, 64, 32, 32), x(64, 3, 4, 4), two, one, (0, 0), 1, one
         ),
+        "conv2d_statistics, 128 to 256 channels, two groups": ops.conv2d.cost_statistics(
+            large, weight, two, one, one, 2
+        ),
+        "conv_transpose2d_statistics, 256 to 128": ops.conv_transpose2d.cost_statistics(
+            small, weight, two, one, (0, 0), 1, one, 1
+        ),
         "bn_act, 128 channels, 32x32": ops.bn_act.cost(large),
+        "bn_act, statistics given": ops.bn_act.cost(large, True, x(2, 128)),
         "bn_act_backward": ops.bn_act.cost_backward(large),
         "gn_act": ops.gn_act.cost(large),
         "gn_act_backward": ops.gn_act.cost_backward(large),

@@ -25,7 +25,9 @@ int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const T
 int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&) WEAK;
 int64_t gan_loss_forward(const GanLossArgs&, const Target&) WEAK;
 int64_t gan_loss_backward(const GanLossArgs&, const Target&) WEAK;
+int64_t gan_loss_double_backward(const GanLossArgs&, const Target&) WEAK;
 int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
+int64_t sample_dot(const SampleDotArgs&, const Target&) WEAK;
 int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&) WEAK;
 int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&) WEAK;
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&) WEAK;
@@ -166,7 +168,8 @@ void bias_act(DType d, const Size& s) {
 
 void gan_loss(DType d, const Size& s) {
   const int64_t n = s.count();
-  const Array fake(d, n), real(d, n), dfake(d, n, true), dreal(d, n, true), dloss(F32, 1), out(F32, 7, true);
+  const Array fake(d, n), real(d, n), dfake(d, n, true), dreal(d, n, true), dloss(F32, 1);
+  const Array loss(F32, 1, true), statistics(F32, 6, true), d_dloss(F32, 1, true);
   for (const Loss kind : {LOSS_BCE, LOSS_HINGE, LOSS_RELATIVISTIC}) {
     GanLossArgs a{};
     a.dtype = d;
@@ -174,31 +177,37 @@ void gan_loss(DType d, const Size& s) {
     a.real = real.get();
     a.n_fake = a.n_real = n;
     a.kind = kind;
-    a.out = out.floats();
+    a.loss = loss.floats();
+    a.statistics = statistics.floats();
+    a.d_dloss = d_dloss.floats();
     a.dloss = dloss.floats();
     a.dfake = dfake.get();
     a.dreal = dreal.get();
     call([&](const auto& t) { return cuda::gan_loss_forward(a, t); });
     call([&](const auto& t) { return cuda::gan_loss_backward(a, t); });
+    a.ddfake = real.get();
+    a.ddreal = fake.get();
+    call([&](const auto& t) { return cuda::gan_loss_double_backward(a, t); });
   }
   written("gan_loss", d, dfake);
   written("gan_loss", d, dreal);
-  written("gan_loss", F32, out);
+  for (const Array* a : {&loss, &statistics, &d_dloss}) written("gan_loss", F32, *a);
 }
 
 void penalties(DType d, const Size& s) {
   const int64_t E = s.C * s.HW;
   const Array real(d, s.count()), fake(d, s.count()), epsilon(F32, s.N), y(d, s.count(), true);
-  const Array penalty(F32, s.N, true), norm(F32, s.N, true), dgradient(d, s.count(), true);
+  const Array penalty(F32, s.N, true), norm(F32, s.N, true), dot(F32, s.N, true), dgradient(d, s.count(), true);
   call([&](const auto& t) {
-    return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), y.get(), s.N, E, 1}, t);
+    return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), nullptr, y.get(), s.N, E, 1}, t);
   });
   const GradNormPenaltyArgs a{
       d, real.get(), epsilon.floats(), penalty.floats(), norm.floats(), dgradient.get(), s.N, E, 1.0f, 1};
   call([&](const auto& t) { return cuda::grad_norm_penalty_forward(a, t); });
   call([&](const auto& t) { return cuda::grad_norm_penalty_backward(a, t); });
+  call([&](const auto& t) { return cuda::sample_dot({d, real.get(), fake.get(), dot.floats(), s.N, E, 1}, t); });
   for (const Array* p : {&y, &dgradient}) written("penalties", d, *p);
-  for (const Array* p : {&penalty, &norm}) written("penalties", F32, *p);
+  for (const Array* p : {&penalty, &norm, &dot}) written("penalties", F32, *p);
 }
 
 // Channels and batch are the size's; large sizes get an image whose weight gradient is split.
@@ -234,12 +243,13 @@ int main(int count, char** arguments) {
     const char* name;
     void (*run)(DType, const Size&);
     bool linked;
-  } const functions[] = {{"bn_act", bn_act, cuda::bn_act_forward != nullptr},
-                         {"gn_act", gn_act, cuda::gn_act_forward != nullptr},
-                         {"bias_act", bias_act, cuda::bias_act_forward != nullptr},
-                         {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
-                         {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward},
-                         {"convolutions", convolutions, cuda::conv2d != nullptr}};
+  } const functions[] = {
+      {"bn_act", bn_act, cuda::bn_act_forward != nullptr},
+      {"gn_act", gn_act, cuda::gn_act_forward != nullptr},
+      {"bias_act", bias_act, cuda::bias_act_forward != nullptr},
+      {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
+      {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward && cuda::sample_dot},
+      {"convolutions", convolutions, cuda::conv2d != nullptr}};
   try {
     for (const auto& f : functions)
       for (const Size& size : sizes)
