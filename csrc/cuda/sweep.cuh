@@ -178,10 +178,10 @@ FG_DEVICE float* partial_at(float* partials, i64 group, int splits, i64 split, i
 }
 
 // Grid: groups x channels x splits; a block, or where there is little to add a warp (LANES), has one channel of a group
-// and one split of it. V divides HW. With vectors along the rows at least 2 blocks a multiprocessor, so 128 registers,
+// and one split of it. V divides HW. With three vectors along the rows 2 blocks a multiprocessor, so 128 registers,
 // are asked for: left alone, ptxas took 80 on sm_100 and spilled one.
 template <class Body, int V, int LANES>
-__global__ void __launch_bounds__(THREADS, ALONG<Body> > 0 ? 2 : 0)
+__global__ void __launch_bounds__(THREADS, ALONG<Body> > 2 ? 2 : 0)
     reduce_rows_kernel(Body body, Planes p, float* partials, int splits, i64 vectors_per_split) {
   constexpr int U = UNROLL<Body>;
   using Acc = typename Body::Acc;
