@@ -178,10 +178,10 @@ FG_DEVICE float* partial_at(float* partials, i64 group, int splits, i64 split, i
 }
 
 // Grid: groups x channels x splits; a block, or where there is little to add a warp (LANES), has one channel of a group
-// and one split of it. V divides HW. With vectors along the rows one load is in flight, and with three of them 128
-// registers are asked for: else ptxas took fewer on sm_100 or sm_120 and spilled some.
+// and one split of it. V divides HW. With vectors along the rows one load is in flight, and all registers are allowed
+// (1 block a multiprocessor): left to itself ptxas took fewer on sm_90 to sm_120 and spilled some.
 template <class Body, int V, int LANES>
-__global__ void __launch_bounds__(THREADS, ALONG<Body> > 2 ? 2 : 0)
+__global__ void __launch_bounds__(THREADS, ALONG<Body> > 0 ? 1 : 0)
     reduce_rows_kernel(Body body, Planes p, float* partials, int splits, i64 vectors_per_split) {
   constexpr int U = ALONG<Body> > 0 ? 1 : UNROLL<Body>;
   using Acc = typename Body::Acc;
