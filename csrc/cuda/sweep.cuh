@@ -148,7 +148,7 @@ FG_DEVICE Tile tile_of(const Planes& p, u32 block_index, int lanes_x, int splits
 
 // Grid: groups x splits x column tiles; lanes_x is a power of two up to COLUMN_LANES. V divides C.
 template <class Body, int V>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, ByRow<Body> ? 1 : 0)
     apply_columns_kernel(Body body, Planes p, int lanes_x, int splits, i64 rows_per_split) {
   constexpr int U = UNROLL<Body>;
   const Tile t = tile_of<V>(p, last_first(), lanes_x, splits, rows_per_split);
@@ -178,12 +178,12 @@ FG_DEVICE float* partial_at(float* partials, i64 group, int splits, i64 split, i
 }
 
 // Grid: groups x channels x splits; a block, or where there is little to add a warp (LANES), has one channel of a group
-// and one split of it. V divides HW. With vectors along the rows at least 2 blocks a multiprocessor, so 128 registers,
-// are asked for: left alone, ptxas took 80 on sm_100 and spilled one.
+// and one split of it. V divides HW. With vectors along the rows one load is in flight, and all registers are allowed
+// (1 block a multiprocessor): left to itself ptxas took fewer on sm_90 to sm_120 and spilled some.
 template <class Body, int V, int LANES>
-__global__ void __launch_bounds__(THREADS, ALONG<Body> > 0 ? 2 : 0)
+__global__ void __launch_bounds__(THREADS, ALONG<Body> > 0 ? 1 : 0)
     reduce_rows_kernel(Body body, Planes p, float* partials, int splits, i64 vectors_per_split) {
-  constexpr int U = UNROLL<Body>;
+  constexpr int U = ALONG<Body> > 0 ? 1 : UNROLL<Body>;
   using Acc = typename Body::Acc;
   const u32 lane = threadIdx.x % LANES;
   const i64 unit = static_cast<i64>(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
