@@ -34,13 +34,12 @@ def load_channels(vector, c, C, default):
 
 @triton.jit
 def tanh(t):
-    """By exp(-2|t|) where 1 - tanh is small, by the odd series to t^9 below 1/4, where that difference would cancel:
-    its next term is 8e-9 of the value there."""
-    e = tl.exp(-2.0 * tl.abs(t))
-    far = (1.0 - e) / (1.0 + e)
+    """By exp(2t), and by the odd series to t^9 below 1/4, where the difference from 1 would cancel: its next term is
+    8e-9 of the value there. With |t| and its sign apart, a tile of bfloat16 spilled 8 bytes on sm_86."""
+    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * t))
     q = t * t
     near = t * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
-    return tl.where(q < 0.0625, near, tl.where(t < 0, -far, far))
+    return tl.where(q < 0.0625, near, far)
 
 
 @triton.jit
