@@ -120,7 +120,7 @@ TILES_16 = [
 ]  # fmt: skip
 TILES_TF32 = [
     (128, 64, 32, 8), (64, 64, 32, 4), (128, 16, 32, 4), (32, 64, 32, 4), (16, 64, 32, 4), (32, 32, 32, 4),
-    (64, 64, 16, 4), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2),
+    (64, 64, 16, 8), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2),
 ]  # fmt: skip
 # Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps are short and tiles small
 # (64 x 64 spills on sm_86 and sm_120, 64 x 32 in its split form on sm_90 or sm_100).
