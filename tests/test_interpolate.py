@@ -3,6 +3,7 @@ import torch
 from checks import BACKENDS, DTYPES, LAYOUTS, against_plain
 
 from fastgan import functional
+from fastgan.ops.interpolate import op
 
 
 def inputs(shape=(4, 3, 5, 7)):
@@ -26,6 +27,13 @@ def test_gradgradcheck():
     args = [t.requires_grad_() for t in inputs((3, 2, 2))]
     assert torch.autograd.gradcheck(functional.interpolate, args)
     assert torch.autograd.gradgradcheck(functional.interpolate, args)
+
+
+def test_two_coefficients_and_one_alone_have_every_order():
+    real, fake, e = (t.requires_grad_() for t in inputs((3, 2, 2)))
+    rest = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    for args in ((real, fake, e, rest), (real, None, e, None)):
+        assert torch.autograd.gradcheck(op, args) and torch.autograd.gradgradcheck(op, args)
 
 
 def test_ends_are_exact_and_only_wanted_gradients_are_made():

@@ -183,7 +183,8 @@ FG_DEVICE float* partial_at(float* partials, i64 group, int splits, i64 split, i
 template <class Body, int V, int LANES>
 __global__ void __launch_bounds__(THREADS, ALONG<Body> > 0 ? 1 : 0)
     reduce_rows_kernel(Body body, Planes p, float* partials, int splits, i64 vectors_per_split) {
-  constexpr int U = ALONG<Body> > 0 ? 1 : UNROLL<Body>;
+  // two inputs of eight elements each: a second pair in flight spilled 8 bytes on sm_90
+  constexpr int U = ALONG<Body> > 0 || V * Body::INPUTS > 8 ? 1 : UNROLL<Body>;
   using Acc = typename Body::Acc;
   const u32 lane = threadIdx.x % LANES;
   const i64 unit = static_cast<i64>(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
