@@ -129,10 +129,10 @@ FAULTS = [
         "place.phase), PLANTED * 1.0f)",
     ),
     (
-        "moments over a stage in use",
+        "another warp's moments read before they are there",
         "conv_moments.cuh",
-        "  __syncthreads();\n#pragma unroll\n  for (int j",
-        "  if (!PLANTED) __syncthreads();\n#pragma unroll\n  for (int j",
+        "  __syncthreads();\n  const int column",
+        "  if (!PLANTED) __syncthreads();\n  const int column",
     ),
     (
         "the next group's parts",
