@@ -281,3 +281,22 @@ def test_sanitizers_find_nothing(sanitizer, race, seed):
     except RuntimeError as error:
         pytest.skip(str(error))
     assert said == ""
+
+
+@pytest.mark.slow
+def test_moments_over_a_stage_in_use_are_a_race(tmp_path):
+    """The barrier between the last slab and the moments: in step as the emulator's threads go, results show nothing."""
+    shim = testing._emulator("cuda")
+    right = "  __syncthreads();\n#pragma unroll\n  for (int j"
+    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
+    moments = tmp_path / "cuda" / "conv_moments.cuh"
+    text = moments.read_text()
+    assert text.count(right) == 1, "conv_moments.cuh has changed: plant the fault anew"
+    moments.write_text(text.replace(right, right.removeprefix("  __syncthreads();\n")))
+    sources = [tmp_path / "cuda" / f"{stem}.cu" for stem in ("conv2d", "conv_transpose2d", "conv2d_weight")]
+    program = shim.sanitized("thread", sources, "planted-moments-race", (tmp_path,))
+    try:
+        reports = [shim.run_sanitized(program, seed) for seed in (0, 1)]
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert any("data race" in said for said in reports), reports
