@@ -214,6 +214,11 @@ def wanted(ctx: Any, index: int) -> bool:
         return True
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or a dispatch mode (fake tensors, a recorder) looks on."""
+    return bool(_is_compiling() or _dispatch_modes() > 0)
+
+
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Normal noise of these shapes, for examples."""
     return [torch.randn(shape) for shape in shapes]

@@ -141,6 +141,40 @@ def test_other_types_and_layouts_take_the_reference():
     assert "no gradient scale" in op.backends["native"].declines(*args[:6], args[6]._replace(found_inf=p[0]))
 
 
+def test_compiled_it_is_torchs():
+    ours, theirs = parameters(), parameters()
+    adam, torchs = fastgan.Adam(ours, 0.01), torch.optim.Adam(theirs, 0.01, fused=True)
+    step = torch.compile(lambda: adam.step(), backend="aot_eager")
+    for index in range(2):
+        give_gradients(index, ours, theirs)
+        step(), torchs.step()
+        assert_same(ours, theirs)
+
+
+def test_gradient_scalers_skip_what_is_not_finite():
+    p, averages = [nn.Parameter(torch.ones(3))], [torch.zeros(3)]
+    adam, scaler = fastgan.Adam(p, 0.5), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for gradient, want in ((4.0, 0.5), (float("inf"), 0.5)):
+        p[0].grad = torch.full((3,), gradient)
+        scaler.scale(torch.ones(()))
+        scaler.step(adam, averages=dict(zip(p, averages, strict=True)), weight=0.5)
+        scaler.update()
+        torch.testing.assert_close(p[0].detach(), torch.full((3,), want))
+    assert adam.state[p[0]]["step"] == 1.0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    ours, theirs = ([nn.Parameter(p.detach().cuda()) for p in parameters()] for _ in range(2))
+    adam, torchs = fastgan.Adam(ours, 0.01), torch.optim.Adam(theirs, 0.01, fused=True)
+    averages, want = [torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours]
+    for step in range(5):
+        give_gradients(step, ours, theirs)
+        adam.step(averages=dict(zip(ours, averages, strict=True)), weight=0.25), torchs.step()
+        torch._foreach_lerp_(want, [p.detach() for p in theirs], 0.25)
+        assert_same([*ours, *averages], [*theirs, *want])
+
+
 def test_refusals():
     p = nn.Parameter(torch.ones(3))
     adam = fastgan.Adam([p])

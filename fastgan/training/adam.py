@@ -119,4 +119,4 @@ class Adam(torch.optim.Adam):
 
 def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
     """The learning rate as a kernel takes it: a number, or a float32 scalar on the device."""
-    return lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device == device != torch.device("cpu") else float(lr)
+    return lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device == device else float(lr)
