@@ -164,14 +164,14 @@ def test_derivatives_are_the_convolutions_own(name, kind):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["conv2d_statistics", "conv_transpose2d_statistics"])
 def test_outputs_match_the_fake_and_the_proof_of_first_use_passes(name, layout):
-    from fastgan.backends import _random, proof_error
+    from fastgan.backends import proof_error
 
     op = OPS[name]
     for dtype in DTYPES:
         args = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in op.example()]
         args[:2] = [a.contiguous(memory_format=layout) for a in args[:2]]
         with testing.emulate("cuda"):
-            assert proof_error(op, "cuda", _random(op, tuple(args))) == ""
+            assert proof_error(op, "cuda", op.drawn(tuple(args))) == ""
             got = op.backends["cuda"].run(*args)
         promised = op.overload(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
         for g, p in zip(got, promised, strict=True):
