@@ -7,7 +7,7 @@
 //
 // Bytes    8 a part and channel, written and read once: with 128 rows a part a sixteenth of a 16-bit y, with 64 an
 //          eighth, in the place of reading y once
-// Shuffles 6 a column that a thread holds: 48 a thread with 8 columns, beside the 32 that bring its values side by side
+// Shuffles 6 a column on tensor cores: 48 a thread with 8 columns, beside the 32 that bring its values side by side
 #pragma once
 
 #include "cuda/conv_compute.cuh"
