@@ -49,7 +49,8 @@ def test_every_kind_of_work(arguments, cases, tmp_path, capsys):
     found = measured(tmp_path, *arguments)
     assert [case["id"] for case in found["cases"]] == cases
     for case in found["cases"]:
-        assert [row["row"] for row in case["rows"]] == ["eager", "eager-channels_last", "fastgan"]
+        rows = [row["row"] for row in case["rows"]]
+        assert rows == ["eager", *(["eager-channels_last"] if "gan_loss" not in case["id"] else []), "fastgan"]
         assert all(len(row["samples_s"]) >= 5 and row["median_s"] > 0 and not row["failed"] for row in case["rows"])
         assert case["rows"][-1]["ours"] and case["rows"][-1]["speedup"] > 0
     assert {"cpu", "threads", "torch", "fastgan", "kernels", "date", "load_before", "load_after"} <= set(
@@ -87,7 +88,7 @@ def test_the_textbook_step_of_every_recipe_is_gansteps(name):
     for row in workloads.rows(["fp32"]):
         if not row.compile:
             got = work.build(row)[1]()
-            assert all(difference(got[part], want[part]) < 1e-3 for part in want)
+            assert all(difference(got[part], want[part]) < work.tolerances[0] for part in want)
     assert len(want["the losses"]) == 2 + (recipe.penalty is not None)
     assert all(want[f"{network}'s gradient"].norm() > 0 for network in "GD")
 

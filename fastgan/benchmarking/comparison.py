@@ -71,11 +71,14 @@ def measure(
     device: str = "cpu",
     stopwatch: timing.Stopwatch | None = None,
     peak: Callable[[Callable[[], object], str], int] = timing.peak_memory,
-    progress: Callable[[str], None] = lambda doing: None,
+    **further: Any,
 ) -> list[dict[str, Any]]:
-    """Time the runners interleaved: one record a runner, ready for JSON (`record` names the keys)."""
+    """Time the runners interleaved: one record a runner, ready for JSON (`record` names the keys).
+
+    further: `timing.interleave`'s warmup, rounds and progress.
+    """
     calls = {name: r.run for name, r in runners.items()}
-    timings = timing.interleave(calls, seconds=seconds, stopwatch=stopwatch, device=device, progress=progress)
+    timings = timing.interleave(calls, seconds=seconds, stopwatch=stopwatch, device=device, **further)
     for name, runner in runners.items():
         if not timings[name].failed and runner.pytorch:  # another library's memory is not in torch's allocator
             timings[name].peak_bytes = peak(runner.run, device)

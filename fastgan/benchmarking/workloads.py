@@ -28,6 +28,7 @@ from fastgan.training.step import PRECISIONS
 from fastgan.training.trainer import assemble
 
 SEED = 1
+WARM_UP = {"cpu": 2, "cuda": 6}  # calls before the clock: a step is captured as a graph in its fourth
 SETTLING = 10  # training forwards after which a fresh generator's running statistics are about those of its activations
 OP_SHAPES = (  # DCGAN-64 at batch 64: D's layers, G's, two norms, the loss
     "conv2d:64x3x64x64:64,4,2,1:leaky_relu", "conv2d:64x64x32x32:128,4,2,1", "conv2d:64x128x16x16:256,4,2,1",
@@ -82,6 +83,7 @@ class Workload:
     case: Case
     build: Build
     tolerances: tuple[float, float]
+    layouts: bool = True  # whether channels_last is another layout
 
 
 def compare(
@@ -94,11 +96,16 @@ def compare(
     want = workload.build(PLAIN)[1]()
     runners = {}
     for row in rows:
+        if row.name == "eager-channels_last" and not workload.layouts:
+            continue
         run, answer = workload.build(row)
         call = checked(run, want, workload.tolerances[row.precision != "fp32"], answer)
         runners[row.name] = Runner(call, dtype=str(row.dtype).removeprefix("torch."), ours=row.ours)
     case = workload.case
-    found = measure(runners, seconds=seconds, ceilings=None, device=device.type, progress=progress)
+    found = measure(
+        runners, seconds=seconds, ceilings=None, device=device.type, progress=progress,
+        warmup=WARM_UP[device.type],
+    )  # fmt: skip
     return {"op": case.op, "id": str(case), "shape": case.shape, "direction": case.direction, "rows": found}
 
 
@@ -137,8 +144,8 @@ def step(recipe: Recipe, device: torch.device) -> Workload:
 
         return lambda: one(real), answer
 
-    # PyTorch's own bf16 is 0.15 off in G's gradient of DCGAN-64, its channels_last 3e-4
-    return Workload(Case("step", recipe.name, _sizes(recipe)), build, (5e-3, 0.3))
+    # PyTorch's own bf16 is 0.15 off in G's gradient of DCGAN-64; one turned ReLU of a tiny network gave 4e-3 in float32
+    return Workload(Case("step", recipe.name, _sizes(recipe)), build, (2e-2, 0.3))
 
 
 def penalty(recipe: Recipe, device: torch.device) -> Workload:
@@ -260,7 +267,7 @@ def op(spec: str, device: torch.device) -> Workload:
 
         return lambda: torch.autograd.grad(function(*arguments), wanted, dy), answer
 
-    return Workload(Case("op", spec, "forward+backward"), build, (1e-3, 5e-2))
+    return Workload(Case("op", spec, "forward+backward"), build, (1e-3, 5e-2), layouts=inputs[0].dim() == 4)
 
 
 def _parsed(spec: str) -> tuple[str, list[Tensor], int, Callable[..., Tensor], Callable[..., Tensor]]:

@@ -26,8 +26,13 @@ RECIPES = {"step": ("dcgan-64",), "penalty": ("r1-dcgan-64", "wgan-gp-64"), "sam
 SECONDS = {"op": 1.0, "step": 15.0, "penalty": 8.0, "sample": 5.0}  # some ten rounds of DCGAN-64 on two CPU cores
 COLOURS = {False: "#8c8c8c", True: "#0072b2"}  # PyTorch, fastgan
 
-_EPILOG = """examples:
-  fastgan bench                                                  # the training step of DCGAN-64
+_EPILOG = """shapes of op:
+  conv2d:NxCxHxW:OUT,KERNEL[,STRIDE,PADDING,...][:ACTIVATION]        and conv_transpose2d
+  bn_act:NxCxHxW[:ACTIVATION]
+  gan_loss:N
+
+examples:
+  fastgan bench
   fastgan bench step --recipe sngan-32 --precision all --plot step.png
   fastgan bench op --shape conv2d:64x128x32x32:256,4,2,1:leaky_relu --shape bn_act:64x256x8x8:relu
   fastgan bench sample --shape 1x3x64x64 --against eager,compile"""
@@ -38,14 +43,13 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "bench",
         help="time fastgan against tuned PyTorch here",
-        description="Time fastgan and PyTorch at the same work, in turns in one process. What does not give eager "
-        "float32's results is not timed.",
+        description="Time fastgan and PyTorch at the same work, in turns in one process.\n"
+        "What does not give the results of eager float32 is not timed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = "single ops, a training step (default), a critic's gradient penalty, or generation in eval mode"
-    shape = "NxCxHxW of the images; for op, repeatable: conv2d:NxCxHxW:OUT,KERNEL[,STRIDE,PADDING][:ACTIVATION], the \
-same of conv_transpose2d, bn_act:NxCxHxW[:ACTIVATION], gan_loss:N (default: the layers of DCGAN-64)"
+    shape = "NxCxHxW of the images; for op as below, repeatable (default: the layers of DCGAN-64)"
     against = "PyTorch's rows, of eager, eager-channels_last, bf16, fp16, compile (default: all of the precision)"
     parser.add_argument("what", nargs="?", choices=tuple(SECONDS), default="step", help=what)
     parser.add_argument("--shape", action="append", default=[], metavar="SHAPE", help=shape)
@@ -202,7 +206,8 @@ def _print(console: Any, case: dict[str, Any]) -> None:
         if row["ours"] and row["speedup"]:
             rival = f"{row['best_pytorch']}, PyTorch's best in {row['dtype']}"
             ratio = f"{row['speedup']:.2f} times the speed of {rival}{'' if won else ', slower'}"
-            said.append(Text(f"{name}: {ratio}; ran on {row['backends']}", style="green" if won else "red"))
+            ran = f"; ran on {row['backends']}" if row["backends"] else ""  # a replayed graph hides its ops
+            said.append(Text(f"{name}: {ratio}{ran}", style="green" if won else "red"))
     console.print(table, *said, sep="\n")
     console.print()
 
