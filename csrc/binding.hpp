@@ -7,10 +7,12 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/kernels.hpp"
 #include "dispatch.hpp"
@@ -419,6 +421,39 @@ int64_t grad_norm_penalty_backward(int dtype, Address dpenalty, Address gradient
   return core.run(Core::table().grad_norm_penalty_backward, args);
 }
 
+// ---------------------------------------------------------------------------------------------- Adam
+
+// tensors: (parameter, gradient, exp_avg, exp_avg_sq, average or 0, step, elements) each.
+template <class Core, class... Tail>
+int64_t adam(const py::list& tensors, Address lr_at, float lr, double beta1, double beta2, double ln_beta1,
+             double ln_beta2, float eps, float weight_decay, bool decoupled, bool maximize, double weight,
+             Tail... tail) {
+  const Core core{tail...};
+  constexpr auto op = "adam";
+  std::vector<AdamTensor> all;
+  for (const auto& item : tensors) {
+    const auto t = item.cast<std::array<int64_t, 7>>();
+    if (t[6] < 1) refuse("adam: a tensor must have at least 1 element, got " + std::to_string(t[6]));
+    const auto floats = [&](int i) { return at<float>(static_cast<Address>(t[i])); };
+    all.push_back({floats(0), floats(1), floats(2), floats(3), floats(4), floats(5), t[6]});
+  }
+  const AdamArgs args{all.data(),
+                      static_cast<int64_t>(all.size()),
+                      at<float>(lr_at),
+                      lr,
+                      beta1,
+                      beta2,
+                      ln_beta1,
+                      ln_beta2,
+                      eps,
+                      weight_decay,
+                      decoupled,
+                      maximize,
+                      weight,
+                      core.threads(op)};
+  return core.run(Core::table().adam, args);
+}
+
 // ---------------------------------------------------------------------------------------------- the module
 
 inline void bind_conv_shape(py::module_& m) {
@@ -483,6 +518,9 @@ void bind_kernels(py::module_& m, const Names&... tail) {
         arg("penalty"), arg("norm"), arg("N"), arg("E"), arg("target"), tail...);
   m.def("grad_norm_penalty_backward", &grad_norm_penalty_backward<Core, Tail...>, arg("dtype"), arg("dpenalty"),
         arg("gradient"), arg("norm"), arg("dgradient"), arg("N"), arg("E"), arg("target"), tail...);
+  m.def("adam", &adam<Core, Tail...>, arg("tensors"), arg("lr_at"), arg("lr"), arg("beta1"), arg("beta2"),
+        arg("ln_beta1"), arg("ln_beta2"), arg("eps"), arg("weight_decay"), arg("decoupled"), arg("maximize"),
+        arg("weight"), tail...);
 }
 
 #ifdef FG_CUDA

@@ -11,11 +11,13 @@ from fastgan import data, functional, models, nn, ops, testing
 from fastgan.backends import backend, backends, racing
 from fastgan.convert import convert, explain
 from fastgan.doctor import doctor
+from fastgan.training.adam import Adam
 from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.step import GANStep
 from fastgan.training.trainer import Trainer
 
 __all__ = [
+    "Adam",
     "GANStep",
     "Recipe",
     "Trainer",

@@ -9,6 +9,7 @@ both to the same numbers.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,13 +27,50 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 
 
-class Op:
+class Routine:
+    """What backends run and race for: a name, a reference in PyTorch, and kernels.
+
+    reference  pure PyTorch: the specification, the fallback, and PyTorch's entry in the race.
+    backends   name -> Backend (a launcher and a function that declines a case with its reason).
+    """
+
+    def __init__(self, name: str, reference: Callable[..., Any], backends: dict[str, Backend]):
+        self.name, self.reference, self.names = name, reference, tuple(inspect.signature(reference).parameters)
+        self.backends = {**backends, "reference": Backend(reference)}
+
+    def run(self, *args: Any) -> Any:
+        """Run the chosen backend; no autograd, no tracing."""
+        launch = choose(self, args)
+        return launch(*args) if _around is None else _around(self, launch)(*args)
+
+    def first(self, args: tuple) -> Tensor:
+        """The tensor whose device and dtype a call goes by."""
+        return args[0]
+
+    def case(self, args: tuple) -> tuple:
+        """What the choice of a backend depends on."""
+        return tuple(map(_describe, args))
+
+    def drawn(self, args: tuple) -> tuple:
+        """The case's arguments with random contents: a batch's own data may cancel to noise (a gradient of zero)."""
+        raise NotImplementedError
+
+    def copies(self, args: tuple) -> tuple:
+        """Arguments that a call may write to; an op writes to none."""
+        return args
+
+
+def _describe(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a.shape, a.stride(), a.dtype, a.device.type
+    return tuple(a) if isinstance(a, list) else a
+
+
+class Op(Routine):
     """One operator: `torch.ops.fastgan.<name>`.
 
     schema     as torch.library takes it; its first argument is a tensor and decides the device.
-    reference  pure PyTorch: the specification, the fallback, and PyTorch's entry in the race.
     fake       shapes, dtypes and strides of the outputs, for tracing.
-    backends   name -> Backend (a launcher and a function that declines a case with its reason).
     autocast   "lower": every floating tensor goes to the autocast dtype, as for torch's own convolutions;
                "first": the first tensor keeps its dtype, as for torch's batch norm (the kernels take mixed types);
                "float32": every floating tensor goes to float32, as for torch's losses.
@@ -49,9 +87,8 @@ class Op:
         autocast: str = "first",
         example: Callable[[], tuple],
     ):
-        self.name = schema.partition("(")[0]
-        self.reference, self.example, self.autocast = reference, example, autocast
-        self.backends = {**(backends or {}), "reference": Backend(reference)}
+        super().__init__(schema.partition("(")[0], reference, backends or {})
+        self.example, self.autocast = example, autocast
         self._save: Callable[..., None] | None = None
         self._backward: Callable[..., Any] = self._refuse
         LIBRARY.define(schema)
@@ -81,10 +118,16 @@ class Op:
             return self._thin.apply(*args)
         return self.run(*args)
 
-    def run(self, *args: Any) -> Any:
-        """Run the chosen backend; no autograd, no tracing."""
-        launch = choose(self, args)
-        return launch(*args) if _around is None else _around(self, launch)(*args)
+    def drawn(self, args: tuple) -> tuple:
+        rng = torch.Generator(self.first(args).device).manual_seed(0)
+
+        def draw(name: str, a: Any) -> Any:
+            if not isinstance(a, Tensor) or not a.is_floating_point():
+                return a
+            noise = torch.empty_like(a, requires_grad=False).normal_(generator=rng)
+            return noise.abs_().add_(0.5) if name.endswith("var") else noise
+
+        return tuple(draw(name, a) for name, a in zip(self.names, args, strict=True))
 
     def _refuse_transforms(self, args: tuple) -> None:
         """torch.func and forward mode would silently see derivatives of zero: raise instead."""
@@ -143,11 +186,11 @@ class Op:
 OPS: dict[str, Op] = {}
 
 Launcher = Callable[..., Any]
-_around: Callable[[Op, Launcher], Launcher] | None = None
+_around: Callable[[Routine, Launcher], Launcher] | None = None
 
 
 @contextlib.contextmanager
-def around(wrap: Callable[[Op, Launcher], Launcher]) -> Iterator[None]:
+def around(wrap: Callable[[Routine, Launcher], Launcher]) -> Iterator[None]:
     """Within: every op runs wrap(op, launcher) in the place of its launcher; how `fastgan profile` sees ops."""
     global _around
     before, _around = _around, wrap
@@ -169,6 +212,11 @@ def wanted(ctx: Any, index: int) -> bool:
         return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
     except RuntimeError:  # refused for a leaf that the pass is asked for itself, and where no engine runs
         return True
+
+
+def is_traced() -> bool:
+    """Whether torch.compile or a dispatch mode (fake tensors, a recorder) looks on."""
+    return bool(_is_compiling() or _dispatch_modes() > 0)
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from fastgan._op import Op
+    from fastgan._op import Op, Routine
 
 NAMES = ("cuda", "triton", "native", "reference")
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "native": ("cpu",), "reference": ()}  # (): every device
@@ -128,7 +128,7 @@ def backends() -> dict[str, dict[str, tuple[bool, str]]]:
     """{op: {backend: (available, reason why not)}} for this machine."""
     from fastgan._op import OPS
 
-    def state(op: Op, name: str) -> tuple[bool, str]:
+    def state(op: Routine, name: str) -> tuple[bool, str]:
         if name not in op.backends:
             return False, f"{op.name} has no {name} kernel"
         reason = missing(name) or _disabled.get((op.name, name), "")
@@ -228,13 +228,13 @@ _winners: dict[str, str] | None = None  # races won on this machine: loaded from
 _disabled: dict[tuple[str, str], str] = {}  # (op, backend) that failed its proof -> the reason
 _proved: set[tuple] = set()  # (op, backend, case) that passed it
 _emulated: set[str] = set()  # GPU backends that run on CPU tensors just now
-_watchers: list[Callable[[Op, str, str], None]] = []
+_watchers: list[Callable[[Routine, str, str], None]] = []
 MAX_CHOSEN = 4096
 
 
-def choose(op: Op, args: tuple) -> Callable[..., Any]:
+def choose(op: Routine, args: tuple) -> Callable[..., Any]:
     """The launcher that runs this call."""
-    key = (op.name, _forced, _racing, torch.get_num_threads(), *map(_describe, args))
+    key = (op.name, _forced, _racing, torch.get_num_threads(), *op.case(args))
     run = _chosen.get(key)
     if run is None or _watchers:
         name, reason = _decide(op, args, key)
@@ -248,13 +248,7 @@ def choose(op: Op, args: tuple) -> Callable[..., Any]:
     return run
 
 
-def _describe(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return a.shape, a.stride(), a.dtype, a.device.type
-    return tuple(a) if isinstance(a, list) else a
-
-
-def _decide(op: Op, args: tuple, key: tuple) -> tuple[str, str]:
+def _decide(op: Routine, args: tuple, key: tuple) -> tuple[str, str]:
     """(backend, why no faster one)."""
     reasons = {name: refusal(op, name, args) for name in op.backends}
     if _forced != "auto":
@@ -289,26 +283,26 @@ def may_race(device: torch.device) -> bool:
     return _racing and device.type == "cuda" and not _capturing()
 
 
-def _proved_or_reference(op: Op, name: str, args: tuple, told: str) -> tuple[str, str]:
+def _proved_or_reference(op: Routine, name: str, args: tuple, told: str) -> tuple[str, str]:
     """`name`, proved on this case where its device asks for it; else the reference, and why."""
-    if name == "reference" or args[0].device.type not in PROVED_ON or _case(op, name, args) in _proved:
+    if name == "reference" or op.first(args).device.type not in PROVED_ON or _case(op, name, args) in _proved:
         return name, told
     if _capturing():
         return "reference", f"a CUDA graph is being captured, and {name} has not been proved on this case before"
     try:
-        proved = _prove(op, name, args, _random(op, args))
+        proved = _prove(op, name, args, op.drawn(args))
     except torch.OutOfMemoryError:
         return "reference", f"there is too little memory to prove {name} on this case"
     return (name, told) if proved else ("reference", f"{name}: {_disabled[op.name, name]}")
 
 
-def _case(op: Op, name: str, args: tuple) -> tuple:
-    return (op.name, name, *map(_describe, args))
+def _case(op: Routine, name: str, args: tuple) -> tuple:
+    return (op.name, name, *op.case(args))
 
 
-def refusal(op: Op, name: str, args: tuple) -> str:
+def refusal(op: Routine, name: str, args: tuple) -> str:
     """Why `name` cannot run this call, or ""."""
-    device = args[0].device.type
+    device = op.first(args).device.type
     if DEVICES[name] and device not in (("cpu",) if name in _emulated else DEVICES[name]):
         return f"{name} does not run on {device}"
     return missing(name) or _disabled.get((op.name, name), "") or op.backends[name].declines(*args)
@@ -317,46 +311,32 @@ def refusal(op: Op, name: str, args: tuple) -> str:
 # ---- proof and race -------------------------------------------------------------------------------------------------
 
 
-def _race(op: Op, args: tuple, able: list[str]) -> tuple[str, str]:
+def _race(op: Routine, args: tuple, able: list[str]) -> tuple[str, str]:
     """Prove each backend against the reference on random data of this case, then time the survivors in turns."""
-    case, args = args, _random(op, args)
+    case, args = args, op.drawn(args)
     able = [name for name in able if name == "reference" or _prove(op, name, case, args)]
     best = dict.fromkeys(able, float("inf"))
     begin = time.perf_counter()
     for _ in range(5):  # interleaved, so that a noisy moment hits every runner
         for name in able:
-            best[name] = min(best[name], _seconds(op.backends[name].run, args))
+            best[name] = min(best[name], _seconds(op, name, args))
         if time.perf_counter() - begin > 0.5:
             break
     return min(able, key=best.__getitem__), ""
 
 
-def _seconds(run: Callable[..., Any], args: tuple) -> float:
-    cuda = args[0].device.type == "cuda"
+def _seconds(op: Routine, name: str, args: tuple) -> float:
+    cuda = op.first(args).device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run(*args)
+    op.backends[name].run(*args)
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def _random(op: Op, args: tuple) -> tuple:
-    """The case's arguments with random contents: a batch's own data may cancel to noise (a gradient of zero)."""
-    rng = torch.Generator(args[0].device).manual_seed(0)
-    names = [a.name for a in op.overload._schema.arguments]
-
-    def draw(name: str, a: Any) -> Any:
-        if not isinstance(a, Tensor) or not a.is_floating_point():
-            return a
-        noise = torch.empty_like(a, requires_grad=False).normal_(generator=rng)
-        return noise.abs_().add_(0.5) if name.endswith("var") else noise
-
-    return tuple(draw(name, a) for name, a in zip(names, args, strict=True))
-
-
-def _prove(op: Op, name: str, case: tuple, args: tuple) -> bool:
+def _prove(op: Routine, name: str, case: tuple, args: tuple) -> bool:
     """Whether `name` agrees with the reference on `args`, random numbers for `case`; where not, it is switched off."""
     error = proof_error(op, name, args)
     if not error:
@@ -381,12 +361,12 @@ class _Poisoned(TorchDispatchMode):
         return out
 
 
-def proof_error(op: Op, name: str, args: tuple) -> str:
+def proof_error(op: Routine, name: str, args: tuple) -> str:
     """Compare a backend with the reference on `args`; the sentence that says how it failed, or ""."""
     try:
-        want = op.reference(*args)
+        want = op.reference(*op.copies(args))
         with _Poisoned():
-            got = op.backends[name].run(*args)
+            got = op.backends[name].run(*op.copies(args))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -396,7 +376,7 @@ def proof_error(op: Op, name: str, args: tuple) -> str:
         if g.shape != w.shape or g.dtype != w.dtype:
             return f"output {index} must be {tuple(w.shape)} {w.dtype}, got {tuple(g.shape)} {g.dtype}"
         distance = (g.double() - w.double()).norm().item()
-        limit = PROOF_TOLERANCE.get(args[0].dtype, 1e-9) * w.double().norm().item()
+        limit = PROOF_TOLERANCE.get(op.first(args).dtype, 1e-9) * w.double().norm().item()
         if not distance <= limit:
             return f"output {index} must be within {limit:.3g} of the reference, got an error of {distance:.3g}"
     return ""
@@ -416,7 +396,7 @@ def prove_all() -> list[dict[str, str]]:
             for dtype in (torch.float32, torch.bfloat16):
                 for layout in (torch.contiguous_format, torch.channels_last):
                     args = tuple(_example(a, op, name, dtype, layout) for a in op.example())
-                    error = refusal(op, name, args) or proof_error(op, name, _random(op, args))
+                    error = refusal(op, name, args) or proof_error(op, name, op.drawn(args))
                     kinds = {"dtype": str(dtype).partition(".")[2], "layout": str(layout).partition(".")[2]}
                     rows.append({"op": op.name, "backend": name, **kinds, "error": error})
     return rows
@@ -518,7 +498,7 @@ def _remember(digest: str, winner: str) -> None:
 
 
 @contextlib.contextmanager
-def watching(watch: Callable[[Op, str, str], None]) -> Iterator[None]:
+def watching(watch: Callable[[Routine, str, str], None]) -> Iterator[None]:
     """Call watch(op, backend, reason) at every op that runs; how `explain` sees what ran."""
     _watchers.append(watch)
     try:

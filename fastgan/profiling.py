@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._op import Op, around
+from fastgan._op import Routine, around
 from fastgan.training.recipes import Recipe
 from fastgan.training.trainer import assemble
 
@@ -37,7 +37,7 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 # ---- what an op needs ------------------------------------------------------------------------------------------------
 
 
-def cost_of(op: Op, args: tuple) -> dict[str, int] | None:
+def cost_of(op: Routine, args: tuple) -> dict[str, int] | None:
     """{"bytes", "flops"} by the op's own cost(), or cost_statistics(), cost_backward() or cost_double_backward(); None
     where it has none."""
     stem, suffix = op.name, ""
@@ -48,7 +48,7 @@ def cost_of(op: Op, args: tuple) -> dict[str, int] | None:
     cost = getattr(importlib.import_module(f"fastgan.ops.{stem}"), f"cost{suffix}", None)
     if cost is None:
         return None
-    named = dict(zip((a.name for a in op.overload._schema.arguments), args, strict=True))
+    named = dict(zip(op.names, args, strict=True))
     found: dict[str, int] = cost(*(named[name] for name in inspect.signature(cost).parameters))
     return found
 
@@ -59,7 +59,7 @@ class Counts:
     def __init__(self) -> None:
         self.ops: dict[str, dict[str, Any]] = {}
 
-    def add(self, op: Op, run: Callable[..., Any], args: tuple) -> None:
+    def add(self, op: Routine, run: Callable[..., Any], args: tuple) -> None:
         row = self.ops.setdefault(op.name, {"calls": 0, "bytes": 0, "flops": 0, "backends": {}})
         row["calls"] += 1
         needed = cost_of(op, args)
@@ -74,7 +74,7 @@ def op_ranges() -> Iterator[Counts]:
     """Within: a profiler range `fastgan::<op>` around every op of ours, and counts of what they are asked to do."""
     counts = Counts()
 
-    def wrap(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(op: Routine, run: Callable[..., Any]) -> Callable[..., Any]:
         def ranged(*args: Any) -> Any:
             counts.add(op, run, args)
             with torch.profiler.record_function(PREFIX + op.name):

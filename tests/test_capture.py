@@ -120,6 +120,7 @@ CASES = {
     "relativistic-r1r2": dict(loss="relativistic", penalty="r1r2"),
     "wasserstein-gp": dict(loss="wasserstein", penalty="wgan-gp", d_steps=2),
     "hinge-dragan": dict(loss="hinge", penalty="dragan"),
+    "our-adam": dict(optimizer=lambda m: fastgan.Adam(m.parameters(), 1e-3, betas=(0.5, 0.999)), ema=0.9),
     "lazy-r1-ema": dict(penalty="r1", penalty_every=3, ema=0.9),
     "lsgan-own-generator": dict(loss="lsgan", seeded=True, penalty="wgan-gp"),
     "two-passes": dict(convert=False, dropout=0.3),

@@ -13,7 +13,7 @@ from test_op import flat, gradients, sample
 import fastgan
 from fastgan import functional
 from fastgan._op import OPS
-from fastgan.backends import PROOF_TOLERANCE, _random, proof_error, prove_all, refusal, winners
+from fastgan.backends import PROOF_TOLERANCE, proof_error, prove_all, refusal, winners
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -105,7 +105,7 @@ def test_a_layer_equals_the_reference(name, shape, dtype, layout):
     declined = refusal(OPS[name], "triton", args)
     if declined:
         pytest.skip(declined)
-    assert proof_error(OPS[name], "triton", _random(OPS[name], args)) == ""
+    assert proof_error(OPS[name], "triton", OPS[name].drawn(args)) == ""
 
 
 CONVOLUTIONS = [(test_conv2d, shape) for shape in test_conv2d.SAMPLES]

@@ -274,6 +274,23 @@ def test_any_weight_strides_and_fp32_master_weights(table, order, step):
             check(run(op, shape, torch.float32, None, order, step), op, shape, torch.float32)
 
 
+# Few pixels: weights are read in place where output channels lie next to each other.
+FEW_PIXELS = [
+    Shape(1, 64, 8, 8, 96, 4, 4, (2, 2), (1, 1)),
+    Shape(3, 48, 4, 4, 100, 4, 4),
+    Shape(2, 128, 5, 7, 64, 5, 3, (2, 1), (2, 1), (1, 1), 2),
+    Shape(1, 80, 9, 6, 64, 3, 3, (1, 1), (2, 2), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
+@pytest.mark.parametrize("shape", FEW_PIXELS, ids=str)
+def test_weights_of_few_pixels_are_read_in_place(table, shape, dtype):
+    for op, order in (("conv2d", (2, 3, 1, 0)), ("conv_transpose2d", (0, 2, 3, 1))):
+        check(run(op, shape, dtype, order=order), op, shape, dtype)
+        check(run(op, shape, dtype, order=order, threads=1), op, shape, dtype)
+
+
 def test_fp32_master_weights_are_rounded_to_bf16(table):
     """The result must be that of bf16 weights, bit for bit, although the master weights differ."""
     shape = SHAPES[1]

@@ -12,11 +12,10 @@ from fastgan._op import OPS
 def sample(name):
     """The op's example, with gradients asked of every tensor but statistics (constants of their x)."""
     op = OPS[name]
-    names = [a.name for a in op.overload._schema.arguments]
-    leaves = [] if name.endswith("_double_backward") else [n for n in names if n not in ("mean", "var")]
+    leaves = [] if name.endswith("_double_backward") else [n for n in op.names if n not in ("mean", "var")]
     return tuple(
         a.requires_grad_() if isinstance(a, torch.Tensor) and n in leaves else a
-        for n, a in zip(names, op.example(), strict=True)
+        for n, a in zip(op.names, op.example(), strict=True)
     )
 
 

@@ -176,6 +176,28 @@ struct GradNormPenaltyArgs {
   int threads;
 };
 
+// A parameter with its gradient, Adam's state and the moving average that follows it (null: none), all dense, in one
+// layout; step: a count, this update's included.
+struct AdamTensor {
+  float* parameter;
+  const float* gradient;
+  float *exp_avg, *exp_avg_sq, *average;
+  const float* step;
+  int64_t count;
+};
+
+struct AdamArgs {
+  const AdamTensor* tensors;
+  int64_t N;
+  const float* lr_at;  // null: lr
+  float lr;
+  double beta1, beta2, ln_beta1, ln_beta2;
+  float eps, weight_decay;
+  bool decoupled, maximize;
+  double weight;  // of the parameter in the average: 1 - decay
+  int threads;
+};
+
 // One instruction set's kernels. cpu/table.cpp is compiled once per set and fills one of these.
 struct Table {
   const char* name;
@@ -197,6 +219,7 @@ struct Table {
   void (*sample_dot)(const SampleDotArgs&);
   void (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&);
   void (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&);
+  void (*adam)(const AdamArgs&);
 };
 
 // Scratch memory, 64-byte aligned, uninitialised, recycled between calls: a fresh 16 MB malloc costs more in page

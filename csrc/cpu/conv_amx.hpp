@@ -123,6 +123,7 @@ inline void load_left(const TileRows& rows, const char* const* left, int64_t byt
 // 32 rows by 32 columns: tiles 0 to 3 accumulate, 4 and 5 hold the left rows, 6 and 7 the panel. Each loaded tile is
 // used twice, the most that 8 tiles allow. Columns may be 16, and rows at most 16: then half or a quarter is computed.
 struct TileKernel {
+  static constexpr bool IN_PLACE = false;
   static constexpr int ROWS = 32;
   static constexpr int COLUMNS = 32;
   static constexpr int GRAIN = 16;

@@ -42,10 +42,21 @@ inline float load_unit(const char* p) {
   return f;
 }
 
-template <bool DOT, int NV>
+// A unit's weights for a vector of output channels, in a panel or, `apart` bytes from an input channel to the next, in
+// the weight itself.
+template <bool DOT, bool IN_PLACE>
+inline vec load_weights(const char* b, int vector, int64_t apart) {
+  if constexpr (!IN_PLACE || !DOT) return vload(b + vector * VF * 4);
+  const char* at = b + vector * VF * 2;
+  return as_floats(interleave_bf16(reinterpret_cast<const bf16*>(at), reinterpret_cast<const bf16*>(at + apart)));
+}
+
+// IN_PLACE: Run::row counts the weight's elements.
+template <bool DOT, int NV, bool IN_PLACE>
 FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left, int64_t step, const char* panel,
-                              float* out, int64_t ld_out, bool accumulate) {
+                              int64_t apart, float* out, int64_t ld_out, bool accumulate) {
   constexpr int ROW_BYTES = NV * VF * 4;
+  const int64_t row_bytes = IN_PLACE ? (DOT ? 2 : 1) * apart : ROW_BYTES;
   vec acc[TILE_ROWS][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; ++i)
@@ -53,12 +64,12 @@ FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left,
     for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? vload(out + i * ld_out + j * VF) : vset(0.0f);
 
   for (int t = 0; t < runs; ++t, left += TILE_ROWS) {
-    const char* b = panel + run[t].row * ROW_BYTES;
+    const char* b = panel + run[t].row * (!IN_PLACE ? ROW_BYTES : DOT ? 2 : 4);
     const char *a0 = left[0], *a1 = left[1], *a2 = left[2], *a3 = left[3], *a4 = left[4], *a5 = left[5];
-    for (int64_t u = run[t].units, at = 0; u > 0; --u, at += step, b += ROW_BYTES) {
+    for (int64_t u = run[t].units, at = 0; u > 0; --u, at += step, b += row_bytes) {
       vec w[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) w[j] = vload(b + j * VF * 4);
+      for (int j = 0; j < NV; ++j) w[j] = load_weights<DOT, IN_PLACE>(b, j, apart);
       const char* const a[TILE_ROWS] = {a0, a1, a2, a3, a4, a5};
 #pragma GCC unroll 8
       for (int i = 0; i < TILE_ROWS; ++i) {
@@ -75,9 +86,11 @@ FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left,
     for (int j = 0; j < NV; ++j) vstore(out + i * ld_out + j * VF, acc[i][j]);
 }
 
-// The broadcast form: vectors run over output channels.
-template <bool DOT>
+// The broadcast form: vectors run over output channels. IN_PLACE: it reads the weights where they lie, output channels
+// next to each other; `panel_rows` of tile() are then the bytes from an input channel to the next.
+template <bool DOT, bool IN_PLACE_ = false>
 struct BroadcastKernel {
+  static constexpr bool IN_PLACE = IN_PLACE_;
   static constexpr int ROWS = TILE_ROWS;
   static constexpr int COLUMNS = TILE_VECTORS * VF;  // at most, in steps of GRAIN
   static constexpr int GRAIN = VF;
@@ -92,17 +105,17 @@ struct BroadcastKernel {
 
   // step: bytes from a unit of a row to the next.
   static void tile(const Run* run, int runs, const char* const* left, int64_t step, int /*rows*/, const char* panel,
-                   int64_t /*panel_rows*/, int columns, float* out, int64_t ld_out, bool accumulate) {
+                   int64_t panel_rows, int columns, float* out, int64_t ld_out, bool accumulate) {
     switch (columns / VF) {
       case 1:
-        return tile_vectors<DOT, 1>(run, runs, left, step, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 1, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
       case 2:
-        return tile_vectors<DOT, 2>(run, runs, left, step, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 2, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
 #if defined(__AVX512F__) || defined(__aarch64__)
       case 3:
-        return tile_vectors<DOT, 3>(run, runs, left, step, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 3, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
       case 4:
-        return tile_vectors<DOT, 4>(run, runs, left, step, panel, out, ld_out, accumulate);
+        return tile_vectors<DOT, 4, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
 #endif
     }
   }
@@ -152,6 +165,7 @@ FG_NOINLINE void dot_rows(const Run* run, int runs, const char* const* left, con
 // broadcast form would leave 12 of 16 lanes empty.
 template <bool DOT>
 struct RowKernel {
+  static constexpr bool IN_PLACE = false;
   static constexpr int ROWS = TILE_ROWS;
   static constexpr int COLUMNS = 4;
   static constexpr int GRAIN = 1;

@@ -215,6 +215,13 @@ inline vecu interleave_bf16(vec low, vec high) {
   return __builtin_convertvector(narrow(low), vecu) | (__builtin_convertvector(narrow(high), vecu) << 16);
 }
 
+inline vecu interleave_bf16(const bf16* low, const bf16* high) {
+  vech l, h;
+  std::memcpy(&l, low, sizeof l);
+  std::memcpy(&h, high, sizeof h);
+  return __builtin_convertvector(l, vecu) | (__builtin_convertvector(h, vecu) << 16);
+}
+
 // exp for |x| <= 88: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf, 2 ulp). NaN in, NaN out.
 inline vec vexp(vec x) {
   const vec shifted = x * 1.44269504088896341f + 12582912.0f;  // the integer part lands in the low mantissa bits

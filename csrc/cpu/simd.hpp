@@ -34,6 +34,7 @@ FG_INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FG_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 FG_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FG_INLINE vf abs(vf a) { return {_mm512_abs_ps(a.v)}; }
+FG_INLINE vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 FG_INLINE vm gt(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 FG_INLINE vm le(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 FG_INLINE vf select(vm m, vf yes, vf no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
@@ -85,6 +86,7 @@ FG_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FG_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 FG_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FG_INLINE vf abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+FG_INLINE vf sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
 FG_INLINE vm gt(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
 FG_INLINE vm le(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 FG_INLINE vf select(vm m, vf yes, vf no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
@@ -145,6 +147,9 @@ FG_INLINE vm gt(vf a, vf b) { return {a.v > b.v}; }
 FG_INLINE vm le(vf a, vf b) { return {a.v <= b.v}; }
 FG_INLINE vf select(vm m, vf yes, vf no) { return {(float4)((m.m & (int4)yes.v) | (~m.m & (int4)no.v))}; }
 FG_INLINE vf abs(vf a) { return {(float4)((int4)a.v & int4{0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff})}; }
+FG_INLINE vf sqrt(vf a) {
+  return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
+}
 FG_INLINE vm first(int n) { return {int4{0, 1, 2, 3} < int4{n, n, n, n}}; }
 FG_INLINE float sum(vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 

@@ -28,6 +28,7 @@ void interpolate_forward(const InterpolateArgs&);
 void sample_dot(const SampleDotArgs&);
 void grad_norm_penalty_forward(const GradNormPenaltyArgs&);
 void grad_norm_penalty_backward(const GradNormPenaltyArgs&);
+void adam(const AdamArgs&);
 
 }  // namespace fg::ELEMENTWISE
 
@@ -58,6 +59,7 @@ const Table table = {
     ELEMENTWISE::sample_dot,
     ELEMENTWISE::grad_norm_penalty_forward,
     ELEMENTWISE::grad_norm_penalty_backward,
+    ELEMENTWISE::adam,
 };
 
 }  // namespace fg::ISA

@@ -27,6 +27,7 @@ int64_t interpolate_forward(const InterpolateArgs&, const Target&);
 int64_t sample_dot(const SampleDotArgs&, const Target&);
 int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&);
 int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&);
+int64_t adam(const AdamArgs&, const Target&);
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&);
 int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&);
 int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&);
@@ -48,6 +49,7 @@ struct Table {
   int64_t (*sample_dot)(const SampleDotArgs&, const Target&);
   int64_t (*grad_norm_penalty_forward)(const GradNormPenaltyArgs&, const Target&);
   int64_t (*grad_norm_penalty_backward)(const GradNormPenaltyArgs&, const Target&);
+  int64_t (*adam)(const AdamArgs&, const Target&);
   int64_t (*conv2d)(const ConvShape&, const Conv2dArgs&, const Target&);
   int64_t (*conv_transpose2d)(const ConvShape&, const ConvTranspose2dArgs&, const Target&);
   int64_t (*conv2d_weight)(const ConvShape&, const Conv2dWeightArgs&, const Target&);

@@ -19,6 +19,7 @@ const Table& table() {
       .sample_dot = sample_dot,
       .grad_norm_penalty_forward = grad_norm_penalty_forward,
       .grad_norm_penalty_backward = grad_norm_penalty_backward,
+      .adam = adam,
       .conv2d = conv2d,
       .conv_transpose2d = conv_transpose2d,
       .conv2d_weight = conv2d_weight,

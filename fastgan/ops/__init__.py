@@ -1,6 +1,7 @@
 """The ops: one file each, with its card, cost, reference, native launcher and derivatives."""
 
 from fastgan.ops import (
+    adam,
     bias_act,
     bn_act,
     conv2d,
@@ -14,6 +15,7 @@ from fastgan.ops import (
 )
 
 __all__ = [
+    "adam",
     "bias_act",
     "bn_act",
     "conv2d",

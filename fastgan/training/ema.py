@@ -22,12 +22,15 @@ class EMA:
         self.decay = decay
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
 
+    def pairs(self, model: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
+        """{parameter of `model`: the one that follows it}."""
+        return dict(zip(model.parameters(), self.module.parameters(), strict=True))
+
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average one step towards `model`, in one multi-tensor call."""
-        ours: list[torch.Tensor] = list(self.module.parameters())
-        theirs: list[torch.Tensor] = list(model.parameters())
-        if ours:
-            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+    def update(self, model: nn.Module, pairs: dict[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Move the average one step towards `model`, in one multi-tensor call; of the parameters, `pairs` alone."""
+        pairs = self.pairs(model) if pairs is None else pairs
+        if pairs:
+            torch._foreach_lerp_(list(pairs.values()), list(pairs), 1 - self.decay)
         for mine, other in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(other)

@@ -21,6 +21,7 @@ from fastgan.nn.conv import has_hooks
 from fastgan.nn.norm import stat_groups
 from fastgan.ops.gan_loss import KINDS
 from fastgan.training import penalties
+from fastgan.training.adam import Adam
 from fastgan.training.capture import Capture, capturable_device, graphs_of, has_live_hooks, not_capturable
 from fastgan.training.ema import EMA
 
@@ -182,9 +183,12 @@ class GANStep:
             with torch.set_grad_enabled(last), self._autocast():
                 fake = _call(self.generator, latents, y)
             metrics |= self._update_discriminator(x, fake.detach(), y, due[i])
-        metrics |= self._update_generator(x, fake, y)
-        if self._average is not None:
-            self._average.update(self.generator)
+        average = self._average
+        if average is None:
+            return metrics | self._update_generator(x, fake, y)
+        pairs = average.pairs(self.generator)
+        metrics |= self._update_generator(x, fake, y, averages=pairs, weight=1 - average.decay)
+        average.update(self.generator, pairs)  # those that the optimiser did not move with their parameters
         return metrics
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool) -> dict[str, Tensor]:
@@ -254,7 +258,9 @@ class GANStep:
         first, second = logits.chunk(2)
         return first, second
 
-    def _update_generator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def _update_generator(
+        self, real: Tensor, fake: Tensor, labels: Tensor | None, **following: Any
+    ) -> dict[str, Tensor]:
         with _frozen(self.discriminator), self._autocast():
             logits_real = None
             if self.loss == "relativistic":
@@ -262,7 +268,7 @@ class GANStep:
                     logits_real = _wide(_call(self.discriminator, self._seen(real), labels))
             logits_fake = _wide(_call(self.discriminator, self._seen(fake), labels))
             loss = functional.gan_loss(logits_fake, logits_real, kind=self.loss, side="g")
-            _descend(loss, self.g_optimizer, self._g_scaler)
+            _descend(loss, self.g_optimizer, self._g_scaler, following)
         return {"g_loss": loss.detach()}
 
     # ---- its parts ----------------------------------------------------------------------------------------------
@@ -394,10 +400,16 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def _descend(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    following: dict[str, Any] | None = None,
+) -> None:
+    """One update; following: the averages that fastgan.Adam moves with its parameters."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    scaler.step(optimizer)
+    scaler.step(optimizer, **(following or {} if isinstance(optimizer, Adam) else {}))
     scaler.update()
 
 

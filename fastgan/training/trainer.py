@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, report
+from .adam import Adam
 from .guard import Guard, first_nonfinite
 from .progress import memory_mb, progress_for
 from .recipes import Recipe, recipes
@@ -85,8 +86,8 @@ def assemble(
     generator = fastgan.convert(generator)
     discriminator = fastgan.convert(discriminator)
 
-    def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps, fused=True)
+    def adam(module: nn.Module, lr: float) -> Adam:
+        return Adam(module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps)
 
     step = fastgan.GANStep(
         generator,

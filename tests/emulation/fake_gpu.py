@@ -240,6 +240,7 @@ SOUND = {
     "bf16 with r1": dict(precision="bf16", penalty="r1"),
     "capturable Adam": dict(optimizer=adam(capturable=True)),
     "fused Adam": dict(optimizer=adam(fused=True)),
+    "our Adam": dict(optimizer=lambda m: fastgan.Adam(m.parameters(), 1e-3)),
     "fp16": dict(precision="fp16"),
     "a schedule": dict(between=slower),
     "two passes": dict(change=lambda: nn.Dropout(0.3)),

@@ -45,7 +45,8 @@ def test_races_on_two_ops():
 
 
 MEMORY_BOUND = (
-    "bias_act", "bn_act", "gan_loss", "gn_act", "gn_rows", "grad_norm_penalty", "interpolate", "norm", "sample_dot",
+    "adam", "bias_act", "bn_act", "gan_loss", "gn_act", "gn_rows", "grad_norm_penalty", "interpolate", "norm",
+    "sample_dot",
 )  # fmt: skip
 
 
@@ -84,6 +85,15 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
         "i <= a.n_fake; i += step) {\n    const float f = to_float(load(a.fake + i));\n    const float slope",
         ("gan_loss",),
         "gan_loss",
+        ("address", "within"),
+        "heap-buffer-overflow",
+    ),
+    "a tensor's last block runs on into the next": (
+        "adam.cuh",
+        "begin + ADAM_BLOCK < t.count ? begin + ADAM_BLOCK : t.count",
+        "begin + ADAM_BLOCK",
+        ("adam",),
+        "adam",
         ("address", "within"),
         "heap-buffer-overflow",
     ),

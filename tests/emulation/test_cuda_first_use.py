@@ -16,6 +16,7 @@ import torch
 
 from fastgan import _native, _nvrtc, testing
 from fastgan._op import OPS
+from fastgan.ops import adam
 
 spec = importlib.util.spec_from_file_location("fastgan_nvrtc_shim", Path(__file__).with_name("nvrtc_shim.py"))
 shim = importlib.util.module_from_spec(spec)
@@ -70,10 +71,20 @@ layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_the_launches_are_the_emulators(fake, tmp_path, name, dtype, layout):
     """The same kernels in the same order with the same grids, for every op."""
-    op = OPS[name]
-    given = arguments(op, dtype, layout)
-    if op.backends["cuda"].declines(*given):
-        given = arguments(op, torch.float32, layout)
+    given = arguments(OPS[name], dtype, layout)
+    if OPS[name].backends["cuda"].declines(*given):
+        given = arguments(OPS[name], torch.float32, layout)
+    assert_same_launches(OPS[name], given, fake, tmp_path)
+
+
+def test_the_optimisers_launches_are_the_emulators(fake, tmp_path):
+    several = lambda: [torch.ones(1 + index % 7 * 1000) for index in range(40)]
+    steps = [torch.zeros(()) for _ in range(40)]
+    numbers = adam.Numbers(0.1, 0.9, 0.99, 1e-8, 0.0, False, False)
+    assert_same_launches(adam.op, (*(several() for _ in range(4)), steps, several(), numbers), fake, tmp_path)
+
+
+def assert_same_launches(op, given, fake, tmp_path):
     assert op.backends["cuda"].declines(*given) == ""
     with testing.emulate("cuda") as record:
         op.backends["cuda"].run(*given)

@@ -14,6 +14,7 @@ from checks import LAYOUTS, against_plain
 from fastgan import functional, testing
 from fastgan._native import CUDA
 from fastgan._op import OPS
+from fastgan.ops import adam
 from fastgan.ops.gan_loss import KINDS
 from fastgan.ops.gan_loss import formula as gan_formula
 
@@ -412,6 +413,60 @@ def test_odd_rows_still_use_their_sectors(record, layout):
     OPS["bn_act"].run(x, None, None, None, None, True, 1e-5, "relu", 0.0, 1)
     assert 3 * x.numel() * 4 <= record.bytes(x.numel() * 4) <= 3.4 * x.numel() * 4
     assert record.sector_efficiency(x.numel() * 4) >= 0.6
+
+
+# ---- the optimiser ---------------------------------------------------------------------------------------------------
+
+
+def tensors(*shapes):
+    return [torch.randn(shape) for shape in shapes]
+
+
+def adam_arguments(shapes, averages, **changed):
+    """Lists for one step at the third count; a shape's tensors are each other's neighbours in nothing."""
+    squares = [t.square() for t in tensors(*shapes)]
+    numbers = adam.Numbers(0.05, 0.5, 0.999, 1e-8, 0.1, False, False, 0.01)._replace(**changed)
+    steps = [torch.full((), 2.0) for _ in shapes]
+    return *(tensors(*shapes) for _ in range(3)), squares, steps, tensors(*shapes) if averages else [], numbers
+
+
+ADAM_SHAPES = {
+    "one launch": ((64, 32, 4, 4), (5,), (1,), (4097,)),
+    "40 tensors": tuple((3 + i,) for i in range(40)),
+}
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"decoupled": True}, {"maximize": True}, {"beta1": 0.0}, {"lr": None}], ids=str
+)
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("shapes", ADAM_SHAPES.values(), ids=ADAM_SHAPES)
+def test_adam(record, shapes, averages, changed):
+    args = adam_arguments(shapes, averages, **({"lr": torch.tensor(0.05)} if "lr" in changed else changed))
+    plain = adam.op.copies(args)
+    want = adam.reference(*plain[:6], plain[6]._replace(lr=float(plain[6].lr)))
+    for got, w in zip(adam.op.backends["cuda"].run(*args), want, strict=True):
+        torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-6)
+    assert all(step == 3.0 for step in args[4])
+    assert len(record.launches) == -(-len(shapes) // 32)
+
+
+def test_adam_on_addresses_that_are_no_multiples_of_16(record):
+    args = adam_arguments(((1001,),), averages=True)
+    want = adam.reference(*adam.op.copies(args))
+    args[0][0] = torch.cat([torch.zeros(1), args[0][0]])[1:]
+    for got, w in zip(adam.op.backends["cuda"].run(*args), want, strict=True):
+        torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_traffic_of_adam(record, averages):
+    """7 or 9 accesses an element, where PyTorch's two passes make 10; whole sectors."""
+    args = adam_arguments(((128, 64, 4, 4), (100,)), averages)
+    size = args[0][0].numel() * 4
+    record.configure(counting=True)
+    adam.op.backends["cuda"].run(*args)
+    assert record.bytes(size) == (9 if averages else 7) * size and record.sector_efficiency(size) == 1.0
 
 
 # ---- the emulator's own reports --------------------------------------------------------------------------------------

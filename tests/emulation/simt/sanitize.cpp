@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "cuda/kernels.hpp"
 #include "simt.hpp"
@@ -30,6 +31,7 @@ int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
 int64_t sample_dot(const SampleDotArgs&, const Target&) WEAK;
 int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&) WEAK;
 int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&) WEAK;
+int64_t adam(const AdamArgs&, const Target&) WEAK;
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&) WEAK;
 int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&) WEAK;
 int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&) WEAK;
@@ -210,6 +212,34 @@ void penalties(DType d, const Size& s) {
   for (const Array* p : {&penalty, &norm, &dot}) written("penalties", F32, *p);
 }
 
+// Three tensors, the last one of a single element; the first has no average.
+void adam(DType, const Size& s) {
+  const int64_t counts[] = {s.count(), s.N * s.C, 1};
+  std::vector<Array> held;
+  std::vector<AdamTensor> tensors;
+  for (const int64_t count : counts) {
+    for (int i = 0; i < 5; ++i) held.emplace_back(F32, count);
+    held.emplace_back(F32, 1);
+    float* of[6];
+    for (int i = 0; i < 6; ++i) {
+      Array& a = held[held.size() - 6 + static_cast<size_t>(i)];
+      if (i == 3 || i == 5) a.positive();
+      of[i] = a.floats();
+    }
+    tensors.push_back({of[0], of[1], of[2], of[3], tensors.empty() ? nullptr : of[4], of[5], count});
+  }
+  AdamArgs a{};
+  a.tensors = tensors.data();
+  a.N = 3;
+  a.lr = 0.1f;
+  a.beta1 = a.beta2 = 0.5;
+  a.ln_beta1 = a.ln_beta2 = std::log(0.5);
+  a.eps = 1e-8f;
+  a.weight = 0.1f;
+  call([&](const auto& t) { return cuda::adam(a, t); });
+  for (const Array& array : held) written("adam", F32, array);
+}
+
 // Channels and batch are the size's; large sizes get an image whose weight gradient is split.
 void convolutions(DType d, const Size& s) {
   const int64_t C = s.C, K = s.C % 8 ? 5 : 24, H = s.HW > 1000 ? 40 : 7, W = s.HW > 1000 ? 32 : 5, R = 4, S = 3;
@@ -249,6 +279,7 @@ int main(int count, char** arguments) {
       {"bias_act", bias_act, cuda::bias_act_forward != nullptr},
       {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
       {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward && cuda::sample_dot},
+      {"adam", adam, cuda::adam != nullptr},
       {"convolutions", convolutions, cuda::conv2d != nullptr}};
   try {
     for (const auto& f : functions)
