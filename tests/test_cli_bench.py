@@ -156,7 +156,7 @@ def test_where_compiling_fails_the_row_says_why(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", compile)
     rows = measured(tmp_path, "op", "--shape=gan_loss:5")["cases"][0]["rows"]
-    assert [bool(row["failed"]) for row in rows] == [False, False, True, False]
+    assert [bool(row["failed"]) for row in rows] == [False, True, False]
     assert "compile is not ranked: RuntimeError: no C++ compiler" in capsys.readouterr().out
 
 
