@@ -25,11 +25,12 @@ from typing import Any
 os.environ.setdefault("FASTGAN_CACHE", tempfile.mkdtemp(prefix="fastgan-scaling-"))  # races are run anew
 
 import facts
-import timing
 import torch
-from bench_step import LATENT, textbook_step
+from bench_step import LATENT
 
 import fastgan
+from fastgan.benchmarking import timing
+from fastgan.benchmarking.textbook import textbook_step
 
 ROWS = {  # name -> (ours, bf16)
     "PyTorch": (False, False),
@@ -52,6 +53,7 @@ def points() -> list[tuple[int, int, int]]:
 
 def steps(size: int, batch: int) -> dict[str, Any]:
     """Row -> a whole training step, every row with its own copy of the same networks."""
+    recipe = fastgan.recipes()["dcgan-64"]
     networks = fastgan.models.build("dcgan-64", image_size=size)
     images = torch.randn(batch, 3, size, size).clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
 
@@ -59,7 +61,8 @@ def steps(size: int, batch: int) -> dict[str, Any]:
         g, d = (copy.deepcopy(m).to(memory_format=torch.channels_last) for m in networks)
         adams = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999), fused=True) for m in (g, d)]
         if not ours:
-            return textbook_step(g, d, *adams, images, bf16)
+            step = textbook_step(recipe.replace(precision="bf16" if bf16 else "fp32"), g, d, *adams)
+            return lambda: step(images)
         step = fastgan.GANStep(
             fastgan.convert(g), fastgan.convert(d), latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1],
             precision="bf16" if bf16 else "fp32",
