@@ -28,6 +28,7 @@ GROUPS = {  # the order of the tables
     "bn_act": "bn_act",
     "bias_act": "bias_act",
     "gan_loss": "gan_loss",
+    "adam": "adam",
 }
 
 
