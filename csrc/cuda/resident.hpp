@@ -33,32 +33,39 @@ int64_t resident_bytes(const Card& card) {
   return std::min(card.shared_block, card.shared / RESIDENT_BLOCKS - card.reserved) - fixed;
 }
 
-// Below this a block's rows are not split further: it is what its 256 threads have in flight at a time, 64 bytes each.
+// Rows are not split into parts of fewer bytes: it is what a block's 256 threads have in flight at a time, 64 each.
 constexpr int64_t LEAST_RESIDENT = THREADS * 64;
 
+// Blocks: groups x parts x slices.
 struct Spread {
-  int lanes, parts;  // as in Residence; 0 parts: the tensor does not fit
-  int64_t rows, bytes;
+  int lanes, parts;      // as in Residence; 0 parts: the tensor does not fit
+  int64_t slices, rows;  // of channels; of a block
+  int64_t bytes;         // that a block keeps
+  bool alone;            // every team is one block, which waits for nobody
 };
 
-// By shape and card alone. A slice is as narrow as whole sectors allow, 32 bytes of a row (64 to 128 where rows are not
-// aligned), since every block reads the partials of all blocks of its slice: with P places and C channels in slices of
-// S that is P S / C partials of S channels. The P = 2 multiprocessors places are shared out evenly: parts = P / teams.
+// By shape and card alone. Slices are as narrow as whole sectors allow, 32 bytes of a row (64 to 128 where rows are not
+// aligned): with B blocks on C channels in slices of S a block reads the partials of B S / C blocks. They grow to 32
+// channels where there are more of them than places, two a multiprocessor; else the places are shared out among them.
 template <class Op, int V>
 Spread spread(const Walk& walk, const Card& card) {
   const Planes& p = walk.planes;
   const int64_t places = int64_t{RESIDENT_BLOCKS} * card.multiprocessors;
-  int lanes = 1;
-  const auto slices = [&] { return p.groups * divide_up(p.channels, lanes * V); };
-  while (lanes < (V == 1 ? WARP : 2) && lanes * V < p.channels) lanes *= 2;
-  while (lanes * V < FINISH_COLUMNS && slices() > places) lanes *= 2;
-  const int64_t row_bytes = int64_t{Op::Map::INPUTS} * lanes * V * int64_t{sizeof(typename Op::Map::T)};
+  Spread s{};
+  s.lanes = 1;
+  const auto slices = [&] { return divide_up(p.channels, s.lanes * V); };
+  while (s.lanes < (V == 1 ? WARP : 2) && s.lanes * V < p.channels) s.lanes *= 2;
+  while (s.lanes * V < FINISH_COLUMNS && p.groups * slices() > places) s.lanes *= 2;
+  s.slices = slices();
+  const int64_t row_bytes = int64_t{Op::Map::INPUTS} * s.lanes * V * int64_t{sizeof(typename Op::Map::T)};
   const Split split(walk.rows(), std::max<int64_t>(1, LEAST_RESIDENT / row_bytes),
-                    std::max<int64_t>(1, places / slices()));
-  const bool alone = split.count == 1 && (p.groups == 1 || !Op::JOINT);  // teams of one wait for nobody
-  const bool resident = card.cooperative && slices() * split.count <= places;
-  const bool fits = split.share * row_bytes <= resident_bytes<Op>(card);
-  return {lanes, fits && (alone || resident) ? split.count : 0, split.share, split.share * row_bytes};
+                    std::max<int64_t>(1, places / (p.groups * s.slices)));
+  s.rows = split.share;
+  s.bytes = split.share * row_bytes;
+  s.alone = split.count == 1 && (p.groups == 1 || !Op::JOINT);
+  const bool together = card.cooperative && p.groups * s.slices * split.count <= places;
+  if (s.bytes <= resident_bytes<Op>(card) && (s.alone || together)) s.parts = split.count;
+  return s;
 }
 
 // As a launcher's return value, or nothing where the tensor does not fit.
@@ -68,23 +75,23 @@ std::optional<int64_t> run_resident_by(const char* op, const Walk& walk, const O
   const Card card = current_card();
   const Spread s = spread<Op, V>(walk, card);
   if (s.parts == 0) return std::nullopt;
-  const int64_t slices = divide_up(p.channels, s.lanes * V), blocks = p.groups * slices * s.parts;
-  const bool alone = s.parts == 1 && (p.groups == 1 || !Op::JOINT);
-  const int64_t partials = alone ? 0 : int64_t{p.groups} * s.parts * Op::Reduce::Acc::WORDS * p.channels;
-  const int64_t counters = alone ? 0 : slices * (Op::JOINT ? 1 : p.groups);
-  if (!alone && !target.workspace) return (partials + counters) * int64_t{sizeof(float)};
-  auto* memory = static_cast<float*>(target.workspace);
+  const unsigned grid = grid_of(op, p.groups * s.parts * s.slices);
+  if (s.bytes > 48 << 10) FG_ALLOW_SHARED((resident_kernel<Op, V>), resident_bytes<Op>(card));
   Residence r{s.lanes, s.parts, s.rows, nullptr, nullptr};
-  FG_ALLOW_SHARED((resident_kernel<Op, V>), resident_bytes<Op>(card));
-  if (alone) {
-    FG_LAUNCH((resident_kernel<Op, V>), grid_of(op, blocks), THREADS, s.bytes, target.stream, body, p, r);
-  } else {
-    r.partials = memory;
-    r.arrived = reinterpret_cast<u32*>(memory + partials);
-    cudaMemsetAsync(r.arrived, 0, counters * sizeof(u32), static_cast<cudaStream_t>(target.stream));
-    check_launch(op);  // blocks would wait for ever on other counters
-    FG_LAUNCH_COOPERATIVE((resident_kernel<Op, V>), grid_of(op, blocks), THREADS, s.bytes, target.stream, body, p, r);
+  if (s.alone) {
+    FG_LAUNCH((resident_kernel<Op, V>), grid, THREADS, s.bytes, target.stream, body, p, r);
+    check_launch(op);
+    return 0;
   }
+  const int64_t partials = int64_t{p.groups} * s.parts * Op::Reduce::Acc::WORDS * p.channels;
+  const int64_t counters = s.slices * (Op::JOINT ? 1 : p.groups);
+  static_assert(sizeof(float) == sizeof(u32));
+  if (!target.workspace) return (partials + counters) * int64_t{sizeof(float)};
+  r.partials = static_cast<float*>(target.workspace);
+  r.arrived = reinterpret_cast<u32*>(r.partials + partials);
+  cudaMemsetAsync(r.arrived, 0, counters * sizeof(u32), static_cast<cudaStream_t>(target.stream));
+  check_launch(op);  // with other counters blocks might wait for ever
+  FG_LAUNCH_COOPERATIVE((resident_kernel<Op, V>), grid, THREADS, s.bytes, target.stream, body, p, r);
   check_launch(op);
   return 0;
 }

@@ -230,6 +230,12 @@ FAULTS = [
     ),
     ("two partials on one place", "resident.cuh", "t.split, Acc::WORDS, k", "PLANTED ? 0 : t.split, Acc::WORDS, k"),
     ("a block too many awaited", "resident.cuh", "arrived, 0u) < blocks", "arrived, 0u) < blocks + PLANTED"),
+    (
+        "more blocks than the card holds",
+        "resident.hpp",
+        "device_attribute(cudaDevAttrMultiProcessorCount),",
+        "device_attribute(cudaDevAttrMultiProcessorCount) * (PLANTED ? 64 : 1),",
+    ),
     ("counters as they were", "resident.hpp", "counters * sizeof(u32)", "PLANTED ? 0 : counters * sizeof(u32)"),
     ("one input kept over another", "resident.cuh", "k * static_cast<int>", "(PLANTED ? 0 : k) * static_cast<int>"),
     ("a row too many", "resident.cuh", "row < t.end; row += t.lanes_y)", "row < t.end + PLANTED; row += t.lanes_y)"),
@@ -294,7 +300,7 @@ def backward(tmp_path_factory):
 def outcome(backward, fault, groups, seed):
     """How bn_act_backward fails on a team of several blocks: the emulator's words, "wrong result", or ""."""
     torch.manual_seed(seed)
-    n, c, pixels = 4, 8, 384
+    n, c, pixels = 6, 16, 384
     dy, x = torch.randn(n, pixels, c), torch.randn(n, pixels, c)
     mean, var = torch.randn(groups, c) / 8, torch.rand(groups, c) + 0.5
     nan = lambda *shape: torch.full(shape, float("nan"))
@@ -325,5 +331,8 @@ def test_without_a_fault_all_is_well(backward, groups):
 def test_a_planted_fault_is_caught(backward, fault):
     caught = {outcome(backward, fault, groups, seed) for groups in (1, 2) for seed in (1, 2)} - {""}
     assert caught
-    if FAULTS[fault - 1][0] == "a block too many awaited":
-        assert all("simt: deadlock" in text for text in caught)
+    words = {
+        "a block too many awaited": "simt: deadlock",
+        "more blocks than the card holds": "simt: cooperative launch",
+    }
+    assert all(words.get(FAULTS[fault - 1][0], "") in text for text in caught), caught

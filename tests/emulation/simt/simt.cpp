@@ -69,7 +69,9 @@ struct Copy {
   const void* from;
   unsigned bytes, valid, group;
 };
-constexpr unsigned COPIES = 256;  // cp.async in flight a thread; no heap, whose reuse would look like a race
+// No heap where kernels run, whose reuse would look like a race.
+constexpr unsigned COPIES = 256;  // cp.async in flight a thread
+constexpr unsigned SLOTS = 32;    // FG_SHARED of a block
 
 struct Block;
 
@@ -85,7 +87,7 @@ struct Fiber {
   char* stack;
   void *race_context, *own_race_context, *fake_stack;
   bool fenced;
-  std::vector<void*> touched_atomics;
+  uint64_t touched;  // by atomics since the last fence: a bit for each of fence_tokens
   Copy copies[COPIES];
   unsigned pending, group;                           // copies not done; groups committed so far
   std::unordered_map<const void*, uint32_t> visits;  // call site -> accesses so far, while counting
@@ -107,8 +109,8 @@ struct Block {
   std::vector<Fiber*> fibers;
   char *shared, *dynamic;
   size_t shared_used, dynamic_bytes;
-  std::vector<std::pair<const void*, void*>> slots;
-  unsigned barriers_passed, delay;
+  std::pair<const void*, void*> slots[SLOTS];
+  unsigned slots_used, barriers_passed, delay;
   char start_token, barrier_token[2], warp_token[32], end_token;
   void* race_context;
   std::vector<Access> accesses;
@@ -283,7 +285,7 @@ void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynam
   race_switch(host_race);
   block.shared_used = 0;
   block.dynamic_bytes = dynamic_bytes;
-  block.slots.clear();
+  block.slots_used = 0;
   block.barriers_passed = 0;
   block.fibers.assign(fibers, fibers + n);
   for (size_t t = 0; t < n; ++t) {
@@ -300,7 +302,7 @@ void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynam
     f->state = State::READY;
     f->fake_stack = nullptr;
     f->fenced = false;
-    f->touched_atomics.clear();
+    f->touched = 0;
     f->pending = f->group = 0;
     f->visits.clear();
     // a context costs a millisecond: threads keep theirs, and are ordered behind the host by the start token
@@ -457,17 +459,18 @@ void yield() {
 
 // A fence before an atomic publishes what came before; a fence after an atomic sees what that atomic's others
 // published.
-static void* token_of(void* p) { return &fence_tokens[reinterpret_cast<uintptr_t>(p) / 4 % sizeof fence_tokens]; }
+static size_t token_of(void* p) { return reinterpret_cast<uintptr_t>(p) / 4 % sizeof fence_tokens; }
 
 void fence() {
-  for (void* p : running->touched_atomics) race_acquire(token_of(p));
-  running->touched_atomics.clear();
+  for (size_t i = 0; i < sizeof fence_tokens; ++i)
+    if (running->touched >> i & 1) race_acquire(&fence_tokens[i]);
+  running->touched = 0;
   running->fenced = true;
 }
 void before_atomic(void* p) {
-  if (running->fenced) race_release(token_of(p));
+  if (running->fenced) race_release(&fence_tokens[token_of(p)]);
 }
-void after_atomic(void* p) { running->touched_atomics.push_back(p); }
+void after_atomic(void* p) { running->touched |= uint64_t{1} << token_of(p); }
 
 __attribute__((noinline)) void global_access(const void* p, unsigned bytes, bool write) {
   if (regions.empty()) return;
@@ -502,12 +505,13 @@ __attribute__((noinline)) void shared_access(const void* p, unsigned bytes) {
 
 void* shared_memory(const void* key, size_t bytes) {
   Block& block = *running->block;
-  for (const auto& [known, p] : block.slots)
-    if (known == key) return p;
+  for (unsigned i = 0; i < block.slots_used; ++i)
+    if (block.slots[i].first == key) return block.slots[i].second;
   char* p = block.shared + block.shared_used;
   block.shared_used += (bytes + 15) / 16 * 16;
-  if (block.shared_used > STATIC_SHARED) fail("shared memory", {"", 0}, "more than 48 KiB of static shared memory");
-  block.slots.emplace_back(key, p);
+  if (block.shared_used > STATIC_SHARED || block.slots_used == SLOTS)
+    fail("shared memory", {"", 0}, "more than 48 KiB or 32 arrays of static shared memory");
+  block.slots[block.slots_used++] = {key, p};
   return p;
 }
 
