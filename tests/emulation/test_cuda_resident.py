@@ -104,6 +104,17 @@ def test_absent_parameters_and_cotangents(record, dtype):
     assert set(resident(record)) == set(FUNCTIONS[1:])
 
 
+def test_misaligned_tensors_go_one_element_at_a_time(record):
+    x = images(3, 16, 12, 16)
+    shifted = torch.empty(x.numel() + 1)[1:].view(3, 12, 16, 16).permute(0, 3, 1, 2).copy_(x)
+    assert shifted.data_ptr() % 16 and shifted.is_contiguous(memory_format=NHWC)
+    for a, b in zip(forward(x), forward(shifted), strict=True):
+        torch.testing.assert_close(a, b)
+    aligned, single = record.launches
+    assert (aligned.kernel, aligned.blocks) == (single.kernel, single.blocks)
+    assert not aligned.cooperative and single.cooperative  # two slices of 8 channels; two parts of one of 16
+
+
 def test_statistics_do_not_cancel(record):
     """|mean| of 3e4 standard deviations, in a team of eight blocks."""
     record.card(shared=228 * KIB)
