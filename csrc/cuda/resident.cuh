@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS) resident_kernel(Op o
                                   for (int k = 0; k < Map::INPUTS; ++k) store_shared(place(row, k), raw[k]);
                                 });
   typename Reduce::Acc column = column_of_lane<V>(acc, r.lanes);
-  merge_finish_rows(column);
+  merge_block<THREADS, FINISH_COLUMNS>(column);
   finish_columns(op, p, r, t, t.column - t.lane_x * V, r.lanes * V, column, [&](int x, const typename Map::Coef& coef) {
     CoefWords<typename Map::Coef> words;
     words.coef = coef;

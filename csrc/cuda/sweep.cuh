@@ -356,25 +356,6 @@ __global__ void __launch_bounds__(THREADS)
 
 constexpr int FINISH_COLUMNS = 32, FINISH_ROWS = THREADS / FINISH_COLUMNS;
 
-// Merges the 8 rows of a block of 32 columns x 8 into the threads of row 0, in a fixed order; every thread must call
-// it.
-template <class Acc>
-FG_DEVICE void merge_finish_rows(Acc& acc) {
-  FG_SHARED(float, part, [Acc::WORDS][FINISH_ROWS][FINISH_COLUMNS]);
-  const int x = static_cast<int>(threadIdx.x) % FINISH_COLUMNS, y = static_cast<int>(threadIdx.x) / FINISH_COLUMNS;
-#pragma unroll
-  for (int k = 0; k < Acc::WORDS; ++k) part[k][y][x] = acc.word[k];
-  __syncthreads();
-  if (y == 0)
-    for (int other_y = 1; other_y < FINISH_ROWS; ++other_y) {
-      Acc other;
-#pragma unroll
-      for (int k = 0; k < Acc::WORDS; ++k) other.word[k] = part[k][other_y][x];
-      acc.merge(other);
-    }
-  __syncthreads();  // the caller may come again
-}
-
 // The splits of one channel, merged, in the threads of row 0; the channel may be out of range.
 template <class Acc>
 FG_DEVICE Acc merge_splits(const float* partials, i64 group, int splits, int channel, int channels) {
@@ -388,7 +369,7 @@ FG_DEVICE Acc merge_splits(const float* partials, i64 group, int splits, int cha
         other.word[k] = load(partials + ((group * splits + split) * Acc::WORDS + k) * channels + channel);
       acc.merge(other);
     }
-  merge_finish_rows(acc);
+  merge_block<THREADS, FINISH_COLUMNS>(acc);
   return acc;
 }
 

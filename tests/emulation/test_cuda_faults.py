@@ -58,7 +58,8 @@ def test_every_memory_bound_kernel(sanitizer, race, seed):
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
-BARRIER = "    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP] = acc.word[k];\n  __syncthreads();\n"
+LAST_WRITE = "    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP][column] = acc.word[k];\n"
+BARRIER = f"{LAST_WRITE}  __syncthreads();\n"
 FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how it shows)
     "missing barrier": (
         "prelude.cuh",
