@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(THREADS) gn_act_parameters_kernel(GnFinish f, 
         sum.word[1] += own.word[0];
       }
     }
-  merge_finish_rows(sum);
+  merge_block<THREADS, FINISH_COLUMNS>(sum);
   if (threadIdx.x >= FINISH_COLUMNS || channel >= f.channels) return;
   if (dweight) store(dweight + channel, sum.word[0]);
   if (dbias) store(dbias + channel, sum.word[1]);

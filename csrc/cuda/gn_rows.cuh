@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(THREADS) gn_rows_parameters_kernel(const float
       for (int k = 0; k < WORDS; ++k)
         sum.word[k] += load(partials + (split * WORDS + k) * columns + static_cast<i64>(channel) * pixels + pixel);
     }
-  merge_finish_rows(sum);
+  merge_block<THREADS, FINISH_COLUMNS>(sum);
   if (threadIdx.x >= FINISH_COLUMNS || channel >= channels) return;
   if (dweight) store(dweight + channel, sum.word[0]);
   if constexpr (WORDS == 2)

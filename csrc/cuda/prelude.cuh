@@ -111,6 +111,25 @@ FG_DEVICE void load_neighbours(const float* p, i64 i, float absent, float (&v)[V
   for (int j = 0; j < V; ++j) v[j] = load_or(p, i + j, absent);
 }
 
+// ---------------------------------------------------------------------------------------------- dynamic shared memory
+
+// Accesses that the emulator checks and counts.
+template <class P>
+FG_DEVICE P load_shared(const void* from) {
+#ifdef FG_SIMT
+  simt::shared_access(from, sizeof(P));
+#endif
+  return *static_cast<const P*>(from);
+}
+
+template <class P>
+FG_DEVICE void store_shared(void* to, const P& value) {
+#ifdef FG_SIMT
+  simt::shared_access(to, sizeof(P));
+#endif
+  *static_cast<P*>(to) = value;
+}
+
 // ---------------------------------------------------------------------------------------------- activations
 
 // Any activation; `act` is the same in every thread. A NaN stays one, so the comparisons are not turned round.
@@ -201,19 +220,21 @@ FG_DEVICE void merge_lanes(Acc& acc, int first) {
   for (int lanes = first; lanes < WARP; lanes *= 2) acc.merge(shuffle_xor(acc, lanes));
 }
 
-// The block's total in thread 0, in a fixed order; every thread of a block of THREADS must call it.
-template <int THREADS, class Acc>
+// The totals of a block's threads whose numbers agree modulo COLUMNS, in its first COLUMNS threads and in a fixed
+// order; every thread of a block of THREADS must call it.
+template <int THREADS, int COLUMNS = 1, class Acc>
 FG_DEVICE void merge_block(Acc& acc) {
   constexpr int WARPS = THREADS / WARP;
-  FG_SHARED(float, part, [Acc::WORDS][WARPS]);
-  merge_lanes(acc, 1);
-  if (threadIdx.x % WARP == 0)
-    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP] = acc.word[k];
+  FG_SHARED(float, part, [Acc::WORDS][WARPS][COLUMNS]);
+  const u32 column = COLUMNS == 1 ? 0 : threadIdx.x % WARP;
+  merge_lanes(acc, COLUMNS);
+  if (threadIdx.x % WARP < COLUMNS)
+    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP][column] = acc.word[k];
   __syncthreads();
-  if (threadIdx.x == 0)
+  if (threadIdx.x < COLUMNS)
     for (int w = 1; w < WARPS; ++w) {
       Acc other;
-      for (int k = 0; k < Acc::WORDS; ++k) other.word[k] = part[k][w];
+      for (int k = 0; k < Acc::WORDS; ++k) other.word[k] = part[k][w][column];
       acc.merge(other);
     }
   __syncthreads();  // the caller may come again

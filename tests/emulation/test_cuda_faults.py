@@ -59,7 +59,8 @@ def test_every_memory_bound_kernel(sanitizer, race, seed):
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
-BARRIER = "    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP] = acc.word[k];\n  __syncthreads();\n"
+LAST_WRITE = "    for (int k = 0; k < Acc::WORDS; ++k) part[k][threadIdx.x / WARP][column] = acc.word[k];\n"
+BARRIER = f"{LAST_WRITE}  __syncthreads();\n"
 FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how it shows)
     "missing barrier": (
         "prelude.cuh",
@@ -123,6 +124,15 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
         "gan_loss",
         ("address", "within"),
         "simt: barrier",
+    ),
+    "blocks that do not wait for each other": (
+        "resident.cuh",
+        "while (atomicAdd(arrived, 0u) < blocks) __nanosleep(32);",
+        "",
+        ("bn_act", "norm"),
+        "bn_act",
+        ("thread", "between"),
+        "data race",
     ),
 }
 
