@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case
-from layers import BATCH, DIRECTIONS, DTYPES, ROWS, SLOPE, noise, rows
+from layers import BATCH, DIRECTIONS, DTYPES, ROWS, noise, rows
 
 import fastgan
+from fastgan.benchmarking.comparison import Case
+from fastgan.benchmarking.textbook import SLOPE
 from fastgan.ops import bias_act
 
 SHAPES = {"64x32x32-leaky_relu": (64, 32, "leaky_relu"), "3x64x64-tanh": (3, 64, "tanh")}

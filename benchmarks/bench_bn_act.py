@@ -4,10 +4,11 @@ two in their double backward and one in all three passes."""
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case
-from layers import BATCH, DOUBLE, DTYPES, PLAIN_ACTIVATIONS, ROWS, SECOND, SLOPE, cases, noise, rows
+from layers import BATCH, DOUBLE, DTYPES, ROWS, SECOND, cases, noise, rows
 
 import fastgan
+from fastgan.benchmarking.comparison import Case
+from fastgan.benchmarking.textbook import ACTIVATIONS, SLOPE
 from fastgan.ops import bn_act
 
 SHAPES = {
@@ -30,7 +31,7 @@ def runners(case):
     weight, bias = 1 + noise(channels, scale=0.02), noise(channels, scale=0.02)
     # a kept graph does not stand that the next row's forward moves the statistics it saved; the forward is not timed
     mean, var = (None, None) if case.direction == DOUBLE else (torch.zeros(channels), torch.ones(channels))
-    act = PLAIN_ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
 
     def plain(x, weight, bias):
         return act(F.batch_norm(x, mean, var, weight, bias, training=True))

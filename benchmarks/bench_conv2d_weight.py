@@ -5,9 +5,9 @@ torch.compile has no row: the op is one call into ATen, which there is nothing t
 
 import pytest
 import torch
-from comparison import Case, Runner
 from layers import BATCH, D_LAYERS, DTYPES, G_LAYERS, KERNEL, forced, noise
 
+from fastgan.benchmarking.comparison import Case, Runner
 from fastgan.ops import conv2d_weight
 
 ROWS = ("eager", "eager-channels_last", "fastgan", "fastgan-channels_last", "fastgan-native-channels_last")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch.nn.functional as F
-from layers import BATCH, G_LAYERS, KERNEL, PLAIN_ACTIVATIONS, ROWS, SLOPE, cases, noise, rows
+from layers import BATCH, G_LAYERS, KERNEL, ROWS, cases, noise, rows
 
 import fastgan
+from fastgan.benchmarking.textbook import ACTIVATIONS, SLOPE
 from fastgan.ops import conv2d, conv2d_weight, conv_transpose2d
 
 LAYERS = {f"{v.name}-{v.channels}x{v.size}x{v.size}-to-{v.filters}x{v.out}x{v.out}-{v.activation}": v for v in G_LAYERS}
@@ -17,7 +18,7 @@ def runners(case):
     weight = noise(v.channels, v.filters, *KERNEL, dtype=case.torch_dtype, scale=0.02)
     bias = [] if v.activation == "identity" else [noise(v.filters, dtype=case.torch_dtype)]  # before batch norm: none
     stride, padding, zeros, ones = [v.stride] * 2, [v.padding] * 2, [0, 0], [1, 1]
-    act = PLAIN_ACTIVATIONS[v.activation]
+    act = ACTIVATIONS[v.activation]
 
     def plain(x, weight, bias=None):
         return act(F.conv_transpose2d(x, weight, bias, v.stride, v.padding))

@@ -7,10 +7,11 @@ fastgan's kernel also computes the six statistics that people log, in the same p
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case, Runner
-from layers import BATCH, DIRECTIONS, DTYPES, compiled, forced, noise
+from layers import BATCH, DIRECTIONS, DTYPES, forced, noise
 
 import fastgan
+from fastgan.benchmarking.comparison import Case, Runner
+from fastgan.benchmarking.textbook import compiled
 from fastgan.ops import gan_loss
 
 ROWS = ("eager", "eager-tuned", "compile", "fastgan", "fastgan-native")

@@ -11,13 +11,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case, Runner
-from layers import BATCH, D_LAYERS, KERNEL, SLOPE
+from layers import BATCH, D_LAYERS, KERNEL
 from torch import nn
 
 import fastgan
 from fastgan import functional
 from fastgan._op import around
+from fastgan.benchmarking.comparison import Case, Runner
+from fastgan.benchmarking.textbook import SLOPE, compiled_double_backward
+from fastgan.benchmarking.textbook import logits_and_norms as textbook
 from fastgan.ops import conv2d, conv2d_weight, conv_transpose2d
 from fastgan.training.penalties import logits_and_norms
 
@@ -42,14 +44,6 @@ def critic():
         nn.init.normal_(conv.weight, 0, 0.02)
         modules += [conv, nn.LeakyReLU(SLOPE, inplace=True)]
     return nn.Sequential(*modules[:-1], nn.Flatten(0))
-
-
-def textbook(d, x):
-    """(logits, squared norms) by double backward."""
-    x = x.detach().requires_grad_(True)
-    logits = d(x)
-    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    return logits, gradient.flatten(1).square().sum(1)
 
 
 def loss(name, d, real, fake, norms):
@@ -78,6 +72,7 @@ def ours(name, d, real, fake):
 
 
 def runners(case):
+    torch._dynamo.reset()
     network, images = critic(), torch.randn(2, BATCH, 3, 64, 64)
     work = needed(*PASSES[case.shape])
 
@@ -91,16 +86,8 @@ def runners(case):
 
     def compiled():
         d, real, fake = prepared(torch.channels_last)
-        made = []
-
-        def run():
-            if not made:
-                torch._dynamo.reset()
-                made.append(torch.compile(lambda real, fake: loss(case.shape, d, real, fake, textbook), dynamic=False))
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
-                return made[0](real, fake)
-
-        return Runner(update(d, run), work)
+        function = compiled_double_backward(lambda real, fake: loss(case.shape, d, real, fake, textbook))
+        return Runner(update(d, lambda: function(real, fake)), work)
 
     def fast(convolutions):
         d, real, fake = prepared(torch.channels_last)

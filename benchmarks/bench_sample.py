@@ -16,11 +16,11 @@ import pytest
 import torch
 from bench_step import forward
 from bench_step import layers as layers_of
-from comparison import Case, Runner
-from layers import compiled
 from torch import nn
 
 import fastgan
+from fastgan.benchmarking.comparison import Case, Runner, checked
+from fastgan.benchmarking.textbook import compiled
 from fastgan.export import export
 
 BATCHES = (1, 16, 64, 256)
@@ -63,7 +63,8 @@ def runners(case):
         want = generator()(z)
 
     def row(run, dtype="float32", **facts):
-        return Runner(checked(run, want, TOLERANCE[dtype]), work(case, dtype), dtype, **facts)
+        images = checked(run, {"the images": want}, TOLERANCE[dtype], lambda: {"the images": run()})
+        return Runner(images, work(case, dtype), dtype, **facts)
 
     def torch_row(network, dtype="float32", **facts):
         @torch.no_grad()
@@ -85,26 +86,6 @@ def runners(case):
         "fastgan": torch_row(ours, ours=True),
         "fastgan-bf16": torch_row(ours, "bfloat16", ours=True),
     }
-
-
-def checked(run, want, tolerance):
-    """`run`, whose first answer must be the images `want`."""
-    compared = []
-
-    def call():
-        images = run()
-        if not compared:
-            compared.append(difference(images, want))
-            if not compared[0] <= tolerance:
-                raise RuntimeError(f"the images must be PyTorch's within {tolerance:g}, got {compared[0]:.2g}")
-        return images
-
-    return call
-
-
-def difference(images, want):
-    images = torch.as_tensor(images).double()
-    return ((images - want).norm() / want.double().norm()).item()
 
 
 def work(case, dtype):

@@ -10,12 +10,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from comparison import Case, Runner
-from layers import BATCH, compiled
+from layers import BATCH
 from torch import nn
 
 import fastgan
+from fastgan.benchmarking.comparison import Case, Runner
+from fastgan.benchmarking.textbook import textbook_step
 from fastgan.ops import bn_act, conv2d, conv2d_weight, conv_transpose2d
 
 PRESETS = {"dcgan-64": (3, 64, 2e-4, (0.5, 0.999)), "dcgan-28": (1, 28, 1e-4, (0.9, 0.999))}
@@ -49,10 +49,10 @@ def runners(case):
 
     def eager(bf16=False, tuned=True, compile=False):
         g, d, real, *adams = prepared(tuned)
-        if compile:
-            g, d = compiled(g), compiled(d)
-        dtype = "bfloat16" if bf16 else "float32"
-        return Runner(textbook_step(g, d, *adams, real, bf16), work[dtype], dtype)
+        dtype, precision = ("bfloat16", "bf16") if bf16 else ("float32", "fp32")
+        recipe = fastgan.recipes()[case.shape].replace(precision=precision)
+        step = textbook_step(recipe, g, d, *adams, compile=compile)
+        return Runner(lambda: step(real), work[dtype], dtype)
 
     def ours(bf16=False):
         g, d, real, g_adam, d_adam = prepared(tuned=True)
@@ -72,30 +72,6 @@ def runners(case):
         "fastgan": ours(),
         "fastgan-bf16": ours(bf16=True),
     }
-
-
-def textbook_step(g, d, g_adam, d_adam, real, bf16):
-    """The loop body of the tutorial, with its losses in float32."""
-    batch = len(real)
-    ones, zeros = torch.ones(batch), torch.zeros(batch)
-
-    def loss(images, target):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = d(images)
-        return F.binary_cross_entropy_with_logits(logits.float(), target)
-
-    def step():
-        d_adam.zero_grad()
-        loss(real, ones).backward()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            fake = g(torch.randn(batch, LATENT))
-        loss(fake.detach(), zeros).backward()
-        d_adam.step()
-        g_adam.zero_grad()
-        loss(fake, ones).backward()
-        g_adam.step()
-
-    return step
 
 
 # ---- what a perfect step would have to do ---------------------------------------------------------------------------

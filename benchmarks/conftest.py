@@ -17,11 +17,12 @@ os.environ.pop("FASTGAN_BACKEND", None)
 sys.path.insert(0, str(Path(__file__).parent))  # pytest runs with --import-mode=importlib, which adds no folder
 
 import ceilings
-import comparison
 import facts
 import pytest
 import report
 import torch
+
+from fastgan.benchmarking import comparison
 
 # torch.compile warns about its own code; as errors these would fail its rows
 TORCH_COMPILE_WARNINGS = (

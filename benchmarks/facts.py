@@ -1,36 +1,24 @@
-"""What every measurement writes beside its numbers: machine, versions, commit, load; and the name of its file."""
+"""What every measurement of the repository writes beside its numbers: the package's facts and the commit; and the name
+of its file."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import fastgan
-from fastgan.backends import native
-from fastgan.doctor import machine
+from fastgan.benchmarking import facts
+from fastgan.benchmarking.facts import load
+
+__all__ = ["ROOT", "file_name", "gather", "load", "slug", "source"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def gather(command: str) -> dict[str, Any]:
     """The facts before a measurement; `load_after` is the caller's to add."""
-    module, reason = native()
-    return {
-        **machine(), **source(), "device": "cpu", "fastgan": fastgan.__version__,
-        "os": f"{platform.system()} {platform.machine()}", "kernels": module.table() if module else reason,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "command": command,
-        "load_before": load(),
-    }  # fmt: skip
-
-
-def load() -> float | None:
-    """The load average of the last minute: above 0.3 before the first case, the machine was not quiet."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {**facts.gather(command), **source()}
 
 
 def source() -> dict[str, Any]:

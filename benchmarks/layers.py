@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comparison import Case, Runner, Work
 from torch import Tensor
 
 import fastgan
+from fastgan.benchmarking.comparison import Case, Runner, Work
+from fastgan.benchmarking.textbook import compiled
 
 BATCH = 64
 DTYPES = ("float32", "bfloat16")
@@ -63,13 +64,6 @@ G_LAYERS = (
     Layer("g5", 64, 3, 32, 64, 2, 1, "tanh"),
 )
 KERNEL = (4, 4)
-SLOPE = 0.2
-PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda t: t,
-    "relu": lambda t: torch.relu_(t),
-    "leaky_relu": lambda t: torch.nn.functional.leaky_relu_(t, SLOPE),
-    "tanh": torch.tanh,
-}
 
 
 def cases(op: str, shapes: Iterable[str], forward_too: tuple[str, ...]) -> list[Case]:
@@ -126,18 +120,6 @@ def rows(
         "fastgan-channels_last": Runner(run(ours, nhwc), work, case.dtype, ours=True),
         "fastgan-native-channels_last": Runner(forced(run(ours, nhwc)), work, case.dtype, ours=True),
     }
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile at the first call, so that a machine where it fails has a failed row; static shapes, as tuned."""
-    made: list[Callable[..., Any]] = []
-
-    def call(*arguments: Any) -> Any:
-        if not made:
-            made.append(torch.compile(function, dynamic=False))
-        return made[0](*arguments)
-
-    return call
 
 
 def forced(run: Callable[[], object]) -> Callable[[], object]:

@@ -17,12 +17,13 @@ from collections.abc import Callable
 os.environ.setdefault("FASTGAN_CACHE", tempfile.mkdtemp(prefix="fastgan-memory-"))
 
 import torch
-from bench_step import LATENT, textbook_step
+from bench_step import LATENT
 from layers import BATCH
 from torch import Tensor
 
 import fastgan
 from fastgan.backends import native
+from fastgan.benchmarking.textbook import textbook_step
 
 SMALLEST = 500_000  # bytes: smaller blocks are left out of the tables
 Step = Callable[[], object]
@@ -39,9 +40,10 @@ def steps() -> dict[str, tuple[Step, set[int]]]:
         adams = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999), fused=True) for m in (g, d)]
         addresses = {p.data_ptr() for m in (g, d) for p in m.parameters()}
         if not ours:
-            return textbook_step(g, d, *adams, images, False), addresses
-        g, d = fastgan.convert(g), fastgan.convert(d)
-        step = fastgan.GANStep(g, d, latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1])
+            step = textbook_step(fastgan.recipes()["dcgan-64"], g, d, *adams)
+        else:
+            g, d = fastgan.convert(g), fastgan.convert(d)
+            step = fastgan.GANStep(g, d, latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1])
         return (lambda: step(images)), addresses
 
     return {"PyTorch": made(False), "fastgan": made(True)}

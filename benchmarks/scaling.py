@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py [--seconds S] [--limit S] [--json FILE] [--png FILE]
     python benchmarks/scaling.py --from FILE.json [--png FILE]        # draws again what was measured
+    python benchmarks/scaling.py --continue FILE.json [--limit S]     # measures what the limit left out, then draws
 
 At every point four rows run in turns: PyTorch in channels_last with fused Adam, and fastgan, each in float32 and in
 bf16. Medians are kept. A point whose throughput is more than a quarter below that of the next smaller batch is reported
@@ -25,11 +26,12 @@ from typing import Any
 os.environ.setdefault("FASTGAN_CACHE", tempfile.mkdtemp(prefix="fastgan-scaling-"))  # races are run anew
 
 import facts
-import timing
 import torch
-from bench_step import LATENT, textbook_step
+from bench_step import LATENT
 
 import fastgan
+from fastgan.benchmarking import timing
+from fastgan.benchmarking.textbook import textbook_step
 
 ROWS = {  # name -> (ours, bf16)
     "PyTorch": (False, False),
@@ -52,6 +54,7 @@ def points() -> list[tuple[int, int, int]]:
 
 def steps(size: int, batch: int) -> dict[str, Any]:
     """Row -> a whole training step, every row with its own copy of the same networks."""
+    recipe = fastgan.recipes()["dcgan-64"]
     networks = fastgan.models.build("dcgan-64", image_size=size)
     images = torch.randn(batch, 3, size, size).clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
 
@@ -59,7 +62,8 @@ def steps(size: int, batch: int) -> dict[str, Any]:
         g, d = (copy.deepcopy(m).to(memory_format=torch.channels_last) for m in networks)
         adams = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999), fused=True) for m in (g, d)]
         if not ours:
-            return textbook_step(g, d, *adams, images, bf16)
+            step = textbook_step(recipe.replace(precision="bf16" if bf16 else "fp32"), g, d, *adams)
+            return lambda: step(images)
         step = fastgan.GANStep(
             fastgan.convert(g), fastgan.convert(d), latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1],
             precision="bf16" if bf16 else "fp32",
@@ -81,11 +85,14 @@ def measure(threads: int, size: int, batch: int, seconds: float) -> dict[str, An
     }  # fmt: skip
 
 
-def run(seconds: float, limit: float) -> dict[str, Any]:
-    """Every point that the limit leaves time for; those it does not are named."""
+def run(seconds: float, limit: float, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Every point that the limit leaves time for, but for those of an earlier run; those it does not are named."""
     results: dict[str, Any] = {"machine": facts.gather(" ".join(["python", *sys.argv])), "points": [], "left_out": []}
+    if earlier:
+        results |= {"machine": earlier["machine"], "points": earlier["points"]}
+    done = {(p["threads"], p["size"], p["batch"]) for p in results["points"]}
     begin = time.perf_counter()
-    for threads, size, batch in points():
+    for threads, size, batch in (p for p in points() if p not in done):
         left = limit - (time.perf_counter() - begin)
         if expected(results["points"], threads, size, batch) > left:
             results["left_out"].append({"threads": threads, "size": size, "batch": batch})
@@ -158,7 +165,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes[row][0].set(ylim=(0, None), xlabel="batch size", ylabel="images/s of whole training steps")
         axes[row][1].set(yscale="log", xlabel="image side, pixels", ylabel="images/s (log)")
         for each in (axes[row][1].yaxis.set_major_formatter, axes[row][1].yaxis.set_minor_formatter):
-            each("{x:g}")
+            each(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "125" else "")
     axes[0][0].legend(frameon=False)
     facts_ = results["machine"]
     figure.suptitle(
@@ -192,12 +199,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=facts.ROOT / "benchmarks" / "results", help="a file or a folder")
     parser.add_argument("--png", type=Path, default=None, help="docs/images/scaling-<machine>.png where not given")
     parser.add_argument("--from", dest="source", type=Path, help="draw the results of an earlier run")
+    parser.add_argument("--continue", dest="earlier", type=Path, help="measure what an earlier run left out, into it")
     options = parser.parse_args()
-    results = json.loads(options.source.read_text()) if options.source else run(options.seconds, options.limit)
+    earlier = json.loads(options.earlier.read_text()) if options.earlier else None
+    if options.source:
+        results = json.loads(options.source.read_text())
+    else:
+        results = run(options.seconds, options.limit, earlier)
     for said in (*results["cliffs"], *(f"left out for want of time: {p}" for p in results["left_out"])):
         print(said)
     if not options.source:
-        path = options.json
+        path = options.earlier or options.json
         path = path if path.suffix == ".json" else path / f"scaling-{facts.file_name(results['machine'])}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

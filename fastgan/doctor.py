@@ -25,6 +25,7 @@ EXTRAS = {
     "rich": ("the live display and these tables", "pip install rich"),
     "onnx": ("fastgan export --format onnx, with onnxscript", "pip install onnx onnxscript"),
     "safetensors": ("fastgan export --format safetensors", "pip install safetensors"),
+    "matplotlib": ("fastgan bench --plot", "pip install matplotlib"),
     "imageio_ffmpeg": ("mp4 output of fastgan interpolate", "pip install imageio-ffmpeg"),
 }
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 import fastgan
+from fastgan.benchmarking import comparison, timing
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 WHY = "installed without the source tree's benchmarks"
 ceilings = pytest.importorskip("ceilings", reason=WHY)
-comparison = pytest.importorskip("comparison", reason=WHY)
 quality = pytest.importorskip("quality", reason=WHY)
 report = pytest.importorskip("report", reason=WHY)
 scaling = pytest.importorskip("scaling", reason=WHY)
-timing = pytest.importorskip("timing", reason=WHY)
 
 
 class Watch:

@@ -1,7 +1,9 @@
-// Batch norm + activation in two passes: sums, a small kernel that turns them into coefficients, and the elements.
+// Batch norm + activation: in one pass where the tensor fits the device's shared memory (resident.hpp), else in two
+// with a small kernel between them that turns sums into coefficients.
 #include "cuda/bn_act.cuh"
 
 #include "cuda/norm.hpp"
+#include "cuda/resident.hpp"
 
 namespace fg::cuda {
 namespace {
@@ -16,10 +18,47 @@ struct Workspace {
   int64_t bytes() const { return (partials + coefs) * int64_t{sizeof(float)}; }
 };
 
+// 1 / elements of a channel and group. In eval mode mean and var are constants, and every 1/n of the derivatives is 0.
+double inverse_n(const BnShape& s) {
+  return s.training ? 1.0 / (static_cast<double>(s.N / s.G) * static_cast<double>(s.HW)) : 0.0;
+}
+
 BnFinish finish_of(const BnShape& s, const Norm& norm, const Reduction& plan, const Workspace& w, float* memory) {
-  const double n = static_cast<double>(s.N / s.G) * static_cast<double>(s.HW);
-  return {memory, static_cast<int>(s.G),      plan.splits,         static_cast<int>(s.C),
-          norm,   s.training ? 1.0 / n : 0.0, memory + w.partials, s.G * s.C};
+  return {memory, static_cast<int>(s.G), plan.splits,         static_cast<int>(s.C),
+          norm,   inverse_n(s),          memory + w.partials, s.G * s.C};
+}
+
+std::optional<int64_t> forward_in_one(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm,
+                                      const BnActForwardArgs& a, const Target& target) {
+  return by_dtype(t.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const NormForward<T> map{{static_cast<const T*>(t.x)}, {static_cast<T*>(t.y)}, norm};
+    return run_resident(op, walk, BnResidentForward<T>{map, pivot_of(walk, t, norm), a.mean, a.var}, target);
+  });
+}
+
+std::optional<int64_t> backward_in_one(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm,
+                                       double inv_n, const BnActBackwardArgs& a, const Target& target) {
+  return by_dtype(t.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const NormBackward<T> map{
+        {static_cast<const T*>(t.dy), static_cast<const T*>(t.x)}, {static_cast<T*>(t.dx)}, norm, nullptr, 0, 0};
+    return run_resident(op, walk, BnResidentBackward<T>{map, inv_n, a.dweight, a.dbias}, target);
+  });
+}
+
+std::optional<int64_t> double_backward_in_one(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm,
+                                              double inv_n, const BnActDoubleBackwardArgs& a, const Target& target) {
+  return by_dtype(t.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const NormDouble<T> map{{static_cast<const T*>(t.ddx), static_cast<const T*>(t.dy), static_cast<const T*>(t.x)},
+                            {static_cast<T*>(t.d_dy), static_cast<T*>(t.d_x)},
+                            norm,
+                            nullptr,
+                            0,
+                            0};
+    return run_resident(op, walk, BnResidentDouble<T>{map, inv_n, {a.ddweight, a.ddbias}, a.d_weight}, target);
+  });
 }
 
 }  // namespace
@@ -33,6 +72,7 @@ int64_t bn_act_forward(const BnShape& s, const BnActForwardArgs& a, const Target
   t.y = a.y;
   const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
   if (s.training) {
+    if (const auto done = forward_in_one(op, walk, t, norm, a, target)) return *done;
     const Reduction plan = plan_norm(walk, t, NormSums::STATISTICS);
     auto* partials = static_cast<float*>(target.workspace);
     if (!partials) return plan.floats(walk, Moments::WORDS) * int64_t{sizeof(float)};
@@ -54,6 +94,8 @@ int64_t bn_act_backward(const BnShape& s, const BnActBackwardArgs& a, const Targ
   t.dy = a.dy;
   t.dx = a.dx;
   const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  if (a.dx)
+    if (const auto done = backward_in_one(op, walk, t, norm, inverse_n(s), a, target)) return *done;
   const Reduction plan = plan_norm(walk, t, NormSums::BACKWARD);
   const Workspace w{plan.floats(walk, 2), 2 * s.G * s.C};
   auto* memory = static_cast<float*>(target.workspace);
@@ -78,6 +120,8 @@ int64_t bn_act_double_backward(const BnShape& s, const BnActDoubleBackwardArgs& 
   t.d_dy = a.d_dy;
   t.d_x = a.d_x;
   const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  if (a.d_dy || a.d_x)
+    if (const auto done = double_backward_in_one(op, walk, t, norm, inverse_n(s), a, target)) return *done;
   const Reduction plan = plan_norm(walk, t, NormSums::DOUBLE);
   const Workspace w{plan.floats(walk, 5), DOUBLE_COEFS * s.G * s.C};
   auto* memory = static_cast<float*>(target.workspace);
@@ -85,7 +129,7 @@ int64_t bn_act_double_backward(const BnShape& s, const BnActDoubleBackwardArgs& 
   const BnFinish finish = finish_of(s, norm, plan, w, memory);
   reduce_norm(op, walk, t, norm, NormSums::DOUBLE, plan, memory, target.stream);
   FG_LAUNCH(bn_act_double_backward_finish_kernel, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
-            target.stream, finish, a.ddweight, a.ddbias, a.d_weight);
+            target.stream, finish, BnCotangents{a.ddweight, a.ddbias}, a.d_weight);
   check_launch(op);
   if (a.d_dy || a.d_x) apply_norm_double(op, walk, t, norm, finish.k, target.stream);
   return 0;

@@ -1,8 +1,11 @@
-// Batch norm: what becomes of the sums of each channel and group. A block has 32 channels; its threads merge the splits
-// of a channel in a fixed order, then one thread a channel combines them in double.
+// Batch norm: what becomes of the sums of each channel and group, combined in double.
+//
+// In three kernels the second does it: a block has 32 channels; its threads merge the splits of a channel in a fixed
+// order, then one thread a channel combines them. In one (resident.cuh) every block does it for its own channels.
 #pragma once
 
 #include "cuda/norm.cuh"
+#include "cuda/resident.cuh"
 
 namespace fg::cuda {
 
@@ -17,6 +20,47 @@ static __global__ void __launch_bounds__(THREADS)
   store(mean + group * channels + channel, pivot.at(group, channel) + m.mean());
   store(var + group * channels + channel, m.variance());
 }
+
+// What one group adds to the gradients of a channel's parameters, and K0, K1 of NormBackward.
+struct BackwardTerms {
+  double weight, bias;
+  float k[2];
+};
+
+FG_DEVICE BackwardTerms backward_terms(const Norm& norm, double inv_n, const Sums<2>& s, i64 i, int channel) {
+  const double r = rstd_of(norm, i), scale = load_or(norm.weight, channel, 1.0f) * r;
+  const double s1 = s.word[0], s2 = s.word[1] * r;
+  // dx = weight r (dt - s1/n - xhat s2/n)
+  return {s2, s1, {static_cast<float>(-scale * s1 * inv_n), static_cast<float>(-scale * r * s2 * inv_n)}};
+}
+
+// The same of the double backward: d_weight, and the coefficients of NormDouble (docs/maths.md, section 2; inv = 1/n):
+//   A = A0 - (W1 s1 + W2 s2) inv, d_weight = r A
+//   sum q = -(weight r inv)(W1 s2 + W2 s1) + v_weight s1, sum q xhat = -2 (weight r inv) W2 s2 + v_weight s2
+struct DoubleTerms {
+  double weight;
+  float k[DOUBLE_COEFS];
+};
+
+struct BnCotangents {
+  const float *ddweight, *ddbias;  // [C] or null (zero)
+};
+
+FG_DEVICE DoubleTerms double_terms(const Norm& norm, double inv, const Sums<5>& s, i64 i, int channel,
+                                   const BnCotangents& v) {
+  const double r = rstd_of(norm, i), scale = load_or(norm.weight, channel, 1.0f) * r;
+  const double v_weight = load_or(v.ddweight, channel, 0.0f), v_bias = load_or(v.ddbias, channel, 0.0f);
+  const double s1 = s.word[0], s2 = s.word[1] * r, W1 = s.word[2], W2 = s.word[3] * r;
+  const double A = s.word[4] - (W1 * s1 + W2 * s2) * inv;
+  const double sum_q = -scale * inv * (W1 * s2 + W2 * s1) + v_weight * s1;
+  const double sum_qx = -2.0 * scale * inv * W2 * s2 + v_weight * s2;
+  return {r * A,
+          {static_cast<float>(v_bias - scale * W1 * inv), static_cast<float>(r * (v_weight - scale * W2 * inv)),
+           static_cast<float>(-scale * r * s2 * inv), static_cast<float>(-r * sum_q * inv),
+           static_cast<float>(-r * (r * sum_qx + scale * A * r) * inv)}};
+}
+
+// ---------------------------------------------------------------------------------------------- three kernels
 
 struct BnFinish {
   const float* partials;
@@ -37,24 +81,19 @@ static __global__ void __launch_bounds__(THREADS)
     const Sums<2> s = merge_splits<Sums<2>>(f.partials, group, f.splits, channel, f.channels);
     if (!mine) continue;
     const i64 i = static_cast<i64>(group) * f.channels + channel;
-    const double r = rstd_of(f.norm, i), scale = load_or(f.norm.weight, channel, 1.0f) * r;
-    const double s1 = s.word[0], s2 = s.word[1] * r;
-    sum_bias += s1;
-    sum_weight += s2;
-    // dx = weight r (dt - s1/n - xhat s2/n)
-    store(f.k + i, static_cast<float>(-scale * s1 * f.inv_n));
-    store(f.k + f.stride + i, static_cast<float>(-scale * r * s2 * f.inv_n));
+    const BackwardTerms terms = backward_terms(f.norm, f.inv_n, s, i, channel);
+    sum_bias += terms.bias;
+    sum_weight += terms.weight;
+    for (int j = 0; j < 2; ++j) store(f.k + j * f.stride + i, terms.k[j]);
   }
   if (!mine) return;
   if (dweight) store(dweight + channel, static_cast<float>(sum_weight));
   if (dbias) store(dbias + channel, static_cast<float>(sum_bias));
 }
 
-// The coefficients of NormDouble (docs/maths.md, section 2; inv = 1/n):
-//   A = A0 - (W1 s1 + W2 s2) inv, d_weight = r A
-//   sum q = -(weight r inv)(W1 s2 + W2 s1) + v_weight s1, sum q xhat = -2 (weight r inv) W2 s2 + v_weight s2
+// The coefficients of NormDouble, and d_weight. Grid: 32 channels a block.
 static __global__ void __launch_bounds__(THREADS)
-    bn_act_double_backward_finish_kernel(BnFinish f, const float* ddweight, const float* ddbias, float* d_weight) {
+    bn_act_double_backward_finish_kernel(BnFinish f, BnCotangents cotangents, float* d_weight) {
   const int channel = blockIdx.x * FINISH_COLUMNS + threadIdx.x % FINISH_COLUMNS;
   const bool mine = threadIdx.x < FINISH_COLUMNS && channel < f.channels;
   double sum_weight = 0.0;
@@ -62,18 +101,96 @@ static __global__ void __launch_bounds__(THREADS)
     const Sums<5> s = merge_splits<Sums<5>>(f.partials, group, f.splits, channel, f.channels);
     if (!mine) continue;
     const i64 i = static_cast<i64>(group) * f.channels + channel;
-    const double r = rstd_of(f.norm, i), scale = load_or(f.norm.weight, channel, 1.0f) * r, inv = f.inv_n;
-    const double v_weight = load_or(ddweight, channel, 0.0f), v_bias = load_or(ddbias, channel, 0.0f);
-    const double s1 = s.word[0], s2 = s.word[1] * r, W1 = s.word[2], W2 = s.word[3] * r;
-    const double A = s.word[4] - (W1 * s1 + W2 * s2) * inv;
-    const double sum_q = -scale * inv * (W1 * s2 + W2 * s1) + v_weight * s1;
-    const double sum_qx = -2.0 * scale * inv * W2 * s2 + v_weight * s2;
-    sum_weight += r * A;
-    const double k[DOUBLE_COEFS] = {v_bias - scale * W1 * inv, r * (v_weight - scale * W2 * inv), -scale * r * s2 * inv,
-                                    -r * sum_q * inv, -r * (r * sum_qx + scale * A * r) * inv};
-    for (int j = 0; j < DOUBLE_COEFS; ++j) store(f.k + j * f.stride + i, static_cast<float>(k[j]));
+    const DoubleTerms terms = double_terms(f.norm, f.inv_n, s, i, channel, cotangents);
+    sum_weight += terms.weight;
+    for (int j = 0; j < DOUBLE_COEFS; ++j) store(f.k + j * f.stride + i, terms.k[j]);
   }
   if (mine && d_weight) store(d_weight + channel, static_cast<float>(sum_weight));
 }
+
+// ---------------------------------------------------------------------------------------------- one
+
+// The Ops of resident_kernel.
+template <class T>
+struct BnResidentForward {
+  using Reduce = NormStatistics<T>;
+  using Map = NormForward<T>;
+  static constexpr bool JOINT = false;
+  Map map;
+  Pivot pivot;
+  float *mean, *var;
+
+  struct Total {
+    float mean, var;
+  };
+  FG_MEMBER Reduce reduce() const { return {{map.in[0]}, pivot}; }
+  FG_MEMBER Affine finish(const Moments& m, i64 group, int channel, Total& total) const {
+    total = {pivot.at(group, channel) + m.mean(), m.variance()};
+    const float scale = load_or(map.norm.weight, channel, 1.0f) * rsqrtf(total.var + map.norm.eps);
+    return {total.mean, scale, load_or(map.norm.bias, channel, 0.0f)};
+  }
+  FG_MEMBER void publish(const Total& total, i64 group, int channel) const {
+    const i64 i = map.norm.statistic(group, channel);
+    store(mean + i, total.mean);
+    store(var + i, total.var);
+  }
+};
+
+template <class T>
+struct BnResidentBackward {
+  using Reduce = NormBackwardSums<T>;
+  using Map = NormBackward<T>;
+  static constexpr bool JOINT = true;
+  Map map;
+  double inv_n;
+  float *dweight, *dbias;  // null: not wanted
+
+  struct Total {
+    double weight, bias;
+  };
+  FG_MEMBER Reduce reduce() const { return {{map.in[0], map.in[1]}, map.norm}; }
+  FG_MEMBER typename Map::Coef finish(const Sums<2>& s, i64 group, int channel, Total& total) const {
+    const BackwardTerms terms = backward_terms(map.norm, inv_n, s, map.norm.statistic(group, channel), channel);
+    total.weight += terms.weight;
+    total.bias += terms.bias;
+    Affine affine[1];
+    affines_of(map.norm, group, channel, affine);
+    return {affine[0], terms.k[0], terms.k[1]};
+  }
+  FG_MEMBER void publish(const Total& total, i64, int channel) const {
+    if (dweight) store(dweight + channel, static_cast<float>(total.weight));
+    if (dbias) store(dbias + channel, static_cast<float>(total.bias));
+  }
+};
+
+template <class T>
+struct BnResidentDouble {
+  using Reduce = NormDoubleSums<T>;
+  using Map = NormDouble<T>;
+  static constexpr bool JOINT = true;
+  Map map;
+  double inv_n;
+  BnCotangents cotangents;
+  float* d_weight;  // null: not wanted
+
+  struct Total {
+    double weight;
+  };
+  FG_MEMBER Reduce reduce() const { return {{map.in[0], map.in[1], map.in[2]}, map.norm}; }
+  FG_MEMBER typename Map::Coef finish(const Sums<5>& s, i64 group, int channel, Total& total) const {
+    const i64 i = map.norm.statistic(group, channel);
+    const DoubleTerms terms = double_terms(map.norm, inv_n, s, i, channel, cotangents);
+    total.weight += terms.weight;
+    Affine affine[1];
+    affines_of(map.norm, group, channel, affine);
+    typename Map::Coef coef{affine[0], {}};
+#pragma unroll
+    for (int j = 0; j < DOUBLE_COEFS; ++j) coef.k[j] = terms.k[j];
+    return coef;
+  }
+  FG_MEMBER void publish(const Total& total, i64, int channel) const {
+    if (d_weight) store(d_weight + channel, static_cast<float>(total.weight));
+  }
+};
 
 }  // namespace fg::cuda

@@ -64,16 +64,7 @@ inline void check_counts(const Problem& p) {
                                   std::to_string(count) + "; split the batch");
 }
 
-inline int multiprocessors() {
-#ifdef FG_SIMT
-  return 4;
-#else
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return std::max(count, 1);
-#endif
-}
+inline int multiprocessors() { return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1); }
 
 // by_dtype with TF32, which only convolutions know.
 template <class F>

@@ -37,23 +37,6 @@ struct Tile {
   }
 };
 
-// Accesses that the emulator counts.
-template <class P>
-FG_DEVICE P load_shared(const void* from) {
-#ifdef FG_SIMT
-  simt::shared_access(from, sizeof(P));
-#endif
-  return *static_cast<const P*>(from);
-}
-
-template <class P>
-FG_DEVICE void store_shared(void* to, const P& value) {
-#ifdef FG_SIMT
-  simt::shared_access(to, sizeof(P));
-#endif
-  *static_cast<P*>(to) = value;
-}
-
 // ---------------------------------------------------------------------------------------------- positions
 
 // A position in a box [][size1][size2] that advances by a fixed distance: additions with carry instead of divisions.

@@ -10,11 +10,36 @@
 #include "cuda/kernels.hpp"
 #include "cuda/prelude.cuh"
 
+// FG_LAUNCH                as kernel<<<grid, block, shared_bytes, stream>>>(...)
+// FG_LAUNCH_COOPERATIVE    the same, but all blocks are resident at a time, or the launch is an error
+// FG_ALLOW_SHARED          before either with more than 48 KiB: the most that the kernel will ask of this card
 #if defined(FG_NVRTC)
 #include "cuda/nvrtc/loader.hpp"
 #elif !defined(FG_SIMT)
+#include <tuple>
+
 #define FG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define FG_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  fg::cuda::launch_cooperative(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define FG_ALLOW_SHARED(kernel, bytes) \
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))
+
+namespace fg::cuda {
+
+template <class... P, class... A>
+void launch_cooperative(void (*kernel)(P...), unsigned grid, unsigned block, size_t shared_bytes, void* stream,
+                        const A&... arguments) {
+  std::tuple<P...> parameters(arguments...);
+  std::apply(
+      [&](auto&... p) {
+        void* addresses[] = {&p...};
+        cudaLaunchCooperativeKernel(kernel, grid, block, addresses, shared_bytes, static_cast<cudaStream_t>(stream));
+      },
+      parameters);
+}
+
+}  // namespace fg::cuda
 #endif
 
 namespace fg::cuda {
@@ -22,6 +47,14 @@ namespace fg::cuda {
 inline void check_launch(const char* op) {
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
     throw std::runtime_error(std::string(op) + ": the kernel must launch, got " + cudaGetErrorString(error));
+}
+
+// Of the current device; 0 where the runtime does not say, and then the launch will.
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, which, device) == cudaSuccess;
+  return known ? value : 0;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

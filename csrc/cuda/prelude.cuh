@@ -111,6 +111,25 @@ FG_DEVICE void load_neighbours(const float* p, i64 i, float absent, float (&v)[V
   for (int j = 0; j < V; ++j) v[j] = load_or(p, i + j, absent);
 }
 
+// ---------------------------------------------------------------------------------------------- dynamic shared memory
+
+// Accesses that the emulator checks and counts.
+template <class P>
+FG_DEVICE P load_shared(const void* from) {
+#ifdef FG_SIMT
+  simt::shared_access(from, sizeof(P));
+#endif
+  return *static_cast<const P*>(from);
+}
+
+template <class P>
+FG_DEVICE void store_shared(void* to, const P& value) {
+#ifdef FG_SIMT
+  simt::shared_access(to, sizeof(P));
+#endif
+  *static_cast<P*>(to) = value;
+}
+
 // ---------------------------------------------------------------------------------------------- activations
 
 // Any activation; `act` is the same in every thread. A NaN stays one, so the comparisons are not turned round.

@@ -265,57 +265,67 @@ FG_DEVICE void accumulate_row(const Body& body, i64 row, const Pack<typename Bod
   }
 }
 
+// This thread's columns of a tile into their accumulators; then visit(row, at, raw, coefs) of each of its rows.
+template <class Body, int V, class Visit>
+FG_DEVICE void accumulate_columns(const Body& body, const Planes& p, const Tile& t, typename Body::Acc (&acc)[V],
+                                  const Visit& visit) {
+  // with eight columns a thread half the rows are in flight: all of them spilled 8 to 16 bytes of registers
+  constexpr int U = V == 8 ? (UNROLL<Body> + 1) / 2 : UNROLL<Body>;
+#pragma unroll
+  for (int j = 0; j < V; ++j) acc[j].clear();
+  if (!t.inside) return;
+  typename Body::Coef coefs[V];
+  body.coefs(t.group, t.column, coefs);
+  const i64 base = t.group * p.samples * p.pixels * p.channels + t.column;
+  for (i64 row = t.begin + t.lane_y; row < t.end; row += static_cast<i64>(t.lanes_y) * U) {
+    Pack<typename Body::T, V> raw[U][Body::INPUTS];
+    int valid = 0;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const i64 r = row + u * t.lanes_y;
+      if (r >= t.end) break;
+      load_inputs<Body, V>(body, base + r * p.channels, raw[u]);
+      valid = u + 1;
+    }
+    if constexpr (ByRow<Body>) {
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (u < valid) accumulate_row<Body, V>(body, row + u * t.lanes_y, raw[u], coefs, acc);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        float in[Body::INPUTS][U];
+#pragma unroll
+        for (int k = 0; k < Body::INPUTS; ++k)
+#pragma unroll
+          for (int u = 0; u < U; ++u) in[k][u] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
+        body.accumulate(acc[j], coefs[j], in, valid);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (u < valid) {
+        const i64 r = row + u * t.lanes_y;
+        visit(r, base + r * p.channels, raw[u], coefs);
+      }
+  }
+}
+
 // Grid: groups x splits x column tiles. V divides C.
 template <class Body, int V>
 __global__ void __launch_bounds__(THREADS)
     reduce_columns_kernel(Body body, Planes p, float* partials, int lanes_x, int splits, i64 rows_per_split) {
-  // with eight columns a thread half the rows are in flight: all of them spilled 8 to 16 bytes of registers
-  constexpr int U = V == 8 ? (UNROLL<Body> + 1) / 2 : UNROLL<Body>, WARPS = THREADS / WARP, WORDS = Body::Acc::WORDS;
+  constexpr int WARPS = THREADS / WARP, WORDS = Body::Acc::WORDS;
   constexpr int PITCH = COLUMN_LANES + WARP / V;  // the 32 columns that a warp reads below lie in 32 banks
   using Acc = typename Body::Acc;
   FG_SHARED(float, part, [WORDS][WARPS][V * PITCH]);
   const Tile t = tile_of<V>(p, blockIdx.x, lanes_x, splits, rows_per_split);
   Acc acc[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) acc[j].clear();
-  if (t.inside) {
-    typename Body::Coef coefs[V];
-    body.coefs(t.group, t.column, coefs);
-    const i64 base = t.group * p.samples * p.pixels * p.channels + t.column;
-    for (i64 row = t.begin + t.lane_y; row < t.end; row += static_cast<i64>(t.lanes_y) * U) {
-      Pack<typename Body::T, V> raw[U][Body::INPUTS];
-      int valid = 0;
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const i64 r = row + u * t.lanes_y;
-        if (r >= t.end) break;
-        load_inputs<Body, V>(body, base + r * p.channels, raw[u]);
-        valid = u + 1;
-      }
-      if constexpr (ByRow<Body>) {
-#pragma unroll
-        for (int u = 0; u < U; ++u)
-          if (u < valid) accumulate_row<Body, V>(body, row + u * t.lanes_y, raw[u], coefs, acc);
-      } else {
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          float in[Body::INPUTS][U];
-#pragma unroll
-          for (int k = 0; k < Body::INPUTS; ++k)
-#pragma unroll
-            for (int u = 0; u < U; ++u) in[k][u] = u < valid ? to_float(raw[u][k].v[j]) : 0.0f;
-          body.accumulate(acc[j], coefs[j], in, valid);
-        }
-      }
-      if constexpr (Body::WRITES)
-#pragma unroll
-        for (int u = 0; u < U; ++u)
-          if (u < valid) {
-            const i64 r = row + u * t.lanes_y;
-            apply_columns_of<Body, V>(body, r, base + r * p.channels, raw[u], coefs);
-          }
-    }
-  }
+  accumulate_columns<Body, V>(
+      body, p, t, acc,
+      [&](i64 row, i64 at, const Pack<typename Body::T, V>(&raw)[Body::INPUTS], const typename Body::Coef(&coefs)[V]) {
+        if constexpr (Body::WRITES) apply_columns_of<Body, V>(body, row, at, raw, coefs);
+      });
   // rows of a warp by shuffles, then the warps through shared memory, a thread a column: in this order always
   const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
 #pragma unroll

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 import fastgan
 
-from . import data, doctor, evaluate, export, interpolate, profile, sample, train
+from . import bench, data, doctor, evaluate, export, interpolate, profile, sample, train
 
 __all__ = ["main"]
 
-_COMMANDS = (train, sample, interpolate, evaluate, export, profile, data, doctor)
+_COMMANDS = (train, sample, interpolate, evaluate, bench, profile, export, data, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

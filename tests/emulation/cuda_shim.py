@@ -46,6 +46,8 @@ class Launch:
     kernel: str
     blocks: int
     threads: int
+    shared: int  # dynamic bytes of a block
+    cooperative: bool
     shared_wavefronts: int
     shared_ideal: int
 
@@ -71,6 +73,11 @@ class Record:
     def configure(self, *, seed: int = 0, counting: bool = False) -> None:
         """seed: another order of blocks and threads for each (0: the natural one)."""
         self.module.configure(seed, counting)
+
+    def card(self, **features: int) -> None:
+        """Run as a card with so many `multiprocessors` of so many bytes of `shared` memory, that is `cooperative` or
+        not; without arguments as the usual one, of 4 multiprocessors of 100 KiB."""
+        self.module.card(**features)
 
     def sector_efficiency(self, at_least: int) -> float:
         """Share of the fetched sectors' bytes that was asked for, over tensors of at least so many bytes."""
@@ -119,6 +126,7 @@ def emulation() -> Iterator[Record]:
     finally:
         torch.use_deterministic_algorithms(deterministic)
         module.configure(0, False)
+        module.card()
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

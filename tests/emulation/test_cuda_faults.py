@@ -125,6 +125,15 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
         ("address", "within"),
         "simt: barrier",
     ),
+    "blocks that do not wait for each other": (
+        "resident.cuh",
+        "while (atomicAdd(arrived, 0u) < blocks) __nanosleep(32);",
+        "",
+        ("bn_act", "norm"),
+        "bn_act",
+        ("thread", "between"),
+        "data race",
+    ),
 }
 
 

@@ -88,12 +88,16 @@ def assert_same_launches(op, given, fake, tmp_path):
     assert op.backends["cuda"].declines(*given) == ""
     with testing.emulate("cuda") as record:
         op.backends["cuda"].run(*given)
-        emulated = [(stem(k.kernel.replace("(", "").replace(")", "")), k.blocks, k.threads) for k in record.launches]
+        verbs = {False: "launch", True: "cooperate"}
+        emulated = [
+            (verbs[k.cooperative], stem(k.kernel.replace("(", "").replace(")", "")), k.blocks, k.threads, k.shared)
+            for k in record.launches
+        ]
         fake.reset()
         assert prepared(fake, tmp_path) == ""
         with _native.CUDA.emulated(shim.Launchers()):
             op.backends["cuda"].run(*given)
-    launched = [(stem(words[1]), int(words[2]), int(words[3])) for words in fake.lines("launch")]
+    launched = [(verb, stem(name), *map(int, sizes)) for verb, name, *sizes in fake.lines("launch", "cooperate")]
     assert launched == emulated and launched
 
 
@@ -116,6 +120,20 @@ def test_shared_memory_beyond_48_kib_is_asked_for_once(cuda):
     asked = [[name, int(which), int(size) >> 10] for _, name, which, size in cuda.lines("attribute")]
     assert asked == [["large_kernel", 8, 64], ["large_kernel", 8, 100]]  # 8: MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert [int(words[4]) >> 10 for words in cuda.lines("launch")] == [48, 64, 32, 64, 100]
+
+
+def test_blocks_that_wait_for_each_other_are_launched_together(cuda):
+    """bn_act in one pass: the counters of the teams are zeroed on the stream, then a cooperative launch."""
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    mean, var = torch.randn(2, 16), torch.ones(2, 16)
+    OPS["bn_act_backward"].backends["cuda"].run(x, x, None, None, mean, var, True, 1e-5, "relu", 0.0)
+    zeroed, launched = cuda.lines("memset", "launch", "cooperate")
+    assert zeroed == ["memset", "0", "8"] and launched[0] == "cooperate"  # two slices of 8 channels
+    assert "resident_kernel<BnResidentBackward<float>" in launched[1] and launched[2:] == ["4", "256", "1024"]
+    for function in ("cuMemsetD8Async", "cuLaunchCooperativeKernel"):
+        cuda.fail(function)
+        with pytest.raises(RuntimeError, match=f"bn_act_backward: the kernel must launch, got {function}: a planted"):
+            OPS["bn_act_backward"].backends["cuda"].run(x, x, None, None, mean, var, True, 1e-5, "relu", 0.0)
 
 
 def test_a_thread_without_a_context_takes_that_of_device_0(cuda):

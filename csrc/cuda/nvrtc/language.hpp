@@ -31,6 +31,8 @@ void __nanosleep(unsigned);
 void __trap();
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes);
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane);
 unsigned atomicAdd(unsigned*, unsigned);
 unsigned atomicExch(unsigned*, unsigned);
 size_t __cvta_generic_to_shared(const void*);

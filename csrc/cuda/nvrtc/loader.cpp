@@ -212,6 +212,8 @@ Function load(Kernel& kernel, int device) {
 // Beyond 48 KiB a kernel has to be told once.
 void allow_shared(Kernel& kernel, int device, Function function, size_t bytes) {
   if (bytes <= 48 << 10 || kernel.shared[device].load() >= bytes) return;
+  const std::lock_guard<std::mutex> lock(kernel.loading);  // two threads: the larger size has to stay
+  if (kernel.shared[device].load() >= bytes) return;
   check(lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, static_cast<int>(bytes)), "cuFuncSetAttribute");
   kernel.shared[device].store(bytes);
 }
@@ -321,8 +323,14 @@ void launch(Kernel& kernel, const Grid& grid, void** parameters) {
   try {
     int device = 0;
     Function function = ready(kernel, grid.shared, &device);
-    check(lib.cuLaunchKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, static_cast<unsigned>(grid.shared),
-                             grid.stream, parameters, nullptr),
+    const auto shared = static_cast<unsigned>(grid.shared);
+    if (grid.cooperative)
+      check(lib.cuLaunchCooperativeKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, shared, grid.stream,
+                                          parameters),
+            "cuLaunchCooperativeKernel");
+    else
+      check(
+          lib.cuLaunchKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1, shared, grid.stream, parameters, nullptr),
           "cuLaunchKernel");
   } catch (const std::exception& error) {
     failure = error.what();
@@ -357,6 +365,17 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
   return lib.cuDeviceGetAttribute && lib.cuDeviceGetAttribute(value, which, device) == SUCCESS ? cudaSuccess
                                                                                                : cudaErrorUnknown;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  try {
+    check(lib.cuMemsetD8Async(reinterpret_cast<uintptr_t>(memory), static_cast<unsigned char>(value), bytes, stream),
+          "cuMemsetD8Async");
+    return cudaSuccess;
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return cudaErrorUnknown;
+  }
 }
 
 namespace fg::cuda {

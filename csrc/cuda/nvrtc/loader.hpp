@@ -42,6 +42,7 @@ struct Grid {
   unsigned blocks, threads;
   size_t shared;
   void* stream;
+  bool cooperative;  // all blocks at a time, or an error
 };
 
 // A failure is kept for cudaGetLastError, which check_launch asks with the op's name at hand.
@@ -75,8 +76,11 @@ Named<FUNCTION> named();
 
 }  // namespace fg::cuda::nvrtc
 
-#define FG_LAUNCH(function, grid, block, shared_bytes, stream, ...)                    \
+#define FG_LAUNCH_AS(cooperative, function, grid, block, shared_bytes, stream, ...)    \
   decltype(fg::cuda::nvrtc::named<function>())::launch(                                \
       fg::cuda::nvrtc::Grid{static_cast<unsigned>(grid), static_cast<unsigned>(block), \
-                            static_cast<size_t>(shared_bytes), stream},                \
+                            static_cast<size_t>(shared_bytes), stream, cooperative},   \
       __VA_ARGS__)
+#define FG_LAUNCH(...) FG_LAUNCH_AS(false, __VA_ARGS__)
+#define FG_LAUNCH_COOPERATIVE(...) FG_LAUNCH_AS(true, __VA_ARGS__)
+#define FG_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)  // launch() sees to it

@@ -41,7 +41,9 @@ enum : int {
   f(int, cuModuleLoadData, (Module*, const void*))                               \
   f(int, cuModuleGetFunction, (Function*, Module, const char*))                  \
   f(int, cuFuncSetAttribute, (Function, int, int))                               \
-  f(int, cuLaunchKernel, (Function, U, U, U, U, U, U, U, void*, void**, void**))
+  f(int, cuMemsetD8Async, (unsigned long long, unsigned char, size_t, void*))    \
+  f(int, cuLaunchKernel, (Function, U, U, U, U, U, U, U, void*, void**, void**)) \
+  f(int, cuLaunchCooperativeKernel, (Function, U, U, U, U, U, U, U, void*, void**))
 
 #define FG_COMPILER(f)                                                                                          \
   f(const char*, nvrtcGetErrorString, (int))                                                                    \

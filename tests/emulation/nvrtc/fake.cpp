@@ -65,7 +65,10 @@ int cuDeviceTotalMem_v2(size_t* bytes, int) {
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int which, int) {
-  *value = which == 16 ? 4 : which == 75 ? 9 : which == 76 ? 0 : which == 97 ? 232448 : 1 << 20;
+  // multiprocessors, L2 bytes, capability, shared bytes of a multiprocessor, cooperative, of a block, reserved
+  const std::map<int, int> values{
+      {16, 4}, {38, 1 << 20}, {75, 9}, {76, 0}, {81, 100 << 10}, {95, 1}, {97, (100 << 10) - 1024}, {111, 1024}};
+  *value = values.at(which);
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void** context, int) {
@@ -104,11 +107,15 @@ int cuFuncSetAttribute(void* function, int which, int value) {
   return 0;
 }
 
-int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
-                   unsigned shared, void*, void** parameters, void**) {
+int cuMemsetD8Async(unsigned long long, unsigned char value, size_t bytes, void*) {
+  say("memset " + std::to_string(value) + " " + std::to_string(bytes));
+  return status("cuMemsetD8Async");
+}
+
+static int launch(const char* verb, void* function, unsigned grid, unsigned block, unsigned shared, void** parameters) {
   const std::string& name = static_cast<Kernel*>(function)->name;
-  std::string line =
-      "launch " + name + " " + std::to_string(grid) + " " + std::to_string(block) + " " + std::to_string(shared);
+  std::string line = std::string(verb) + " " + name + " " + std::to_string(grid) + " " + std::to_string(block) + " " +
+                     std::to_string(shared);
   for (const auto& [part, bytes] : watched) {
     if (name.find(part) == std::string::npos) continue;
     for (size_t i = 0; i < bytes.size(); ++i) {
@@ -121,8 +128,20 @@ int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned b
     }
   }
   say(line);
+  return 0;
+}
+
+int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
+                   unsigned shared, void*, void** parameters, void**) {
+  launch("launch", function, grid, block, shared, parameters);
   return status("cuLaunchKernel");
 }
+int cuLaunchCooperativeKernel(void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned,
+                              unsigned shared, void*, void** parameters) {
+  launch("cooperate", function, grid, block, shared, parameters);
+  return status("cuLaunchCooperativeKernel");
+}
+
 // ---- NVRTC ---------------------------------------------------------------------------------------------------------
 
 const char* nvrtcGetErrorString(int) { return "a planted error of NVRTC"; }

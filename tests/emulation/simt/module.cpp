@@ -21,6 +21,13 @@ PYBIND11_MODULE(fastgan_cuda_shim, m) {
       },
       arg("seed"), arg("counting"), "Thread order (0: natural) and whether accesses are counted.");
   m.def(
+      "card",
+      [](int multiprocessors, int shared, bool cooperative) {
+        simt::settings.card = {multiprocessors, shared, cooperative};
+      },
+      arg("multiprocessors") = simt::Card{}.multiprocessors, arg("shared") = simt::Card{}.shared,
+      arg("cooperative") = true, "Run as a card with so many multiprocessors of so many bytes of shared memory.");
+  m.def(
       "last_blocks", [](unsigned count) { simt::settings.last_blocks = count; }, arg("count"),
       "Run only so many of the last blocks of each grid; 0: all.");
   m.def(
@@ -48,9 +55,11 @@ PYBIND11_MODULE(fastgan_cuda_shim, m) {
       [] {
         py::list all;
         for (const auto& l : simt::launches)
-          all.append(py::make_tuple(l.kernel, l.blocks, l.threads, l.shared_wavefronts, l.shared_ideal));
+          all.append(py::make_tuple(l.kernel, l.blocks, l.threads, l.shared, l.cooperative, l.shared_wavefronts,
+                                    l.shared_ideal));
         simt::launches.clear();
         return all;
       },
-      "(kernel, blocks, threads, shared wavefronts, fewest possible) of every launch since the last call.");
+      "(kernel, blocks, threads, dynamic bytes, cooperative, shared wavefronts, fewest possible) of every launch since "
+      "the last call.");
 }

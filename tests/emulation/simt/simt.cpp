@@ -60,7 +60,7 @@ Thread* current = nullptr;
 namespace {
 
 constexpr size_t STACK = 64 << 10, STATIC_SHARED = 48 << 10, RED_ZONE = 64;
-constexpr size_t SHARED_MAX = 232448;  // what a block may have on the largest cards (227 KiB)
+constexpr size_t UNASKED = 48 << 10;  // dynamic shared memory that a kernel may have without FG_ALLOW_SHARED
 
 enum class State { READY, YIELDED, BARRIER, WARP, DONE };
 
@@ -69,7 +69,9 @@ struct Copy {
   const void* from;
   unsigned bytes, valid, group;
 };
-constexpr unsigned COPIES = 256;  // cp.async in flight a thread; no heap, whose reuse would look like a race
+// No heap where kernels run, whose reuse would look like a race.
+constexpr unsigned COPIES = 256;  // cp.async in flight a thread
+constexpr unsigned SLOTS = 32;    // FG_SHARED of a block
 
 struct Block;
 
@@ -85,7 +87,7 @@ struct Fiber {
   char* stack;
   void *race_context, *own_race_context, *fake_stack;
   bool fenced;
-  std::vector<void*> touched_atomics;
+  uint64_t touched;  // by atomics since the last fence: a bit for each of fence_tokens
   Copy copies[COPIES];
   unsigned pending, group;                           // copies not done; groups committed so far
   std::unordered_map<const void*, uint32_t> visits;  // call site -> accesses so far, while counting
@@ -106,9 +108,9 @@ struct Access {
 struct Block {
   std::vector<Fiber*> fibers;
   char *shared, *dynamic;
-  size_t shared_used;
-  std::vector<std::pair<const void*, void*>> slots;
-  unsigned barriers_passed;
+  size_t shared_used, dynamic_bytes;
+  std::pair<const void*, void*> slots[SLOTS];
+  unsigned slots_used, barriers_passed, delay;
   char start_token, barrier_token[2], warp_token[32], end_token;
   void* race_context;
   std::vector<Access> accesses;
@@ -282,7 +284,8 @@ void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynam
   block.race_context = apart ? __tsan_create_fiber(0) : nullptr;
   race_switch(host_race);
   block.shared_used = 0;
-  block.slots.clear();
+  block.dynamic_bytes = dynamic_bytes;
+  block.slots_used = 0;
   block.barriers_passed = 0;
   block.fibers.assign(fibers, fibers + n);
   for (size_t t = 0; t < n; ++t) {
@@ -299,7 +302,7 @@ void open_block(Block& block, unsigned index, dim3 grid, dim3 size, size_t dynam
     f->state = State::READY;
     f->fake_stack = nullptr;
     f->fenced = false;
-    f->touched_atomics.clear();
+    f->touched = 0;
     f->pending = f->group = 0;
     f->visits.clear();
     // a context costs a millisecond: threads keep theirs, and are ordered behind the host by the start token
@@ -372,16 +375,19 @@ bool release_barrier(Block& block) {
   return true;
 }
 
-// Runs resident blocks to their end.
+// Runs resident blocks to their end. With a seed some start late: in step they would meet without a barrier.
 void run(std::vector<Block>& blocks, std::mt19937& rng) {
   std::vector<Fiber*> order;
-  for (Block& block : blocks) order.insert(order.end(), block.fibers.begin(), block.fibers.end());
+  for (Block& block : blocks) {
+    order.insert(order.end(), block.fibers.begin(), block.fibers.end());
+    block.delay = settings.seed && blocks.size() > 1 ? rng() % 64 : 0;
+  }
   int idle = 0;
   for (size_t done = 0; done < order.size();) {
     bool progress = false;
     if (settings.seed) std::shuffle(order.begin(), order.end(), rng);
     for (Fiber* f : order) {
-      if (f->state != State::READY && f->state != State::YIELDED) continue;
+      if (f->block->delay || (f->state != State::READY && f->state != State::YIELDED)) continue;
       const bool spins = f->state == State::YIELDED;
       f->state = State::READY;
       to_fiber(f);
@@ -389,6 +395,8 @@ void run(std::vector<Block>& blocks, std::mt19937& rng) {
       progress |= !(spins && f->state == State::YIELDED);
     }
     for (Block& block : blocks) {
+      progress |= block.delay > 0;
+      block.delay -= block.delay > 0;
       for (size_t warp = 0; warp < block.fibers.size(); warp += 32) progress |= release_warp(block, warp);
       progress |= release_barrier(block);
     }
@@ -451,17 +459,18 @@ void yield() {
 
 // A fence before an atomic publishes what came before; a fence after an atomic sees what that atomic's others
 // published.
-static void* token_of(void* p) { return &fence_tokens[reinterpret_cast<uintptr_t>(p) / 4 % sizeof fence_tokens]; }
+static size_t token_of(void* p) { return reinterpret_cast<uintptr_t>(p) / 4 % sizeof fence_tokens; }
 
 void fence() {
-  for (void* p : running->touched_atomics) race_acquire(token_of(p));
-  running->touched_atomics.clear();
+  for (size_t i = 0; i < sizeof fence_tokens; ++i)
+    if (running->touched >> i & 1) race_acquire(&fence_tokens[i]);
+  running->touched = 0;
   running->fenced = true;
 }
 void before_atomic(void* p) {
-  if (running->fenced) race_release(token_of(p));
+  if (running->fenced) race_release(&fence_tokens[token_of(p)]);
 }
-void after_atomic(void* p) { running->touched_atomics.push_back(p); }
+void after_atomic(void* p) { running->touched |= uint64_t{1} << token_of(p); }
 
 __attribute__((noinline)) void global_access(const void* p, unsigned bytes, bool write) {
   if (regions.empty()) return;
@@ -484,17 +493,25 @@ __attribute__((noinline)) void global_access(const void* p, unsigned bytes, bool
 }
 
 __attribute__((noinline)) void shared_access(const void* p, unsigned bytes) {
+  const Block& block = *running->block;
+  const auto* at = static_cast<const char*>(p);
+  const bool fixed = at >= block.shared && at + bytes <= block.shared + STATIC_SHARED;
+  if (!fixed && (at < block.dynamic || at + bytes > block.dynamic + block.dynamic_bytes))
+    fail("shared memory", {"", 0},
+         std::to_string(bytes) + " bytes outside the block's, " + std::to_string(at - block.dynamic) +
+             " bytes from the begin of its " + std::to_string(block.dynamic_bytes) + " dynamic ones");
   if (settings.counting) note(__builtin_return_address(0), p, bytes, true);
 }
 
 void* shared_memory(const void* key, size_t bytes) {
   Block& block = *running->block;
-  for (const auto& [known, p] : block.slots)
-    if (known == key) return p;
+  for (unsigned i = 0; i < block.slots_used; ++i)
+    if (block.slots[i].first == key) return block.slots[i].second;
   char* p = block.shared + block.shared_used;
   block.shared_used += (bytes + 15) / 16 * 16;
-  if (block.shared_used > STATIC_SHARED) fail("shared memory", {"", 0}, "more than 48 KiB of static shared memory");
-  block.slots.emplace_back(key, p);
+  if (block.shared_used > STATIC_SHARED || block.slots_used == SLOTS)
+    fail("shared memory", {"", 0}, "more than 48 KiB or 32 arrays of static shared memory");
+  block.slots[block.slots_used++] = {key, p};
   return p;
 }
 
@@ -517,20 +534,35 @@ void wait_copies(int groups_in_flight) {
   running->pending = kept;
 }
 
+static std::mutex one_at_a_time;
+static std::unordered_map<std::string, size_t> allowed;  // by FG_ALLOW_SHARED
+
+void allow_shared(const char* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (bytes > static_cast<size_t>(settings.card.shared_block()))
+    throw std::runtime_error(std::string("simt: ") + kernel + ": no block of this card may have " +
+                             std::to_string(bytes) + " bytes of shared memory");
+  allowed[kernel] = bytes;
+}
+
 void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_bytes, bool cooperative,
             const std::function<void()>& body) {
-  static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const size_t n = size_t{size.x} * size.y * size.z, blocks = size_t{grid.x} * grid.y * grid.z;
   kernel_name = kernel;
   kernel_body = &body;
   failure.clear();
-  if (!n || n > 1024 || size.z > 64 || !blocks || grid.y > 65535 || grid.z > 65535 || dynamic_bytes > SHARED_MAX)
-    throw std::runtime_error(report("launch", {"", 0}, nullptr,
-                                    "no card takes " + std::to_string(n) + " threads a block, " +
-                                        std::to_string(blocks) + " blocks and " + std::to_string(dynamic_bytes) +
-                                        " bytes of dynamic shared memory"));
-  launches.push_back({kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(n)});
+  const Card& card = settings.card;
+  const std::string asked = std::to_string(n) + " threads a block, " + std::to_string(blocks) + " blocks and " +
+                            std::to_string(dynamic_bytes) + " bytes of dynamic shared memory";
+  if (!n || n > 1024 || size.z > 64 || !blocks || grid.y > 65535 || grid.z > 65535)
+    throw std::runtime_error(report("launch", {"", 0}, nullptr, "no card takes " + asked));
+  if (dynamic_bytes > std::max(UNASKED, allowed[kernel]))
+    throw std::runtime_error(report("launch", {"", 0}, nullptr, "more shared memory than was asked for: " + asked));
+  const size_t most = std::min<size_t>(Card::THREADS / n, card.shared / (dynamic_bytes + Card::RESERVED));
+  if (cooperative && (!card.cooperative || blocks > most * card.multiprocessors))
+    throw std::runtime_error(report("cooperative launch", {"", 0}, nullptr, "the card does not hold " + asked));
+  launches.push_back({kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(n), dynamic_bytes, cooperative});
   std::mt19937 rng(settings.seed);
   const size_t ran = settings.last_blocks ? std::min<size_t>(settings.last_blocks, blocks) : blocks;
   std::vector<unsigned> order(ran);

@@ -49,11 +49,22 @@ namespace simt {
 
 enum class Race { WITHIN, BETWEEN };  // what a thread sanitizer is to look for (one context a thread, or one a block)
 
+// The card that kernels run on: no more blocks of a cooperative launch than it holds at a time.
+struct Card {
+  static constexpr int RESERVED = 1 << 10,
+                       THREADS = 1024;          // bytes that a block costs besides; threads a multiprocessor
+  int multiprocessors = 4, shared = 100 << 10;  // bytes a multiprocessor
+  bool cooperative = true;
+
+  int shared_block() const { return shared - RESERVED; }
+};
+
 struct Settings {
   unsigned seed = 0;  // 0: natural order; else blocks and threads run in orders drawn from it
   Race race = Race::WITHIN;
   bool counting = false;
   unsigned last_blocks = 0;  // 0: every block of a grid; else so many of its last ones
+  Card card;
 };
 extern Settings settings;
 
@@ -68,6 +79,8 @@ extern std::vector<Region> regions;
 struct Launch {
   std::string kernel;
   unsigned blocks, threads;
+  size_t shared;  // dynamic bytes of a block
+  bool cooperative;
   uint64_t shared_wavefronts = 0, shared_ideal = 0;  // counted only with settings.counting
 };
 extern std::vector<Launch> launches;
@@ -104,6 +117,7 @@ void* shared_memory(const void* key, size_t bytes);
 void copy_later(void* shared, const void* global, unsigned bytes, unsigned valid);  // cp.async: done at the wait
 void commit_copies();
 void wait_copies(int groups_in_flight);
+void allow_shared(const char* kernel, size_t bytes);  // beyond 48 KiB a launch needs it
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
             const std::function<void()>& body);
 
@@ -173,6 +187,7 @@ struct Shared<T[N]> {
 #define FG_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(simt::current->dynamic_shared)
 #define FG_READ(pointer, bytes) simt::global_access(pointer, bytes, false)
 #define FG_WRITE(pointer, bytes) simt::global_access(pointer, bytes, true)
+#define FG_ALLOW_SHARED(kernel, bytes) simt::allow_shared(#kernel, bytes)
 #define FG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), simt::launch(#kernel, dim3(grid), dim3(block), shared_bytes, false, [&] { kernel(__VA_ARGS__); }))
 #define FG_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \

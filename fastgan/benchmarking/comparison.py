@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import timing
 import torch
-from ceilings import Ceilings
+from torch import Tensor
 
 from fastgan.backends import watching
+from fastgan.benchmarking import timing
 
 Work = list[dict[str, int]]  # pieces as cost() gives them: {"flops": .., "bytes": ..}
+
+
+class Ceilings(Protocol):
+    """What the machine can do at best (benchmarks/ceilings.py)."""
+
+    def bound(self, work: Work, dtype: str) -> float:
+        """The least seconds for the work."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,14 @@ def measure(
     device: str = "cpu",
     stopwatch: timing.Stopwatch | None = None,
     peak: Callable[[Callable[[], object], str], int] = timing.peak_memory,
+    **further: Any,
 ) -> list[dict[str, Any]]:
-    """Time the runners interleaved: one record a runner, ready for JSON (`record` names the keys)."""
-    timings = timing.interleave(
-        {name: r.run for name, r in runners.items()}, seconds=seconds, stopwatch=stopwatch, device=device
-    )
+    """Time the runners interleaved: one record a runner, ready for JSON (`record` names the keys).
+
+    further: `timing.interleave`'s warmup, rounds and progress.
+    """
+    calls = {name: r.run for name, r in runners.items()}
+    timings = timing.interleave(calls, seconds=seconds, stopwatch=stopwatch, device=device, **further)
     for name, runner in runners.items():
         if not timings[name].failed and runner.pytorch:  # another library's memory is not in torch's allocator
             timings[name].peak_bytes = peak(runner.run, device)
@@ -137,3 +147,60 @@ def wanted(runners: Mapping[str, Runner], names: Collection[str]) -> dict[str, R
     if missing:
         raise KeyError(f"comparison: every row must have a runner, got none for {', '.join(missing)}")
     return {name: runner for name, runner in runners.items() if name in names}
+
+
+# ---- the same results -----------------------------------------------------------------------------------------------
+
+
+def checked(
+    run: Callable[[], Any], want: Mapping[str, Tensor], tolerance: float, answer: Callable[[], Mapping[str, Any]]
+) -> Callable[[], Any]:
+    """`run`, whose first call is answer() instead: it must give the tensors of `want`, each within a share of its norm.
+
+    What fails here has no samples: results that differ are not raced.
+    """
+    agreed = False
+
+    def call() -> Any:
+        nonlocal agreed
+        if agreed:
+            return run()
+        got = answer()
+        for name, expected in want.items():
+            error = difference(got[name], expected)
+            if not error <= tolerance:
+                raise RuntimeError(f"{name} must be eager float32's within {tolerance:g}, got an error of {error:.2g}")
+        agreed = True
+        return got
+
+    return call
+
+
+def difference(got: Any, want: Tensor) -> float:
+    """|got - want| as a share of |want|."""
+    want = want.double()
+    error = (torch.as_tensor(got).double() - want).norm() / want.norm().clamp_min(1e-30)
+    return error.item()
+
+
+# ---- how its numbers read -------------------------------------------------------------------------------------------
+
+
+def milliseconds(seconds: float) -> str:
+    return digits(1e3 * seconds)
+
+
+def digits(value: float) -> str:
+    """Three significant digits down to 0.01, no exponent."""
+    if 0 < value < 0.0005:
+        return "<0.001"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+
+
+def versus(row: dict[str, Any]) -> str:
+    """How many times as fast as the best PyTorch row of its dtype; our losses say so."""
+    if row["speedup"] is None:
+        return "-"
+    if not row["ours"]:
+        return "best" if row["best_pytorch"] == row["row"] else f"{row['speedup']:.2f}"
+    return f"{row['speedup']:.2f}" + (" (slower)" if row["speedup"] < 1 else "")

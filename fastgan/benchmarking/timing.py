@@ -1,5 +1,7 @@
 """The interleaved runner: several callables that do the same work, timed in turns in one process.
 
+    from fastgan.benchmarking.timing import interleave, ratios
+
     timings = interleave({"eager": f, "fastgan": g}, seconds=2)
     timings["fastgan"].median, ratios(timings, baseline="eager")
 
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +66,7 @@ def interleave(
     rounds: int = MIN_ROUNDS,
     stopwatch: Stopwatch | None = None,
     device: str = "cpu",
+    progress: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Timing]:
     """Time the callables in turns.
 
@@ -72,6 +77,7 @@ def interleave(
         rounds: the least number of rounds.
         stopwatch: how a sample is taken; None takes the one of `device`.
         device: "cpu" or "cuda".
+        progress: called between samples with what comes next.
 
     Returns:
         A Timing for every name, in the order given, also for those that failed.
@@ -80,6 +86,7 @@ def interleave(
     timings = {name: Timing() for name in runners}
     alive = []
     for name, run in runners.items():
+        progress(f"first calls of {name}")
         with _failing(timings[name]):
             timings[name].first_call = watch(run, 1)
             once = _once(run, warmup - 1, watch)
@@ -90,6 +97,7 @@ def interleave(
         for turn in range(MAX_ROUNDS):
             if not alive or (turn >= rounds and spent >= seconds):
                 break
+            progress(f"round {turn + 1}, {spent:.0f} of {seconds:g} s")
             start = turn % len(alive)
             for name in alive[start:] + alive[:start]:
                 timing = timings[name]
@@ -187,10 +195,24 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
+    with _quiet(), torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return highest(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: nothing on the process's stderr, where the profiler logs its start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def highest(changes: Iterator[int]) -> int:

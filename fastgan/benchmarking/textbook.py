@@ -1,0 +1,173 @@
+"""The plain PyTorch that fastgan is compared with: training steps and gradient penalties as their sources write them.
+
+No kernel of fastgan runs here. The step takes any recipe and does the mathematics of `GANStep`: PyTorch's DCGAN example
+where the recipe has nothing more, with the penalty, critic steps and averaged generator of those that have.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan.ops.gan_loss import formula
+from fastgan.training.ema import EMA
+from fastgan.training.recipes import Recipe
+from fastgan.training.step import PENALTY_WEIGHTS, PRECISIONS
+
+SLOPE = 0.2
+SCALE = (
+    1024.0  # of fp16 losses: with torch's 65536 DCGAN-64's first update of G overflows, and a skipped one is less work
+)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda t: t,
+    "relu": lambda t: torch.relu_(t),
+    "leaky_relu": lambda t: F.leaky_relu_(t, SLOPE),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+# D's loss is a mean over real logits plus one over fake ones; each goes backward by itself, as in the DCGAN example
+TERMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "bce": (lambda r: F.softplus(-r), F.softplus),
+    "minimax": (lambda r: F.softplus(-r), F.softplus),
+    "lsgan": (lambda r: 0.5 * (r - 1).square(), lambda f: 0.5 * f.square()),
+    "hinge": (lambda r: F.relu(1 - r), lambda f: F.relu(1 + f)),
+    "wasserstein": (lambda r: -r, lambda f: f),
+}
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at the first call, so that a machine where it fails has a failed row; static shapes, as tuned."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*arguments: Any) -> Any:
+        if not made:
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*arguments)
+
+    return call
+
+
+def compiled_double_backward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a function that calls autograd.grad, which torch 2.13 learnt to trace."""
+    call = compiled(function)
+
+    def traced(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return call(*arguments)
+
+    return traced
+
+
+# ---- penalties ------------------------------------------------------------------------------------------------------
+
+
+def logits_and_norms(d: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, squared norms of each sample's gradient), by double backward."""
+    x = x.detach().requires_grad_(True)
+    logits = d(x)
+    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return logits, gradient.float().flatten(1).square().sum(1)
+
+
+def penalty_weight(recipe: Recipe) -> float:
+    return PENALTY_WEIGHTS[recipe.penalty or ""] if recipe.penalty_weight is None else recipe.penalty_weight
+
+
+def penalty_noise(kind: str, real: Tensor) -> Tensor | None:
+    """What a penalty draws; apart from it, since compiled code has random numbers of its own."""
+    shape = {"wgan-gp": (len(real), 1, 1, 1), "dragan": real.shape}.get(kind)
+    return None if shape is None else torch.rand(shape, device=real.device)
+
+
+def penalty(d: nn.Module, real: Tensor, fake: Tensor, noise: Tensor | None, kind: str, weight: float) -> Tensor:
+    """The penalty of that kind (`functional.gradient_penalty`), differentiable."""
+    if noise is None:
+        at = {"r1": [real], "r2": [fake], "r1r2": [real, fake]}[kind]
+        return weight / 2 * torch.stack([logits_and_norms(d, x)[1].mean() for x in at]).sum()
+    points = torch.lerp(fake.to(real.dtype), real, noise) if kind == "wgan-gp" else real + 0.5 * real.std() * noise
+    return weight * (logits_and_norms(d, points)[1].sqrt() - 1).square().mean()
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+def textbook_step(
+    recipe: Recipe,
+    g: nn.Module,
+    d: nn.Module,
+    g_adam: torch.optim.Optimizer,
+    d_adam: torch.optim.Optimizer,
+    *,
+    compile: bool = False,
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The loop body of a recipe: a batch of real images -> losses by name. Losses and penalties are float32.
+
+    compile: the networks' forward passes, with their backward, are torch.compile's; a penalty's double backward is not.
+    """
+    device, dtype = next(g.parameters()).device, PRECISIONS[recipe.precision]
+    g_forward, d_forward = (compiled(g), compiled(d)) if compile else (g, d)
+    scaling: Any = dict(init_scale=SCALE, enabled=recipe.precision == "fp16")
+    g_scaler, d_scaler = (torch.amp.GradScaler(device.type, **scaling) for _ in range(2))
+    average = None if recipe.ema is None else EMA(g, recipe.ema)
+    updates, every = itertools.count(), recipe.penalty_every
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+    def logits(images: Tensor) -> Tensor:
+        with autocast():
+            out: Tensor = d_forward(images)
+        return out.float()
+
+    def generated(n: int) -> Tensor:
+        with autocast():
+            images: Tensor = g_forward(torch.randn(n, recipe.latent, device=device))
+        return images
+
+    def backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update_d(real: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update; the fake images carry their graph where G's update follows."""
+        d_adam.zero_grad()
+        terms = TERMS.get(recipe.loss)
+        loss = backward(terms[0](logits(real)).mean(), d_scaler) if terms else torch.zeros((), device=device)
+        with torch.set_grad_enabled(last):
+            fake = generated(len(real))
+        if terms:
+            loss = loss + backward(terms[1](logits(fake.detach())).mean(), d_scaler)
+        else:
+            on_real = logits(real)
+            loss = backward(formula(logits(fake.detach()), on_real, recipe.loss, "d", 0.0), d_scaler)
+        metrics = {"d_loss": loss}
+        if recipe.penalty and next(updates) % every == 0:
+            noise = penalty_noise(recipe.penalty, real)
+            with autocast():
+                value = penalty(d, real, fake.detach(), noise, recipe.penalty, every * penalty_weight(recipe))
+            metrics["penalty"] = backward(value, d_scaler)
+        d_scaler.step(d_adam)
+        d_scaler.update()
+        return fake, metrics
+
+    def step(real: Tensor) -> dict[str, Tensor]:
+        for i in range(recipe.d_steps):
+            fake, metrics = update_d(real, last=i == recipe.d_steps - 1)
+        g_adam.zero_grad()
+        on_real = None
+        if recipe.loss == "relativistic":
+            with torch.no_grad():
+                on_real = logits(real)
+        metrics["g_loss"] = backward(formula(logits(fake), on_real, recipe.loss, "g", 0.0), g_scaler)
+        g_scaler.step(g_adam)
+        g_scaler.update()
+        if average is not None:
+            average.update(g)
+        return metrics
+
+    return step
