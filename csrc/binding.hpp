@@ -110,22 +110,28 @@ inline ConvShape make_conv(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K
   return {N, C, H, W, K, OH, OW, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups};
 }
 
+// Conv2dArgs or ConvTranspose2dArgs, whose fields are the same but for who is x and who is y.
+template <class Args, class Core>
+Args conv_args(const char* op, int dtype, Address from, Address w, int w_dtype, const py::tuple& w_strides,
+               Address bias, Address to, int act, float slope, const Core& core) {
+  const Strides s = strides_of(op, w_strides);
+  return {conv_dtype_of<Core>(op, dtype),
+          at(from),
+          at(w),
+          conv_dtype_of<Core>(op, w_dtype),
+          {s[0], s[1], s[2], s[3]},
+          at<float>(bias),
+          at(to),
+          act_of(op, act),
+          slope,
+          core.threads(op)};
+}
+
 template <class Core, class... Tail>
 int64_t conv2d(const ConvShape& conv, int dtype, Address x, Address w, int w_dtype, const py::tuple& w_strides,
                Address bias, Address y, int act, float slope, Tail... tail) {
   const Core core{tail...};
-  constexpr auto op = "conv2d";
-  const Strides s = strides_of(op, w_strides);
-  const Conv2dArgs args{conv_dtype_of<Core>(op, dtype),
-                        at(x),
-                        at(w),
-                        conv_dtype_of<Core>(op, w_dtype),
-                        {s[0], s[1], s[2], s[3]},
-                        at<float>(bias),
-                        at(y),
-                        act_of(op, act),
-                        slope,
-                        core.threads(op)};
+  const auto args = conv_args<Conv2dArgs>("conv2d", dtype, x, w, w_dtype, w_strides, bias, y, act, slope, core);
   return core.run(Core::table().conv2d, conv, args);
 }
 
@@ -133,20 +139,40 @@ template <class Core, class... Tail>
 int64_t conv_transpose2d(const ConvShape& conv, int dtype, Address y, Address w, int w_dtype,
                          const py::tuple& w_strides, Address bias, Address x, int act, float slope, Tail... tail) {
   const Core core{tail...};
-  constexpr auto op = "conv_transpose2d";
-  const Strides s = strides_of(op, w_strides);
-  const ConvTranspose2dArgs args{conv_dtype_of<Core>(op, dtype),
-                                 at(y),
-                                 at(w),
-                                 conv_dtype_of<Core>(op, w_dtype),
-                                 {s[0], s[1], s[2], s[3]},
-                                 at<float>(bias),
-                                 at(x),
-                                 act_of(op, act),
-                                 slope,
-                                 core.threads(op)};
+  const auto args =
+      conv_args<ConvTranspose2dArgs>("conv_transpose2d", dtype, y, w, w_dtype, w_strides, bias, x, act, slope, core);
   return core.run(Core::table().conv_transpose2d, conv, args);
 }
+
+#ifdef FG_CUDA
+inline cuda::StatisticsArgs statistics_args(const char* op, const ConvShape& conv, int64_t groups, Address mean,
+                                            Address var) {
+  if (groups < 1 || conv.N % groups)
+    refuse(std::string(op) + ": stat_groups must divide N, got " + std::to_string(groups) +
+           " and N=" + std::to_string(conv.N));
+  return {groups, at<float>(mean), at<float>(var)};
+}
+
+inline int64_t conv2d_statistics(const ConvShape& conv, int dtype, Address x, Address w, int w_dtype,
+                                 const py::tuple& w_strides, Address bias, Address y, int64_t stat_groups, Address mean,
+                                 Address var, Address workspace, Address stream) {
+  constexpr auto op = "conv2d_statistics";
+  const Cuda core{workspace, stream};
+  const auto args = conv_args<Conv2dArgs>(op, dtype, x, w, w_dtype, w_strides, bias, y, ACT_IDENTITY, 0.0f, core);
+  return core.run(Cuda::table().conv2d_statistics, conv, args, statistics_args(op, conv, stat_groups, mean, var));
+}
+
+inline int64_t conv_transpose2d_statistics(const ConvShape& conv, int dtype, Address y, Address w, int w_dtype,
+                                           const py::tuple& w_strides, Address bias, Address x, int64_t stat_groups,
+                                           Address mean, Address var, Address workspace, Address stream) {
+  constexpr auto op = "conv_transpose2d_statistics";
+  const Cuda core{workspace, stream};
+  const auto args =
+      conv_args<ConvTranspose2dArgs>(op, dtype, y, w, w_dtype, w_strides, bias, x, ACT_IDENTITY, 0.0f, core);
+  return core.run(Cuda::table().conv_transpose2d_statistics, conv, args,
+                  statistics_args(op, conv, stat_groups, mean, var));
+}
+#endif
 
 template <class Core, class... Tail>
 int64_t conv2d_weight(const ConvShape& conv, int dtype, Address x, Address dy, Address dw, int dw_dtype,
@@ -527,6 +553,12 @@ void bind_kernels(py::module_& m, const Names&... tail) {
 inline void bind_cuda(py::module_& m) {
   using py::arg;
   bind_kernels<Cuda, Address, Address>(m, arg("workspace"), arg("stream"));
+  m.def("conv2d_statistics", &conv2d_statistics, arg("conv"), arg("dtype"), arg("x"), arg("w"), arg("w_dtype"),
+        arg("w_strides"), arg("bias"), arg("y"), arg("stat_groups"), arg("mean"), arg("var"), arg("workspace"),
+        arg("stream"));
+  m.def("conv_transpose2d_statistics", &conv_transpose2d_statistics, arg("conv"), arg("dtype"), arg("y"), arg("w"),
+        arg("w_dtype"), arg("w_strides"), arg("bias"), arg("x"), arg("stat_groups"), arg("mean"), arg("var"),
+        arg("workspace"), arg("stream"));
 }
 #endif
 

@@ -317,3 +317,7 @@ def test_a_fused_op_has_a_kernel_only_where_one_may_run(monkeypatch):
     assert has("conv2d_statistics", "cuda")
     monkeypatch.setattr(state, "_disabled", {("conv2d_statistics", "triton"): "it failed its proof"})
     assert not has("conv2d_statistics", "cuda") and has("conv_transpose2d_statistics", "cuda")
+    monkeypatch.setattr(state, "_missing", lambda name: "" if name == "cuda" else "not here")
+    assert not has("conv2d_statistics", "cuda")  # Triton alone is asked for
+    monkeypatch.setattr(state, "_forced", "auto")
+    assert has("conv2d_statistics", "cuda")

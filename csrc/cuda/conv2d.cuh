@@ -21,13 +21,14 @@ struct Conv2dParams {
   Stride stride;  // a slab of (r, s, channel)
   Plane weight;   // of all groups: [K][R S C/groups]
   Output y;
-  int pixels;          // N OH OW
+  MomentParts parts;
+  int pixels;          // N OH OW; with statistics of one group of samples
   int columns, pitch;  // channels of y in a group, in all
   int slabs, splits, groups;
   u32 tiles_m, tiles_n;
 };
 
-template <class Operand, class Block>
+template <class Operand, class Block, bool STATISTICS>
 __global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>) conv2d_kernel(const Conv2dParams p) {
   using G = Gemm<Operand, Block, true, true>;
   const Place place = Place::of(blockIdx.x, p.tiles_n, p.tiles_m, p.splits, p.groups);
@@ -39,14 +40,18 @@ __global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
   weight.rows = p.columns;
   weight.data = static_cast<const typename G::T*>(weight.data) + place.group * (weight.rows * weight.pitch);
 
-  Patches<typename G::TileA, G::THREADS> a(x, p.stride, place.row * Block::ROWS, begin * G::SLAB);
+  const Span rows = rows_of<Block::ROWS, STATISTICS>(p.parts, place.row, p.pixels);
+  Patches<typename G::TileA, G::THREADS> a(x, p.stride, rows.first, begin * G::SLAB);
   Matrix<typename G::TileB, G::THREADS> b(weight, place.column * Block::COLUMNS, begin * G::SLAB);
   typename G::Compute compute;
   accumulate<G>(compute, a, b, end - begin);
 
   const i64 first_channel = static_cast<i64>(place.group) * p.columns;
-  finish<G>(compute, p.y, place, p.pixels, p.columns,
-            [&](int pixel) { return static_cast<i64>(pixel) * p.pitch + first_channel; });
+  const auto offset = [&](int pixel) { return static_cast<i64>(pixel) * p.pitch + first_channel; };
+  if constexpr (STATISTICS)
+    finish_with_moments<G>(compute, p.y, p.parts, place, rows, p.columns, offset);
+  else
+    finish<G>(compute, p.y, place, rows, p.columns, offset);
 }
 
 }  // namespace fg::cuda

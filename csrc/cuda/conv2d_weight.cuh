@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
   accumulate<G>(compute, a, b, end - begin);
 
   const i64 first_row = static_cast<i64>(place.group) * p.rows;
-  finish<G>(compute, p.dweight, place, p.rows, p.columns, [&](int row) { return (first_row + row) * p.columns; });
+  finish<G>(compute, p.dweight, place, {place.row * Block::ROWS, p.rows}, p.columns,
+            [&](int row) { return (first_row + row) * p.columns; });
 }
 
 }  // namespace fg::cuda

@@ -4,7 +4,8 @@
 //   Fma          fp32 products and sums, IEEE: what float32 gets unless torch allows tf32
 //
 // Both hand out their sums row by row to a sink: row(i) begins a row, put(column, values) gives values that lie side by
-// side in it.
+// side in it. Both also show them as they lie: value(i, j) is a thread's output in row(i) and column(j). Lanes whose
+// numbers agree modulo LANES hold other rows of the same columns, and so do the warps of SHARES different share().
 #pragma once
 
 #include "cuda/conv_tile.cuh"
@@ -32,6 +33,7 @@ struct TensorCores {
   static constexpr int WARP_ROWS = ROWS / WARPS_M, WARP_COLUMNS = COLUMNS / WARPS_N;
   static constexpr int TILES_M = WARP_ROWS / 16, TILES_N = WARP_COLUMNS / 8;
   static constexpr int PER_CHUNK = TileA::PER_CHUNK, STEP = 2 * PER_CHUNK;  // of the reduction, an mma
+  static constexpr int HELD_ROWS = 2 * TILES_M, HELD_COLUMNS = 2 * TILES_N, LANES = 4, SHARES = WARPS_M;
   static_assert(TileA::SLAB == TileB::SLAB && TileA::SLAB % STEP == 0 && TILES_N % 2 == 0);
 
   float sum[TILES_M][TILES_N][4];
@@ -49,6 +51,11 @@ struct TensorCores {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.0f;
   }
+
+  FG_MEMBER float& value(int i, int j) { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  FG_MEMBER int row(int i) const { return row0 + 8 * i + lane / 4; }
+  FG_MEMBER int column(int j) const { return column0 + 8 * (j / 2) + lane % 4 * 2 + j % 2; }
+  FG_MEMBER int share() const { return row0 / WARP_ROWS; }
 
   // 16 outputs x one step. The order of the four matrices is that of a fragment of a (a[0..3]),
   // or with PAIRS that of two fragments of b: b[0], b[1] of the first 8 outputs, then of the next 8.
@@ -99,7 +106,7 @@ struct TensorCores {
     for (int m = 0; m < TILES_M; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sink.row(row0 + 16 * m + 8 * half + lane / 4);
+        sink.row(row(2 * m + half));
 #pragma unroll
         for (int n = 0; n < TILES_N; n += 2) {
           const float* left = &sum[m][n][2 * half];
@@ -122,7 +129,8 @@ struct Fma {
   static constexpr int ROWS = TileA::ALONG_COLUMNS ? TileA::ROWS : TileA::COLS;
   static constexpr int COLUMNS = TileB::ALONG_COLUMNS ? TileB::ROWS : TileB::COLS;
   static constexpr int PER_N = COLUMNS >= 128 ? 8 : 4, TX = COLUMNS / PER_N, TY = THREADS / TX, PER_M = ROWS / TY;
-  static_assert(PER_M % 4 == 0 && TileA::SLAB == TileB::SLAB);
+  static constexpr int HELD_ROWS = PER_M, HELD_COLUMNS = PER_N, LANES = TX, SHARES = THREADS / WARP;
+  static_assert(PER_M % 4 == 0 && TileA::SLAB == TileB::SLAB && TX <= WARP);
 
   float sum[PER_M][PER_N];
   int tx, ty;
@@ -139,6 +147,11 @@ struct Fma {
   static FG_MEMBER int output(int thread, int i, int threads) {
     return Tile::ALONG_COLUMNS ? thread + i * threads : (thread + i / 4 * threads) * 4 + i % 4;
   }
+
+  FG_MEMBER float& value(int i, int j) { return sum[i][j]; }
+  FG_MEMBER int row(int i) const { return output<TileA>(ty, i, TY); }
+  FG_MEMBER int column(int j) const { return output<TileB>(tx, j, TX); }
+  FG_MEMBER int share() const { return static_cast<int>(threadIdx.x) / WARP; }
 
   // value[i][k]: output i at reduction step 4 quarter + k.
   template <class Tile, int COUNT>
@@ -174,7 +187,7 @@ struct Fma {
   FG_MEMBER void hand_out(Sink& sink) const {
 #pragma unroll
     for (int i = 0; i < PER_M; ++i) {
-      sink.row(output<TileA>(ty, i, TY));
+      sink.row(row(i));
       if constexpr (TileB::ALONG_COLUMNS) {
 #pragma unroll
         for (int j = 0; j < PER_N; ++j) {

@@ -6,7 +6,7 @@
 // (sm_86, sm_89 and sm_120 have 100 KiB). Two slabs are in flight while one is multiplied.
 #pragma once
 
-#include "cuda/conv_compute.cuh"
+#include "cuda/conv_moments.cuh"
 
 namespace fg::cuda {
 
@@ -177,20 +177,32 @@ struct Sink {
 };
 
 template <class G, class Offset>
-FG_DEVICE void finish(const typename G::Compute& compute, const Output& output, const Place& place, int rows,
+FG_DEVICE void finish(const typename G::Compute& compute, const Output& output, const Place& place, const Span& rows,
                       int columns, const Offset& offset) {
   const int first_column = place.column * G::Block::COLUMNS;
   Sink<typename G::T, Offset> sink = {output,
                                       offset,
                                       output.bias ? output.bias + static_cast<i64>(place.group) * columns : nullptr,
                                       output.partial ? place.split * output.size : 0,
-                                      place.row * G::Block::ROWS,
-                                      rows,
+                                      rows.first,
+                                      rows.end,
                                       first_column,
                                       columns,
                                       0,
                                       false};
   compute.hand_out(sink);
+}
+
+// finish without activation, and the moments of what it has written.
+template <class G, class Offset>
+FG_DEVICE void finish_with_moments(typename G::Compute& compute, const Output& output, const MomentParts& parts,
+                                   const Place& place, const Span& rows, int columns, const Offset& offset) {
+  const int first_column = place.column * G::Block::COLUMNS, first_channel = place.group * columns;
+  round_outputs<G>(compute, output.bias ? output.bias + first_channel : nullptr, first_column, columns);
+  Output rounded = output;
+  rounded.bias = nullptr, rounded.partial = nullptr, rounded.act = ACT_IDENTITY;
+  finish<G>(compute, rounded, place, rows, columns, offset);
+  leave_moments<G>(compute, parts, parts.part(place.row, place.phase), rows, first_column, columns, first_channel);
 }
 
 constexpr int REDUCE_THREADS = 256;
@@ -214,6 +226,39 @@ __global__ void __launch_bounds__(REDUCE_THREADS)
     sum = activate(sum + load_or(output.bias, at % channels, 0.0f), output.act, output.slope);
     store(static_cast<T*>(output.data) + at, from_float<T>(sum));
   }
+}
+
+constexpr int REDUCE_ROWS = 64;  // 8 values a thread
+
+// The second stage with statistics, without activation: a block has REDUCE_ROWS of the `rows` of a group of samples by
+// 32 channels, and leaves their moments as a part. Grid: row tiles of all groups x channel tiles, these fastest.
+template <class T>
+__global__ void __launch_bounds__(REDUCE_THREADS)
+    conv_reduce_moments_kernel(Output output, MomentParts parts, int splits, int rows) {
+  constexpr int STEP = REDUCE_THREADS / WARP, HELD = REDUCE_ROWS / STEP;
+  const int tiles = (parts.channels + WARP - 1) / WARP, tile = blockIdx.x / tiles;
+  const int channel = blockIdx.x % tiles * WARP + threadIdx.x % WARP;
+  const Span span = rows_of<REDUCE_ROWS, true>(parts, tile, rows);
+  float value[HELD];
+  int held = 0;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    const int row = span.first + static_cast<int>(threadIdx.x) / WARP + i * STEP;
+    value[i] = 0.0f;
+    if (row >= span.end || channel >= parts.channels) continue;
+    const i64 at = static_cast<i64>(row) * parts.channels + channel;
+    float sum = 0.0f;
+    for (int split = 0; split < splits; ++split) sum += load(output.partial + split * output.size + at);
+    const T rounded = from_float<T>(sum + load_or(output.bias, channel, 0.0f));
+    store(static_cast<T*>(output.data) + at, rounded);
+    value[i] = to_float(rounded);
+    held = i + 1;
+  }
+  Moments moments;
+  moments.clear();
+  moments.add(value, held);
+  merge_block<REDUCE_THREADS, WARP>(moments);
+  if (threadIdx.x < WARP && channel < parts.channels) parts.leave(parts.part(tile, 0), channel, moments);
 }
 
 }  // namespace fg::cuda

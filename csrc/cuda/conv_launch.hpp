@@ -22,6 +22,14 @@ struct Problem {
   bool narrow = true;     // the kernel is compiled for blocks of 16 columns
 };
 
+// The rows of each group of samples have blocks of their own; their reduction is not split.
+inline Problem of_groups(Problem p, int64_t groups) {
+  p.rows /= groups;
+  p.copies *= groups;
+  p.output_size = 0;
+  return p;
+}
+
 struct Choice {
   int block;  // 0 Large, 1 Small, 2 Narrow
   int64_t tiles_m, tiles_n;
@@ -90,6 +98,35 @@ inline Axis forward_axis(int64_t outputs, int64_t taps, int64_t stride, int64_t 
 // Bytes of the partial sums, 0 where the output is written at once.
 inline int64_t partial_bytes(const Choice& c, int64_t output_size, bool always = false) {
   return c.splits > 1 || always ? c.splits * output_size * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
+// Room for the moments of row tiles, `tiles` a group of samples and phase; launchers set `data` where it is known.
+inline MomentParts parts_of(const StatisticsArgs& s, int64_t samples, int64_t channels, int64_t tiles,
+                            int64_t phases = 1) {
+  MomentParts parts = {};
+  parts.count = static_cast<int>(s.groups * tiles * phases), parts.channels = static_cast<int>(channels);
+  parts.tiles = static_cast<int>(tiles), parts.phases = static_cast<int>(phases);
+  parts.samples = static_cast<int>(samples / s.groups);
+  return parts;
+}
+
+inline int64_t part_bytes(const MomentParts& p) {
+  return int64_t{p.count} * (2 * int64_t{p.channels} + 1) * static_cast<int64_t>(sizeof(float));
+}
+
+inline void launch_statistics(const char* op, const MomentParts& parts, const StatisticsArgs& s, void* stream) {
+  const unsigned grid = grid_of(op, s.groups * divide_up(parts.channels, FINISH_CHANNELS));
+  FG_LAUNCH(conv_statistics_kernel<FINISH_CHANNELS>, grid, FINISH_THREADS, 0, stream, parts, s.mean, s.var);
+  check_launch(op);
+}
+
+template <class T>
+void launch_reduce_moments(const char* op, Output output, const MomentParts& parts, int splits, int64_t rows,
+                           void* stream) {
+  const unsigned grid = grid_of(op, int64_t{parts.count} * divide_up(parts.channels, WARP));
+  FG_LAUNCH(conv_reduce_moments_kernel<T>, grid, REDUCE_THREADS, 0, stream, output, parts, splits,
+            static_cast<int>(rows));
+  check_launch(op);
 }
 
 template <class T>

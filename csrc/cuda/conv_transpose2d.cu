@@ -1,4 +1,4 @@
-// Launcher of conv_transpose2d: phases, block.
+// Launcher of conv_transpose2d: phases, block, statistics.
 #include "cuda/conv_launch.hpp"
 #include "cuda/conv_transpose2d.cuh"
 #include "cuda/kernels.hpp"
@@ -7,12 +7,19 @@ namespace fg::cuda {
 
 namespace {
 
-template <class Operand, class Block>
-void launch(const ConvTranspose2dParams& p, int64_t phases, void* stream) {
+template <class Operand, class Block, bool STATISTICS>
+void launch(const char* op, const ConvTranspose2dParams& p, int64_t phases, void* stream) {
   using G = Gemm<Operand, Block, true, false>;
-  const unsigned grid = grid_of("conv_transpose2d", int64_t{p.tiles_m} * p.tiles_n * p.groups * phases);
-  FG_LAUNCH((conv_transpose2d_kernel<Operand, Block>), grid, G::THREADS, G::SHARED_BYTES, stream, p);
-  check_launch("conv_transpose2d");
+  const unsigned grid = grid_of(op, int64_t{p.tiles_m} * p.tiles_n * p.groups * phases);
+  FG_LAUNCH((conv_transpose2d_kernel<Operand, Block, STATISTICS>), grid, G::THREADS, G::SHARED_BYTES, stream, p);
+  check_launch(op);
+}
+
+template <class Operand, bool STATISTICS>
+void launch_block(const char* op, const ConvTranspose2dParams& p, int64_t phases, int block, void* stream) {
+  if (block == 0) launch<Operand, Large, STATISTICS>(op, p, phases, stream);
+  if (block == 1) launch<Operand, Small, STATISTICS>(op, p, phases, stream);
+  if (block == 2) launch<Operand, Narrow, STATISTICS>(op, p, phases, stream);
 }
 
 // A source of one pixel has only tap r = (h + p)/d for output h, whatever the stride: with a stride beyond every
@@ -32,9 +39,8 @@ int64_t phases(const PhaseAxis& a) { return std::min(a.stride, a.size); }
 int64_t most_outputs(const PhaseAxis& a) { return divide_up(a.size, a.stride); }  // those of phase 0
 int64_t most_taps(const PhaseAxis& a) { return divide_up(a.kernel, a.stride / a.common); }
 
-}  // namespace
-
-int64_t conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a, const Target& target) {
+int64_t run(const char* op, const ConvShape& s, const ConvTranspose2dArgs& a, const StatisticsArgs* statistics,
+            const Target& target) {
   const int64_t C = s.C / s.groups, K = s.K / s.groups;
   const int chunk = chunk_of(a.dtype);
   ConvTranspose2dParams p = {};
@@ -46,7 +52,7 @@ int64_t conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a, const
   p.weight.pitch_k = s.R * s.S * C, p.weight.pitch_r = s.S * C, p.weight.pitch_s = C;
   p.weight.vectors = C % chunk == 0 && aligned(a.w);
   const int64_t all = phases(p.vertical) * phases(p.horizontal);
-  const Problem problem = {"conv_transpose2d",
+  const Problem problem = {op,
                            s.N * most_outputs(p.vertical) * most_outputs(p.horizontal),
                            C,
                            most_taps(p.vertical) * most_taps(p.horizontal) * K,
@@ -54,19 +60,36 @@ int64_t conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a, const
                            p.y.vectors && p.weight.vectors,
                            0};
   check_counts(problem);
-  const Choice choice = choose(problem, 4 * chunk, multiprocessors());
+  const int64_t stat_groups = statistics ? statistics->groups : 1;
+  const Choice choice = choose(of_groups(problem, stat_groups), 4 * chunk, multiprocessors());
+  if (statistics) p.parts = parts_of(*statistics, s.N, s.C, choice.tiles_m, all);
+  if (const int64_t bytes = part_bytes(p.parts); bytes && !target.workspace) return bytes;
 
+  p.parts.data = static_cast<float*>(target.workspace);
   p.x = {a.x, a.bias, nullptr, s.N * s.H * s.W * s.C, a.act, a.slope, C % 4 == 0 && aligned(a.x)};
   p.columns = static_cast<int>(C), p.pitch = static_cast<int>(s.C);
   p.groups = static_cast<int>(s.groups), p.phases_w = static_cast<int>(phases(p.horizontal));
-  p.tiles_m = static_cast<u32>(choice.tiles_m), p.tiles_n = static_cast<u32>(choice.tiles_n);
+  p.tiles_m = static_cast<u32>(choice.tiles_m * stat_groups), p.tiles_n = static_cast<u32>(choice.tiles_n);
   by_operand(a.dtype, [&](auto zero) {
     using Operand = decltype(zero);
-    if (choice.block == 0) launch<Operand, Large>(p, all, target.stream);
-    if (choice.block == 1) launch<Operand, Small>(p, all, target.stream);
-    if (choice.block == 2) launch<Operand, Narrow>(p, all, target.stream);
+    if (statistics)
+      launch_block<Operand, true>(op, p, all, choice.block, target.stream);
+    else
+      launch_block<Operand, false>(op, p, all, choice.block, target.stream);
   });
+  if (statistics) launch_statistics(op, p.parts, *statistics, target.stream);
   return 0;
+}
+
+}  // namespace
+
+int64_t conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a, const Target& target) {
+  return run("conv_transpose2d", s, a, nullptr, target);
+}
+
+int64_t conv_transpose2d_statistics(const ConvShape& s, const ConvTranspose2dArgs& a, const StatisticsArgs& statistics,
+                                    const Target& target) {
+  return run("conv_transpose2d_statistics", s, a, &statistics, target);
 }
 
 }  // namespace fg::cuda

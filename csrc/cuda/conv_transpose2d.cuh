@@ -26,6 +26,7 @@ struct ConvTranspose2dParams {
   Image y;             // the source; its axes are the phase's
   PhaseWeight weight;  // of all groups; its taps are the phase's
   Output x;
+  MomentParts parts;
   PhaseAxis vertical, horizontal;
   int columns, pitch;  // channels of x in a group, in all
   int groups, phases_w;
@@ -46,7 +47,7 @@ FG_DEVICE Axis phase_axis(const PhaseAxis& a, int phase, int* first, int* every)
   return axis;
 }
 
-template <class Operand, class Block>
+template <class Operand, class Block, bool STATISTICS>
 __global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
     conv_transpose2d_kernel(const ConvTranspose2dParams p) {
   using G = Gemm<Operand, Block, true, false>;
@@ -63,23 +64,32 @@ __global__ void __launch_bounds__(Block::THREADS, BLOCKS_PER_SM<Operand, Block>)
   weight.data = static_cast<const T*>(weight.data) + place.group * weight.k * weight.pitch_k;
 
   // The grid has room for the largest phase: the block of a smaller one may have no outputs.
-  const int pixels = y.n * y.vertical.outputs * y.horizontal.outputs;
-  if (place.row * Block::ROWS >= pixels) return;
+  const int pixels = (STATISTICS ? p.parts.samples : y.n) * y.vertical.outputs * y.horizontal.outputs;
+  const Span rows = rows_of<Block::ROWS, STATISTICS>(p.parts, place.row, pixels);
+  if (rows.first >= rows.end) {
+    if (STATISTICS && place.column == 0 && place.group == 0 && threadIdx.x == 0)
+      p.parts.leave_rows(p.parts.part(place.row, place.phase), 0.0f);
+    return;
+  }
 
   // Both operands' channels are y's, so that one step serves both.
   const Stride stride = Stride::of(G::SLAB, weight.taps_s, weight.k);
-  Patches<typename G::TileA, G::THREADS> a(y, stride, place.row * Block::ROWS, 0);
+  Patches<typename G::TileA, G::THREADS> a(y, stride, rows.first, 0);
   TapRows<typename G::TileB, G::THREADS> b(weight, stride, place.column * Block::COLUMNS, 0);
   typename G::Compute compute;
   const int depth = weight.taps_r * weight.taps_s * weight.k;
   accumulate<G>(compute, a, b, (depth + G::SLAB - 1) / G::SLAB);
 
   const i64 first_channel = static_cast<i64>(place.group) * p.columns;
-  finish<G>(compute, p.x, place, pixels, p.columns, [&](int pixel) {
+  const auto offset = [&](int pixel) {
     const Position at = Position::of(pixel, y.vertical.outputs, y.horizontal.outputs);
     const i64 row = static_cast<i64>(at.i0) * p.vertical.size + phase_h + at.i1 * p.vertical.stride;
     return (row * p.horizontal.size + phase_w + at.i2 * p.horizontal.stride) * p.pitch + first_channel;
-  });
+  };
+  if constexpr (STATISTICS)
+    finish_with_moments<G>(compute, p.x, p.parts, place, rows, p.columns, offset);
+  else
+    finish<G>(compute, p.x, place, rows, p.columns, offset);
 }
 
 }  // namespace fg::cuda

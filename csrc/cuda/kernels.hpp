@@ -12,6 +12,13 @@ struct Target {
   void *workspace, *stream;
 };
 
+// Statistics of a convolution's output: mean and biased var, float32 [groups][channels]; group g of `groups` is the
+// samples [g N/groups, (g+1) N/groups), and groups divides N.
+struct StatisticsArgs {
+  int64_t groups;
+  float *mean, *var;
+};
+
 int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const Target&);
 int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&);
 int64_t bn_act_forward(const BnShape&, const BnActForwardArgs&, const Target&);
@@ -31,8 +38,12 @@ int64_t adam(const AdamArgs&, const Target&);
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&);
 int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&);
 int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&);
+// With statistics; the activation is left aside.
+int64_t conv2d_statistics(const ConvShape&, const Conv2dArgs&, const StatisticsArgs&, const Target&);
+int64_t conv_transpose2d_statistics(const ConvShape&, const ConvTranspose2dArgs&, const StatisticsArgs&, const Target&);
 
-// The functions that binding.hpp binds, under the names of the CPU's fg::Table. A null one has no CUDA kernel.
+// The functions that binding.hpp binds, under the names of the CPU's fg::Table, which has no convolutions with
+// statistics. A null one has no CUDA kernel.
 struct Table {
   int64_t (*bias_act_forward)(const BiasActShape&, const BiasActForwardArgs&, const Target&);
   int64_t (*bias_act_backward)(const BiasActShape&, const BiasActBackwardArgs&, const Target&);
@@ -53,6 +64,9 @@ struct Table {
   int64_t (*conv2d)(const ConvShape&, const Conv2dArgs&, const Target&);
   int64_t (*conv_transpose2d)(const ConvShape&, const ConvTranspose2dArgs&, const Target&);
   int64_t (*conv2d_weight)(const ConvShape&, const Conv2dWeightArgs&, const Target&);
+  int64_t (*conv2d_statistics)(const ConvShape&, const Conv2dArgs&, const StatisticsArgs&, const Target&);
+  int64_t (*conv_transpose2d_statistics)(const ConvShape&, const ConvTranspose2dArgs&, const StatisticsArgs&,
+                                         const Target&);
 };
 const Table& table();
 

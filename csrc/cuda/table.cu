@@ -23,6 +23,8 @@ const Table& table() {
       .conv2d = conv2d,
       .conv_transpose2d = conv_transpose2d,
       .conv2d_weight = conv2d_weight,
+      .conv2d_statistics = conv2d_statistics,
+      .conv_transpose2d_statistics = conv_transpose2d_statistics,
   };
   return all;
 }

@@ -23,7 +23,7 @@ Traffic      2 accesses an element of x, y in all (read x, write y), mean and va
 FLOPs        2 N K OH OW (C/groups) R S in the direct form; minimal filtering multiplies 0.44 to 0.64 of that
 Determinism  bit-equal from run to run for one thread count, or one card and shape (moments of tiles, merged by Chan's
              formula in a fixed order)
-Backends     cuda, triton, native, reference (torch.nn.functional.conv2d); conv2d_statistics: triton, reference
+Backends     cuda, triton, native, reference (torch.nn.functional.conv2d); conv2d_statistics: cuda, triton, reference
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016)
 """
 
@@ -151,17 +151,22 @@ def reference(x, weight, bias, stride, padding, dilation, groups, activation, sl
     return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
 
 
-def launch(core, x, weight, bias, stride, padding, dilation, groups, activation, slope):
+def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail):
+    """y of a core's function that takes `tail` behind y."""
     shape = output_shape(x, weight, stride, padding, dilation)
     geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
     code, x_ = product_code(core, x), x.contiguous(memory_format=CHANNELS_LAST)
     (bias,), w = _native.float_vectors(bias), operand(core, weight)
     y = empty(shape, x, True)
     core.call(
-        "conv2d", x, plan(core.module(), tuple(x.shape), shape, *geometry), code, x_, w, code, w.stride(), bias, y,
-        _activation.CODES[activation], slope,
-    )  # fmt: skip
+        kernel, x, plan(core.module(), tuple(x.shape), shape, *geometry), code, x_, w, code, w.stride(), bias, y, *tail
+    )
     return dense(y, channels_last(x, weight))
+
+
+def launch(core, x, weight, bias, stride, padding, dilation, groups, activation, slope):
+    epilogue = _activation.CODES[activation], slope
+    return run(core, "conv2d", x, weight, bias, stride, padding, dilation, groups, *epilogue)
 
 
 def launch_declines(core, x, weight, bias, stride, padding, dilation, *rest):
@@ -240,6 +245,25 @@ def statistics_like(y: Tensor, stat_groups: int) -> tuple[Tensor, Tensor, Tensor
     return y, mean, torch.empty_like(mean)
 
 
+def statistics_backends(launch: Callable[..., tuple], declines: Callable[..., str], stem: str) -> dict[str, Backend]:
+    """Those of a convolution with statistics: launch(core, *args), and the convolution's own declines(core, *args)."""
+
+    def cuda_declines(x: Tensor, *args: Any) -> str:
+        reason, stat_groups = declines(_native.CUDA, x, *args), args[-1]
+        if reason or (stat_groups > 0 and x.shape[0] % stat_groups == 0):
+            return reason
+        return f"stat_groups must divide the batch, got {stat_groups} and {x.shape[0]}"
+
+    cuda = Backend(functools.partial(launch, _native.CUDA), cuda_declines)
+    return {"cuda": cuda, "triton": triton(stem, f"{stem}_statistics")}
+
+
+def launch_statistics(core, x, weight, bias, stride, padding, dilation, groups, stat_groups):
+    mean, var = (x.new_empty(stat_groups, weight.shape[0], dtype=torch.float32) for _ in range(2))
+    geometry = stride, padding, dilation, groups
+    return run(core, "conv2d_statistics", x, weight, bias, *geometry, stat_groups, mean, var), mean, var
+
+
 def reference_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
     return with_statistics(reference(x, weight, bias, stride, padding, dilation, groups, "identity", 0.0), stat_groups)
 
@@ -253,7 +277,7 @@ statistics = Op(
     " int stat_groups) -> (Tensor, Tensor, Tensor)",
     reference=reference_statistics,
     fake=fake_statistics,
-    backends={"triton": triton("conv2d", "conv2d_statistics")},
+    backends=statistics_backends(launch_statistics, launch_declines, "conv2d"),
     autocast="lower",
     example=lambda: (*draw((4, 3, 9, 8), (5, 3, 4, 3), (5,)), [2, 1], [1, 0], [1, 1], 1, 2),
 )

@@ -16,7 +16,7 @@ Traffic      2 accesses an element of x, y in all, mean and var included; PyTorc
 FLOPs        2 N C H W (K/groups) R S at most (taps that fall outside y are not computed)
 Determinism  bit-equal from run to run for one thread count, or one card and shape
 Backends     cuda, triton, native, reference (torch.nn.functional.conv_transpose2d); conv_transpose2d_statistics:
-             triton, reference
+             cuda, triton, reference
 Source       Dumoulin and Visin, A guide to convolution arithmetic for deep learning (2016); phases: docs/maths.md
 """
 
@@ -41,6 +41,7 @@ from fastgan.ops.conv2d import (
     plan,
     product_code,
     saves_statistics,
+    statistics_backends,
     statistics_like,
     with_statistics,
 )
@@ -92,17 +93,22 @@ def reference(x, weight, bias, stride, padding, output_padding, groups, dilation
     return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
 
 
-def launch(core, x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+def run(core, kernel, x, weight, bias, stride, padding, output_padding, groups, dilation, *tail):
+    """y of a core's function that takes `tail` behind y."""
     shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
     geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
     code, x_ = product_code(core, x), x.contiguous(memory_format=CHANNELS_LAST)
     (bias,), w = _native.float_vectors(bias), operand(core, weight)
     y = empty(shape, x, True)
     core.call(
-        "conv_transpose2d", x, plan(core.module(), shape, tuple(x.shape), *geometry), code, x_, w, code, w.stride(),
-        bias, y, _activation.CODES[activation], slope,
-    )  # fmt: skip
+        kernel, x, plan(core.module(), shape, tuple(x.shape), *geometry), code, x_, w, code, w.stride(), bias, y, *tail
+    )
     return dense(y, channels_last(x, weight))
+
+
+def launch(core, x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
+    geometry, epilogue = (stride, padding, output_padding, groups, dilation), (_activation.CODES[activation], slope)
+    return run(core, "conv_transpose2d", x, weight, bias, *geometry, *epilogue)
 
 
 def launch_declines(core, x, weight, bias, stride, padding, output_padding, groups, dilation, *rest):
@@ -155,6 +161,12 @@ op.differentiate(_save, _backward)
 # ---- with the statistics for a batch norm ---------------------------------------------------------------------------
 
 
+def launch_statistics(core, x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):
+    mean, var = (x.new_empty(stat_groups, weight.shape[1] * groups, dtype=torch.float32) for _ in range(2))
+    geometry = stride, padding, output_padding, groups, dilation
+    return run(core, "conv_transpose2d_statistics", x, weight, bias, *geometry, stat_groups, mean, var), mean, var
+
+
 def reference_statistics(x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):
     y = reference(x, weight, bias, stride, padding, output_padding, groups, dilation, "identity", 0.0)
     return with_statistics(y, stat_groups)
@@ -170,7 +182,7 @@ statistics = Op(
     " int[] output_padding, int groups, int[] dilation, int stat_groups) -> (Tensor, Tensor, Tensor)",
     reference=reference_statistics,
     fake=fake_statistics,
-    backends={"triton": triton("conv_transpose2d", "conv_transpose2d_statistics")},
+    backends=statistics_backends(launch_statistics, launch_declines, "conv_transpose2d"),
     autocast="lower",
     example=lambda: (*draw((4, 3, 5, 4), (3, 5, 4, 3), (5,)), [2, 1], [1, 0], [0, 0], 1, [1, 1], 2),
 )

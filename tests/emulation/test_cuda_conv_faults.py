@@ -98,6 +98,54 @@ FAULTS = [
         "    cp_async_commit();  //",
         "    if (PLANTED && threadIdx.x % 2) __syncthreads();\n    cp_async_commit();  //",
     ),
+    (
+        "a lost part",
+        "conv_moments.cuh",
+        "(tile / tiles * phases + phase) * tiles + tile % tiles",
+        "(tile / tiles * phases + phase) * tiles + (PLANTED ? 0 : tile % tiles)",
+    ),
+    (
+        "rows past the end in the moments",
+        "conv_moments.cuh",
+        "live[i] = rows.first + compute.row(i) < rows.end",
+        "live[i] = PLANTED || rows.first + compute.row(i) < rows.end",
+    ),
+    (
+        "a block with the rows of two statistic groups",
+        "conv_moments.cuh",
+        "ROWS, (group + 1) * rows}",
+        "ROWS, (group + 1 + PLANTED) * rows}",
+    ),
+    (
+        "moments before rounding",
+        "conv_moments.cuh",
+        "to_float(from_float<typename G::T>(compute.value(i, j) + added))",
+        "PLANTED ? compute.value(i, j) + added : to_float(from_float<typename G::T>(compute.value(i, j) + added))",
+    ),
+    (
+        "a part without rows that has some",
+        "conv_transpose2d.cuh",
+        "place.phase), 0.0f)",
+        "place.phase), PLANTED * 1.0f)",
+    ),
+    (
+        "another warp's moments read before they are there",
+        "conv_moments.cuh",
+        "  __syncthreads();\n  const int column",
+        "  if (!PLANTED) __syncthreads();\n  const int column",
+    ),
+    (
+        "the next group's parts",
+        "conv_moments.cuh",
+        "parts.take(group * parts.of_group() + i, channel)",
+        "parts.take((group ^ PLANTED) * parts.of_group() + i, channel)",
+    ),
+    (
+        "the rows of a split sum not counted",
+        "conv_gemm.cuh",
+        "    held = i + 1;",
+        "    held = i + 1 - PLANTED;",
+    ),
 ]
 
 DRIVER = r"""
@@ -121,7 +169,7 @@ static const char* run(Int tensors, const F& f) {
 }
 using namespace fg;
 extern "C" const char* convolve(int which, int fault, unsigned seed, Int v, int dtype, void* x, void* w, void* y,
-                                void* workspace, Int tensors) {
+                                void* workspace, float* mean, float* var, Int tensors) {
   ConvShape s;
   std::memcpy(&s, v, sizeof s);
   planted = fault;
@@ -132,6 +180,9 @@ extern "C" const char* convolve(int which, int fault, unsigned seed, Int v, int 
     if (which == 0) cuda::conv2d(s, {d, x, w, d, {}, nullptr, y, ACT_IDENTITY, 0, 1}, target);
     if (which == 1) cuda::conv_transpose2d(s, {d, y, w, d, {}, nullptr, x, ACT_IDENTITY, 0, 1}, target);
     if (which == 2) cuda::conv2d_weight(s, {d, x, y, w, d, {0, 1, 0, 0}, 1}, target);
+    const cuda::StatisticsArgs of{s.N, mean, var};  // each sample a group
+    if (which == 3) cuda::conv2d_statistics(s, {d, x, w, d, {}, nullptr, y, ACT_IDENTITY, 0, 1}, of, target);
+    if (which == 4) cuda::conv_transpose2d_statistics(s, {d, y, w, d, {}, nullptr, x, ACT_IDENTITY, 0, 1}, of, target);
   });
 }
 """
@@ -166,7 +217,10 @@ CASES = {  # N, C, H, W, K, OH, OW, R, S, strides, pads, dilations, groups
     "vectors": (1, 64, 6, 6, 40, 3, 3, 4, 4, 2, 2, 1, 1, 1, 1, 1),
     "values": (1, 6, 7, 5, 10, 4, 2, 3, 4, 2, 2, 1, 1, 1, 1, 2),
     "split": (2, 16, 16, 16, 8, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    "two tiles a sample": (2, 20, 20, 18, 24, 10, 9, 4, 4, 2, 2, 1, 1, 1, 1, 1),
+    "a tile without rows": (2, 20, 1, 129, 8, 1, 65, 1, 3, 1, 2, 0, 1, 1, 1, 1),
 }
+PLAIN, WITH_STATISTICS = range(3), (3, 4)  # op numbers: conv2d, conv_transpose2d, conv2d_weight; the first two again
 
 
 def outcome(convolve, fault, case, which, dtype, seed):
@@ -178,22 +232,28 @@ def outcome(convolve, fault, case, which, dtype, seed):
     x, weight, y = nhwc(n, c, h, w), nhwc(k, c // groups, r, s), nhwc(n, k, oh, ow)
     a, b = x.double().requires_grad_(), weight.double().requires_grad_()
     forward = F.conv2d(a, b, None, stride, padding, dilation, groups)
-    want = (forward.detach(), *torch.autograd.grad(forward, (a, b), y.double()))[which]
-    out = (y, x, weight)[which].fill_(float("nan"))
-    workspace = torch.full((1 << 18,), float("nan"))
-    tensors = [v for t in (x, weight, y, workspace) for v in (t.data_ptr(), t.numel() * t.element_size())]
+    want = (forward.detach(), *torch.autograd.grad(forward, (a, b), y.double()))[which % 3]
+    out = (y, x, weight)[which % 3].fill_(float("nan"))
+    workspace, mean, var = (torch.full(size, float("nan")) for size in ((1 << 18,), *((n, out.shape[1]),) * 2))
+    tensors = [v for t in (x, weight, y, workspace, mean, var) for v in (t.data_ptr(), t.numel() * t.element_size())]
     array = lambda values: (ctypes.c_int64 * len(values))(*values)
     code = {torch.float32: 0, torch.bfloat16: 1}[dtype]
-    addresses = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y, workspace)]
+    addresses = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y, workspace, mean, var)]
     said = convolve(which, fault, seed, array(CASES[case]), code, *addresses, array([*tensors, 0, 0])).decode()
     if said:
         return said
-    return "" if distance(out, want) < 8 * torch.finfo(dtype).eps else "wrong result"
+    if not distance(out, want) < 8 * torch.finfo(dtype).eps:
+        return "wrong result"
+    if which in WITH_STATISTICS:
+        exact = torch.var_mean(out.double(), (2, 3), correction=0)  # of y as it is stored
+        if not all(distance(got, of_y) < 4e-6 for got, of_y in zip((var, mean), exact, strict=True)):
+            return "wrong statistics"
+    return ""
 
 
 def outcomes(convolve, fault):
     for case in CASES:
-        for which in range(3):
+        for which in (*PLAIN, *WITH_STATISTICS):
             for dtype, seed in ((torch.bfloat16, 1), (torch.float32, 2)):
                 yield outcome(convolve, fault, case, which, dtype, seed)
 
@@ -221,3 +281,22 @@ def test_sanitizers_find_nothing(sanitizer, race, seed):
     except RuntimeError as error:
         pytest.skip(str(error))
     assert said == ""
+
+
+@pytest.mark.slow
+def test_moments_over_a_stage_in_use_are_a_race(tmp_path):
+    """The barrier between the last slab and the moments: in step as the emulator's threads go, results show nothing."""
+    shim = testing._emulator("cuda")
+    right = "  __syncthreads();\n#pragma unroll\n  for (int j"
+    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
+    moments = tmp_path / "cuda" / "conv_moments.cuh"
+    text = moments.read_text()
+    assert text.count(right) == 1, "conv_moments.cuh has changed: plant the fault anew"
+    moments.write_text(text.replace(right, right.removeprefix("  __syncthreads();\n")))
+    sources = [tmp_path / "cuda" / f"{stem}.cu" for stem in ("conv2d", "conv_transpose2d", "conv2d_weight")]
+    program = shim.sanitized("thread", sources, "planted-moments-race", (tmp_path,))
+    try:
+        reports = [shim.run_sanitized(program, seed) for seed in (0, 1)]
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert any("data race" in said for said in reports), reports

@@ -11,7 +11,7 @@ using namespace fg;
 PYBIND11_MODULE(fastgan_cuda_shim, m) {
   using py::arg;
   binding::bind_conv_shape(m);
-  binding::bind_kernels<binding::Cuda, binding::Address, binding::Address>(m, arg("workspace"), arg("stream"));
+  binding::bind_cuda(m);
 
   m.def(
       "configure",

@@ -35,6 +35,9 @@ int64_t adam(const AdamArgs&, const Target&) WEAK;
 int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&) WEAK;
 int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&) WEAK;
 int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&) WEAK;
+int64_t conv2d_statistics(const ConvShape&, const Conv2dArgs&, const StatisticsArgs&, const Target&) WEAK;
+int64_t conv_transpose2d_statistics(const ConvShape&, const ConvTranspose2dArgs&, const StatisticsArgs&,
+                                    const Target&) WEAK;
 }  // namespace fg::cuda
 
 using namespace fg;
@@ -266,6 +269,20 @@ void convolutions(DType d, const Size& s) {
       return cuda::conv2d_weight(shape, {d, x.get(), dy.get(), dw.get(), d, {0, channel_stride, 0, 0}, 1}, t);
     });
   for (const Array* a : {&y, &dx, &dw}) written("convolutions", d, *a);
+  const Array y_(d, s.N * K * OH * OW, true), x_(d, s.N * C * H * W, true);
+  const Array y_mean(F32, s.G * K, true), y_var(F32, s.G * K, true);
+  const Array x_mean(F32, s.G * C, true), x_var(F32, s.G * C, true);
+  call([&](const auto& t) {
+    return cuda::conv2d_statistics(shape, {d, x.get(), w.get(), d, {}, bias.floats(), y_.get(), ACT_IDENTITY, 0, 1},
+                                   {s.G, y_mean.floats(), y_var.floats()}, t);
+  });
+  call([&](const auto& t) {
+    return cuda::conv_transpose2d_statistics(shape,
+                                             {d, dy.get(), w.get(), d, {}, bias.floats(), x_.get(), ACT_IDENTITY, 0, 1},
+                                             {s.G, x_mean.floats(), x_var.floats()}, t);
+  });
+  for (const Array* a : {&y_, &x_}) written("convolutions with statistics", d, *a);
+  for (const Array* a : {&y_mean, &y_var, &x_mean, &x_var}) written("convolutions with statistics", F32, *a);
 }
 
 }  // namespace
