@@ -55,7 +55,8 @@ def runners(case):
         return Runner(lambda: step(real), work[dtype], dtype)
 
     def ours(bf16=False):
-        g, d, real, g_adam, d_adam = prepared(tuned=True)
+        g, d, real, *_ = prepared(tuned=True)
+        g_adam, d_adam = (fastgan.Adam(m.parameters(), rate, betas) for m in (g, d))
         step = fastgan.GANStep(
             fastgan.convert(g), fastgan.convert(d), latent=LATENT, g_optimizer=g_adam, d_optimizer=d_adam,
             precision="bf16" if bf16 else "fp32",
