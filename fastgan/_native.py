@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Core:
     def address(self, t: Tensor | None) -> int:
         """What the kernels take for a tensor: its address, 0 for None. The caller keeps the tensor alive."""
         return 0 if t is None else t.data_ptr()
+
+    def addresses(self, tensors: Sequence[Tensor]) -> list[int]:
+        """`address` of many tensors, without a call for each."""
+        return [t.data_ptr() for t in tensors]
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> None:
         """module().<kernel>(*args) on x's device; a tensor (or None) among args goes as its address."""
@@ -69,6 +73,9 @@ class CudaCore(Core):
         if self.emulator is not None and t is not None:
             self.emulator.declare(t)
         return super().address(t)
+
+    def addresses(self, tensors: Sequence[Tensor]) -> list[int]:
+        return super().addresses(tensors) if self.emulator is None else [self.address(t) for t in tensors]
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> None:
         """As Core.call. A kernel that answers with a number of bytes wants that much device memory as well.

@@ -62,7 +62,10 @@ class Adam(Routine):
 
     def case(self, args):
         """Elements and layouts, not numbers: a schedule changes those at every step."""
-        tensors = tuple((t.shape, t.stride(), t.dtype) for column in args[:4] for t in column)
+        tensors = tuple(
+            (p.shape, p.stride(), g.stride(), m.stride(), v.stride(), p.dtype, m.dtype, v.dtype)
+            for p, g, m, v in zip(*args[:4], strict=True)
+        )
         return str(self.first(args).device), tensors, len(args[5]), args[6].found_inf is None
 
     def drawn(self, args):
@@ -96,8 +99,9 @@ def reference(parameters, gradients, exp_avgs, exp_avg_sqs, steps, averages, num
 
 def launch(core, parameters, gradients, exp_avgs, exp_avg_sqs, steps, averages, numbers):
     torch._foreach_add_(steps, 1)
-    columns = (parameters, gradients, exp_avgs, exp_avg_sqs, averages or [None] * len(parameters), steps)
-    tensors = [(*map(core.address, row), row[0].numel()) for row in zip(*columns, strict=True)]
+    columns = [core.addresses(column) for column in (parameters, gradients, exp_avgs, exp_avg_sqs, averages, steps)]
+    columns[4] = columns[4] or [0] * len(parameters)
+    tensors = list(zip(*columns, [p.numel() for p in parameters], strict=True))
     lr, beta1, beta2, *rest = numbers[:8]
     there, lr = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
     # 1 - beta^t is -expm1(t ln beta): exact to rounding also at the first steps, where it is near zero
