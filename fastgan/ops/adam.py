@@ -66,7 +66,8 @@ class Adam(Routine):
             (p.shape, p.stride(), g.stride(), m.stride(), v.stride(), p.dtype, m.dtype, v.dtype)
             for p, g, m, v in zip(*args[:4], strict=True)
         )
-        return str(self.first(args).device), tensors, len(args[5]), args[6].found_inf is None
+        averages = tuple((a.stride(), a.dtype) for a in args[5])
+        return str(self.first(args).device), tensors, averages, args[6].found_inf is None
 
     def drawn(self, args):
         rng = torch.Generator(self.first(args).device).manual_seed(0)
