@@ -8,7 +8,8 @@ import fastgan
 from fastgan.benchmarking.comparison import Case, Runner
 from fastgan.ops import adam
 
-CASES = [Case("adam", "dcgan-64", averages, "float32") for averages in ("alone", "average")]
+LAYOUTS = {"dcgan-64": torch.channels_last, "dcgan-64-nchw": torch.contiguous_format}
+CASES = [Case("adam", shape, averages, "float32") for shape in LAYOUTS for averages in ("alone", "average")]
 ROWS = ("foreach", "fused", "fastgan")
 DECAY = 0.999
 
@@ -19,7 +20,8 @@ def runners(case):
     def row(make, ours=False):
         torch.manual_seed(0)
         g, _ = fastgan.models.build("dcgan-64")
-        parameters = [nn.Parameter(p.detach().clone()) for p in g.to(memory_format=torch.channels_last).parameters()]
+        g = g.to(memory_format=LAYOUTS[case.shape])
+        parameters = [nn.Parameter(p.detach().clone()) for p in g.parameters()]
         averages = [p.detach().clone() for p in parameters]
         for p in parameters:
             p.grad = torch.randn_like(p)

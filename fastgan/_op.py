@@ -8,6 +8,7 @@ both to the same numbers.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 
 
-class Routine:
+class Routine(abc.ABC):
     """What backends run and race for: a name, a reference in PyTorch, and kernels.
 
     reference  pure PyTorch: the specification, the fallback, and PyTorch's entry in the race.
@@ -51,9 +52,9 @@ class Routine:
         """What the choice of a backend depends on."""
         return tuple(map(_describe, args))
 
+    @abc.abstractmethod
     def drawn(self, args: tuple) -> tuple:
         """The case's arguments with random contents: a batch's own data may cancel to noise (a gradient of zero)."""
-        raise NotImplementedError
 
     def copies(self, args: tuple) -> tuple:
         """Arguments that a call may write to; an op writes to none."""
