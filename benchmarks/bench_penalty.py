@@ -21,7 +21,7 @@ from fastgan.benchmarking.comparison import Case, Runner
 from fastgan.benchmarking.textbook import SLOPE, compiled_double_backward
 from fastgan.benchmarking.textbook import logits_and_norms as textbook
 from fastgan.ops import conv2d, conv2d_weight, conv_transpose2d
-from fastgan.training.penalties import logits_and_norms
+from fastgan.penalties import logits_and_norms
 
 ROWS = ("eager", "eager-tuned", "compile-tuned", "fastgan-algebra", "fastgan")
 # case -> passes over N samples: (forward, adjoint to x, adjoint to the first layer's output, tangent, weight gradient)

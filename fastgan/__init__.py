@@ -5,9 +5,8 @@ import warnings as _warnings
 
 import torch as _torch  # noqa: F401  first: its OpenMP runtime is the one that fastgan._C binds to
 
-__version__ = "0.1.0"
-
 from fastgan import data, functional, models, nn, ops, testing
+from fastgan._version import __version__ as __version__
 from fastgan.backends import backend, backends, racing
 from fastgan.convert import convert, explain
 from fastgan.doctor import doctor

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan.backends import has_kernel, watching
-from fastgan.nn.conv import conv_act, conv_bn_act, has_hooks
+from fastgan.nn.conv import conv_act, conv_bn_act
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
-from fastgan.training import linearised
+from fastgan.penalties import linearised
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
@@ -188,7 +188,7 @@ class Chain:
         self.owner = owner
 
     def __call__(self, input: Any) -> Any:
-        if _has_any_global_hook():  # such hooks are called by modules, so every child is called as one
+        if has_global_hooks():  # such hooks are called by modules, so every child is called as one
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
         for part in _groups(self.owner):
             input = part(input)
@@ -283,15 +283,15 @@ def _refusal(child: nn.Module, owners: Counter[int]) -> str:
     return ""
 
 
-def _absorption_refusal(child: nn.Module, following: Any) -> str:
+def _absorption_refusal(layer: nn.Module, activation: Any) -> str:
     """Why an activation is not computed by the layer before it, or ""."""
-    if type(following) not in ACTIVATIONS:
+    if type(activation) not in ACTIVATIONS:
         return "not an activation that we fuse"
-    if not isinstance(child, CONVOLUTIONS) and ACTIVATIONS[type(following)] not in ("relu", "leaky_relu"):
+    if not isinstance(layer, CONVOLUTIONS) and ACTIVATIONS[type(activation)] not in ("relu", "leaky_relu"):
         return "norms fuse relu and leaky_relu"
-    if isinstance(following, nn.LeakyReLU) and following.negative_slope < 0:
+    if isinstance(activation, nn.LeakyReLU) and activation.negative_slope < 0:
         return "negative_slope below 0"
-    return "" if _plain(following, ACTIVATIONS) else "hooks: run apart"
+    return "" if _plain(activation, ACTIVATIONS) else "hooks: run apart"
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:

@@ -23,7 +23,7 @@ from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import gn_act as _gn_act
 from fastgan.ops import grad_norm_penalty as _grad_norm_penalty
 from fastgan.ops import interpolate as _interpolate
-from fastgan.training.penalties import gradient_penalty
+from fastgan.penalties import gradient_penalty
 
 __all__ = [
     "bias_act",

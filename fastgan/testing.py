@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastgan.backends import emulated
-from fastgan.training.penalties import gradient_penalty
+from fastgan.penalties import gradient_penalty
 
 EMULATORS = {"triton": "triton_checker", "cuda": "cuda_shim"}  # backend -> module of tests/emulation
 

@@ -12,10 +12,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgan
-from fastgan import functional
+from fastgan import functional, penalties
 from fastgan.backends import watching
-from fastgan.training import linearised, penalties
-from fastgan.training.penalties import KINDS, logits_and_norms
+from fastgan.penalties import KINDS, gradient, linearised, logits_and_norms
 
 N = 5
 
@@ -636,7 +635,7 @@ def test_compiled_whole(name, monkeypatch):
     x, _ = inputs()
     labels = args[0] if args else None
     if not ZOO[name][1]:
-        monkeypatch.setattr(penalties, "_double_backward", None)  # so that the fast route it is
+        monkeypatch.setattr(gradient, "_double_backward", None)  # so that the fast route it is
     penalty = lambda d, x: functional.gradient_penalty(d, x, kind="r1", weight=3.0, labels=labels)
     torch._dynamo.reset()
     compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")

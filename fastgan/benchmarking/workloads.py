@@ -120,11 +120,12 @@ def step(recipe: Recipe, device: torch.device) -> Workload:
     networks, images = build_models(recipe), _images(recipe)
 
     def build(row: Row) -> Any:
+        one: Any
         mine = recipe.replace(precision=row.precision)
         g, d = (row.place(m, device) for m in networks)
         real = row.place(images, device)
         if row.ours:
-            _, _, one = assemble(mine, device, networks=(g, d))
+            one = assemble(mine, device, networks=(g, d))[2]
             adams = [one.g_optimizer, one.d_optimizer]
             if row.precision == "fp16":
                 scaled = {f"{name}_scaler": one.state_dict()[f"{name}_scaler"] | {"scale": SCALE} for name in "gd"}

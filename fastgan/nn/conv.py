@@ -13,18 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import _activation, functional
+from fastgan._hooks import has_hooks
 from fastgan.nn.norm import bn_act, statistics, takes_batch_statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
 Size2 = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | None, slope: float) -> Tensor:

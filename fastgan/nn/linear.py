@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import _activation, functional
-from fastgan.nn.conv import has_hooks
+from fastgan._hooks import has_hooks
 from fastgan.nn.norm import bn_act
 from fastgan.ops.bn_act import ACTIVATIONS
 

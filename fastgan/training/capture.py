@@ -21,9 +21,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
+from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan.backends import forced
 from fastgan.training.recording import Recording, difference
 
@@ -33,7 +32,6 @@ WARM_UP = 3  # eager steps of a key before its capture: one that may compile and
 # Captures of one step object, and keys at a time. Graphs share one memory pool, but each keeps its gradients; lazy
 # penalties with d_steps > 1 have up to penalty_every keys, 16 by custom.
 MAX_CAPTURES = 32
-WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # they make weights by tensor ops, which are captured with the rest
 
 Metrics = dict[str, Tensor]
 Run = Callable[..., Metrics]
@@ -281,8 +279,8 @@ class Capture:
         state: list[Any] = [self.settings(), _process(self.device.type)]
         for m in (m for module in self.modules() for m in module.modules()):
             state.append(m.training)
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-                state.append(has_live_hooks(m))
+            if has_hooks(m):
+                state.append(has_hooks_on_values(m))
             for p in m._parameters.values():
                 state += () if p is None else (p.data_ptr(), p.requires_grad)
             state += [b.data_ptr() for b in m._buffers.values() if b is not None]
@@ -290,13 +288,6 @@ class Capture:
             state += [_hyperparameters(group) for group in optimizer.param_groups]
             state += [_place(v) for values in optimizer.state.values() for v in values.values()]
         return tuple(state)
-
-
-def has_live_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs Python that a replay would leave out."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    return any(not isinstance(hook, WEIGHT_HOOKS) for hook in hooks)
 
 
 def not_capturable(optimizer: torch.optim.Optimizer) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastgan.backends import backend as force_backend
+
 from .progress import duration, memory_mb
 from .recipes import Recipe
 from .trainer import assemble, resolve_device
@@ -49,10 +51,8 @@ def _count(module: nn.Module) -> int:
 
 def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) -> str:
     """The plan as text: every field, parameter counts, and time and memory measured on this machine."""
-    import fastgan
-
     place = resolve_device(device)
-    with fastgan.backend(backend) if backend else contextlib.nullcontext():
+    with force_backend(backend) if backend else contextlib.nullcontext():
         found = measure(recipe, place)
     rows = {key: str(value) for key, value in recipe.to_dict().items()}
     rows["device"] = f"{place}, backend {backend or 'auto'}"

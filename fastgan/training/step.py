@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastgan import functional
-from fastgan.nn.conv import has_hooks
+from fastgan import functional, penalties
+from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan.nn.norm import stat_groups
 from fastgan.ops.gan_loss import KINDS
-from fastgan.training import penalties
 from fastgan.training.adam import Adam
-from fastgan.training.capture import Capture, capturable_device, graphs_of, has_live_hooks, not_capturable
+from fastgan.training.capture import Capture, capturable_device, graphs_of, not_capturable
 from fastgan.training.ema import EMA
 
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Tensor]
@@ -44,7 +43,7 @@ def mixes_samples(discriminator: nn.Module) -> str:
     """Why D(real) and D(fake) cannot run as one batch, or "" where that gives the same numbers.
 
     Known to be the same: per-sample torch modules, batch norms of ours (they take statistics per half), nn.Sequential,
-    and classes that declare `per_sample = True`. Everything else is taken at its word: two passes.
+    and classes that declare `per_sample = True`. Anything else may mix samples: two passes.
     """
     for name, m in discriminator.named_modules():
         where = f"{name or 'the discriminator'} ({type(m).__name__})"
@@ -192,13 +191,13 @@ class GANStep:
         return metrics
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool) -> dict[str, Tensor]:
-        real, fake = self._seen(real), self._seen(fake)  # the loss and its penalty see the same images
+        real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
         with self._autocast():
             merged = self._logits_and_penalty(real, fake, labels) if due else None
             logits_real, logits_fake = merged[:2] if merged else self._discriminate(real, fake, labels)
         loss, statistics = functional.gan_loss_statistics(
-            _wide(logits_fake),
-            _wide(logits_real),
+            _at_least_float32(logits_fake),
+            _at_least_float32(logits_real),
             kind=self.loss,
             side="d",
             label_smoothing=self.label_smoothing,
@@ -259,16 +258,16 @@ class GANStep:
         return first, second
 
     def _update_generator(
-        self, real: Tensor, fake: Tensor, labels: Tensor | None, **following: Any
+        self, real: Tensor, fake: Tensor, labels: Tensor | None, **averaging: Any
     ) -> dict[str, Tensor]:
         with _frozen(self.discriminator), self._autocast():
             logits_real = None
             if self.loss == "relativistic":
                 with torch.no_grad():
-                    logits_real = _wide(_call(self.discriminator, self._seen(real), labels))
-            logits_fake = _wide(_call(self.discriminator, self._seen(fake), labels))
+                    logits_real = _at_least_float32(_call(self.discriminator, self._augmented(real), labels))
+            logits_fake = _at_least_float32(_call(self.discriminator, self._augmented(fake), labels))
             loss = functional.gan_loss(logits_fake, logits_real, kind=self.loss, side="g")
-            _descend(loss, self.g_optimizer, self._g_scaler, following)
+            _descend(loss, self.g_optimizer, self._g_scaler, averaging)
         return {"g_loss": loss.detach()}
 
     # ---- its parts ----------------------------------------------------------------------------------------------
@@ -289,7 +288,7 @@ class GANStep:
         """How the step runs: one line, and one for the penalty."""
         reason = mixes_samples(self.discriminator)
         passes = f"two passes: {reason}" if reason else "one batch of 2N, statistics per half"
-        said = f"D(real) and D(fake): {passes}; precision {self.precision}; {self._how()}"
+        said = f"D(real) and D(fake): {passes}; precision {self.precision}; {self._runs_as()}"
         if self.penalty is None:
             return said
         route = penalties.verdict(self.discriminator) or "decided at its first step"
@@ -326,7 +325,7 @@ class GANStep:
         for network, name in ((self.generator, "the generator"), (self.discriminator, "the discriminator")):
             for path, m in network.named_modules():
                 where = f"{name}'s {path}" if path else name
-                if has_live_hooks(m):
+                if has_hooks_on_values(m):
                     return f"{where} ({type(m).__name__}) has hooks, which a replay would not call"
                 if isinstance(m, nn.parallel.DistributedDataParallel | nn.DataParallel):
                     return f"{where} is spread over several devices ({type(m).__name__})"
@@ -348,7 +347,7 @@ class GANStep:
             fresh.load_state_dict(getattr(self, name).state_dict())
             setattr(self, name, fresh)
 
-    def _how(self) -> str:
+    def _runs_as(self) -> str:
         return f"eager ({self._eager_because})" if self._capture is None else self._capture.explain()
 
     def state_dict(self) -> dict[str, Any]:
@@ -368,7 +367,7 @@ class GANStep:
             self._g_scaler.load_state_dict(state["g_scaler"])
             self._d_scaler.load_state_dict(state["d_scaler"])
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def _augmented(self, images: Tensor) -> Tensor:
         return images if self.augment is None else self.augment(images)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -396,7 +395,7 @@ def _twice(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else torch.cat([labels, labels])
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -404,12 +403,12 @@ def _descend(
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    following: dict[str, Any] | None = None,
+    averaging: dict[str, Any] | None = None,
 ) -> None:
-    """One update; following: the averages that fastgan.Adam moves with its parameters."""
+    """One update; averaging: the averages that fastgan.Adam moves with its parameters."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    scaler.step(optimizer, **(following or {} if isinstance(optimizer, Adam) else {}))
+    scaler.step(optimizer, **(averaging or {} if isinstance(optimizer, Adam) else {}))
     scaler.update()
 
 

@@ -25,12 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgan import data
+from fastgan._version import __version__
+from fastgan.backends import backend, load_winners, winners
+from fastgan.convert import convert, explain
+from fastgan.doctor import machine
+
 from . import checkpoint, report
 from .adam import Adam
 from .guard import Guard, first_nonfinite
 from .progress import memory_mb, progress_for
 from .recipes import Recipe, recipes
 from .sampling import build_models, draw, latents, read_config
+from .step import GANStep
 
 __all__ = ["Result", "Trainer", "assemble", "resolve_device"]
 
@@ -72,24 +79,21 @@ def assemble(
     device: torch.device,
     networks: tuple[nn.Module, nn.Module] | None = None,
     capture: str = "auto",
-) -> tuple[nn.Module, nn.Module, Any]:
+) -> tuple[nn.Module, nn.Module, GANStep]:
     """``(generator, discriminator, step)`` of a recipe on `device`: built, converted, with optimisers.
 
     Seeds torch's global generators with the recipe's seed.
     """
-    import fastgan
-
     torch.manual_seed(recipe.seed)
     generator, discriminator = networks or build_models(recipe)
     for module in (generator, discriminator):
         module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    generator = fastgan.convert(generator)
-    discriminator = fastgan.convert(discriminator)
+    generator, discriminator = convert(generator), convert(discriminator)
 
     def adam(module: nn.Module, lr: float) -> Adam:
         return Adam(module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps)
 
-    step = fastgan.GANStep(
+    step = GANStep(
         generator,
         discriminator,
         latent=recipe.latent,
@@ -195,12 +199,9 @@ class Trainer:
         return None, None
 
     def _configuration(self, saved: dict[str, Any] | None) -> dict[str, Any]:
-        import fastgan
-        from fastgan.doctor import machine
-
         started = saved["started"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         config = {
-            "fastgan": fastgan.__version__,
+            "fastgan": __version__,
             "started": started,
             "device": str(self.device),
             "backend": self.backend,
@@ -212,8 +213,6 @@ class Trainer:
         return dict(json.loads(json.dumps(config)))
 
     def _build(self, images: Any, networks: tuple[nn.Module, nn.Module] | None) -> None:
-        from fastgan import data
-
         recipe = self.recipe
         if images is None:
             images = data.load(recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=self.device)
@@ -245,8 +244,6 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as tensors and plain values."""
-        from fastgan.backends import winners
-
         step = self._train_step
         return {
             "step": self.step,
@@ -266,8 +263,6 @@ class Trainer:
         }
 
     def _restore(self, path: Path) -> None:
-        from fastgan.backends import load_winners
-
         state = checkpoint.load(path)
         if self.recipe.steps <= state["step"]:
             raise ValueError(
@@ -301,11 +296,9 @@ class Trainer:
     @contextlib.contextmanager
     def _placed(self) -> Iterator[None]:
         """On the run's backend, and with its GPU as the current one."""
-        import fastgan
-
         with contextlib.ExitStack() as stack:
             if self.backend:
-                stack.enter_context(fastgan.backend(self.backend))
+                stack.enter_context(backend(self.backend))
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
             yield
@@ -425,8 +418,6 @@ class Trainer:
 
     def _draw(self) -> None:
         """The sample grid of this step, from the run's fixed noise."""
-        from fastgan import data
-
         images = draw(self.sampler, self.noise)
         data.save_grid(images, self.out / "samples" / f"step-{self.step:07d}.png")
         self._warn(self._guard.check_samples(self.step, images))
@@ -449,11 +440,9 @@ class Trainer:
         return Result(self.out, self.step, reason, self.seconds, dict(self.metrics), path)
 
     def _explanation(self) -> str:
-        import fastgan
-
         lines = [self._train_step.explain()]
         for name, network in (("generator", self.generator), ("discriminator", self.discriminator)):
-            lines += ["", name, str(fastgan.explain(network))]
+            lines += ["", name, str(explain(network))]
         return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from fastgan._op import OPS
 from fastgan.backends import watching
 from fastgan.kernels.configs import APART, Config
 from fastgan.ops import conv2d as card
-from fastgan.training import linearised
+from fastgan.penalties import linearised
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONVOLUTIONS = ["conv2d", "conv_transpose2d"]

@@ -1,6 +1,6 @@
 """One op of a discriminator, linear in what it reads: what it does to a cotangent, to a tangent and to its weights.
 
-A `Step` is y = A(w) h + b. Its four methods are what the passes of `fastgan.training.linearised` need: A' g, A v, the
+A `LinearStep` is y = A(w) h + b. Its four methods are what the passes of `fastgan.penalties.tape` need: A' g, A v, the
 gradient of <g, A(w) u> with respect to w, and that of <g, b>. Tensors live in one list that the passes hand in (`t`),
 so that autograd can save it; a step keeps indices into it ("slots"), shapes and numbers.
 """
@@ -8,7 +8,7 @@ so that autograd can save it; a step keeps indices into it ("slots"), shapes and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,69 +18,11 @@ from fastgan._layout import accumulation_dtype, is_channels_last, per_channel
 from fastgan._op import OPS
 from fastgan.ops.conv2d import input_padding
 
-if TYPE_CHECKING:
-    from fastgan.training.linearised import Tape
-
 aten = torch.ops.aten
 Found = Iterable[tuple[int, Tensor]]
 
 
-class Declined(Exception):
-    """The discriminator, or this use of it, does not qualify; str() is the reason."""
-
-
-# ---- values ---------------------------------------------------------------------------------------------------------
-
-
-class Alias:
-    """What a value and its views share: how often it was changed in place."""
-
-    changes = 0
-
-
-class Traced(Tensor):
-    """A value that depends on x, as the discriminator's code sees it: shape, dtype and layout, but no data to reach.
-
-    Ops reach `tape.dispatch` with it (below autograd and autocast, so in canonical form and with their casts visible);
-    what goes around them, a kernel launched on a pointer or a C++ extension, finds no storage and raises.
-    """
-
-    tape: Tape
-    data_of: Tensor  # the value itself
-    node: int
-    alias: Alias
-    seen: int  # alias.changes when this view of it was made
-    detached: bool
-
-    @staticmethod
-    def __new__(cls, tape: Tape, value: Tensor, node: int) -> Traced:
-        self: Traced = Tensor._make_wrapper_subclass(
-            cls, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
-        )
-        self.tape, self.data_of, self.node = tape, value, node
-        self.alias, self.seen, self.detached = Alias(), 0, False
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # also inside an autograd.Function's forward, whose own backward must not be overlooked
-        if not torch.is_grad_enabled():
-            raise Declined("it runs under torch.no_grad or inside an autograd.Function")
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        tape = next(a.tape for a in leaves if isinstance(a, cls))
-        return tape.dispatch(func, args, kwargs or {})
-
-
-# ---- steps ----------------------------------------------------------------------------------------------------------
-
-
-class Step:
+class LinearStep:
     """One op: y = A(w) h + b. `inputs` are the indices of the values h that it reads."""
 
     def __init__(self, inputs: Sequence[int]):
@@ -126,7 +68,7 @@ def fold(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return (x if x.shape == torch.Size(shape) else x.sum_to_size(tuple(shape))).to(dtype)
 
 
-class Map(Step):
+class Map(LinearStep):
     """An op without weights, given by what it does to tangents and cotangents."""
 
     def __init__(self, index: int, tangent: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
@@ -148,7 +90,7 @@ def _only(v: Sequence[Tensor | None]) -> Tensor:
     return tangent
 
 
-class Gate(Step):
+class Gate(LinearStep):
     """(Leaky) ReLU: phi'(t) read from the sign of y = phi(t), which the next layer keeps anyway."""
 
     def __init__(self, index: int, y: int, activation: str, slope: float):
@@ -168,7 +110,7 @@ class Gate(Step):
         return self._times(_only(v), t[self.y])
 
 
-class Convolution(Step):
+class Convolution(LinearStep):
     """A 2-D convolution on fastgan's ops."""
 
     def __init__(self, index: int, weight: int, bias: int | None, shape: torch.Size, geometry: tuple, groups: int):
@@ -228,7 +170,7 @@ class TransposedConvolution(Convolution):
         return super().factor_gradients(t, g, u)
 
 
-class ConvolutionNd(Step):
+class ConvolutionNd(LinearStep):
     """A 1-D or 3-D convolution, transposed or not, on ATen's ops."""
 
     def __init__(self, index: int, weight: int, bias: int | None, shape: torch.Size, how: tuple):
@@ -254,7 +196,7 @@ class ConvolutionNd(Step):
             yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
 
 
-class Matmul(Step):
+class Matmul(LinearStep):
     """h @ w: h [N, I] with w [I, O] or [I], or h [B, N, I] with w [B, I, O]."""
 
     def __init__(self, index: int, weight: int):
@@ -272,7 +214,7 @@ class Matmul(Step):
         yield self.weight, u.mT @ g
 
 
-class Product(Step):
+class Product(LinearStep):
     """h * w, or h / w, with broadcasting."""
 
     def __init__(self, index: int, weight: int, shape: torch.Size, dtype: torch.dtype, divide: bool):
@@ -294,7 +236,7 @@ class Product(Step):
         yield self.weight, fold(product, w.shape, w.dtype)
 
 
-class Sum(Step):
+class Sum(LinearStep):
     """sum_j c_j h_j + offset, with broadcasting; `parts` are (index, shape, dtype, c)."""
 
     def __init__(self, parts: Sequence[tuple[int, torch.Size, torch.dtype, Any]], like: Tensor):
@@ -317,7 +259,7 @@ class Sum(Step):
             yield slot, fold(g if c == 1 else g * c, t[slot].shape, t[slot].dtype)
 
 
-class Bias(Step):
+class Bias(LinearStep):
     """h + b with b along the last dimension (addmm) or the channels (bias_act)."""
 
     def __init__(self, index: int, bias: int, dim: int):
@@ -334,7 +276,7 @@ class Bias(Step):
         yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
 
 
-class Concatenation(Step):
+class Concatenation(LinearStep):
     """cat or stack of values and of tensors that do not depend on x; `parts` are (index or slot, is value, extent)."""
 
     def __init__(self, parts: Sequence[tuple[int | None, bool, torch.Size]], dim: int, like: Tensor):
@@ -359,7 +301,7 @@ class Concatenation(Step):
                 yield slot, piece.to(t[slot].dtype)
 
 
-class EvalNorm(Step):
+class EvalNorm(LinearStep):
     """Batch norm with running statistics: y = w (h - mean) rstd + b along the channels. The primal is h - mean."""
 
     def __init__(self, index: int, weight: int | None, bias: int | None, rstd: int):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,21 @@ from torch import Tensor
 from fastgan import _activation
 from fastgan._layout import accumulation_dtype, empty, is_channels_last, per_channel
 from fastgan._op import OPS
-from fastgan.training.linear_steps import (
+from fastgan.penalties.linear_steps import (
     Bias,
     Concatenation,
     Convolution,
     ConvolutionNd,
-    Declined,
     EvalNorm,
     Gate,
+    LinearStep,
     Map,
     Matmul,
     Product,
-    Step,
     Sum,
-    Traced,
     TransposedConvolution,
 )
-
-if TYPE_CHECKING:
-    from fastgan.training.linearised import Tape
+from fastgan.penalties.tape import Declined, Rule, Tape, Traced
 
 aten = torch.ops.aten
 
@@ -43,11 +39,11 @@ aten = torch.ops.aten
 
 # "aten.mul.Tensor" -> rule(tape, *args, **kwargs): runs the op on the values and records it. In-place forms go through
 # the rule of the op that they are a form of.
-RULES: dict[str, Callable[..., Any]] = {}
+RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
 
@@ -95,7 +91,7 @@ def convolution(
     return _layer(tape, step, w, b, x, aten.convolution(x, w, b, *how))
 
 
-def _layer(tape: Tape, step: Step, w: Tensor | None, b: Tensor | None, primal: Tensor, y: Tensor) -> Any:
+def _layer(tape: Tape, step: LinearStep, w: Tensor | None, b: Tensor | None, primal: Tensor, y: Tensor) -> Any:
     """Record a step with a weight and a bias."""
     tape.learn(step, factors=(w,), terms=(b,), primal=primal)
     return tape.record(step, y)

@@ -2,7 +2,7 @@
 
 The gradient norms are per sample and accumulated in float32 or better, whatever dtype the discriminator computes in.
 Two routes give them, chosen by what the discriminator is made of: forward ops alone where it is piecewise linear
-(`fastgan.training.linearised`), else double backward through our ops. The numbers are the same to rounding.
+(`fastgan.penalties.linearised`), else double backward through our ops. The numbers are the same to rounding.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastgan._layout import accumulation_dtype
 from fastgan.ops import interpolate
-from fastgan.training import linearised
-from fastgan.training.linearised import logits_and_squared_norms as forward_logits_and_norms
-from fastgan.training.linearised import verdict
+from fastgan.penalties import linearised, tape
+from fastgan.penalties.linearised import logits_and_squared_norms as forward_logits_and_norms
+from fastgan.penalties.linearised import verdict
 
 __all__ = [
     "KINDS",
@@ -139,7 +139,7 @@ def _double_backward(discriminator: nn.Module, x: Tensor, labels: Tensor | None)
     with torch.enable_grad(), linearised.eagerly(discriminator):
         logits = discriminator(x) if labels is None else discriminator(x, labels)
         (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-        return logits, linearised.squared_norms(gradient)
+        return logits, tape.squared_norms(gradient)
 
 
 def _norm(squared: Tensor) -> Tensor:

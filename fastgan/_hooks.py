@@ -1,0 +1,31 @@
+"""Hooks of modules, and the three policies for them.
+
+- `has_hooks`: calling the module does more than its forward. A fused layer that skips the call needs none.
+- `has_hooks_on_values`: a hook may look at what flows through the module. Torch's older weight hooks do not: they make
+  the weight by tensor ops, which a tape records and a CUDA graph captures like any other op.
+- `has_global_hooks`: torch calls such hooks for every module, so every module must be called as one.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["has_global_hooks", "has_hooks", "has_hooks_on_values"]
+
+WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_hooks_on_values(module: nn.Module) -> bool:
+    """Whether the module has a hook that is none of torch's weight hooks."""
+    before = any(not isinstance(hook, WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values())
+    return bool(before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
