@@ -1,5 +1,5 @@
 // conv2d: y[n,oh,ow,k] = act(bias[k] + sum over c, r, s of x[n, oh*stride - pad + r*dil, ...][c] * w[k,c,r,s]).
-#include "cpu/conv_compute.hpp"
+#include "cpu/conv_geometry.hpp"
 
 namespace fg::ISA {
 

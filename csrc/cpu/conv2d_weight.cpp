@@ -4,9 +4,13 @@
 // the other two directions: dy gives their left rows, a pixel to the next, and X, gathered 256 pixels at a time, their
 // panels. Column blocks are shared out among the threads; where there are too few, the pixels are split too, and
 // the parts are added in a fixed order.
-#include "cpu/conv_compute.hpp"
+#include "cpu/conv_amx.hpp"
+#include "cpu/conv_geometry.hpp"
+#include "cpu/conv_micro.hpp"
 #include "cpu/conv_weight_rows.hpp"
+#if !defined(FG_BELOW)
 #include "cpu/conv_winograd_weight.hpp"
+#endif
 
 namespace fg::ISA {
 
@@ -473,14 +477,17 @@ inline void clear_gradient(const ConvShape& s, const Conv2dWeightArgs& a) {
 void conv2d_weight(const ConvShape& s, const Conv2dWeightArgs& a) {
   if (s.K == 0 || s.C == 0 || s.R == 0 || s.S == 0) return;
   if (s.N == 0 || s.OH == 0 || s.OW == 0) return clear_gradient(s, a);
+#if defined(FG_BELOW)
+  if (a.dtype == F32) return FG_BELOW::conv2d_weight(s, a);
+#if defined(FG_AMX)
+  gradient_with<TileKernel, bf16>(s, a);
+#else
+  gradient_with<BroadcastKernel<true>, bf16>(s, a);
+#endif
+#else
   if (gradient_if_minimal(s, a)) return;
   if (a.dtype == F32) return gradient_with<BroadcastKernel<false>, float>(s, a);
-#if defined(FG_AMX)
-  return gradient_with<TileKernel, bf16>(s, a);
-#elif defined(__AVX512BF16__)
-  return gradient_with<BroadcastKernel<true>, bf16>(s, a);
-#else
-  return gradient_with<BroadcastKernel<false>, bf16>(s, a);
+  gradient_with<BroadcastKernel<false>, bf16>(s, a);
 #endif
 }
 

@@ -13,9 +13,78 @@
 #include <omp.h>
 #endif
 
+#include "common/bf16.hpp"
 #include "common/kernels.hpp"
 
+// The table to which this one leaves what its own instructions do not serve: AVX512_BF16 leaves float32, AMX leaves
+// everything that is no tile. So a kernel is compiled once, not three times.
+#if defined(__AMX_BF16__) || defined(FG_AMX_EMULATED)
+#define FG_BELOW avx512_bf16
+#elif defined(__AVX512BF16__)
+#define FG_BELOW avx512
+#endif
+
+namespace fg {
+
+struct AxisTap {
+  int64_t offset;  // source position of q = 0
+  int64_t index;   // position in the weight, along R or S
+};
+
+struct AxisPhase {
+  int64_t first_out;  // output position of q = 0
+  int64_t count;      // output positions of the phase
+  AxisTap* tap;       // ascending offsets, so that the valid taps of one q are an interval
+  int64_t taps;
+  int32_t *lo, *hi;  // [count]: that interval
+};
+
+struct Axis {
+  int64_t step;      // source positions from q to q + 1
+  int64_t out_step;  // output positions from q to q + 1
+  int64_t phases;
+  AxisPhase* phase;
+};
+
+// Both directions after translation. Channel counts are per group.
+struct Problem {
+  DType
+      source_dtype;  // as the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied
+  DType out_dtype;
+  const void* source;  // [N][SH][SW][groups * C]
+  int64_t N, SH, SW;
+  int64_t C;  // reduced over
+  void* out;  // [N][OH][OW][groups * M]
+  int64_t OH, OW;
+  int64_t M;  // produced
+  int64_t groups;
+  Axis h, w;
+  int64_t R, S;
+  const void* weight;
+  DType weight_dtype;
+  int64_t stride_m, stride_c, stride_r, stride_s, stride_g;  // of the weight
+  const float* bias;
+  Act act;
+  float slope;
+  int threads;
+};
+
+}  // namespace fg
+
+#if defined(FG_BELOW)
+namespace fg::FG_BELOW {
+void compute(const Problem& p);
+void conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a);
+void conv2d_weight(const ConvShape& s, const Conv2dWeightArgs& a);
+}  // namespace fg::FG_BELOW
+#endif
+
 namespace fg::ISA {
+
+// conv_compute.cpp
+void compute(const Problem& p);
+void widen(const bf16* from, float* to, int64_t count, int threads);  // only where there is no table below
+
 namespace {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -40,26 +109,6 @@ struct Scratch {
   ~Scratch() { scratch_release(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-};
-
-struct AxisTap {
-  int64_t offset;  // source position of q = 0
-  int64_t index;   // position in the weight, along R or S
-};
-
-struct AxisPhase {
-  int64_t first_out;  // output position of q = 0
-  int64_t count;      // output positions of the phase
-  AxisTap* tap;       // ascending offsets, so that the valid taps of one q are an interval
-  int64_t taps;
-  int32_t *lo, *hi;  // [count]: that interval
-};
-
-struct Axis {
-  int64_t step;      // source positions from q to q + 1
-  int64_t out_step;  // output positions from q to q + 1
-  int64_t phases;
-  AxisPhase* phase;
 };
 
 // Bytes of memory an axis needs, for the most phases and taps it can have.
@@ -131,29 +180,6 @@ inline Axis adjoint_axis(char* memory, int64_t source, int64_t out, int64_t kern
   }
   return a;
 }
-
-// Both directions after translation. Channel counts are per group.
-struct Problem {
-  DType
-      source_dtype;  // as the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied
-  DType out_dtype;
-  const void* source;  // [N][SH][SW][groups * C]
-  int64_t N, SH, SW;
-  int64_t C;  // reduced over
-  void* out;  // [N][OH][OW][groups * M]
-  int64_t OH, OW;
-  int64_t M;  // produced
-  int64_t groups;
-  Axis h, w;
-  int64_t R, S;
-  const void* weight;
-  DType weight_dtype;
-  int64_t stride_m, stride_c, stride_r, stride_s, stride_g;  // of the weight
-  const float* bias;
-  Act act;
-  float slope;
-  int threads;
-};
 
 }  // namespace
 }  // namespace fg::ISA

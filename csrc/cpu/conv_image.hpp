@@ -4,7 +4,9 @@
 // added up where they overlap, in fp32 and in a fixed order.
 #pragma once
 
-#include "cpu/conv_compute.hpp"
+#include "cpu/conv_amx.hpp"
+#include "cpu/conv_geometry.hpp"
+#include "cpu/conv_micro.hpp"
 
 namespace fg::ISA {
 namespace {
@@ -191,29 +193,26 @@ inline bool is_image(const ConvShape& s, int64_t run) {
 
 // True if the convolution was one for this file and is done.
 inline bool compute_if_image(const ConvShape& s, const ConvTranspose2dArgs& a) {
-  if (a.dtype == F32) {
-    if (!is_image(s, 1)) return false;
-    compute_image<BroadcastKernel<false>>(s, a);
-    return true;
-  }
 #if defined(FG_AMX)
   if (!is_image(s, 32)) return false;
   compute_image<TileKernel>(s, a);
-  return true;
-#elif defined(__AVX512BF16__)
+#elif defined(FG_BELOW)
   if (!is_image(s, 2)) return false;
-  compute_image<BroadcastKernel<true>>(s, a);
-  return true;
+  compute_image<BroadcastKernel<true> >(s, a);
 #else
   if (!is_image(s, 1)) return false;
+  if (a.dtype == F32) {
+    compute_image<BroadcastKernel<false> >(s, a);
+    return true;
+  }
   const int64_t count = s.N * s.OH * s.OW * s.K;
   const Scratch<float> wide(count);
-  widen_source(static_cast<const bf16*>(a.y), wide.data, count, a.threads);
+  widen(static_cast<const bf16*>(a.y), wide.data, count, a.threads);
   ConvTranspose2dArgs b = a;
   b.y = wide.data;
-  compute_image<BroadcastKernel<false>>(s, b);
-  return true;
+  compute_image<BroadcastKernel<false> >(s, b);
 #endif
+  return true;
 }
 
 }  // namespace

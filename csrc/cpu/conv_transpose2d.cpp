@@ -1,5 +1,5 @@
 // conv_transpose2d: the adjoint of conv2d, by true output phases (conv_geometry.hpp), with the same epilogue.
-#include "cpu/conv_compute.hpp"
+#include "cpu/conv_geometry.hpp"
 #include "cpu/conv_image.hpp"
 
 namespace fg::ISA {
@@ -7,6 +7,9 @@ namespace fg::ISA {
 void conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a);
 
 void conv_transpose2d(const ConvShape& s, const ConvTranspose2dArgs& a) {
+#if defined(FG_BELOW)
+  if (a.dtype == F32) return FG_BELOW::conv_transpose2d(s, a);
+#endif
   if (compute_if_image(s, a)) return;
   const int64_t h_bytes = axis_bytes(least(s.stride_h, s.H), s.R, s.H);
   const int64_t w_bytes = axis_bytes(least(s.stride_w, s.W), s.S, s.W);

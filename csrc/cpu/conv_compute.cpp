@@ -1,6 +1,4 @@
 // Computes a Problem (conv_geometry.hpp): packs the weights, then walks blocks of output pixels.
-#pragma once
-
 #include "cpu/conv_amx.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"
@@ -461,16 +459,6 @@ inline void compute_with(const Problem& p) {
 // Few output channels and many input channels: the dot-product form.
 inline bool rowwise(const Problem& p) { return p.M <= 4 && p.C >= 16; }
 
-inline void widen_source(const bf16* from, float* to, int64_t count, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count; i += 4096) {
-    const int64_t end = least(count, i + 4096);
-    int64_t j = i;
-    for (; j + VF <= end; j += VF) vstore(to + j, vload(from + j));
-    for (; j < end; ++j) to[j] = to_float(from[j]);
-  }
-}
-
 // Few pixels do not pay for packing: the weights are then read from where they lie. 256 of each phase: a generator's
 // 512 to 256 channels at 4x4 took 0.97 ms packed and 0.34 in place for one image, 4.9 and 4.6 for 16 (float32).
 inline bool leave_weights(const Problem& p) {
@@ -479,6 +467,7 @@ inline bool leave_weights(const Problem& p) {
   return p.N * p.OH * p.OW <= PIXELS * p.h.phases * p.w.phases;
 }
 
+#if !defined(FG_BELOW)
 inline void compute_in_fp32(const Problem& p) {
   if (p.source_dtype == F32 && leave_weights(p)) return compute_with<BroadcastKernel<false, true>>(p);
   TilePair pair[MAX_TILE_PAIRS];
@@ -490,29 +479,42 @@ inline void compute_in_fp32(const Problem& p) {
 inline void compute_widened(const Problem& p) {
   const int64_t count = p.N * p.SH * p.SW * p.groups * p.C;
   const Scratch<float> wide(count);
-  widen_source(static_cast<const bf16*>(p.source), wide.data, count, p.threads);
+  widen(static_cast<const bf16*>(p.source), wide.data, count, p.threads);
   Problem q = p;
   q.source = wide.data;
   compute_in_fp32(q);
 }
-
-inline void compute(const Problem& p) {
-  if (p.N == 0 || p.OH == 0 || p.OW == 0 || p.M == 0) return;
-  if (p.source_dtype == F32) return compute_in_fp32(p);
-#if defined(__AVX512BF16__)
-  if (leave_weights(p)) return compute_with<BroadcastKernel<true, true>>(p);
 #endif
+
+}  // namespace
+
+#if !defined(FG_BELOW)
+void widen(const bf16* from, float* to, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; i += 4096) {
+    const int64_t end = least(count, i + 4096);
+    int64_t j = i;
+    for (; j + VF <= end; j += VF) vstore(to + j, vload(from + j));
+    for (; j < end; ++j) to[j] = to_float(from[j]);
+  }
+}
+#endif
+
+void compute(const Problem& p) {
+  if (p.N == 0 || p.OH == 0 || p.OW == 0 || p.M == 0) return;
 #if defined(FG_AMX)
-  return rowwise(p) ? compute_with<RowKernel<true>>(p) : compute_with<TileKernel>(p);
-#elif defined(__AVX512BF16__)
+  if (p.source_dtype == F32 || leave_weights(p) || rowwise(p)) return FG_BELOW::compute(p);
+  compute_with<TileKernel>(p);
+#elif defined(FG_BELOW)
+  if (p.source_dtype == F32) return FG_BELOW::compute(p);
+  if (leave_weights(p)) return compute_with<BroadcastKernel<true, true>>(p);
   if (rowwise(p)) return compute_with<RowKernel<true>>(p);
   // Odd rows of few channels (grey images) are no whole pairs: to widen them is cheaper than to copy them together.
-  if (thin_rows(p, 1) && !thin_rows(p, 2)) return compute_widened(p);
-  return compute_with<BroadcastKernel<true>>(p);
+  if (thin_rows(p, 1) && !thin_rows(p, 2)) return FG_BELOW::compute(p);
+  compute_with<BroadcastKernel<true>>(p);
 #else
-  return compute_widened(p);
+  p.source_dtype == F32 ? compute_in_fp32(p) : compute_widened(p);
 #endif
 }
 
-}  // namespace
 }  // namespace fg::ISA
