@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo recipes test check lint types docs bench scaling quality slow gpu-static clean
+.PHONY: help setup demo recipes test check lint types docs bench evidence scaling quality slow gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,10 +52,14 @@ types: setup  ## mypy on fastgan/
 	$(BIN)/mypy
 
 docs: setup  ## the documentation, strictly, into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+evidence: setup  ## docs/evidence, and the tables of README and docs/performance.md, from benchmarks/results
+	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
+	$(BIN)/python benchmarks/report.py
 
 scaling: setup  ## the training step over batch size, image size and threads, 12 minutes; a picture in docs/images
 	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
@@ -67,7 +71,7 @@ quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 m
 slow: setup  ## the long sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow
 
-gpu-static: setup  ## every GPU kernel compiled for every card, checked; writes the tables in docs/gpu.md
+gpu-static: setup  ## every GPU kernel compiled for every card, checked; writes the tables in docs/evidence/gpu-compiled.md
 	$(BIN)/python tests/emulation/triton_static.py
 	$(BIN)/python tests/emulation/cuda_static.py
 

@@ -201,13 +201,39 @@ def test_tables_show_losses_failures_and_the_machine():
     assert "0.80 (slower)" in lines and "ValueError: no such kernel" in lines
     assert "commit abc with uncommitted changes" in lines and "bf16_avx512 200 GFLOP/s" in lines
     assert "fastgan: 0 of 1 at least as fast" in lines
-    page = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
-    new = report.replace(page, report.markdown(results()))
-    assert new.startswith("# Title\n") and new.endswith("\nafter\n") and "old" not in new
-    assert "| fastgan | 250 |" in new and "(slower)" in new
-    assert report.replace(new, report.markdown(results())) == new
-    with pytest.raises(ValueError, match="the page must have the line"):
-        report.replace("# Title\n", [])
+    page = report.page("bench", report.RESULTS / "r.json", results())
+    assert "| fastgan | 250 |" in page and "(slower)" in page and "ValueError: no such kernel" in page
+
+
+def test_the_evidence_pages_are_what_the_committed_results_make():
+    """`make evidence` was run after the last measurement, and nobody typed a number."""
+    for name, text in report.pages().items():
+        assert (report.PAGES / name).read_text() == text, f"docs/evidence/{name} is old: make evidence"
+    for page in report.SHOWING:
+        assert page.read_text() == report.put(page, report.headlines(report.measured())), (
+            f"{page} is old: make evidence"
+        )
+
+
+def test_headlines_need_their_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# T\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    new = report.put(page, ["| new |", ""])
+    assert new == f"# T\n\n{report.BEGIN}\n| new |\n{report.END}\n\nafter\n"
+    page.write_text("# T\n")
+    with pytest.raises(ValueError, match=r"page\.md must have the line"):
+        report.put(page, [])
+
+
+def test_the_newest_results_of_a_machine_make_its_page(tmp_path):
+    for day, speed in (("2026-01-02", 0.1), ("2026-01-01", 0.4)):
+        newer = results()
+        newer["machine"]["date"] = day
+        newer["cases"][0]["rows"] = records(eager=0.2, fastgan=speed)
+        (tmp_path / f"{day}.json").write_text(json.dumps(newer))
+    pages = report.pages(tmp_path)
+    assert list(pages) == ["bench-c-k-x2.md"] and "2026-01-02.json" in pages["bench-c-k-x2.md"]
+    assert "| fastgan | 100 |" in pages["bench-c-k-x2.md"]
 
 
 def test_results_without_ceilings_say_why():

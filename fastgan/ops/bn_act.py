@@ -15,8 +15,8 @@ Derivatives  first: bn_act_backward. second: bn_act_double_backward, closed form
 Saves        x, weight, bias, mean, var (no mask, no normalised copy)
 Traffic      3 accesses an element forward (x twice, y), 2 where mean and var are given; 5 backward (dy, x twice, dx),
              8 double backward (dy, ddx, x twice, d_dy, d_x); 2, 3 and 5 where in Triton a group fits a program's
-             registers, in CUDA the tensor fits the device's shared memory (docs/gpu.md). PyTorch's batch norm + leaky
-             ReLU: 5, 8, and about 80 kernels
+             registers, in CUDA the tensor fits the device's shared memory (docs/evidence/gpu-cuda.md). PyTorch's
+             batch norm + leaky ReLU: 5, 8, and about 80 kernels
 FLOPs        8 an element forward, 12 backward
 Determinism  bit-equal from run to run for one thread count
 Backends     cuda, triton, native, reference

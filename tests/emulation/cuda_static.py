@@ -1,7 +1,8 @@
 """What nvcc makes of csrc/cuda, without a GPU: every kernel for every card, warnings as errors, spills refused.
 
-`python tests/emulation/cuda_static.py` writes the table between its markers in docs/gpu.md. Registers and shared memory
-are ptxas's; occupancy is what NVIDIA's cuda_occupancy.h computes from them, not a measurement.
+`python tests/emulation/cuda_static.py` writes the table between its markers in docs/evidence/gpu-compiled.md.
+Registers and shared memory are ptxas's; occupancy is what NVIDIA's cuda_occupancy.h computes from them, not a
+measurement.
 """
 
 from __future__ import annotations
@@ -105,9 +106,12 @@ def table() -> str:
 
 def main() -> int:
     if not shutil.which("nvcc"):
-        print("cuda_static: nvcc was not found; docs/gpu.md keeps the table that it has", file=sys.stderr)
+        print(
+            "cuda_static: nvcc was not found; docs/evidence/gpu-compiled.md keeps the table that it has",
+            file=sys.stderr,
+        )
         return 0
-    page = ROOT / "docs" / "gpu.md"
+    page = ROOT / "docs" / "evidence" / "gpu-compiled.md"
     text = page.read_text()
     before, rest = text.split(BEGIN)
     page.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1])

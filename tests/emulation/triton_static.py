@@ -2,8 +2,8 @@
 
 No GPU takes part. From each compiled kernel: registers and spilled bytes, shared memory, the instructions that its dots
 became, the widths of its loads, and how many programs fit a multiprocessor. `make gpu-static` sweeps everything and
-writes the tables in docs/gpu.md; `make test` takes a few kernels on three cards. Triton keeps what it compiled in its
-own cache, so a second sweep takes a fraction of the first.
+writes the tables in docs/evidence/gpu-compiled.md; `make test` takes a few kernels on three cards. Triton keeps what it
+compiled in its own cache, so a second sweep takes a fraction of the first.
 
 Ahead-of-time compilation does not refuse what cannot launch: shared memory is compared with the card's limit here.
 """
@@ -32,7 +32,7 @@ from fastgan import ops
 from fastgan.kernels.configs import CARDS, Card, assumed
 from fastgan.kernels.launching import Case, meta
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence" / "gpu-compiled.md"
 BEGIN, END = "<!-- gpu-static: written by `make gpu-static` -->", "<!-- gpu-static: end -->"
 TENSOR_CORE = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+)"
 
@@ -258,7 +258,7 @@ def bounds() -> list[str]:
 
 
 def document(found: list[Compiled]) -> str:
-    """The generated section of docs/gpu.md."""
+    """The generated section of docs/evidence/gpu-compiled.md."""
     names = ", ".join(f"{key} {card.name}" for key, card in CARDS.items())
     return "\n".join([
         BEGIN,
