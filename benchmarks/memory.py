@@ -22,8 +22,8 @@ from layers import BATCH
 from torch import Tensor
 
 import fastgan
-from fastgan.backends import native
 from fastgan.benchmarking.textbook import textbook_step
+from fastgan.choice import native
 
 SMALLEST = 500_000  # bytes: smaller blocks are left out of the tables
 Step = Callable[[], object]

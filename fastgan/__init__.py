@@ -7,7 +7,7 @@ import torch as _torch  # noqa: F401  first: its OpenMP runtime is the one that 
 
 from fastgan import data, functional, models, nn, ops, testing
 from fastgan._version import __version__ as __version__
-from fastgan.backends import backend, backends, racing
+from fastgan.choice import backend, backends, racing
 from fastgan.convert import convert, explain
 from fastgan.doctor import doctor
 from fastgan.training.adam import Adam

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.backends import Backend, native
+from fastgan.choice import Backend, native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TF32 = 3  # float32 tensors multiplied in TF32: CUDA's convolutions only

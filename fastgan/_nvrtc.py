@@ -12,8 +12,6 @@ from types import ModuleType
 
 import torch
 
-from fastgan.backends import cache_dir
-
 DRIVERS = ["libcuda.so.1"]
 REMEDY = (
     "install NVIDIA's package of NVRTC (pip install nvidia-cuda-nvrtc, for CUDA 12 nvidia-cuda-nvrtc-cu12), "
@@ -21,15 +19,18 @@ REMEDY = (
 )
 
 
-def prepare(cuda: ModuleType) -> str:
-    """Open both libraries for fastgan._C.cuda: "" or why its kernels cannot be compiled, and the remedy."""
+def prepare(cuda: ModuleType, folder: Path) -> str:
+    """Open both libraries for fastgan._C.cuda, which keeps compiled kernels in `folder`.
+
+    Returns "" or why its kernels cannot be compiled, and the remedy.
+    """
     version = torch.version.cuda
     if version is None:
         return "this PyTorch is built without CUDA"
     major = int(version.partition(".")[0])
     if major < 12:
         return f"compiling CUDA kernels at first use needs a PyTorch for CUDA 12 or newer, got {version}"
-    reason: str = cuda.prepare(DRIVERS, [*compilers(major)], str(cache_dir() / "kernels"))
+    reason: str = cuda.prepare(DRIVERS, [*compilers(major)], str(folder))
     return f"its kernels cannot be compiled at first use: {reason}; {REMEDY}" if reason else ""
 
 

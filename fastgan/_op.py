@@ -8,9 +8,7 @@ both to the same numbers.
 
 from __future__ import annotations
 
-import abc
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fastgan.backends import Backend, choose
+from fastgan.choice import REGISTERED, Backend, Routine, choose
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -28,46 +26,16 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 
 
-class Routine(abc.ABC):
-    """What backends run and race for: a name, a reference in PyTorch, and kernels.
-
-    reference  pure PyTorch: the specification, the fallback, and PyTorch's entry in the race.
-    backends   name -> Backend (a launcher and a function that declines a case with its reason).
-    """
-
-    def __init__(self, name: str, reference: Callable[..., Any], backends: dict[str, Backend]):
-        self.name, self.reference, self.names = name, reference, tuple(inspect.signature(reference).parameters)
-        self.backends = {**backends, "reference": Backend(reference)}
+class Chosen(Routine):
+    """A Routine that runs on the backend chosen for the call."""
 
     def run(self, *args: Any) -> Any:
         """Run the chosen backend; no autograd, no tracing."""
         launch = choose(self, args)
         return launch(*args) if _around is None else _around(self, launch)(*args)
 
-    def first(self, args: tuple) -> Tensor:
-        """The tensor whose device and dtype a call goes by."""
-        return args[0]
 
-    def case(self, args: tuple) -> tuple:
-        """What the choice of a backend depends on."""
-        return tuple(map(_describe, args))
-
-    @abc.abstractmethod
-    def drawn(self, args: tuple) -> tuple:
-        """The case's arguments with random contents: a batch's own data may cancel to noise (a gradient of zero)."""
-
-    def copies(self, args: tuple) -> tuple:
-        """Arguments that a call may write to; an op writes to none."""
-        return args
-
-
-def _describe(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return a.shape, a.stride(), a.dtype, a.device.type
-    return tuple(a) if isinstance(a, list) else a
-
-
-class Op(Routine):
+class Op(Chosen):
     """One operator: `torch.ops.fastgan.<name>`.
 
     schema     as torch.library takes it; its first argument is a tensor and decides the device.
@@ -98,7 +66,7 @@ class Op(Routine):
         self.overload = getattr(torch.ops.fastgan, self.name).default
         self._register_autocast(autocast)
         self._thin = self._thin_function()
-        OPS[self.name] = self
+        OPS[self.name] = REGISTERED[self.name] = self
 
     # ---- calling ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._hooks import has_global_hooks, has_hooks
-from fastgan.backends import has_kernel, watching
+from fastgan.choice import has_kernel, watching
 from fastgan.nn.conv import conv_act, conv_bn_act
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.penalties import linearised

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastgan._op import OPS, Op
+from fastgan._version import __version__
+from fastgan.choice import STATE, absent, backends, cache_dir, missing, native, proof_error, refusal, winners
 
 __all__ = ["doctor", "machine"]
 
@@ -65,8 +70,6 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    from fastgan.backends import native
-
     module, reason = native()
     if module is None:
         return {"available": False, "reason": reason}
@@ -106,8 +109,6 @@ def _cuda() -> dict[str, Any]:
 
 def _cuda_kernels() -> str:
     """Who compiles the CUDA C++ kernels, and why not nvcc."""
-    from fastgan.backends import native
-
     module, _ = native()
     build = module.build_info() if module else {}
     if not build.get("cuda"):
@@ -136,17 +137,13 @@ def _guarded(part: Any) -> Any:
 
 
 def _backends() -> dict[str, dict[str, dict[str, Any]]]:
-    import fastgan
-
     return {
         op: {name: {"available": ok, "reason": reason} for name, (ok, reason) in states.items()}
-        for op, states in fastgan.backends().items()
+        for op, states in backends().items()
     }
 
 
 def _cache() -> dict[str, Any]:
-    from fastgan.backends import cache_dir, winners
-
     folder = cache_dir()
     parent = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     return {"path": str(folder), "writable": os.access(parent, os.W_OK), "races_won": len(winners())}
@@ -158,6 +155,33 @@ def _data() -> Any:
     return data.available()
 
 
+def prove_all() -> list[dict[str, str]]:
+    """Every available backend of every op against its reference: rows of op, backend, dtype, layout, error."""
+    rows = []
+    if not absent("triton"):
+        importlib.import_module("fastgan.kernels.configs").race_ahead(torch.device("cuda"))
+    for op in OPS.values():
+        for name in op.backends:
+            if name == "reference" or missing(name):
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    args = tuple(_example(a, op, name, dtype, layout) for a in op.example())
+                    error = refusal(STATE, op, name, args) or proof_error(op, name, op.drawn(args))
+                    kinds = {"dtype": str(dtype).partition(".")[2], "layout": str(layout).partition(".")[2]}
+                    rows.append({"op": op.name, "backend": name, **kinds, "error": error})
+    return rows
+
+
+def _example(a: Any, op: Op, name: str, dtype: torch.dtype, layout: torch.memory_format) -> Any:
+    """An example's tensor as a case; ops of mixed types ("first") keep their per-channel vectors in float32."""
+    if not isinstance(a, Tensor):
+        return a
+    a = a.to("cpu" if name == "native" else "cuda")
+    a = a.contiguous(memory_format=layout) if a.dim() == 4 else a
+    return a if op.autocast == "first" and a.dim() < 4 else a.to(dtype)
+
+
 def doctor(prove: bool = False) -> dict[str, Any]:
     """Facts about this installation by topic; see the module's text.
 
@@ -166,7 +190,7 @@ def doctor(prove: bool = False) -> dict[str, Any]:
     """
     found = {
         "versions": {
-            "fastgan": _guarded(lambda: importlib.import_module("fastgan").__version__),
+            "fastgan": __version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "triton": _version("triton"),
@@ -182,7 +206,5 @@ def doctor(prove: bool = False) -> dict[str, Any]:
         "data": _guarded(_data),
     }
     if prove:
-        from fastgan.backends import prove_all
-
         found["proofs"] = _guarded(prove_all)
     return found

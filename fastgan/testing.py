@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastgan.backends import emulated
+from fastgan.choice import emulated
 from fastgan.penalties import gradient_penalty
 
 EMULATORS = {"triton": "triton_checker", "cuda": "cuda_shim"}  # backend -> module of tests/emulation

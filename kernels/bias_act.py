@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan._layout import dense, is_channels_last, planes
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels.column_sums import column_sums
 from fastgan.kernels.launching import FLOATS, chunks_of, contiguous, declines, launch, meta, recorded, tile, wide
 from fastgan.kernels.numerics import activate, activate_backward, element_offsets, load_channels

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgan._op import OPS
-from fastgan.backends import may_race, remember, remembered, timing
+from fastgan.choice import may_race, remember, remembered, timing
 from fastgan.kernels.launching import Case, recorded
 
 RACED = 4  # configurations raced a case: each may cost a compilation of 1 to 2 s the first time

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan._op import OPS
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
 from fastgan.kernels.implicit_gemm import (
     Statistics,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan._layout import CHANNELS_LAST, empty
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels.configs import Config, Product, every_candidate, precision, tuned
 from fastgan.kernels.implicit_gemm import declines, merge_splits, spread
 from fastgan.kernels.launching import launch, meta, wide

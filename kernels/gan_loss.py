@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels.launching import FLOATS, declines, launch, meta, power_of_2, recorded
 from fastgan.kernels.numerics import activate, sigmoid, softplus
 

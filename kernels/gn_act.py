@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels import normalisation
 from fastgan.kernels.launching import declines
 from fastgan.kernels.normalisation import declines_plan, plan

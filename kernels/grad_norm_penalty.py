@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan._layout import dense, is_channels_last
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels.launching import FLOATS, declines, launch, meta, power_of_2, recorded, wide
 from fastgan.kernels.samples import merged_sum, sample_blocks, sample_chunks, sample_sum, sample_tile
 

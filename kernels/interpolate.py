@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan._layout import dense, is_channels_last
-from fastgan.backends import Backend
+from fastgan.choice import Backend
 from fastgan.kernels.launching import FLOATS, declines, launch, meta, recorded, wide
 from fastgan.kernels.samples import sample_blocks, sample_tile
 

@@ -6,7 +6,7 @@ An error is judged against what PyTorch itself makes in the same dtype: at most 
 import torch
 
 import fastgan
-from fastgan.backends import missing
+from fastgan.choice import missing
 
 BACKENDS = [name for name in ("reference", "native") if not missing(name)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

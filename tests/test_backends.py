@@ -3,13 +3,29 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import fastgan
 from fastgan import functional
-from fastgan.backends import cache_dir, load_winners, missing, winners
+from fastgan._op import OPS
+from fastgan.choice import (
+    NAMES,
+    STATE,
+    Backend,
+    availability,
+    cache,
+    cache_dir,
+    choosing,
+    load_winners,
+    missing,
+    proof,
+    watching,
+    winners,
+)
+from fastgan.choice.state import State
 
 CORE = pytest.mark.skipif(bool(missing("native")), reason=f"no native core here: {missing('native')}")
 
@@ -17,11 +33,8 @@ CORE = pytest.mark.skipif(bool(missing("native")), reason=f"no native core here:
 @pytest.fixture
 def forget(monkeypatch):
     """A process that has decided nothing yet."""
-    module = sys.modules["fastgan.backends"]
-    monkeypatch.setattr(module, "_chosen", {})
-    monkeypatch.setattr(module, "_winners", None)
-    monkeypatch.setattr(module, "_disabled", {})
-    return module
+    for name, value in vars(State()).items():
+        monkeypatch.setattr(STATE, name, value)
 
 
 def call(n=2):
@@ -37,14 +50,13 @@ def test_table_has_a_reason_for_everything_missing():
 
 
 def test_backend_nests_and_is_a_plain_call():
-    state = sys.modules["fastgan.backends"]
     with fastgan.backend("reference"):
         with fastgan.backend("auto"):
-            assert state._forced == "auto"
-        assert state._forced == "reference"
-    assert state._forced == "auto"
+            assert STATE.forced == "auto"
+        assert STATE.forced == "reference"
+    assert STATE.forced == "auto"
     fastgan.backend("reference")
-    assert state._forced == "reference"
+    assert STATE.forced == "reference"
     fastgan.backend("auto")
 
 
@@ -59,7 +71,7 @@ def test_unknown_or_missing_backends_say_so():
 @CORE
 def test_a_declined_case_runs_on_the_reference():
     calls = []
-    with fastgan.backend("native"), sys.modules["fastgan.backends"].watching(lambda *c: calls.append(c[1:])):
+    with fastgan.backend("native"), watching(lambda *c: calls.append(c[1:])):
         call()
         functional.bias_act(torch.randn(2, 3).double())
     assert calls[0][0] == "native" and calls[1][0] == "reference" and "float64" in calls[1][1]
@@ -73,7 +85,7 @@ def test_winners_are_remembered_and_travel(forget):
     digest = next(iter(winners()))
     load_winners({digest: "reference"})
     calls = []
-    with forget.watching(lambda op, name, why: calls.append(name)):
+    with watching(lambda op, name, why: calls.append(name)):
         call()
     assert calls == ["reference"]
 
@@ -85,7 +97,7 @@ def test_a_damaged_cache_counts_as_empty(forget, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     call()
-    assert all(v in forget.NAMES for v in json.loads(path.read_text()).values())
+    assert all(v in NAMES for v in json.loads(path.read_text()).values())
 
 
 @CORE
@@ -95,8 +107,8 @@ def test_a_cache_file_cut_short_anywhere_counts_as_empty(forget, monkeypatch):
     whole = path.read_bytes()
     for length in (1, len(whole) // 3, len(whole) - 1):
         path.write_bytes(whole[:length])
-        monkeypatch.setattr(forget, "_chosen", {})
-        monkeypatch.setattr(forget, "_winners", None)
+        STATE.chosen.clear()
+        STATE.cache = cache.Cache()
         call()
         assert json.loads(path.read_text()) and not winners().keys() - json.loads(path.read_text()).keys()
 
@@ -137,24 +149,21 @@ def test_winners_of_another_machine_or_version_are_not_taken(forget, monkeypatch
     load_winners({})
     call(5)
     known = dict(winners())
-    before = forget.fingerprint()
+    before = cache.fingerprint()
     if changed == "cpu":
-        monkeypatch.setattr(forget, "_cpu_name", lambda: "another CPU")
+        monkeypatch.setattr(cache, "_cpu_name", lambda: "another CPU")
     else:
-        monkeypatch.setattr(sys.modules[changed], "__version__", "99.0")
-    fresh = functools.cache(forget.fingerprint.__wrapped__)
-    monkeypatch.setattr(forget, "fingerprint", fresh)
+        monkeypatch.setattr({"torch": torch, "fastgan": cache}[changed], "__version__", "99.0")
+    fresh = functools.cache(cache.fingerprint.__wrapped__)
+    monkeypatch.setattr(cache, "fingerprint", fresh)
     assert fresh() != before
-    monkeypatch.setattr(forget, "_chosen", {})
+    STATE.chosen.clear()
     call(5)
     assert len(winners()) == len(known) + 1  # raced again, under a key of its own
 
 
 @CORE
 def test_a_kernel_that_fails_its_proof_is_switched_off(forget, monkeypatch):
-    from fastgan._op import OPS
-    from fastgan.backends import Backend
-
     op = OPS["bias_act"]
     wrong = Backend(lambda x, *rest: op.reference(x, *rest) * 1.01)
     monkeypatch.setitem(op.backends, "native", wrong)
@@ -169,22 +178,17 @@ def test_a_kernel_that_fails_its_proof_is_switched_off(forget, monkeypatch):
 def test_racing_can_be_switched_off(forget):
     with fastgan.racing(False):
         calls = []
-        with forget.watching(lambda op, name, why: calls.append(name)):
+        with watching(lambda op, name, why: calls.append(name)):
             call(7)
     assert calls == ["native"]
 
 
 @CORE
 def test_the_slow_backend_loses(forget, monkeypatch):
-    import time
-
-    from fastgan._op import OPS
-    from fastgan.backends import Backend
-
     op = OPS["bias_act"]
     monkeypatch.setitem(op.backends, "native", Backend(lambda *a: (time.sleep(0.02), op.reference(*a))[1]))
     calls = []
-    with forget.watching(lambda op, name, why: calls.append((name, why))):
+    with watching(lambda op, name, why: calls.append((name, why))):
         call(11)
     assert calls == [("reference", "PyTorch's own op won the race")]
 
@@ -195,16 +199,12 @@ def test_the_slow_backend_loses(forget, monkeypatch):
 @pytest.fixture
 def asked(forget, monkeypatch):
     """A process in which the CPU asks for proofs as a GPU does, and nothing has been proved."""
-    monkeypatch.setattr(forget, "PROVED_ON", {"cpu"})
-    monkeypatch.setattr(forget, "_proved", set())
-    monkeypatch.setattr(forget, "_emulated", {"triton"})
-    return forget
+    monkeypatch.setattr(proof, "PROVED_ON", {"cpu"})
+    STATE.emulated.add("triton")
 
 
 def kernel(change=lambda y: y, calls=None):
     """A Triton backend of bias_act that computes by PyTorch and then changes its output."""
-    from fastgan._op import OPS
-    from fastgan.backends import Backend
 
     def run(x, *rest):
         if calls is not None:
@@ -235,14 +235,12 @@ def fails(y):
     ],
 )
 def test_a_wrong_gpu_kernel_is_switched_off_at_its_first_use(asked, monkeypatch, mode, change, words):
-    from fastgan._op import OPS
-
     monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(change))
     x, calls = torch.randn(5, 7, 3, 3), []
     with fastgan.backend("triton" if mode == "forced" else "auto"), fastgan.racing(False):
         with pytest.warns(RuntimeWarning, match=f"bias_act on triton is switched off: .*{words}") as warned:
             y = functional.bias_act(x)
-        with asked.watching(lambda op, name, why: calls.append((name, why))):
+        with watching(lambda op, name, why: calls.append((name, why))):
             functional.bias_act(x[:2])
     torch.testing.assert_close(y, torch.nn.functional.leaky_relu(x, 0.2))
     assert len(warned) == 1 and not fastgan.backends()["bias_act"]["triton"][0]
@@ -250,8 +248,6 @@ def test_a_wrong_gpu_kernel_is_switched_off_at_its_first_use(asked, monkeypatch,
 
 
 def test_a_right_gpu_kernel_is_proved_once_a_case(asked, monkeypatch):
-    from fastgan._op import OPS
-
     calls = []
     monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(calls=calls))
     x = torch.arange(48.0).view(4, 3, 2, 2)
@@ -263,39 +259,35 @@ def test_a_right_gpu_kernel_is_proved_once_a_case(asked, monkeypatch):
 
 
 def test_nothing_is_proved_or_raced_during_capture(asked, monkeypatch):
-    from fastgan._op import OPS
-
     calls, ran, x = [], [], torch.randn(3, 3, 2, 2)
     monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(calls=calls))
-    monkeypatch.setattr(asked, "_capturing", lambda: True)
-    with asked.watching(lambda op, name, why: ran.append((name, why))):
+    monkeypatch.setattr(choosing, "capturing", lambda: True)
+    with watching(lambda op, name, why: ran.append((name, why))):
         functional.bias_act(x)
         with fastgan.backend("triton"):
             functional.bias_act(x)
     assert calls == [] and all(name == "reference" and "captured" in why for name, why in ran)
-    monkeypatch.setattr(asked, "_capturing", lambda: False)
+    monkeypatch.setattr(choosing, "capturing", lambda: False)
     with fastgan.backend("triton"):
         functional.bias_act(x)
     assert len(calls) == 2  # the proof and the call
 
 
 def test_too_little_memory_for_a_proof_is_no_fault_of_the_kernel(asked, monkeypatch):
-    from fastgan._op import OPS
-
     def full(y):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setitem(OPS["bias_act"].backends, "triton", kernel(full))
     ran = []
     for mode in ("triton", "auto"):
-        with fastgan.backend(mode), asked.watching(lambda op, name, why: ran.append((name, why))):
+        with fastgan.backend(mode), watching(lambda op, name, why: ran.append((name, why))):
             functional.bias_act(torch.randn(3, 3, 2, 2))
     assert all(name == "reference" and "too little memory" in why for name, why in ran) and len(ran) == 2
     assert fastgan.backends()["bias_act"]["triton"][0]
 
 
 def test_environment_variable_forces_and_never_breaks_the_import():
-    code = "import fastgan, sys; print(sys.modules['fastgan.backends']._forced)"
+    code = "import fastgan.choice; print(fastgan.choice.STATE.forced)"
     for value, want in [("reference", "reference"), ("nonsense", "auto")]:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
@@ -306,18 +298,17 @@ def test_environment_variable_forces_and_never_breaks_the_import():
 
 def test_a_fused_op_has_a_kernel_only_where_one_may_run(monkeypatch):
     """Elsewhere its parts run one by one, as if it did not exist."""
-    state = sys.modules["fastgan.backends"]
-    has = state.has_kernel
+    has = availability.has_kernel
     assert not has("conv2d_statistics", "cpu")
-    monkeypatch.setattr(state, "_missing", lambda name: "" if name == "triton" else "not here")
+    monkeypatch.setattr(availability, "absent", lambda name: "" if name == "triton" else "not here")
     assert has("conv2d_statistics", "cuda") and not has("conv2d_statistics", "cpu")
-    monkeypatch.setattr(state, "_forced", "cuda")
+    monkeypatch.setattr(STATE, "forced", "cuda")
     assert not has("conv2d_statistics", "cuda")
-    monkeypatch.setattr(state, "_forced", "triton")
+    monkeypatch.setattr(STATE, "forced", "triton")
     assert has("conv2d_statistics", "cuda")
-    monkeypatch.setattr(state, "_disabled", {("conv2d_statistics", "triton"): "it failed its proof"})
+    monkeypatch.setattr(STATE, "disabled", {("conv2d_statistics", "triton"): "it failed its proof"})
     assert not has("conv2d_statistics", "cuda") and has("conv_transpose2d_statistics", "cuda")
-    monkeypatch.setattr(state, "_missing", lambda name: "" if name == "cuda" else "not here")
+    monkeypatch.setattr(availability, "absent", lambda name: "" if name == "cuda" else "not here")
     assert not has("conv2d_statistics", "cuda")  # Triton alone is asked for
-    monkeypatch.setattr(state, "_forced", "auto")
+    monkeypatch.setattr(STATE, "forced", "auto")
     assert has("conv2d_statistics", "cuda")

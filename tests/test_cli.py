@@ -306,10 +306,10 @@ def test_doctor_survives_what_is_broken(monkeypatch, capsys):
     def broken(*args):
         raise OSError("the disk is on fire")
 
-    backends = sys.modules["fastgan.backends"]
-    monkeypatch.setattr(backends, "native", lambda: (None, "not built: no compiler"))
-    monkeypatch.setattr(backends, "cache_dir", broken)
-    monkeypatch.setattr(fastgan, "backends", broken)
+    module = sys.modules["fastgan.doctor"]
+    monkeypatch.setattr(module, "native", lambda: (None, "not built: no compiler"))
+    monkeypatch.setattr(module, "cache_dir", broken)
+    monkeypatch.setattr(module, "backends", broken)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     found = fastgan.doctor()
     assert found["native"] == {"available": False, "reason": "not built: no compiler"}
@@ -324,6 +324,6 @@ def test_doctor_proves_and_fails_where_a_proof_does(monkeypatch, capsys):
     rows = json.loads(capsys.readouterr().out)["proofs"]
     assert {row["op"] for row in rows} >= {"conv2d", "bn_act", "gan_loss"} and not any(row["error"] for row in rows)
     wrong = {"op": "conv2d", "backend": "native", "dtype": "float32", "layout": "channels_last", "error": "off by one"}
-    monkeypatch.setattr(sys.modules["fastgan.backends"], "prove_all", lambda: [wrong])
+    monkeypatch.setattr(sys.modules["fastgan.doctor"], "prove_all", lambda: [wrong])
     assert main(["doctor", "--prove"]) == 1
     assert "off by one" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from checks import BACKENDS, DTYPES, LAYOUTS, against_plain, distance
 
 import fastgan
 from fastgan import functional
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.ops import conv2d as card
 
 # (N, C, H, W), K, kernel, stride, padding, dilation, groups, bias, activation

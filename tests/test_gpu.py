@@ -13,7 +13,9 @@ from test_op import flat, gradients, sample
 import fastgan
 from fastgan import functional
 from fastgan._op import OPS
-from fastgan.backends import PROOF_TOLERANCE, proof_error, prove_all, refusal, winners
+from fastgan.choice import STATE, proof_error, refusal, winners
+from fastgan.choice.proof import TOLERANCE
+from fastgan.doctor import prove_all
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -48,7 +50,7 @@ def on_gpu(args, dtype, layout, op):
 def test_every_op_and_its_gradient_equal_the_reference(name, dtype, layout):
     op = OPS[name]
     args = on_gpu(sample(name), dtype, layout, op)
-    assert not refusal(op, "triton", args)
+    assert not refusal(STATE, op, "triton", args)
     wide = tuple(
         a.detach().double().cpu().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
     )
@@ -60,7 +62,7 @@ def test_every_op_and_its_gradient_equal_the_reference(name, dtype, layout):
         want = op(*wide)
         expected = gradients(want, wide) if found else []
     for g, w in zip([*flat(got), *found], [*flat(want), *expected], strict=True):
-        assert distance(g.detach().cpu(), w.detach()) <= PROOF_TOLERANCE[dtype], name
+        assert distance(g.detach().cpu(), w.detach()) <= TOLERANCE[dtype], name
 
 
 LAYERS = [(128, 64, 32, 32), (64, 512, 4, 4), (33, 65, 17, 15), (2, 3, 257, 129)]

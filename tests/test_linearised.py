@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgan
 from fastgan import functional, penalties
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.penalties import KINDS, gradient, linearised, logits_and_norms
 
 N = 5

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastgan
 from fastgan import functional
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.testing import assert_penalty_complete
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgan
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.training.step import mixes_samples
 
 SP = F.softplus

@@ -7,13 +7,13 @@ import json
 import math
 import os
 import signal
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import fastgan
+from fastgan.choice import STATE, winners
 from fastgan.data.imageset import ImageSet
 from fastgan.training import checkpoint, sampling
 from fastgan.training.guard import PATIENCE, DivergedError, Guard
@@ -207,12 +207,11 @@ def test_resuming_is_exact(images, tmp_path, changes):
 
 def test_a_resumed_run_takes_the_kernels_of_the_first(images, tmp_path, monkeypatch):
     """Races are timings: another process, or another day, may decide them otherwise."""
-    backends = sys.modules["fastgan.backends"]
-    monkeypatch.setattr(backends, "_winners", {"some case": "native"})
+    monkeypatch.setattr(STATE.cache, "_winners", {"some case": "native"})
     trainer(images, tmp_path, TINY.replace(steps=1)).fit()
-    monkeypatch.setattr(backends, "_winners", {"some case": "reference", "another": "reference"})
+    monkeypatch.setattr(STATE.cache, "_winners", {"some case": "reference", "another": "reference"})
     Trainer(TINY, resume=tmp_path, images=images, quiet=True)
-    assert backends.winners() == {"some case": "native", "another": "reference"}
+    assert winners() == {"some case": "native", "another": "reference"}
 
 
 def test_a_log_beyond_the_checkpoint_is_cut_back(images, tmp_path):

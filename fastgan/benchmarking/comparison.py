@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgan.backends import watching
 from fastgan.benchmarking import timing
+from fastgan.choice import watching
 
 Work = list[dict[str, int]]  # pieces as cost() gives them: {"flops": .., "bytes": ..}
 

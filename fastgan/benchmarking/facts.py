@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastgan
-from fastgan.backends import native
+from fastgan.choice import native
 from fastgan.doctor import machine
 
 

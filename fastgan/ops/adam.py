@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
 from fastgan import _native
-from fastgan._op import Routine, is_traced
-from fastgan.backends import Backend
+from fastgan._op import Chosen, is_traced
+from fastgan.choice import Backend
 
 
 class Numbers(NamedTuple):
@@ -50,7 +50,7 @@ class Numbers(NamedTuple):
     found_inf: Tensor | None = None
 
 
-class Adam(Routine):
+class Adam(Chosen):
     """adam(parameters, gradients, exp_avgs, exp_avg_sqs, steps, averages, numbers); returns what it has written."""
 
     def first(self, args):

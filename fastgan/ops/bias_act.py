@@ -24,7 +24,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import triton
+from fastgan.choice import triton
 
 
 def cost(x: Tensor) -> dict[str, int]:

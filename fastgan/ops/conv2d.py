@@ -39,7 +39,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
-from fastgan.backends import Backend, has_kernel, triton
+from fastgan.choice import Backend, has_kernel, triton
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.bn_act import moments
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import CHANNELS_LAST, dense, empty
 from fastgan._op import OPS, Op, draw, wanted
-from fastgan.backends import triton
+from fastgan.choice import triton
 from fastgan.ops.conv2d import POSITIONS, backends, declines, input_padding, output_size, plan, product_code
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
-from fastgan.backends import triton
+from fastgan.choice import triton
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.conv2d import (
     backends,

@@ -35,7 +35,7 @@ from torch.nn.functional import softplus
 from fastgan import _native
 from fastgan._layout import accumulation_dtype
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import triton
+from fastgan.choice import triton
 
 KINDS = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
 SIDES = ("d", "g")

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last, planes
 from fastgan._op import OPS, Op, draw
-from fastgan.backends import triton
+from fastgan.choice import triton
 from fastgan.ops.bias_act import like
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._hooks import has_hooks, has_hooks_on_values
-from fastgan.backends import forced
+from fastgan.choice import forced
 from fastgan.training.recording import Recording, difference
 
 __all__ = ["CUDAGraphs", "Capture", "Graphs"]

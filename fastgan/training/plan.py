@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgan.backends import backend as force_backend
+from fastgan.choice import backend as force_backend
 
 from .progress import duration, memory_mb
 from .recipes import Recipe

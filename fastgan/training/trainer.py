@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastgan import data
 from fastgan._version import __version__
-from fastgan.backends import backend, load_winners, winners
+from fastgan.choice import backend, load_winners, winners
 from fastgan.convert import convert, explain
 from fastgan.doctor import machine
 

@@ -11,7 +11,7 @@ from torch import nn
 import fastgan
 from fastgan import functional, testing
 from fastgan._op import OPS
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.ops import conv2d as card
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

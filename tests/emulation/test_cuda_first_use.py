@@ -242,9 +242,9 @@ def test_libraries_that_do_not_load_are_named(fake, tmp_path):
         run_bias_act()
 
 
-def test_a_pytorch_without_cuda_says_so():
+def test_a_pytorch_without_cuda_says_so(tmp_path):
     if torch.version.cuda is None:
-        assert _nvrtc.prepare(None) == "this PyTorch is built without CUDA"
+        assert _nvrtc.prepare(None, tmp_path) == "this PyTorch is built without CUDA"
     assert list(_nvrtc.compilers(12))[-1] == "libnvrtc.so.12"
 
 

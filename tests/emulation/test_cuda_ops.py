@@ -4,8 +4,6 @@ Values, first and second derivatives against float64 as for every backend (tests
 kernels fetch.
 """
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +12,11 @@ from checks import LAYOUTS, against_plain
 from fastgan import functional, testing
 from fastgan._native import CUDA
 from fastgan._op import OPS
+from fastgan.choice import watching
 from fastgan.ops import adam
 from fastgan.ops.gan_loss import KINDS
 from fastgan.ops.gan_loss import formula as gan_formula
 
-backends = sys.modules["fastgan.backends"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.2)}
 ALL_ACTIVATIONS = {**ACTIVATIONS, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
@@ -42,7 +40,7 @@ def record():
 def ran():
     """{(op, backend)} of the test so far."""
     seen = set()
-    with backends.watching(lambda op, name, why: seen.add((op.name, name))):
+    with watching(lambda op, name, why: seen.add((op.name, name))):
         yield seen
 
 

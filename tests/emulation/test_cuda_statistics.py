@@ -14,7 +14,7 @@ from torch import nn
 import fastgan
 from fastgan import functional, testing
 from fastgan._op import OPS
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.ops import conv2d as card
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -147,7 +147,7 @@ def test_derivatives_are_the_convolutions_own(name, kind):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["conv2d_statistics", "conv_transpose2d_statistics"])
 def test_outputs_match_the_fake_and_the_proof_of_first_use_passes(name, layout):
-    from fastgan.backends import proof_error
+    from fastgan.choice import proof_error
 
     op = OPS[name]
     for dtype in DTYPES:

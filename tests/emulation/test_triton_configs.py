@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton", "3.8", reason="triton 3.8 or newer is needed to import the kernels")
 import fastgan
 from fastgan._op import OPS
+from fastgan.choice import STATE, availability, cache, may_race, winners
 from fastgan.kernels import configs
 from fastgan.kernels.configs import CARDS, Product
 from fastgan.kernels.launching import recorded
@@ -91,12 +92,11 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """A fresh process with an empty cache, in which races may run, on a Bench."""
-    state = sys.modules["fastgan.backends"]
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
 
     def start(speed, compiling=0.0, may_race=True):
         bench = Bench(speed, compiling)
-        monkeypatch.setattr(state, "_winners", None)
+        monkeypatch.setattr(STATE, "cache", cache.Cache())
         for name, value in {
             "_first": {}, "_raced": {}, "_spent": 0.0, "_told": False, "_clock": lambda: bench.now,
             "_measure": bench.measure, "may_race": lambda device: may_race,
@@ -123,15 +123,14 @@ def test_the_fastest_of_the_models_best_wins_and_is_kept_on_disk(bench):
     assert first.compiled == best[: configs.RACED]
     again = bench(third)  # another process
     assert call(again) == best[2] and again.compiled == [best[2]]
-    assert sys.modules["fastgan.backends"].winners()  # a checkpoint carries it
+    assert winners()  # a checkpoint carries it
     call(again, case=("another layer",))
     assert again.compiled == [best[2], *(c for c in best[: configs.RACED] if c != best[2])]
 
 
 def test_another_gpu_or_version_races_anew(bench, monkeypatch):
     call(bench(third))
-    state = sys.modules["fastgan.backends"]
-    monkeypatch.setattr(state, "fingerprint", lambda: "another GPU")
+    monkeypatch.setattr(cache, "fingerprint", lambda: "another GPU")
     again = bench(third)
     call(again)
     assert len(again.compiled) == configs.RACED
@@ -205,22 +204,22 @@ def test_nothing_is_raced_where_nothing_may_be(bench):
 
 
 def test_may_race_only_on_a_gpu_that_records_nothing(monkeypatch):
-    state = sys.modules["fastgan.backends"]
     gpu, capturing = torch.device("cuda"), False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert state.may_race(gpu) and not state.may_race(torch.device("cpu"))
+    assert may_race(gpu) and not may_race(torch.device("cpu"))
     capturing = True
-    assert not state.may_race(gpu)
+    assert not may_race(gpu)
     capturing = False
     with fastgan.racing(False):
-        assert not state.may_race(gpu)
+        assert not may_race(gpu)
 
 
 def test_doctor_races_a_dcgan_ahead(monkeypatch):
     """On the emulator the calls are checked by type alone (meta tensors, recorded launches); prove_all makes them."""
-    state, asked = sys.modules["fastgan.backends"], []
-    monkeypatch.setattr(state, "_missing", lambda name: "" if name == "triton" else "not here")
+    state, asked = sys.modules["fastgan.doctor"], []
+    for module in (state, availability):
+        monkeypatch.setattr(module, "absent", lambda name: "" if name == "triton" else "not here")
     monkeypatch.setattr(configs, "race_ahead", asked.append)
     monkeypatch.setattr(state, "proof_error", lambda *args: "")
     monkeypatch.setattr(state, "_example", lambda a, *rest: a)

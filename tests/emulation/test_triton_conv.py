@@ -14,7 +14,7 @@ from checks import LAYOUTS, against_plain, distance
 import fastgan
 from fastgan import functional, testing
 from fastgan._op import OPS
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.kernels.configs import Config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

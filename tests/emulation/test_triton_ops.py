@@ -12,7 +12,7 @@ from checks import LAYOUTS, against_plain, assert_close, distance, orders
 
 from fastgan import functional, testing
 from fastgan._op import OPS
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.kernels import samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -340,7 +340,7 @@ def poison_allocations(monkeypatch):
 @pytest.mark.parametrize("name", TRITON_OPS)
 def test_the_proof_of_first_use_passes(name, dtype, layout):
     """The comparison that a user's card makes before it runs a kernel: random arguments, poisoned outputs."""
-    from fastgan.backends import proof_error
+    from fastgan.choice import proof_error
 
     with testing.emulate("triton") as record:
         assert proof_error(OPS[name], "triton", OPS[name].drawn(example(name, dtype, layout))) == ""

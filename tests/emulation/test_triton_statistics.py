@@ -17,7 +17,7 @@ from torch import nn
 import fastgan
 from fastgan import functional, testing
 from fastgan._op import OPS
-from fastgan.backends import watching
+from fastgan.choice import watching
 from fastgan.kernels.configs import APART, Config
 from fastgan.ops import conv2d as card
 from fastgan.penalties import linearised
@@ -85,7 +85,7 @@ def test_statistics_are_those_of_y_as_stored(name, groups, how, force):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", STATISTICS)
 def test_outputs_match_the_fake_and_the_proof_of_first_use_passes(name, dtype, layout):
-    from fastgan.backends import proof_error
+    from fastgan.choice import proof_error
 
     op = OPS[name]
     args = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in op.example()]

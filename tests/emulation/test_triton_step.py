@@ -11,7 +11,7 @@ from checks import distance
 
 import fastgan
 from fastgan import testing
-from fastgan.backends import watching
+from fastgan.choice import watching
 
 
 def networks(norm):
