@@ -10,7 +10,7 @@ runs as it then is, and a slice of a chain, or a child called alone, gives plain
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,11 @@ from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statisti
 from fastgan.penalties import linearised
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
-}  # fmt: skip
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
 
 
 # ---- layers: each does its own work, and through `fused` that of its followers ---------------------------------------
@@ -41,12 +44,16 @@ class _Convolution(nn.Module):
 class FusedConv2d(_Convolution, nn.Conv2d):
     """nn.Conv2d on fastgan's op."""
 
+    op = "conv2d"
+
     def forward(self, input: Tensor) -> Tensor:
         return conv_act(self, input, "identity", 0.0)
 
 
 class FusedConvTranspose2d(_Convolution, nn.ConvTranspose2d):
     """nn.ConvTranspose2d on fastgan's op."""
+
+    op = "conv_transpose2d"
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
@@ -55,53 +62,40 @@ class FusedConvTranspose2d(_Convolution, nn.ConvTranspose2d):
 
 
 class _Norm(nn.Module):
+    run: Callable[..., Tensor]  # self.run(input, activation, slope)
+
     def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
-        raise NotImplementedError
+        return self.run(input, activation, slope)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.fused(input, None, "identity", 0.0)
+        return self.run(input, "identity", 0.0)
+
+
+def _bn_act(bn: Any, input: Tensor, activation: str, slope: float) -> Tensor:
+    return bn_act(bn, input, activation, slope, bn.stat_groups)
 
 
 class FusedBatchNorm1d(_Norm, nn.BatchNorm1d):
-    """nn.BatchNorm1d on fastgan's op."""
-
-    stat_groups = 1
-
-    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
-        return bn_act(self, input, activation, slope, self.stat_groups)
+    op, run, stat_groups = "bn_act", _bn_act, 1
 
 
 class FusedBatchNorm2d(_Norm, nn.BatchNorm2d):
-    """nn.BatchNorm2d on fastgan's op."""
-
-    stat_groups = 1
-
-    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
-        return bn_act(self, input, activation, slope, self.stat_groups)
+    op, run, stat_groups = "bn_act", _bn_act, 1
 
 
 class FusedGroupNorm(_Norm, nn.GroupNorm):
-    """nn.GroupNorm on fastgan's op."""
-
-    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
-        return gn_act(self, input, activation, slope)
+    op, run = "gn_act", gn_act
 
 
 class FusedInstanceNorm2d(_Norm, nn.InstanceNorm2d):
-    """nn.InstanceNorm2d on fastgan's op."""
-
-    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
-        return in_act(self, input, activation, slope)
+    op, run = "in_act", in_act
 
 
 class FusedLayerNorm(_Norm, nn.LayerNorm):
-    """nn.LayerNorm on fastgan's op."""
-
-    def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
-        return ln_act(self, input, activation, slope)
+    op, run = "ln_act", ln_act
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {
+FUSED: dict[type[nn.Module], Any] = {  # what takes a layer's place; its `op` is what explain calls it
     nn.Conv2d: FusedConv2d,
     nn.ConvTranspose2d: FusedConvTranspose2d,
     nn.BatchNorm1d: FusedBatchNorm1d,
@@ -109,15 +103,6 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: FusedGroupNorm,
     nn.InstanceNorm2d: FusedInstanceNorm2d,
     nn.LayerNorm: FusedLayerNorm,
-}
-OPS: dict[type[nn.Module], str] = {  # what explain calls each fused layer
-    FusedConv2d: "conv2d",
-    FusedConvTranspose2d: "conv_transpose2d",
-    FusedBatchNorm1d: "bn_act",
-    FusedBatchNorm2d: "bn_act",
-    FusedGroupNorm: "gn_act",
-    FusedInstanceNorm2d: "in_act",
-    FusedLayerNorm: "ln_act",
 }
 CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
 
@@ -148,7 +133,7 @@ def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
     while at < len(children):
         layer = children[at]
         at += 1
-        if not _plain(layer, OPS):
+        if not _plain(layer, FUSED.values()):
             yield layer
             continue
         group = Group(layer)
@@ -385,7 +370,7 @@ def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
         if not isinstance(part, Group):
             continue
         layer, norm = part.layer, part.norm
-        op = OPS[type(layer)]
+        op = layer.op
         names = [f"fastgan.{op}"]
         last = layer  # what computes the activation
         if norm is not None and takes_batch_statistics(norm):
@@ -405,8 +390,8 @@ def _row(name: str, m: nn.Module, runs: tuple[str, str] | None, in_chain: set[in
     row = Row(name or "(model)", type(m).__name__, "torch")
     if runs is not None:
         row.runs, row.why = runs
-    elif type(m) in OPS:
-        row.runs = f"fastgan.{OPS[type(m)]}"
+    elif type(m) in FUSED.values():
+        row.runs = f"fastgan.{m.op}"
         row.why = "hooks: run apart" if has_hooks(m) else ""
     elif type(m).__module__.startswith("fastgan.nn"):
         row.runs = "fastgan"

@@ -209,3 +209,27 @@ def test_bad_arguments_are_one_sentence():
         fastgan.nn.GroupNormAct(1, 4, activation="tanh")
     with pytest.raises(ValueError, match=r"in_act: x must be \[N, C, H, W\] or \[C, H, W\]"):
         fastgan.nn.InstanceNormAct2d(4)(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("size", [8, 2], ids=["folded", "normed"])  # at 2 x 2 pixels folding does not pay
+@pytest.mark.parametrize("op", ["conv2d_bn_act", "conv_transpose2d_bn_act"])
+def test_an_image_without_a_batch_dimension_is_a_batch_of_one(op, size):
+    """Output height equals the channels here, so a norm over the wrong dimension would raise nothing."""
+    function = getattr(fastgan.functional, op)
+    x, weight = torch.randn(4, size, size), torch.randn((size, 4, 3, 3) if op == "conv2d_bn_act" else (4, size, 3, 3))
+    bn_weight, bn_bias, mean = torch.randn(3, size)
+    for training in (False, True):
+        stats = [{"running_mean": mean.clone(), "running_var": torch.arange(1.0, size + 1)} for _ in range(2)]
+        rest = dict(padding=1, bn_weight=bn_weight, bn_bias=bn_bias, training=training)
+        ours = function(x, weight, **rest, **stats[0])
+        theirs = function(x[None], weight, **rest, **stats[1])[0]
+        assert ours.shape == theirs.shape == (size, size, size)
+        assert distance(ours, theirs) < 1e-6
+        assert all(torch.equal(stats[0][name], stats[1][name]) for name in stats[0])
+
+
+def test_a_block_refuses_an_image_without_a_batch_dimension_as_torch_does():
+    block = fastgan.nn.Conv2dBNAct(3, 8, 3, padding=1)
+    for training in (True, False):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            block.train(training)(torch.randn(3, 8, 8))

@@ -1,10 +1,14 @@
 // Fewer multiplications in fp32: minimal filtering (Winograd 1980; Lavin and Gray 2015) of 2 x 2 output tiles.
 //
 // Per axis, two neighbouring outputs of T neighbouring taps, y_i = sum_j d_{i+j} g_j, take P = T + 1 products instead
-// of 2 T:   y = A^T [(G g) * (B^T d)]
-//   T = 2: B^T d = (d0 - d1, d1, d1 - d2)            G g = (g0, g0 + g1, g1)                          A^T m = (m0 + m1,
-//   m1 - m2) T = 3: B^T d = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)
-//          G g = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)          A^T m = (m0 + m1 + m2, m1 - m2 - m3)
+// of 2 T, y = A^T [(G g) * (B^T d)] with
+//
+// clang-format off
+//   T  B^T d                                G g                                           A^T m
+//   2  (d0 - d1, d1, d1 - d2)               (g0, g0 + g1, g1)                             (m0 + m1, m1 - m2)
+//   3  (d0 - d2, d1 + d2, d2 - d1, d1 - d3) (g0, (g0+g1+g2) / 2, (g0-g1+g2) / 2, g2)      (m0 + m1 + m2, m1 - m2 - m3)
+// clang-format on
+//
 // and the gradient of g is G^T [(B^T d) * (A dy)]. A stride-2 convolution is a sum of "strands", the taps that read
 // even and odd source positions, each of stride 1; a phase of its adjoint is one strand. So DCGAN's 4x4 stride-2
 // layers, both ways, need 36 products where the direct form needs 64 (0.56), 3x3 layers 16 of 36 (0.44), 5x5 stride-2

@@ -6,7 +6,8 @@ state_dict work unchanged. A submodule with hooks (torch's old spectral_norm is 
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgan import _activation, functional
 from fastgan._hooks import has_hooks
-from fastgan.nn.norm import bn_act, statistics, takes_batch_statistics
+from fastgan.nn.norm import bn_act, statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
 Size2 = int | tuple[int, int]
@@ -23,33 +24,8 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | None, slope: float) -> Tensor:
     """The forward of a torch convolution module followed by an activation, as one op."""
-    if isinstance(conv, nn.ConvTranspose2d):
-        padding = cast(tuple[int, ...], conv.padding)
-        return functional.conv_transpose2d(
-            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation,
-            activation=activation, negative_slope=slope,
-        )  # fmt: skip
-    x, pads = _padded(conv, x)
-    return functional.conv2d(
-        x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups,
-        activation=activation, negative_slope=slope,
-    )  # fmt: skip
-
-
-def conv_statistics(
-    conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, stat_groups: int
-) -> tuple[Tensor, functional.Statistics]:
-    """The forward of a torch convolution module, and its batch statistics where the op has them for nothing."""
-    if isinstance(conv, nn.ConvTranspose2d):
-        padding = cast(tuple[int, ...], conv.padding)
-        return functional.conv_transpose2d_statistics(
-            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation,
-            stat_groups=stat_groups,
-        )  # fmt: skip
-    x, pads = _padded(conv, x)
-    return functional.conv2d_statistics(
-        x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, stat_groups=stat_groups
-    )
+    op = functional.conv_transpose2d if isinstance(conv, nn.ConvTranspose2d) else functional.conv2d
+    return op(*_arguments(conv, x), activation=activation, negative_slope=slope)
 
 
 def conv_bn_act(
@@ -61,19 +37,22 @@ def conv_bn_act(
     stat_groups: int = 1,
 ) -> Tensor:
     """A torch convolution module, a batch norm module and an activation: in eval mode as one op."""
-    if takes_batch_statistics(bn):
-        y, known = conv_statistics(conv, x, stat_groups)
-        return bn_act(bn, y, activation, slope, stat_groups, known)
-    norm = statistics(bn, 1) | {
-        "bn_weight": bn.weight, "bn_bias": bn.bias, "activation": activation, "negative_slope": slope,
-    }  # fmt: skip
+    bn._check_input_dim(x)
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    op: Callable[..., Tensor] = functional.conv_transpose2d_bn_act if transposed else functional.conv2d_bn_act
+    affine: dict[str, Any] = {"bn_weight": bn.weight, "bn_bias": bn.bias}
+    return op(
+        *_arguments(conv, x), activation=activation, negative_slope=slope, **affine, **statistics(bn, stat_groups)
+    )
+
+
+def _arguments(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> tuple[Any, ...]:
+    """What the functions take by position, in torch's order."""
     if isinstance(conv, nn.ConvTranspose2d):
-        padding = cast(tuple[int, ...], conv.padding)
-        return functional.conv_transpose2d_bn_act(
-            x, conv.weight, conv.bias, conv.stride, padding, conv.output_padding, conv.groups, conv.dilation, **norm
-        )
-    x, pads = _padded(conv, x)
-    return functional.conv2d_bn_act(x, conv.weight, conv.bias, conv.stride, pads, conv.dilation, conv.groups, **norm)
+        geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+        return x, conv.weight, conv.bias, *geometry
+    x, padding = _padded(conv, x)
+    return x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
 
 
 def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
@@ -150,17 +129,7 @@ class Conv2dBiasAct(_BiasAct):
     ):
         super().__init__(activation, negative_slope, tuple(_activation.CODES))
         self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
 
 
@@ -194,10 +163,8 @@ class ConvTranspose2dBiasAct(_BiasAct):
         negative_slope: float = 0.2,
     ):
         super().__init__(activation, negative_slope, tuple(_activation.CODES))
-        self.conv = nn.ConvTranspose2d(
-            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
-            padding_mode, device, dtype,
-        )  # fmt: skip
+        geometry = in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation
+        self.conv = nn.ConvTranspose2d(*geometry, padding_mode, device, dtype)
 
 
 class Conv2dBNAct(_BNAct):
@@ -237,17 +204,7 @@ class Conv2dBNAct(_BNAct):
     ):
         super().__init__(activation, negative_slope, stat_groups)
         self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
 
@@ -289,8 +246,6 @@ class ConvTranspose2dBNAct(_BNAct):
         stat_groups: int = 1,
     ):
         super().__init__(activation, negative_slope, stat_groups)
-        self.conv = nn.ConvTranspose2d(
-            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
-            padding_mode, device, dtype,
-        )  # fmt: skip
+        geometry = in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation
+        self.conv = nn.ConvTranspose2d(*geometry, padding_mode, device, dtype)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)

@@ -43,20 +43,11 @@ def takes_batch_statistics(bn: _BatchNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def bn_act(
-    bn: _BatchNorm,
-    x: Tensor,
-    activation: str | None,
-    negative_slope: float,
-    groups: int,
-    batch_statistics: functional.Statistics = None,
-) -> Tensor:
+def bn_act(bn: _BatchNorm, x: Tensor, activation: str | None, negative_slope: float, groups: int) -> Tensor:
     """A torch batch norm module followed by an activation, as one op."""
     bn._check_input_dim(x)
-    return functional.bn_act(
-        x, weight=bn.weight, bias=bn.bias, activation=activation, negative_slope=negative_slope,
-        batch_statistics=batch_statistics, **statistics(bn, groups),
-    )  # fmt: skip
+    act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+    return functional.bn_act(x, weight=bn.weight, bias=bn.bias, **act, **statistics(bn, groups))
 
 
 class _BatchNormAct(_BatchNorm):
@@ -120,20 +111,17 @@ def in_act(norm: nn.InstanceNorm2d, x: Tensor, activation: str | None, negative_
     """A torch instance norm module followed by an activation, as one op."""
     if x.dim() not in (3, 4):
         raise ValueError(f"in_act: x must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
-    y = functional.in_act(
-        x if x.dim() == 4 else x.unsqueeze(0), norm.running_mean, norm.running_var, norm.weight, norm.bias,
-        norm.training or not norm.track_running_stats, norm.momentum or 0.0, norm.eps,
-        activation=activation, negative_slope=negative_slope,
-    )  # fmt: skip
+    tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    numbers = norm.training or not norm.track_running_stats, norm.momentum or 0.0, norm.eps
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    y = functional.in_act(batch, *tensors, *numbers, activation=activation, negative_slope=negative_slope)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
 def ln_act(norm: nn.LayerNorm, x: Tensor, activation: str | None, negative_slope: float) -> Tensor:
     """A torch layer norm module followed by an activation, as one op."""
-    return functional.ln_act(
-        x, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
-        activation=activation, negative_slope=negative_slope,
-    )  # fmt: skip
+    affine = norm.weight, norm.bias, norm.eps
+    return functional.ln_act(x, norm.normalized_shape, *affine, activation=activation, negative_slope=negative_slope)
 
 
 class GroupNormAct(nn.GroupNorm):

@@ -1,0 +1,38 @@
+"""The public functions: torch.nn.functional's arguments in its order, ours keyword-only after them.
+
+Every function is differentiable twice or more, runs on the best backend (see `fastgan.backends`), and returns tensors
+of x's dtype and layout. Forward-mode AD and torch.func transforms raise NotImplementedError.
+"""
+
+from fastgan.functional.blocks import conv2d_bias_act, conv2d_bn_act, conv_transpose2d_bn_act
+from fastgan.functional.convolution import (
+    conv2d,
+    conv2d_statistics,
+    conv_transpose2d,
+    conv_transpose2d_statistics,
+)
+from fastgan.functional.elementwise import bias_act
+from fastgan.functional.losses import gan_loss, gan_loss_statistics
+from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
+from fastgan.functional.penalties import grad_norm_penalty, interpolate
+from fastgan.penalties import gradient_penalty
+
+__all__ = [
+    "bias_act",
+    "bn_act",
+    "conv2d",
+    "conv2d_bias_act",
+    "conv2d_bn_act",
+    "conv2d_statistics",
+    "conv_transpose2d",
+    "conv_transpose2d_bn_act",
+    "conv_transpose2d_statistics",
+    "gan_loss",
+    "gan_loss_statistics",
+    "gn_act",
+    "grad_norm_penalty",
+    "gradient_penalty",
+    "in_act",
+    "interpolate",
+    "ln_act",
+]

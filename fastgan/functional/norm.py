@@ -1,0 +1,251 @@
+"""Batch, group, instance and layer norm, each with an activation in the same pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgan import _activation
+from fastgan._layout import dense, is_channels_last, planes
+from fastgan.functional.checks import check_channels
+from fastgan.ops import bn_act as _bn_act
+from fastgan.ops import gn_act as _gn_act
+
+Statistics = tuple[Tensor, Tensor] | None  # (mean, var) of a batch
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float | Sequence[float | Tensor] = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+    stat_groups: int = 1,
+    batch_statistics: Statistics = None,
+) -> Tensor:
+    """Batch norm followed by an activation, with statistics over `stat_groups` equal parts of the batch.
+
+    Equals `torch.nn.functional.batch_norm` and the activation on each part in turn, running statistics included.
+
+    Args:
+        x: [N, C, *], floating.
+        running_mean, running_var: [C] or None; updated in place in training (unbiased variance), needed in eval.
+        weight, bias: [C] or None.
+        training: statistics of the batch (True) or the running ones (False).
+        momentum: of the running statistics; a sequence gives each stat group its own.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+        stat_groups: number of equal parts of the batch; in eval mode it has no effect.
+        batch_statistics: in training, x's own (mean, biased var), [stat_groups, C] each, where they are known already
+            (`conv2d_statistics`): x is then read once. Gradients are those of statistics computed here.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit, a batch that stat_groups does not divide, one value per channel in
+            training, running statistics missing in eval.
+    """
+    name = "bn_act"
+    activation = _activation.check(name, activation, negative_slope, _bn_act.ACTIVATIONS)
+    check_channels(name, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    act = activation, float(negative_slope)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
+        return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
+    count = _values_a_statistic(x, stat_groups)
+    given = batch_statistics or (None, None)
+    _check_statistics(x, given, stat_groups)
+    y, *own = _bn_act.op(x, weight, bias, *given, True, float(eps), *act, stat_groups)
+    if count:
+        mean, var = batch_statistics or own
+        _update(running_mean, running_var, mean, var, count, momentum)
+    return y
+
+
+def _values_a_statistic(x: Tensor, stat_groups: int) -> int:
+    """How many values bn_act's statistics in training are made of."""
+    n, _, pixels = planes(x)
+    if stat_groups < 1 or n % stat_groups:
+        raise ValueError(f"bn_act: stat_groups must divide the batch, got batch {n} and stat_groups={stat_groups}")
+    count = n // stat_groups * pixels
+    if count == 1:
+        raise ValueError(
+            f"bn_act: training needs more than 1 value per channel and stat group, got x {tuple(x.shape)}; "
+            "use a larger batch or call .eval()"
+        )
+    return count
+
+
+def _check_statistics(x: Tensor, given: tuple[Tensor | None, Tensor | None], stat_groups: int) -> None:
+    """Statistics that are given must be [stat_groups, C] on x's device."""
+    shape = (stat_groups, x.shape[1])
+    for v in given:
+        if v is not None and (v.shape != shape or v.device != x.device):
+            raise ValueError(
+                f"bn_act: batch_statistics must have shape {shape} on {x.device}, got {tuple(v.shape)} on {v.device}"
+            )
+
+
+@torch.no_grad()
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | Sequence[float | Tensor],
+) -> None:
+    """running <- (1 - momentum) running + momentum batch, group after group, as plain PyTorch sees the batches."""
+    steps = momentum if isinstance(momentum, Sequence) else [momentum] * len(mean)
+    for g, step in enumerate(steps):
+        for running, batch in ((running_mean, mean[g]), (running_var, var[g] * (count / (count - 1)))):
+            if running is not None:
+                running.lerp_(batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step)
+
+
+def gn_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Group norm followed by an activation.
+
+    Args:
+        x: [N, C, *], floating.
+        num_groups: C must be a multiple of it; each group of C/num_groups channels of a sample has its own statistics.
+        weight, bias: [C] or None.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit, channels that num_groups does not divide, a single value per group.
+        TypeError: x is not floating.
+    """
+    name = "gn_act"
+    activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
+    check_channels(name, x, weight=weight, bias=bias)
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"{name}: num_groups must divide the channels, got x {tuple(x.shape)} and {num_groups} groups")
+    if x.numel() == num_groups:
+        raise ValueError(f"{name}: a batch needs more than 1 value per group, got x {tuple(x.shape)}")
+    return _gn_act.op(x, weight, bias, int(num_groups), float(eps), activation, float(negative_slope))[0]
+
+
+def in_act(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Instance norm followed by an activation: `gn_act` with a group a channel.
+
+    Args:
+        x: [N, C, *] with more than one value per channel, floating.
+        running_mean, running_var: [C] or None; updated in place with the batch's average where use_input_stats, and
+            needed where not.
+        weight, bias: [C] or None.
+        use_input_stats: statistics of each sample (True) or the running ones (False), which is eval-mode batch norm.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit, one value per channel, running statistics missing where they are needed.
+        TypeError: x is not floating.
+    """
+    name = "in_act"
+    activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
+    check_channels(name, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{name}: running_mean and running_var must be given when use_input_stats=False, got None")
+        act = activation, float(negative_slope)
+        return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
+    n, channels, pixels = planes(x)
+    if pixels == 1:
+        raise ValueError(f"{name}: a sample needs more than 1 value per channel, got x {tuple(x.shape)}")
+    y, mean, var = _gn_act.op(x, weight, bias, channels, float(eps), activation, float(negative_slope))
+    if n and pixels and (running_mean is not None or running_var is not None):
+        # torch's rule: the running statistics follow the samples' average
+        mean, var = mean.mean(0, keepdim=True), var.mean(0, keepdim=True)
+        _update(running_mean, running_var, mean, var, pixels, momentum)
+    return y
+
+
+def ln_act(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Layer norm over the trailing dimensions followed by an activation: `gn_act` on x viewed as rows.
+
+    Args:
+        x: [*, *normalized_shape], floating.
+        normalized_shape: the trailing dimensions that share statistics.
+        weight, bias: of normalized_shape, or None.
+        eps: added to the variance.
+        activation: None, "identity", "relu" or "leaky_relu".
+        negative_slope: of leaky_relu, >= 0.
+
+    Returns:
+        x's shape, dtype and layout.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: x is not floating.
+    """
+    name, shape = "ln_act", tuple(normalized_shape)
+    activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"{name}: x must end in normalized_shape {shape}, got x {tuple(x.shape)}")
+    for what, v in (("weight", weight), ("bias", bias)):
+        if v is not None and (tuple(v.shape) != shape or v.device != x.device):
+            raise ValueError(
+                f"{name}: {what} must have shape {shape} on {x.device}, got {tuple(v.shape)} on {v.device}"
+            )
+    # whole samples in channels_last: the parameters follow x's memory order, so that x is not copied
+    turned = is_channels_last(x) and len(shape) == 3
+    image = x.movedim(1, 3) if turned else x
+    weight, bias = (None if v is None else (v.movedim(0, 2) if turned else v).reshape(-1) for v in (weight, bias))
+    rows = image.reshape(-1, math.prod(shape))
+    y = _gn_act.op(rows, weight, bias, 1, float(eps), activation, float(negative_slope))[0].view(image.shape)
+    return y.movedim(3, 1) if turned else dense(y, is_channels_last(x))
