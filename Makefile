@@ -4,19 +4,25 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo recipes test check lint types docs bench evidence scaling quality slow gpu-static clean
+.PHONY: help setup demo recipes test check lint types docs bench evidence scaling quality slow cuda arm gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-setup: $(VENV)/ready  ## the environment, with fastgan installed in it
+setup: $(VENV)/ready  ## the environment, with fastgan and the developers' tools installed in it
 
-$(VENV)/ready: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+# Two stamps: a demo needs fastgan alone, not the tools that check it. What was set up for more serves for less.
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+RUNTIME := $(or $(wildcard $(VENV)/ready),$(VENV)/installed)
+
+$(VENV)/installed $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.$(EXTRAS)'
 	touch $@
 
-demo: setup  ## train a GAN on bundled photographs of garments, a few minutes on 2 cores, into runs/demo
+$(VENV)/ready: EXTRAS := [dev]
+
+demo: $(RUNTIME)  ## train a GAN on bundled photographs of garments, a few minutes on 2 cores, into runs/demo
 	$(BIN)/fastgan train --recipe dcgan-28 --data fashion-mnist --out runs/demo --overwrite \
 		--precision bf16 --batch-size 32 --steps 3000 --time-limit 240 \
 		--set g_lr=5e-4 --set d_lr=5e-4 --set betas=0.5,0.999 --set ema=0.995 --set sample_every=500
@@ -68,8 +74,13 @@ scaling: setup  ## the training step over batch size, image size and threads, 12
 quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 minutes; a verdict and a picture
 	$(BIN)/python benchmarks/quality.py
 
-slow: setup  ## the long sweeps that `make test` leaves out
+slow: setup  ## the long sweeps that `make test` leaves out, and `make cuda` where nvcc is found
 	$(BIN)/python -m pytest -q -m slow
+	if command -v nvcc; then $(MAKE) cuda; else echo "no nvcc here: csrc/cuda was not built ahead of time"; fi
+
+cuda: setup  ## every CUDA kernel built ahead of time by nvcc, as in a wheel, beside the installed core
+	FASTGAN_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
+	cd build/cuda/fastgan && $(abspath $(BIN))/python -c "import torch, _C; print(_C.build_info()['cuda'])"
 
 gpu-static: setup  ## every GPU kernel compiled for every card, checked; writes the tables in docs/evidence/gpu-compiled.md
 	$(BIN)/python tests/emulation/triton_static.py

@@ -3,8 +3,13 @@
 Nothing here may make `pip install` fail for want of a compiler: without one the package installs with
 PyTorch's own operators only, and the reason is left in fastgan/_C_build_failure.txt for `fastgan doctor`.
 Two cases do fail: FASTGAN_CUDA=1 without a working nvcc, and `python setup.py build_ext`, by which
-developers build. Without nvcc (or with FASTGAN_CUDA=0) the host's compiler builds the CUDA launchers, and their
-kernels are compiled at first use by the NVRTC that torch brings (csrc/cuda/nvrtc).
+developers build.
+
+FASTGAN_CUDA says who compiles the CUDA kernels, and when:
+  auto (the default) and 0   the NVRTC that torch brings, at a kernel's first launch (csrc/cuda/nvrtc). The host's
+                             compiler builds the launchers; nvcc is not called, nor looked for.
+  1                          nvcc, now, for the architectures of TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), without it for
+                             one of each generation. Wheels and `make cuda` use it.
 
 Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace.
 """
@@ -63,7 +68,7 @@ class Cuda:
     top: str = ""
     version: str = ""
     archs: list[str] = field(default_factory=list)  # of machine code
-    oldest: str = ""  # of PTX
+    ptx: list[str] = field(default_factory=list)
 
 
 def run(*command: str) -> str:
@@ -84,29 +89,49 @@ def cuda_mode() -> str:
     return mode
 
 
-def find_cuda(mode: str) -> Cuda:
-    if mode == "0":
-        return Cuda(absent="built with FASTGAN_CUDA=0")
+def asked_archs(known: list[str]) -> tuple[list[str], list[str]]:
+    """Architectures of machine code and of PTX: what TORCH_CUDA_ARCH_LIST names, or fastgan's own choice of `known`."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    names = asked.replace(";", " ").replace(",", " ").split()
+    if not names:
+        # Machine code of x.0 runs on every x.y, so one for each generation serves all cards from 8.0 on, at half the
+        # build time of the nine architectures that CUDA 13 lists. Older cards and those to come take PTX, which the
+        # driver compiles once.
+        codes = [a for a in known if a in ("80", "90", "100", "120")] or known[-1:]
+        return codes, sorted({codes[0], codes[-1]}, key=int)
+    codes, ptx = set(), set()
+    for name in names:
+        number = name.removesuffix("+PTX").replace(".", "")
+        if number not in known:
+            readable = " ".join(f"{a[:-1]}.{a[-1]}" for a in known)
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must name architectures of {readable}, with or without +PTX, got {asked!r}"
+            )
+        codes.add(number)
+        if name.endswith("+PTX"):
+            ptx.add(number)
+    return sorted(codes, key=int), sorted(ptx, key=int)
+
+
+def find_cuda() -> Cuda:
     if not LINUX:
         return Cuda(absent="CUDA sources are built on Linux only")
     home = os.environ.get("CUDA_HOME", "")
     beside = os.path.join(home, "bin", "nvcc") if home else ""
     nvcc = beside if beside and os.access(beside, os.X_OK) else shutil.which("nvcc")
     if not nvcc:
-        return Cuda(absent="no nvcc at build time")
+        return Cuda(absent="no nvcc is on PATH or in CUDA_HOME/bin")
     # nvcc may be a wrapper script whose own path says nothing: TOP in the dry run is where the toolkit lies.
     top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "x.cu"), re.MULTILINE)
     version = re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))
     if not top or not version:
         raise BuildError(f"{nvcc} does not say where its toolkit lies or which release it is")
-    archs = sorted(set(re.findall(r"^sm_(\d+)$", run(nvcc, "--list-gpu-code"), re.MULTILINE)), key=int)
-    archs = [a for a in archs if int(a) >= 75]  # the oldest generation that CUDA 13 still compiles for
-    if not archs:
+    known = sorted(set(re.findall(r"^sm_(\d+)$", run(nvcc, "--list-gpu-code"), re.MULTILINE)), key=int)
+    known = [a for a in known if int(a) >= 75]  # the oldest generation that CUDA 13 still compiles for
+    if not known:
         raise BuildError(f"{nvcc} lists no architecture from sm_75 on")
-    # Machine code of x.0 runs on every x.y, so one for each generation serves all cards from 8.0 on, at half the build
-    # time of the nine architectures that CUDA 13 lists. Older and other ones take PTX, which the driver compiles once.
-    first = [a for a in archs if a in ("80", "90", "100", "120")] or archs[-1:]
-    return Cuda(nvcc=nvcc, top=os.path.realpath(top[1].strip()), version=version[1], archs=first, oldest=archs[0])
+    codes, ptx = asked_archs(known)
+    return Cuda(nvcc=nvcc, top=os.path.realpath(top[1].strip()), version=version[1], archs=codes, ptx=ptx)
 
 
 def cudart(cuda: Cuda) -> str:
@@ -170,7 +195,7 @@ def unit_flags() -> dict[Path, list[tuple[str, str]]]:
 
 
 def first_use_units(folder: Path) -> dict[Path, list[tuple[str, str]]]:
-    """The CUDA part without nvcc: launchers whose kernels NVRTC compiles at first use. As unit_flags."""
+    """The CUDA part without nvcc: launchers whose kernels NVRTC compiles at first launch. As unit_flags."""
     header = runpy.run_path(str(NVRTC / "embed.py"))["device_sources"](CSRC)
     write_if_changed(folder / "device_sources.hpp", header)
     sources = [s for s in sorted((CSRC / "cuda").glob("*.cu")) if s.stem != "device"]  # that one asks a real runtime
@@ -240,17 +265,12 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
     if cuda.nvcc:
         extra = f"{quote(cudart(cuda))} -ldl -lpthread -lrt"
         codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in cuda.archs)
-        for a in sorted({cuda.oldest, cuda.archs[-1]}, key=int):  # PTX: for the oldest cards, and for those to come
-            codes += f" -gencode arch=compute_{a},code=compute_{a}"
+        codes += "".join(f" -gencode arch=compute_{a},code=compute_{a}" for a in cuda.ptx)
         nvcc = f"-std=c++20 -O3 {codes} -Werror all-warnings -I{quote(CSRC)}"
         nvcc += " -Xcompiler -fPIC,-fvisibility=hidden"
-        cuda_objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            name = f"cuda/{source.stem}.o"
-            lines.append(f"build {name}: nvcc {ninja_path(source)}\n  extra = {nvcc}")
-            cuda_objects.append(name)
-        lines.append(f"build cuda_objects: phony {' '.join(cuda_objects)}")
-        objects += cuda_objects
+            lines.append(f"build cuda/{source.stem}.o: nvcc {ninja_path(source)}\n  extra = {nvcc}")
+            objects.append(f"cuda/{source.stem}.o")
     lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}\n  extra = {extra}")
     write_if_changed(folder / "build.ninja", "\n".join(lines) + "\n")
 
@@ -268,23 +288,21 @@ def write_config(folder: Path, cuda: Cuda) -> None:
     )
 
 
-def choose_cuda(folder: Path, target: Path) -> Cuda:
-    """Finds nvcc and compiles csrc/cuda with it; in mode auto a failure is a warning, and NVRTC is left to do it."""
+def choose_cuda() -> Cuda:
     mode = cuda_mode()
+    if not LINUX and mode != "1":
+        return Cuda(absent="CUDA sources are built on Linux only")
+    if mode != "1":
+        return Cuda(absent="the build did not ask for nvcc (FASTGAN_CUDA=1)")
     try:
-        cuda = find_cuda(mode)
-        if cuda.nvcc:
-            write_config(folder, cuda)
-            write_ninja(folder, target, cuda)
-            ninja(folder, "cuda_objects")
-        elif mode == "1":
-            raise BuildError(f"FASTGAN_CUDA=1, but {cuda.absent}")
-        return cuda
+        cuda = find_cuda()
     except BuildError as error:
-        if mode == "1":
-            raise SystemExit(f"FASTGAN_CUDA=1: the CUDA part could not be built.\n{error}") from error
-        print(f"warning: fastgan is built without nvcc: {error}", file=sys.stderr, flush=True)
-        return Cuda(absent=f"nvcc failed at build time: {str(error)[-2000:]}")
+        raise SystemExit(f"FASTGAN_CUDA=1: {error}") from error
+    if not cuda.nvcc:
+        raise SystemExit(
+            f"FASTGAN_CUDA=1 needs nvcc: {cuda.absent}; leave it unset to compile CUDA kernels at first use"
+        )
+    return cuda
 
 
 def build_with_ninja(target: Path) -> None:
@@ -292,7 +310,7 @@ def build_with_ninja(target: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     linked = folder / target.name
     with locked(folder):
-        cuda = choose_cuda(folder, linked)
+        cuda = choose_cuda()
         write_config(folder, cuda)
         write_ninja(folder, linked, cuda)
         ninja(folder, str(linked))

@@ -1,6 +1,9 @@
-"""Finds what compiles the CUDA kernels at first use: NVRTC, which torch's CUDA builds bring, and the driver.
+"""Finds what compiles the CUDA kernels at their first launch: NVRTC, which torch's CUDA builds bring, and the driver.
 
-Only for installations built without nvcc; csrc/cuda/nvrtc does the rest. Nothing is compiled here or at import.
+What is compiled when: building fastgan compiles the CPU kernels and the CUDA launchers by the C++ compiler; the first
+launch of a CUDA kernel compiles that kernel for the card, in a second or so, and keeps it in FASTGAN_CACHE/kernels.
+An import compiles nothing, nor does this module: csrc/cuda/nvrtc does. An installation built with FASTGAN_CUDA=1 has
+its kernels from nvcc and needs none of this.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 DRIVERS = ["libcuda.so.1"]
 REMEDY = (
     "install NVIDIA's package of NVRTC (pip install nvidia-cuda-nvrtc, for CUDA 12 nvidia-cuda-nvrtc-cu12), "
-    "or reinstall fastgan with nvcc on PATH"
+    "or reinstall fastgan with FASTGAN_CUDA=1, which compiles them by nvcc"
 )
 
 

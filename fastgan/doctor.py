@@ -108,14 +108,15 @@ def _cuda() -> dict[str, Any]:
 
 
 def _cuda_kernels() -> str:
-    """Who compiles the CUDA C++ kernels, and why not nvcc."""
+    """Who compiles the CUDA C++ kernels, and when."""
     module, _ = native()
     build = module.build_info() if module else {}
     if not build.get("cuda"):
         return "none in this build"
     if build["cuda"]["compiler"] == "nvcc":
-        return f"compiled by nvcc {build['cuda']['version']} for {', '.join(build['cuda']['archs'])}"
-    return f"compiled at first use by NVRTC, since nvcc was not used to build ({build['nvcc_absent']})"
+        return f"compiled at build time by nvcc {build['cuda']['version']} for {', '.join(build['cuda']['archs'])}"
+    kept = "compiled by NVRTC, each at its first launch, and kept in FASTGAN_CACHE/kernels"
+    return f"{kept}; not by nvcc: {build['nvcc_absent']}"
 
 
 def _extra(module: str) -> dict[str, Any]:

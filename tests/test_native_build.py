@@ -1,5 +1,6 @@
 """The build of the native core: what it says of itself, and that its instruction-set tables stay apart."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,66 @@ def test_cuda_devices():
     if _C.build_info()["cuda"]["compiler"] == "nvcc":
         assert found["runtime"] >= 11000
     assert bool(found["devices"]) != bool(found["reason"])
+
+
+NVCC = """#!/bin/sh
+touch "$0.called"
+case "$1" in
+--dryrun) echo '#$ TOP=/opt/cuda' ;;
+--version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+--list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_90\\nsm_100\\nsm_120\\n' ;;
+esac
+"""
+
+
+@pytest.fixture
+def choose(monkeypatch, tmp_path):
+    """setup.py's choose_cuda under two variables, and the file that the nvcc on PATH leaves when it is called."""
+    setuptools = pytest.importorskip("setuptools")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("CUDA sources are built on Linux only")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    choose_cuda = runpy.run_path(str(ROOT / "setup.py"))["choose_cuda"]
+
+    def under(cuda, archs=""):
+        monkeypatch.setenv("FASTGAN_CUDA", cuda)
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+        return choose_cuda()
+
+    return under, tmp_path / "nvcc.called"
+
+
+@pytest.mark.parametrize("mode", ["auto", "0"])
+def test_nvcc_is_called_only_when_asked_for(choose, mode):
+    under, called = choose
+    assert not under(mode).nvcc and "FASTGAN_CUDA=1" in under(mode).absent
+    assert not called.exists()
+    assert under("1").nvcc and called.exists()
+
+
+@pytest.mark.parametrize(
+    "asked, archs, ptx",
+    [
+        ("", ["80", "90", "100", "120"], ["80", "120"]),
+        ("8.6", ["86"], []),
+        ("9.0+PTX 7.5", ["75", "90"], ["90"]),
+        ("8.0;8.6,12.0+PTX", ["80", "86", "120"], ["120"]),
+    ],
+)
+def test_architectures_are_torchs_variable(choose, asked, archs, ptx):
+    cuda = choose[0]("1", asked)
+    assert (cuda.archs, cuda.ptx) == (archs, ptx)
+
+
+@pytest.mark.parametrize("asked", ["Ampere", "8.1", "5.0", "sm_80"])
+def test_unknown_architectures_are_refused(choose, asked):
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must name architectures of 7\.5 8\.0"):
+        choose[0]("1", asked)
 
 
 def test_no_torch_library_is_linked():
