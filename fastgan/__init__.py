@@ -8,7 +8,7 @@ import torch as _torch  # noqa: F401  first: its OpenMP runtime is the one that 
 from fastgan import data, functional, models, nn, ops, testing
 from fastgan._version import __version__ as __version__
 from fastgan.choice import backend, backends, racing
-from fastgan.convert import convert, explain
+from fastgan.convert import convert, explain, revert
 from fastgan.doctor import doctor
 from fastgan.training.adam import Adam
 from fastgan.training.recipes import Recipe, recipes
@@ -32,6 +32,7 @@ __all__ = [
     "ops",
     "racing",
     "recipes",
+    "revert",
     "testing",
 ]
 

@@ -22,6 +22,7 @@ from fastgan.choice import has_kernel, watching
 from fastgan.nn.conv import conv_act, conv_bn_act
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.penalties import linearised
+from fastgan.trace import Part, Proof, missing, parts
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -196,44 +197,74 @@ class Chain:
 # ---- convert --------------------------------------------------------------------------------------------------------
 
 
-def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True) -> nn.Module:
-    """Put a model's nn.Sequential chains on fastgan's fused ops, in place.
+def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, trace: str = "auto") -> nn.Module:
+    """Put a model on fastgan's fused ops, in place.
 
-    Fused are convolution and transposed convolution with the activation after them, batch, group, instance and layer
-    norm with the (leaky) ReLU after them, and either alone. Everything else is left as it is: hand-written forward
-    methods, children with hooks, parametrized or shared children, subclasses; `fastgan.explain(model)` lists each with
-    its reason.
+    nn.Sequential chains run as fewer ops: convolution and transposed convolution with the activation after them, batch,
+    group, instance and layer norm with the (leaky) ReLU after them, and either alone. A module whose forward is written
+    by hand, or whose weights are made at each call (spectral norm, weight norm), is traced at its first call
+    (`fastgan.trace`): its classes stay what they are, and what it does runs on the same ops. `fastgan.explain(model)`
+    lists every layer with what runs it or why nothing faster does.
 
     Args:
         model: any module; converted twice is converted once.
-        example_input: a tensor or tuple of arguments; with `prove`, the model runs on it before and after, in eval
-            mode, and the outputs are compared.
+        example_input: a tensor or tuple of arguments; with `prove`, the model runs on it before and after, and outputs,
+            gradients and R1 gradients are compared.
         prove: compare where an example_input is given.
+        trace: "auto" traces what chains do not show, where torch has Dynamo; "off" leaves it as it is.
 
     Returns:
         The same object.
 
     Raises:
-        RuntimeError: the converted model gives other numbers on example_input (the model is then as it was).
+        ValueError: trace is neither "auto" nor "off".
+        RuntimeError: the converted model gives other numbers on example_input (the model is then as it was). A traced
+            group that alone is at fault is left to PyTorch instead, with a warning.
     """
-    before = _outputs(model, example_input) if prove and example_input is not None else None
+    if trace not in ("auto", "off"):
+        raise ValueError(f'convert: trace must be "auto" or "off", got {trace!r}')
+    check = Proof(model, example_input) if prove and example_input is not None else None
+    found = list(parts(model)) if trace == "auto" else []
+    traced = [] if found and missing() else [Part(m) for m in found]
+    inside = {id(m) for part in traced for m in part.owner.modules()}
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     owners = _owners(model)
-    chains = [Chain(m) for m in _chains(model) if not _converted(m)]
+    chains = [Chain(m) for m in _chains(model) if not _converted(m) and id(m) not in inside]
     for chain in chains:
         for child in chain.owner.children():
             if not _refusal(child, owners):
                 swapped.append((child, type(child)))
                 child.__class__ = FUSED[type(child)]
         chain.install()
-    if before is not None:
-        error = _difference(before, _outputs(model, example_input))
+    for part in traced:
+        part.install()
+    if check is not None:
+        error = check.difference(traced)
         if error:
             for module, original in swapped:
                 module.__class__ = original
-            for chain in chains:
-                chain.remove()
+            for forward in (*chains, *traced):
+                forward.remove()
             raise RuntimeError(f"convert: the converted model must give the same numbers, got {error}")
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Take a converted model back to plain PyTorch, in place: classes, forwards and nothing else.
+
+    Args:
+        model: any module, converted or not.
+
+    Returns:
+        The same object.
+    """
+    for m in model.modules():
+        forward = m.__dict__.get("forward")
+        if isinstance(forward, Chain | Part):
+            forward.remove()
+        if type(m) in OPS:
+            m.__dict__.pop("stat_groups", None)
+            m.__class__ = next(plain for plain, fused in FUSED.items() if fused is type(m))
     return model
 
 
@@ -292,16 +323,6 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
 
 
-def _difference(before: list[Tensor], after: list[Tensor]) -> str:
-    for b, a in zip(before, after, strict=True):
-        b, a = b.double(), a.double()
-        limit = 1e-4 * b.norm().item() + 1e-6
-        error = (a - b).norm().item()
-        if not error <= limit:
-            return f"an error of {error:.3g} where {limit:.3g} is allowed"
-    return ""
-
-
 # ---- explain --------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +334,7 @@ class Row:
     layer: str
     runs: str
     why: str = ""
+    where: str = ""  # the source line of a traced layer
 
 
 @dataclass
@@ -324,13 +346,13 @@ class Report:
     penalty: str = ""  # a discriminator's route to a gradient penalty: forward ops, or double backward and why
 
     def __str__(self) -> str:
-        table = [("layer", "class", "runs as", "why")]
-        table += [(r.name, r.layer, r.runs, r.why) for r in self.rows]
+        table = [("layer", "class", "runs as", "line", "why")]
+        table += [(r.name, r.layer, r.runs, r.where, r.why) for r in self.rows]
         if self.calls:
             counted = Counter(self.calls)
-            table += [("", "", "", ""), ("op", "calls", "backend", "why")]
-            table += [(op, str(n), backend, why) for (op, backend, why), n in counted.items()]
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
+            table += [("",) * 5, ("op", "calls", "backend", "", "why")]
+            table += [(op, str(n), backend, "", why) for (op, backend, why), n in counted.items()]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
         return "\n".join([*lines, "", f"penalty: {self.penalty}"] if self.penalty else lines)
 
@@ -344,23 +366,44 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
             gives fewer numbers than it takes is looked at as a discriminator too, in the mode that it is in: by which
             route a gradient penalty on it would go.
     """
+    outputs, calls = _watched(model, example_input)
     owners = _owners(model)
     chains = list(_chains(model))
     in_chain = {id(c) for chain in chains for c in chain.children()}
     runs = {key: row for chain in chains if _converted(chain) for key, row in _running(chain).items()}
-    rows = [
-        _row(name, m, runs.get(id(m)), in_chain, owners)
-        for name, m in model.named_modules()
-        if not list(m.children()) or hasattr(m, "stat_groups")
-    ]
-    report = Report(rows)
+    traced = {name: m.forward for name, m in model.named_modules() if isinstance(m.__dict__.get("forward"), Part)}
+    rows: list[Row] = []
+    for name, m in model.named_modules():
+        within = [root for root in traced if not root or name == root or name.startswith(f"{root}.")]
+        if within:
+            rows += _traced_rows(name, m, within[-1], traced[within[-1]])
+        elif not list(m.children()) or hasattr(m, "stat_groups"):
+            rows.append(_row(name, m, runs.get(id(m)), in_chain, owners))
+    report = Report(rows, calls)
     if example_input is not None:
-        with watching(lambda op, backend, reason: report.calls.append((op.name, backend, reason))):
-            outputs = _outputs(model, example_input)
         x, *labels = example_input if isinstance(example_input, tuple) else (example_input,)
         if len(outputs) == 1 and len(labels) < 2 and outputs[0].numel() < x.numel():
             report.penalty = linearised.route(model, x, *labels)
     return report
+
+
+def _watched(model: nn.Module, example: Any) -> tuple[list[Tensor], list[tuple[str, str, str]]]:
+    """The model's outputs on an example, and (op, backend, reason) of every op that ran; nothing where it is None."""
+    calls: list[tuple[str, str, str]] = []
+    if example is None:
+        return [], calls
+    with watching(lambda op, backend, reason: calls.append((op.name, backend, reason))):
+        return _outputs(model, example), calls
+
+
+def _traced_rows(name: str, m: nn.Module, root: str, part: Part) -> list[Row]:
+    """What runs a module of a traced part, a row for each line that calls it; leaves that nothing fuses, too."""
+    kind = type(m).__name__
+    refusal = part.refusal()
+    found = [Row(name or "(model)", kind, *told) for told in part.told(name[len(root) :].lstrip(".")) if not refusal]
+    if found or list(m.children()):
+        return found
+    return [Row(name or "(model)", kind, "torch", refusal or part.unfused())]
 
 
 def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
@@ -398,7 +441,7 @@ def _row(name: str, m: nn.Module, runs: tuple[str, str] | None, in_chain: set[in
     elif type(m) in ACTIVATIONS:
         row.why = "hooks: run apart" if has_hooks(m) else "no convolution or norm before it to compute it"
     elif type(m) in FUSED and id(m) not in in_chain:
-        row.why = "called from a hand-written forward: left untouched"
+        row.why = f"called from a hand-written forward: {missing() or 'left untouched (trace is off)'}"
     else:
         row.why = _refusal(m, owners) or "not converted: call fastgan.convert(model)"
     return row

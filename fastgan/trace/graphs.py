@@ -1,0 +1,78 @@
+"""What Dynamo calls with each graph: ours or the graph as it came, whichever is faster, behind one callable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastgan.trace.race import ours_is_faster
+from fastgan.trace.rewrite import Group, rewritten
+
+# Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's
+# autograd.Function loses its second derivative.
+TRANSPARENT = ("tag_activation_checkpoint", "wrap")
+
+
+@dataclass
+class Graph:
+    """One traced graph: `plain` as Dynamo gave it, `ours` with its groups fused."""
+
+    plain: fx.GraphModule
+    ours: fx.GraphModule
+    groups: list[Group]
+    digest: str
+    sizes: list[int] = field(default_factory=list)  # the arguments that are numbers: the sizes left open
+    chosen: dict[tuple, bool] = field(default_factory=dict)  # sizes -> whether ours runs
+
+    def __call__(self, *arguments: Any) -> Any:
+        case = tuple(arguments[i] for i in self.sizes)
+        ours = self.chosen.get(case)
+        if ours is None:
+            ours = self.chosen[case] = self._choose(case, arguments)
+        return self.ours(*arguments) if ours else self.plain(*arguments)
+
+    def _choose(self, case: tuple, arguments: tuple) -> bool:
+        tensors = tuple(
+            (tuple(a.shape), a.stride(), str(a.dtype), a.device.type, a.requires_grad)
+            for a in arguments if isinstance(a, Tensor)
+        )  # fmt: skip
+        threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+        key = ("trace", self.digest, case, tensors, threads, grad, torch.is_autocast_enabled("cpu"))
+        return ours_is_faster(key, self.ours.forward, self.plain.forward, arguments)
+
+
+def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """The Dynamo backend "fastgan": `torch.compile(model, backend="fastgan")`.
+
+    Convolutions, norms and activations run on fastgan's ops, everything else as PyTorch runs it. Eager autograd records
+    the calls, so second derivatives are those of the model without compilation. A graph that plain PyTorch runs faster,
+    forward and backward together, is left to it.
+
+    Args:
+        module: a graph of torch-level calls, as Dynamo captures it.
+        example_inputs: what the graph is called with first.
+
+    Returns:
+        What runs in the graph's place.
+    """
+    return traced(module, example_inputs) or module.forward
+
+
+def traced(
+    module: fx.GraphModule, example_inputs: list[Any], left: Collection[tuple[str, str]] = ()
+) -> Graph | None:
+    """The graph with its groups, or None where there is nothing in it to fuse; left: groups that stay as they are."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:
+            raise torch._dynamo.exc.SkipFrame(f"{node.target.name()} is left to PyTorch's eager mode")
+    ours, groups = rewritten(module, left)
+    if not groups:
+        return None
+    digest = hashlib.sha256(f"{module.graph}{ours.graph}".encode()).hexdigest()[:24]
+    numbers = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
+    return Graph(module, ours, groups, digest, numbers)

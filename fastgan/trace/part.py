@@ -1,0 +1,212 @@
+"""A traced part of a converted model: the forward that `fastgan.convert` gives to a module it cannot see into."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastgan._hooks import WEIGHT_HOOKS, has_global_hooks, has_hooks_on_values
+from fastgan._op import PLAIN, is_traced
+from fastgan.trace.graphs import Graph, traced
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# train and eval, gradients on and off, D frozen, x with and without a gradient, a second batch size, a second dtype
+VARIANTS = 32
+
+
+@functools.cache
+def missing() -> str:
+    """Why nothing can be traced on this Python and torch, or ""."""
+    if importlib.util.find_spec("torch._dynamo") is None:
+        return f"torch {torch.__version__} has no Dynamo"
+    try:
+        torch.compile(lambda x: x, backend="eager")
+    except (RuntimeError, ImportError, AttributeError) as error:
+        return f"torch.compile does not run here: {error}"
+    return ""
+
+
+@functools.cache
+def _settings() -> dict[str, Any]:
+    """Dynamo's switches while a part runs, those that this torch has.
+
+    Errors of the tracer leave a frame to PyTorch; numpy's random numbers stay numpy's; a part under DDP is one graph,
+    since eager autograd calls DDP's hooks as ever.
+    """
+    wanted = {
+        "suppress_errors": True, "trace_numpy": False, "optimize_ddp": False, "recompile_limit": VARIANTS,
+        "cache_size_limit": VARIANTS, "accumulated_recompile_limit": 64 * VARIANTS,
+    }  # fmt: skip
+    config: Any = torch._dynamo.config
+    found = {name: value for name, value in wanted.items() if hasattr(config, name)}
+    if "recompile_limit" in found:  # the same switch under its newer name
+        found.pop("cache_size_limit", None)
+    return found
+
+
+class Part:
+    """The forward of a module whose own is hand-written: traced at its first call, then guarded by Dynamo.
+
+    It lies in the module's __dict__, as a Chain does. Where a trace would not be the same, the module's own forward
+    runs: inside another tracer, under hooks that look at inner modules, for inputs that are no plain tensors.
+    """
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+        self.left: dict[tuple[str, str], str] = {}  # groups that stay with PyTorch, and why
+        self.graphs: list[Graph] = []
+        self._compiled: Callable[..., Any] | None = None
+        self._hooks: list[dict] = []
+        self._modules = -1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self.refusal(args, kwargs):
+            return self.plain(*args, **kwargs)
+        compiled = self._compiled or self._compile()
+        with torch._dynamo.config.patch(_settings()):
+            return compiled(*args, **kwargs)
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+    def refusal(self, args: tuple = (), kwargs: dict[str, Any] | None = None) -> str:
+        """Why this call runs untraced, or ""."""
+        if self._hooked():
+            return "hooks look at its inner modules"
+        if has_global_hooks():
+            return "global hooks are set"
+        if is_traced() or torch._C._get_tracing_state() is not None or torch.is_inference_mode_enabled():
+            return "another tracer or inference mode looks on"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a torch.func transform looks on"
+        tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+        return "" if all(type(a) in PLAIN and not a.is_meta for a in tensors) else "a tensor subclass came in"
+
+    def _hooked(self) -> bool:
+        """Whether a hook of the user's is on an inner module; Dynamo itself does not look for later ones."""
+        modules = list(self.owner.modules())
+        if len(modules) != self._modules:
+            self._modules = len(modules)
+            self._hooks = [vars(m)[name] for m in modules if m is not self.owner for name in HOOKS]
+        return any(self._hooks) and any(not isinstance(h, WEIGHT_HOOKS) for d in self._hooks for h in d.values())
+
+    def _compile(self) -> Callable[..., Any]:
+        """Dynamo keeps its traces by code object: a copy of one gives each part a cache of its own."""
+        code = _forward.__code__.replace(co_name=f"forward_of_{type(self.owner).__name__}")
+        forward = types.FunctionType(code, _forward.__globals__, code.co_name)
+        self._compiled = torch.compile(types.MethodType(forward, self.owner), backend=self._backend)
+        return self._compiled
+
+    def _backend(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graph = traced(module, example_inputs, self.left)
+        if graph is None:
+            return module.forward
+        self.graphs.append(graph)
+        return graph
+
+    # ---- what it tells ----------------------------------------------------------------------------------------------
+
+    def keys(self) -> set[tuple[str, str]]:
+        """(what runs as one, its source line) of every group in the graphs so far."""
+        return {group.key for graph in self.graphs for group in graph.groups}
+
+    def leave(self, keys: set[tuple[str, str]], why: str) -> None:
+        """Leave these groups to PyTorch from now on; the module is traced again."""
+        self.left = dict.fromkeys(keys, why)
+        self.graphs, self._compiled = [], None
+
+    def told(self, module: str) -> list[tuple[str, str, str]]:
+        """(what runs it, why nothing faster does, its line) of each call that an inner module makes."""
+        found: dict[tuple[str, str], tuple[str, str, str]] = {}
+        for graph in self.graphs:
+            won = all(graph.chosen.values())
+            for group in graph.groups:
+                if module not in group.modules:
+                    continue
+                runs = f"fastgan.{group.key[0]}" if module == group.modules[0] else "in the layer before it"
+                why = "" if won else "plain PyTorch won the race of the whole part"
+                found[group.where, group.key[0]] = (runs if won else "torch", why, group.where)
+        found |= {(where, what): ("torch", why, where) for (what, where), why in self.left.items() if not module}
+        return list(found.values())
+
+    def unfused(self) -> str:
+        """Why a layer that is in no group is not."""
+        return "no pattern for what it does there" if self.graphs else "traced at its first call"
+
+    # ---- its life as an attribute of the module ---------------------------------------------------------------------
+
+    def install(self) -> None:
+        self.owner.__dict__ |= {"forward": self, "_replicate_for_data_parallel": self.replicate}
+
+    def remove(self) -> None:
+        for name in ("forward", "_replicate_for_data_parallel"):
+            del self.owner.__dict__[name]
+
+    def replicate(self) -> nn.Module:
+        """nn.DataParallel's copy of the module, with its own forward: replicas come and go with every call."""
+        replica: nn.Module = nn.Module._replicate_for_data_parallel(self.owner)
+        for name in ("forward", "_replicate_for_data_parallel"):
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["owner"])  # type: ignore[misc]
+
+
+def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(owner).forward(owner, *args, **kwargs)
+
+
+# ---- which modules become parts ---------------------------------------------------------------------------------------
+
+NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm,
+)  # fmt: skip
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, *NORMS)
+
+
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules whose layers are called in ways that no chain shows."""
+    if not any(_has_unseen_layers(m) for m in model.modules()):
+        return
+    if _traceable(model):
+        yield model
+        return
+    for child in model.children():
+        yield from parts(child)
+
+
+def has_own_forward(m: nn.Module) -> bool:
+    """Whether the class's forward is a user's, rather than torch's or ours."""
+    return type(m).forward.__module__.partition(".")[0] not in ("torch", "fastgan")
+
+
+def _has_unseen_layers(m: nn.Module) -> bool:
+    children = list(m.children())
+    if isinstance(m, nn.Sequential) and not has_own_forward(m):
+        return any(isinstance(c, LAYERS) and _makes_its_weight(c) for c in children)
+    if not has_own_forward(m) and not isinstance(m, nn.ModuleList | nn.ModuleDict):
+        return False
+    layers = any(isinstance(c, LAYERS) for c in children) or sum(isinstance(c, nn.Linear) for c in children) > 1
+    return layers or (has_own_forward(m) and any(p is not None for p in m._parameters.values()))
+
+
+def _makes_its_weight(m: nn.Module) -> bool:
+    """Whether spectral norm, weight norm or another parametrization makes the weight at each call."""
+    return torch.nn.utils.parametrize.is_parametrized(m) or (bool(m._forward_pre_hooks) and not has_hooks_on_values(m))
+
+
+def _traceable(m: nn.Module) -> bool:
+    if isinstance(m, torch.jit.ScriptModule) or m._compiled_call_impl is not None or "forward" in m.__dict__:
+        return False
+    return has_own_forward(m) or (isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward)

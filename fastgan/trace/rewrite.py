@@ -1,0 +1,391 @@
+"""The graph rewriter: which neighbours in a traced graph run as one op of ours.
+
+A graph is what Dynamo makes of a hand-written forward: torch-level calls, in order, with the shapes that it saw. PATTERNS
+says which calls can begin a group; a group goes on while the last call's only reader is the next one. Only the calls of a
+group are replaced, so that everything else, random numbers and in-place updates of buffers included, happens as before
+and in the same order.
+
+Two things forbid a fusion. A value with a second reader must exist by itself. A value that is written to in place later
+must not be one that our ops keep for their derivatives: they keep an activation's output, where PyTorch keeps its input.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fastgan import functional
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INSIDE = tuple(str(Path(m.__file__ or "").parent) for m in (torch, functional))  # not a user's source line
+
+
+# ---- what runs in the place of a group -------------------------------------------------------------------------------
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, **activation: Any) -> Tensor:
+    """torch's linear layer of [N, F]; its bias goes with the activation, so that one backward pass makes both."""
+    if bias is None or x.dim() != 2:
+        return functional.bias_act(F.linear(x, weight, bias), **activation)
+    return functional.bias_act(F.linear(x, weight), bias, **activation)
+
+
+def add_act(a: Tensor, b: Tensor, *, activation: str, negative_slope: float) -> Tensor:
+    """activation(a + b), the activation in the sum's own memory: one tensor less to allocate and to fill."""
+    total = torch.add(a, b)
+    if activation == "leaky_relu":
+        return F.leaky_relu_(total, negative_slope)
+    return {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}[activation](total)
+
+
+def channel_bias_act(x: Tensor, bias: Tensor, **activation: Any) -> Tensor:
+    """activation(x + bias) for a bias of shape [1, C, 1, 1] or, beside [N, C], [C]."""
+    return functional.bias_act(x, bias.reshape(-1), **activation)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A call that begins a group.
+
+    parameters: its arguments by position, with their defaults (REQUIRED: none).
+    fused: what runs the group, called with the same arguments by name and the activation's.
+    activations: those that `fused` computes too.
+    alone: whether `fused` replaces the call without an activation as well.
+    fits: why a call is left as it is, or "".
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    fused: Callable[..., Tensor]
+    activations: tuple[str, ...]
+    alone: bool = True
+    fits: Callable[[dict[str, Any]], str] = lambda arguments: ""
+
+
+REQUIRED = inspect.Parameter.empty
+EVERY = ("relu", "leaky_relu", "tanh", "sigmoid")
+SIGNED = ("relu", "leaky_relu")  # what norms fuse
+CONVOLUTION = {"x": REQUIRED, "weight": REQUIRED, "bias": None, "stride": 1, "padding": 0}
+
+
+def _value(node: Any) -> Any:
+    """The tensor, without data, that Dynamo saw there."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def _image(arguments: dict[str, Any]) -> str:
+    x, weight = (_value(arguments[name]) for name in ("x", "weight"))
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return "not a batch of images"
+    return "" if x.dtype in FLOATING and isinstance(weight, Tensor) else f"{x.dtype}"
+
+
+def _rows(arguments: dict[str, Any]) -> str:
+    x = _value(arguments["x"])
+    return "" if isinstance(x, Tensor) and x.dim() == 2 and x.dtype in FLOATING else "not [N, F]"
+
+
+def _normable(arguments: dict[str, Any]) -> str:
+    x = _value(arguments["x"])
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or not 2 <= x.dim() <= 4:
+        return "not [N, C], [N, C, L] or [N, C, H, W]"
+    if not isinstance(arguments.get("momentum", 0.1), float | int):
+        return "its momentum is not a number"
+    return ""
+
+
+def _summed(arguments: dict[str, Any]) -> str:
+    a, b = (_value(arguments[name]) for name in ("a", "b"))
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or arguments.get("alpha", 1) != 1:
+        return "not a sum of tensors"
+    return "" if a.dtype == b.dtype and a.dtype in FLOATING and a.shape == b.shape else "not of one shape and dtype"
+
+
+NORM = {"x": REQUIRED, "running_mean": None, "running_var": None, "weight": None, "bias": None}
+SUM = Pattern("add", {"a": REQUIRED, "b": REQUIRED, "alpha": 1}, add_act, EVERY, False, _summed)
+PATTERNS: dict[Any, Pattern] = {
+    torch.conv2d: Pattern(
+        "conv2d", {**CONVOLUTION, "dilation": 1, "groups": 1}, functional.conv2d, EVERY, fits=_image
+    ),
+    torch.conv_transpose2d: Pattern(
+        "conv_transpose2d", {**CONVOLUTION, "output_padding": 0, "groups": 1, "dilation": 1},
+        functional.conv_transpose2d, EVERY, fits=_image,
+    ),
+    F.linear: Pattern("linear", {"x": REQUIRED, "weight": REQUIRED, "bias": None}, linear_act, EVERY, False, _rows),
+    F.batch_norm: Pattern(
+        "bn_act", {**NORM, "training": False, "momentum": 0.1, "eps": 1e-5}, functional.bn_act, SIGNED, fits=_normable
+    ),
+    F.instance_norm: Pattern(
+        "in_act", {**NORM, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}, functional.in_act, SIGNED,
+        fits=_normable,
+    ),
+    F.group_norm: Pattern(
+        "gn_act", {"x": REQUIRED, "num_groups": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
+        functional.gn_act, SIGNED, fits=_normable,
+    ),
+    F.layer_norm: Pattern(
+        "ln_act", {"x": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
+        functional.ln_act, SIGNED, fits=_normable,
+    ),
+    operator.add: SUM, operator.iadd: SUM, torch.add: SUM, "add": SUM, "add_": SUM,
+}  # fmt: skip
+FOLDED = {"conv2d": functional.conv2d_bn_act, "conv_transpose2d": functional.conv_transpose2d_bn_act}
+
+ACTIVATIONS: dict[Any, str] = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
+    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu",
+    torch.tanh: "tanh", torch.tanh_: "tanh", F.tanh: "tanh", "tanh": "tanh", "tanh_": "tanh",
+    torch.sigmoid: "sigmoid", torch.sigmoid_: "sigmoid", F.sigmoid: "sigmoid", "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+}  # fmt: skip
+INPLACE = (F.relu_, F.leaky_relu_, torch.relu_, torch.tanh_, torch.sigmoid_, operator.setitem, torch.dropout_)
+FRESH = (*PATTERNS, *ACTIVATIONS, torch.conv1d, torch.conv_transpose1d, operator.mul, torch.mul, F.avg_pool2d)
+
+
+# ---- reading a graph ------------------------------------------------------------------------------------------------
+
+
+def _called(node: fx.Node, table: dict[Any, Any]) -> Any:
+    """What the table has for the call, or None. Methods stand in it by name, functions by themselves."""
+    return table.get(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def _arguments(node: fx.Node, parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """A call's arguments by our names, or None where it passes others."""
+    names, given = list(parameters), {"input": "x", "other": "b", "use_batch_stats": "use_input_stats"}
+    arguments = dict(zip(names, node.args, strict=False))
+    arguments |= {given.get(name, name): value for name, value in node.kwargs.items()}
+    if len(node.args) > len(names) or not set(arguments) <= set(names):
+        return None
+    filled = {**parameters, **arguments}
+    return None if REQUIRED in filled.values() else filled
+
+
+def _slope(node: fx.Node) -> float | None:
+    """The negative slope of an activation that we fuse (0 but for leaky ReLU), None for one that we do not."""
+    if ACTIVATIONS[node.target] != "leaky_relu":
+        return 0.0
+    slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+    return float(slope) if isinstance(slope, float | int) and slope >= 0 else None
+
+
+def _writes(node: fx.Node) -> Any:
+    """The tensor that a call changes in place, or None."""
+    if node.op == "call_method":
+        changes = str(node.target).endswith("_") and not str(node.target).endswith("__")
+    else:
+        name = getattr(node.target, "__name__", "")
+        changes = node.op == "call_function" and (
+            node.target in INPLACE or (name.startswith("i") and getattr(operator, name, None) is node.target)
+        )
+    if changes or node.kwargs.get("inplace") is True or True in node.args[1:] and "inplace" in _names(node.target):
+        return node.args[0] if node.args else None
+    return node.kwargs.get("out")
+
+
+def _names(target: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return ()
+
+
+def _written(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """value -> the calls that change its memory in place; through any call that may return a view of it."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        pending = [_writes(node)]
+        seen: set[fx.Node] = set()
+        while pending:
+            value = pending.pop()
+            if not isinstance(value, fx.Node) or value in seen:
+                continue
+            seen.add(value)
+            found.setdefault(value, set()).add(node)
+            own = value.op in ("call_function", "call_method") and value.target in FRESH and _writes(value) is None
+            pending += [] if own else value.all_input_nodes
+    return found
+
+
+def _line(node: fx.Node) -> str:
+    """The user's source line of a call, "block.py:12"."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not f[0].startswith(INSIDE)] or frames[-1:]
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
+
+
+def _module(node: fx.Node) -> str:
+    """The module whose forward made the call, by its path below the traced one; "" for the traced one itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", stack[-1][0]) if stack else ""
+    return re.sub(r"^L?\.?\w+\.?", "", path.replace("_modules.", ""), count=1)
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Neighbours that run as one call."""
+
+    nodes: list[fx.Node]
+    target: Callable[..., Tensor]
+    arguments: dict[str, Any]
+    names: list[str]  # "conv2d", "batch norm", "leaky_relu"
+    where: str = ""
+    modules: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.where = _line(self.nodes[0])
+        self.modules = [_module(n) for n in self.nodes]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What runs as one, and the source line where it begins."""
+        return " + ".join(self.names), self.where
+
+
+def groups(graph: fx.Graph) -> Iterator[Group]:
+    """What of a graph runs as fewer calls, in order."""
+    written, taken = _written(graph), set[fx.Node]()
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        pattern = _called(node, PATTERNS)
+        if pattern is None or node in taken:
+            continue
+        group = _group(node, pattern, written, order)
+        if group is not None:
+            taken |= set(group.nodes)
+            yield group
+
+
+def _group(node: fx.Node, pattern: Pattern, written: dict, order: dict) -> Group | None:
+    arguments = _arguments(node, pattern.parameters)
+    if arguments is None:
+        return None
+    if pattern is SUM:
+        return _sum(node, arguments, written)
+    if pattern.fits(arguments) or arguments["x"] is None:
+        return None
+    nodes, names, target = [node], [pattern.name], pattern.fused
+    activations = pattern.activations
+    norm = _following(node, {F.batch_norm: True}) if pattern.name in FOLDED else None
+    if norm is not None and not _written_by_others(node, [norm], written):
+        folded = _folded(node, norm, order)
+        if folded is not None:
+            nodes, names, target = [node, norm], [pattern.name, "batch norm"], FOLDED[pattern.name]
+            arguments, activations = arguments | folded, SIGNED
+    last = nodes[-1]
+    following = _following(last, ACTIVATIONS)
+    absorbed = following is not None and _absorbed(last, following, activations, written)
+    if following is not None and absorbed:
+        nodes.append(following)
+        names.append(ACTIVATIONS[following.target])
+        arguments |= {"activation": names[-1], "negative_slope": _slope(following)}
+    elif pattern.alone:
+        arguments |= {"activation": None}
+    else:
+        return None
+    return Group(nodes, target, arguments, names)
+
+
+def _following(node: fx.Node, table: dict[Any, Any]) -> fx.Node | None:
+    """The only reader of a value, if it is a call in the table that takes the value first and nowhere else."""
+    if len(node.users) != 1:
+        return None
+    reader = next(iter(node.users))
+    first = reader.args[0] if reader.args else reader.kwargs.get("input")
+    alone = first is node and reader.all_input_nodes.count(node) == 1
+    return reader if alone and _called(reader, table) is not None else None
+
+
+def _absorbed(node: fx.Node, activation: fx.Node, allowed: tuple[str, ...], written: dict) -> bool:
+    """Whether a call may compute the activation after it. The activation itself may write in place: then nobody sees."""
+    if ACTIVATIONS[activation.target] not in allowed or _slope(activation) is None or "out" in activation.kwargs:
+        return False
+    return not _written_by_others(node, [activation], written) and not _written_by_others(activation, [], written)
+
+
+def _written_by_others(node: fx.Node, own: list[fx.Node], written: dict) -> bool:
+    return bool(written.get(node, set()) - set(own))
+
+
+def _folded(conv: fx.Node, norm: fx.Node, order: dict) -> dict[str, Any] | None:
+    """The arguments of a batch norm beside its convolution's, where all of them exist before the convolution."""
+    pattern = PATTERNS[F.batch_norm]
+    found = _arguments(norm, pattern.parameters)
+    if found is None or pattern.fits(found):
+        return None
+    early = all(order[n] < order[conv] for n in norm.all_input_nodes if n is not conv)
+    renamed = {"weight": "bn_weight", "bias": "bn_bias"}
+    return {renamed.get(k, k): v for k, v in found.items() if k != "x"} if early else None
+
+
+def _sum(node: fx.Node, arguments: dict[str, Any], written: dict) -> Group | None:
+    """A residual sum, or a bias along the channels, with the activation after it."""
+    following = _following(node, ACTIVATIONS)
+    if following is None or not _absorbed(node, following, EVERY, _without(written, node)):
+        return None
+    a, b = arguments["a"], arguments["b"]
+    target = _writes(node)
+    if target is not None and (target.target not in FRESH or len(target.users) > 1):
+        return None  # someone else may look at what is written to
+    activation = {"activation": ACTIVATIONS[following.target], "negative_slope": _slope(following)}
+    nodes, names = [node, following], ["add", ACTIVATIONS[following.target]]
+    for x, bias in ((a, b), (b, a)):
+        if _is_bias(_value(x), _value(bias)) and arguments.get("alpha", 1) == 1:
+            arguments = {"x": x, "bias": bias, **activation}
+            return Group(nodes, channel_bias_act, arguments, ["bias", names[1]])
+    if _summed(arguments):
+        return None
+    return Group(nodes, add_act, {"a": a, "b": b, **activation}, names)
+
+
+def _without(written: dict, node: fx.Node) -> dict:
+    """`written` without what this call writes: it is going to write to memory of its own."""
+    return {value: calls - {node} for value, calls in written.items()}
+
+
+def _is_bias(x: Any, bias: Any) -> bool:
+    """Whether `bias` is a vector along x's channels, shaped [1, C, 1, 1], or [C] beside [N, C]."""
+    if not (isinstance(x, Tensor) and isinstance(bias, Tensor)) or x.dtype not in FLOATING or x.dtype != bias.dtype:
+        return False
+    if not 2 <= x.dim() <= 4 or bias.numel() != x.shape[1] or x.shape == bias.shape:
+        return False
+    shape = tuple(bias.shape)
+    return shape == (1, x.shape[1], *(1,) * (x.dim() - 2)) or (x.dim() == 2 and shape == (x.shape[1],))
+
+
+# ---- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def rewritten(module: fx.GraphModule, left: Collection[tuple[str, str]]) -> tuple[fx.GraphModule, list[Group]]:
+    """A copy of a graph whose groups run on our ops, and those groups; left: keys of groups that stay as they are."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    found = [group for group in groups(module.graph) if group.key not in left]
+    for group in found:
+        first, last = copies[group.nodes[0]], copies[group.nodes[-1]]
+        arguments = fx.map_arg(dict(group.arguments), lambda n: copies[n])
+        with graph.inserting_before(first):
+            call = graph.call_function(group.target, (), arguments)
+        call.meta = dict(last.meta)
+        last.replace_all_uses_with(call)
+        for node in reversed(group.nodes):
+            graph.erase_node(copies[node])
+            copies[node] = call
+    graph.lint()
+    return fx.GraphModule(module, graph), found

@@ -1,0 +1,329 @@
+"""Hand-written forwards: traced, they give the numbers, gradients, R1 gradients and side effects of plain PyTorch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from handwritten import FAMILIES, SNDiscriminator, SNGenerator, UNet, images
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import fastgan
+from fastgan.trace import Part
+
+# layers of each family that run on our ops at least, in train mode
+FUSED = {
+    "sngan d": 7, "sngan d, hook": 7, "sngan d, labels": 7, "sngan g": 12, "unet": 8, "patchgan": 6, "vocoder": 0,
+    "vocoder, hook": 0, "vocoder d": 6, "stylegan g": 4, "stylegan d": 5,
+}  # fmt: skip
+
+
+def twins(name, seed=0):
+    """(a family's model, its traced copy, arguments), in float64."""
+    made = []
+    for _ in range(2):  # not deepcopy: torch's older weight norm refuses it
+        torch.manual_seed(seed)
+        model, arguments = FAMILIES[name]()
+        made.append(model.double())
+    return made[0], fastgan.convert(made[1]), arguments
+
+
+def numbers(model, arguments, seed=7):
+    """Outputs, gradients (first, then R1's), and buffers."""
+    torch.manual_seed(seed)
+    x = [a.clone().requires_grad_() if a.is_floating_point() else a for a in arguments]
+    inputs = [a for a in x if a.requires_grad]
+    outputs = tree_leaves(model(*x))
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    total = sum(y.square().sum() for y in outputs)
+    first = torch.autograd.grad(total, leaves + inputs, create_graph=True, allow_unused=True)
+    penalty = sum(g.square().sum() for g in first[len(leaves) :])
+    second = torch.autograd.grad(penalty, leaves, allow_unused=True)
+    found = [*first, *second]
+    return [[y.detach() for y in outputs], [None if t is None else t.detach() for t in found], list(model.buffers())]
+
+
+def assert_equal(ours, plain):
+    assert [y.stride() for y in ours[0]] == [y.stride() for y in plain[0]]
+    for a, b in zip(sum(ours, []), sum(plain, []), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 + 1e-11 * float(b.abs().max()) if b.numel() else 0)
+
+
+def groups(model):
+    return [group for graph in model.forward.graphs for group in graph.groups]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_keep_numbers_gradients_penalties_buffers_and_keys(name):
+    plain, ours, arguments = twins(name)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert [type(m).__name__ for m in ours.modules()] == [type(m).__name__ for m in plain.modules()]
+    for training in (True, False):
+        plain.train(training), ours.train(training)
+        assert_equal(numbers(ours, arguments), numbers(plain, arguments))
+    assert isinstance(ours.forward, Part) and len(groups(ours)) >= FUSED[name]
+
+
+@pytest.mark.parametrize("name", ["sngan d", "unet"])
+def test_the_backend_by_name_does_the_same(name):
+    plain, _, arguments = twins(name)
+    compiled = torch.compile(copy.deepcopy(plain), backend="fastgan")
+    assert_equal(numbers(compiled, arguments), numbers(plain, arguments))
+
+
+def test_another_batch_size_and_dtype_and_mode():
+    plain, ours, _ = twins("sngan g")
+    for n in (4, 7, 1, 3):
+        z = torch.randn(n, 16, dtype=torch.float64)
+        assert_equal(numbers(ours, (z,)), numbers(plain, (z,)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(z), plain(z))
+    plain.float(), ours.float()
+    torch.testing.assert_close(ours(z.float()), plain(z.float()), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_draws_the_same_masks():
+    plain, ours, (x,) = twins("unet")
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        results = []
+        for model in (ours, plain):
+            torch.manual_seed(3)
+            results.append(model(image))
+            results.append(torch.rand(3))
+        torch.testing.assert_close(results[:2], results[2:])
+
+
+# ---- what a user may do to the model afterwards ------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+def pair(model=None):
+    torch.manual_seed(0)
+    plain = (model or Block()).double()
+    return plain, fastgan.convert(copy.deepcopy(plain)), images()
+
+
+def test_hooks_are_called_with_what_they_saw_before():
+    plain, ours, x = pair()
+    numbers(ours, (x,))  # traced without a hook: the trace must not outlive it
+    seen = {}
+    for name, model in (("plain", plain), ("ours", ours)):
+        numbers(model, (x,)) if name == "plain" else None
+        model.norm.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, []).append(out.detach()))
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    torch.testing.assert_close(seen["ours"], seen["plain"])
+    assert "hooks" in str(fastgan.explain(ours))
+
+
+def test_global_hooks_see_every_module():
+    _, ours, x = pair()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m)))
+    try:
+        ours(x)
+    finally:
+        handle.remove()
+    assert seen == [nn.Conv2d, nn.BatchNorm2d, Block]
+
+
+def test_a_parametrization_added_later_is_seen():
+    plain, ours, x = pair()
+    ours(x), plain(x)
+    for model in (plain, ours):
+        torch.manual_seed(1)
+        nn.utils.parametrizations.spectral_norm(model.conv)
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+
+
+def test_layers_replaced_or_shared_are_seen():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = self.again = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return F.relu(self.again(F.relu(self.conv(x))))
+
+    plain, ours, x = pair(Shared())
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    for model in (plain, ours):
+        torch.manual_seed(2)
+        model.again = nn.Conv2d(3, 5, 1).double()
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+
+
+def test_graph_breaks_and_control_flow_that_depends_on_data(capsys):
+    class Branching(Block):
+        def forward(self, x):
+            h = super().forward(x)
+            print("seen", len(h))
+            if h.mean() > 0:  # data
+                h = F.relu(self.conv(x) + 1)
+            for _ in range(x.shape[0] % 3):
+                h = h * 1.5
+            return h
+
+    plain, ours, x = pair(Branching())
+    for sign in (1, -1, 1):
+        for model in (plain, ours):
+            model.norm.bias.data.fill_(sign)
+        for n in (4, 2):
+            assert_equal(numbers(ours, (x[:n],)), numbers(plain, (x[:n],)))
+    assert capsys.readouterr().out.count("seen") == 12
+
+
+def test_a_users_autograd_function_keeps_its_second_derivative():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            return 3 * x * x * g
+
+    class Cubed(Block):
+        def forward(self, x):
+            return Cube.apply(super().forward(x))
+
+    plain, ours, x = pair(Cubed())
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+
+
+def test_values_written_in_place_are_not_kept_for_a_derivative():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            h = F.leaky_relu(self.a(x), 0.2)  # PyTorch keeps the input, our op would keep h
+            h += self.b(x)
+            h[:, 0].mul_(2)
+            t = self.c(h)
+            u = F.relu(t)
+            t.add_(1)  # relu's input; its output is another tensor
+            return F.leaky_relu(u + t, 0.3)
+
+    plain, ours, x = pair(InPlace())
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+
+
+def test_a_value_with_two_readers_stays():
+    class Twice(Block):
+        def forward(self, x):
+            h = self.conv(x)
+            return F.relu(h) + torch.sigmoid(h), self.norm(h)
+
+    plain, ours, x = pair(Twice())
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+
+
+def test_copies_pickles_and_state_dicts():
+    plain, ours, x = pair()
+    want = numbers(plain, (x,))
+    ours(x), ours.load_state_dict(copy.deepcopy(plain).state_dict())
+    for twin in (copy.deepcopy(ours), __import__("pickle").loads(__import__("pickle").dumps(ours))):
+        twin.load_state_dict(Block().double().state_dict() | {k: v for k, v in ours.state_dict().items()})
+        assert twin.forward.owner is twin and twin.conv.weight is not ours.conv.weight
+        twin(x)
+        assert twin.forward.graphs and len(twin.forward.graphs) < 3
+    assert len(want) == len(numbers(ours, (x,)))
+
+
+def test_revert_takes_everything_back():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    holder = nn.ModuleDict({"chain": model, "block": Block()})
+    before = [type(m) for m in holder.modules()]
+    fastgan.convert(holder)
+    assert [type(m) for m in holder.modules()] != before and isinstance(holder["block"].forward, Part)
+    assert fastgan.revert(holder) is holder
+    assert [type(m) for m in holder.modules()] == before
+    assert all("forward" not in m.__dict__ for m in holder.modules())
+
+
+def test_trace_off_leaves_hand_written_forwards_alone():
+    model = fastgan.convert(SNDiscriminator(), trace="off")
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    with pytest.raises(ValueError, match="trace must be"):
+        fastgan.convert(model, trace="on")
+
+
+def test_where_dynamo_is_missing_everything_is_as_before(monkeypatch):
+    import sys
+
+    module = sys.modules["fastgan.convert"]
+    monkeypatch.setattr(module, "missing", lambda: "torch 1.0 has no Dynamo")
+    model = fastgan.convert(Block())
+    assert "forward" not in model.__dict__ and "no Dynamo" in str(fastgan.explain(model))
+
+
+def test_explain_lists_groups_by_source_line():
+    _, ours, x = pair()
+    report = fastgan.explain(ours, x)
+    rows = {r.name: r for r in report.rows}
+    assert rows["conv"].runs == "fastgan.conv2d + batch norm + leaky_relu"
+    assert rows["norm"].runs == "in the layer before it" and rows["conv"].where.startswith("test_trace.py:")
+    assert {op for op, _, _ in report.calls} == {"conv2d"}
+
+
+def test_proof_leaves_a_group_that_differs_to_pytorch(monkeypatch):
+    from fastgan.trace import rewrite
+
+    plain, _, x = pair()
+    model = copy.deepcopy(plain).eval()
+    wrong = lambda *args, **kwargs: fastgan.functional.conv2d_bn_act(*args, **kwargs) * 1.1
+    monkeypatch.setitem(rewrite.FOLDED, "conv2d", wrong)
+    with pytest.warns(UserWarning, match="left to PyTorch"):
+        fastgan.convert(model, example_input=x)
+    assert_equal(numbers(model, (x,)), numbers(plain.eval(), (x,)))
+    assert "numbers differ" in str(fastgan.explain(model))
+
+
+def test_a_part_that_plain_pytorch_runs_faster_is_left_to_it(monkeypatch):
+    from fastgan.trace import graphs
+
+    plain, ours, x = pair()
+    monkeypatch.setattr(graphs, "ours_is_faster", lambda *args: False)
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert "won the race" in str(fastgan.explain(ours))
+
+
+def test_gan_step_with_traced_networks_equals_the_plain_one():
+    def losses(convert):
+        torch.manual_seed(0)
+        g, d = SNGenerator().double(), SNDiscriminator().double()
+        if convert:
+            g, d = fastgan.convert(g), fastgan.convert(d)
+        adam = lambda m: torch.optim.Adam(m.parameters(), 1e-3, betas=(0.0, 0.9))
+        step = fastgan.GANStep(
+            g, d, latent=16, g_optimizer=adam(g), d_optimizer=adam(d), loss="hinge", penalty="r1", penalty_every=2,
+        )  # fmt: skip
+        return [float(v) for _ in range(4) for v in step(images()).values()]
+
+    torch.testing.assert_close(losses(True), losses(False), rtol=1e-7, atol=1e-9)
+
+
+def test_inductor_and_autocast_take_a_converted_model():
+    plain, ours, x = pair(UNet().eval())
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images(size=32)).shape, plain(images(size=32)).shape)
+    plain.float(), ours.float()
+    image = images(size=32).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(image), plain(image)
+    assert a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
