@@ -243,8 +243,10 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, 
         if error:
             for module, original in swapped:
                 module.__class__ = original
-            for forward in (*chains, *traced):
-                forward.remove()
+            for chain in chains:
+                chain.remove()
+            for part in traced:
+                part.remove()
             raise RuntimeError(f"convert: the converted model must give the same numbers, got {error}")
     return model
 
@@ -401,7 +403,8 @@ def _traced_rows(name: str, m: nn.Module, root: str, part: Part) -> list[Row]:
     kind = type(m).__name__
     refusal = part.refusal()
     found = [Row(name or "(model)", kind, *told) for told in part.told(name[len(root) :].lstrip(".")) if not refusal]
-    if found or list(m.children()):
+    is_leaf = not list(m.children())
+    if found or not is_leaf:
         return found
     return [Row(name or "(model)", kind, "torch", refusal or part.unfused())]
 

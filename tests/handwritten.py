@@ -16,7 +16,7 @@ def old(norm, layer):
         return getattr(nn.utils, norm)(layer)
 
 
-# ---- residual SNGAN: spectral norm in both forms, a projection of the label -------------------------------------------
+# ---- residual SNGAN: spectral norm in both forms, a projection of the label -----------------------------------------
 
 
 class SNBlock(nn.Module):
@@ -82,7 +82,7 @@ class SNGenerator(nn.Module):
         return torch.tanh(self.out(self.blocks(h)))
 
 
-# ---- pix2pix: a U-Net with skips and dropout, a PatchGAN ---------------------------------------------------------------
+# ---- pix2pix: a U-Net with skips and dropout, a PatchGAN ------------------------------------------------------------
 
 
 class UNet(nn.Module):
@@ -120,7 +120,7 @@ class PatchGAN(nn.Module):
         return self.out(h)
 
 
-# ---- HiFi-GAN: 1-D, weight norm, discriminators by period and by scale, lists of logits and features -------------------
+# ---- HiFi-GAN: 1-D, weight norm, discriminators by period and by scale, lists of logits and features ----------------
 
 
 class ResStack(nn.Module):
@@ -130,12 +130,10 @@ class ResStack(nn.Module):
         self.first = nn.ModuleList(
             [wrap(nn.Conv1d(channels, channels, kernel, dilation=d, padding=same(d))) for d in (1, 3, 5)]
         )
-        self.second = nn.ModuleList(
-            [wrap(nn.Conv1d(channels, channels, kernel, padding=same(1))) for _ in range(3)]
-        )
+        self.second = nn.ModuleList([wrap(nn.Conv1d(channels, channels, kernel, padding=same(1))) for _ in range(3)])
 
     def forward(self, x):
-        for a, b in zip(self.first, self.second):
+        for a, b in zip(self.first, self.second, strict=True):
             h = F.leaky_relu(x, 0.1)
             h = F.leaky_relu(a(h), 0.1)
             x = b(h) + x
@@ -155,7 +153,7 @@ class Vocoder(nn.Module):
 
     def forward(self, x):
         x = self.pre(x)
-        for up, stacks in zip(self.ups, self.stacks):
+        for up, stacks in zip(self.ups, self.stacks, strict=True):
             x = up(F.leaky_relu(x, 0.1))
             total = None
             for stack in stacks:
@@ -223,7 +221,7 @@ class VocoderDiscriminators(nn.Module):
         return logits, features
 
 
-# ---- StyleGAN without custom ops: equalised rates, modulation, noise, minibatch deviation ------------------------------
+# ---- StyleGAN without custom ops: equalised rates, modulation, noise, minibatch deviation ---------------------------
 
 
 class EqualConv(nn.Module):

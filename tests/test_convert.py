@@ -109,7 +109,7 @@ def test_what_is_left_alone_and_why():
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), nn.Tanh(),
     )  # fmt: skip
     twin = copy.deepcopy(model)
-    fastgan.convert(model)
+    fastgan.convert(model, trace="off")
     rows = {r.name: r for r in fastgan.explain(model).rows}
     assert "hand-written" in rows["0.conv"].why and rows["0.conv"].runs == "torch"
     assert rows["1"].why == "has hooks" and rows["6"].why == "a subclass of a torch layer"

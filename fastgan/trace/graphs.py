@@ -63,9 +63,7 @@ def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., 
     return traced(module, example_inputs) or module.forward
 
 
-def traced(
-    module: fx.GraphModule, example_inputs: list[Any], left: Collection[tuple[str, str]] = ()
-) -> Graph | None:
+def traced(module: fx.GraphModule, example_inputs: list[Any], left: Collection[tuple[str, str]] = ()) -> Graph | None:
     """The graph with its groups, or None where there is nothing in it to fuse; left: groups that stay as they are."""
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in TRANSPARENT:

@@ -113,7 +113,7 @@ class Part:
 
     # ---- what it tells ----------------------------------------------------------------------------------------------
 
-    def keys(self) -> set[tuple[str, str]]:
+    def groups(self) -> set[tuple[str, str]]:
         """(what runs as one, its source line) of every group in the graphs so far."""
         return {group.key for graph in self.graphs for group in graph.groups}
 
@@ -167,7 +167,7 @@ def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(owner).forward(owner, *args, **kwargs)
 
 
-# ---- which modules become parts ---------------------------------------------------------------------------------------
+# ---- which modules become parts -------------------------------------------------------------------------------------
 
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm,

@@ -30,7 +30,7 @@ class Proof:
         said = self._compared()
         if not said or not parts:
             return said
-        groups = {key for part in parts for key in part.keys()}
+        groups = {key for part in parts for key in part.groups()}
         faulty = {key for key in groups if self._with_only(parts, groups - {key})}
         for part in parts:
             part.leave(faulty, f"left to PyTorch: its numbers differ ({said})")

@@ -1,12 +1,12 @@
 """The graph rewriter: which neighbours in a traced graph run as one op of ours.
 
-A graph is what Dynamo makes of a hand-written forward: torch-level calls, in order, with the shapes that it saw. PATTERNS
-says which calls can begin a group; a group goes on while the last call's only reader is the next one. Only the calls of a
-group are replaced, so that everything else, random numbers and in-place updates of buffers included, happens as before
-and in the same order.
+A graph is what Dynamo makes of a hand-written forward: torch-level calls, in order, with the shapes that it saw.
+PATTERNS says which calls can begin a group; a group goes on while the last call's only reader is the next one. Only the
+calls of a group are replaced, so that everything else, random numbers and in-place updates of buffers included, happens
+as before and in the same order.
 
 Two things forbid a fusion. A value with a second reader must exist by itself. A value that is written to in place later
-must not be one that our ops keep for their derivatives: they keep an activation's output, where PyTorch keeps its input.
+must not be one that our ops keep for their derivatives: they keep a leaky ReLU's output, where PyTorch keeps its input.
 """
 
 from __future__ import annotations
@@ -141,7 +141,10 @@ PATTERNS: dict[Any, Pattern] = {
     ),
     operator.add: SUM, operator.iadd: SUM, torch.add: SUM, "add": SUM, "add_": SUM,
 }  # fmt: skip
-FOLDED = {"conv2d": functional.conv2d_bn_act, "conv_transpose2d": functional.conv_transpose2d_bn_act}
+FOLDED: dict[str, Callable[..., Tensor]] = {
+    "conv2d": functional.conv2d_bn_act,
+    "conv_transpose2d": functional.conv_transpose2d_bn_act,
+}
 
 ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
@@ -190,7 +193,7 @@ def _writes(node: fx.Node) -> Any:
         changes = node.op == "call_function" and (
             node.target in INPLACE or (name.startswith("i") and getattr(operator, name, None) is node.target)
         )
-    if changes or node.kwargs.get("inplace") is True or True in node.args[1:] and "inplace" in _names(node.target):
+    if changes or node.kwargs.get("inplace") is True or (True in node.args[1:] and "inplace" in _names(node.target)):
         return node.args[0] if node.args else None
     return node.kwargs.get("out")
 
@@ -279,7 +282,8 @@ def _group(node: fx.Node, pattern: Pattern, written: dict, order: dict) -> Group
         return _sum(node, arguments, written)
     if pattern.fits(arguments) or arguments["x"] is None:
         return None
-    nodes, names, target = [node], [pattern.name], pattern.fused
+    nodes, names = [node], [pattern.name]
+    target: Callable[..., Tensor] = pattern.fused
     activations = pattern.activations
     norm = _following(node, {F.batch_norm: True}) if pattern.name in FOLDED else None
     if norm is not None and not _written_by_others(node, [norm], written):
@@ -312,7 +316,7 @@ def _following(node: fx.Node, table: dict[Any, Any]) -> fx.Node | None:
 
 
 def _absorbed(node: fx.Node, activation: fx.Node, allowed: tuple[str, ...], written: dict) -> bool:
-    """Whether a call may compute the activation after it. The activation itself may write in place: then nobody sees."""
+    """Whether a call may compute the activation after it, which may itself write in place: nobody sees that."""
     if ACTIVATIONS[activation.target] not in allowed or _slope(activation) is None or "out" in activation.kwargs:
         return False
     return not _written_by_others(node, [activation], written) and not _written_by_others(activation, [], written)
