@@ -39,6 +39,20 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=memory_format(channels_last))
 
 
+def laid_out(y: Tensor, channels_last: bool) -> Tensor:
+    """`dense`, with exactly the strides that torch gives a new tensor of that layout.
+
+    One channel or one pixel makes both layouts the same memory; what comes later still goes by the strides: a dropout
+    draws its mask in their order.
+    """
+    y = dense(y, channels_last)
+    if y.dim() != 4 or (y.shape[1] > 1 and y.shape[2] * y.shape[3] > 1):
+        return y
+    _, c, h, w = y.shape
+    strides = (1, w * c, c) if channels_last else (h * w, w, 1)
+    return y.as_strided(y.shape, (c * h * w, *strides))
+
+
 def empty(shape: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last))
 

@@ -264,9 +264,10 @@ def revert(model: nn.Module) -> nn.Module:
         forward = m.__dict__.get("forward")
         if isinstance(forward, Chain | Part):
             forward.remove()
-        if type(m) in OPS:
-            m.__dict__.pop("stat_groups", None)
-            m.__class__ = next(plain for plain, fused in FUSED.items() if fused is type(m))
+        for plain, fused in FUSED.items():
+            if type(m) is fused:
+                m.__dict__.pop("stat_groups", None)
+                m.__class__ = plain
     return model
 
 

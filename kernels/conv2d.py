@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan._layout import CHANNELS_LAST, empty, laid_out
 from fastgan._op import OPS
 from fastgan.choice import Backend
 from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
@@ -130,7 +130,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope
         "conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry),
         lambda config: _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, None, config),
     )  # fmt: skip
-    return dense(y, channels_last(x, weight))
+    return laid_out(y, channels_last(x, weight))
 
 
 def conv2d_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):
@@ -143,7 +143,7 @@ def conv2d_statistics(x, weight, bias, stride, padding, dilation, groups, stat_g
             return y, *batch_statistics(y, stat_groups)
         statistics = Statistics(stat_groups)
         y = _launch(x_, weight_, bias, shape, geometry, epilogue, product, statistics, config)
-        return dense(y, channels_last(x, weight)), *statistics.finish(shape[1])
+        return laid_out(y, channels_last(x, weight)), *statistics.finish(shape[1])
 
     case = tuple(x.shape), shape, tuple(weight.shape), geometry, stat_groups
     return tuned("conv2d_statistics", x_, product, case, run, (APART,))

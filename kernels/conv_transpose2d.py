@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan._layout import CHANNELS_LAST, empty, laid_out
 from fastgan._op import OPS
 from fastgan.choice import Backend
 from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
@@ -196,7 +196,7 @@ class _Call:
         )
         if self.launched is not self.shape:
             y = y.view(self.shape[0], *self.shape[2:], self.shape[1]).permute(0, 3, 1, 2)
-        return dense(y, self.channels_last)
+        return laid_out(y, self.channels_last)
 
 
 def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):

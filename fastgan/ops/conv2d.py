@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last
+from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last, laid_out
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import Backend, has_kernel, triton
 from fastgan.ops.bias_act import epilogue_backward
@@ -161,7 +161,7 @@ def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail)
     core.call(
         kernel, x, plan(core.module(), tuple(x.shape), shape, *geometry), code, x_, w, code, w.stride(), bias, y, *tail
     )
-    return dense(y, channels_last(x, weight))
+    return laid_out(y, channels_last(x, weight))
 
 
 def launch(core, x, weight, bias, stride, padding, dilation, groups, activation, slope):
