@@ -93,3 +93,73 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+# ---- scales, averages, two-sided smoothing ----------------------------------------------------------------------------
+
+
+def average(f, r, side):
+    if side == "d":
+        return SP(-(r - f.mean())).mean() + SP(f - r.mean()).mean()
+    return SP(-(f - r.mean())).mean() + SP(r - f.mean()).mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["d", "g"])
+def test_the_average_form_equals_its_formula_to_second_order(side, dtype, backend):
+    f, r = torch.randn(3, 1, 5, 6, dtype=torch.float64), torch.randn(4, 1, 5, 6, dtype=torch.float64)
+    ours = lambda f, r: functional.gan_loss(f, r, kind="relativistic-average", side=side)
+    against_plain(ours, lambda f, r: average(f, r, side), (f, r), dtype, torch.contiguous_format, backend)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["d", "g"])
+def test_scales_are_summed_with_their_weights_to_second_order(side, kind):
+    shapes, weights = [(3, 1, 7, 5), (3, 1, 3, 2), (3, 1)], [1.0, 0.5, 2.0]
+    logits = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes + shapes]
+    ours = lambda *t: functional.gan_loss(list(t[:3]), tuple(t[3:]), kind=kind, side=side, weights=weights)
+
+    def plain(*t):
+        used = [PLAIN[kind, side](f, r) for f, r in zip(t[:3], t[3:], strict=True)]
+        return sum(w * loss for w, loss in zip(weights, used, strict=True))
+
+    needed = logits if side == "d" or kind == "relativistic" else logits[:3]
+    results = []
+    for run in (ours, plain):
+        loss = run(*logits)
+        first = torch.autograd.grad(loss, needed, create_graph=True)
+        second = torch.autograd.grad(
+            sum(g.pow(2).sum() + 0 * t.sum() for g, t in zip(first, needed, strict=True)), needed
+        )
+        results.append([loss, *first, *second])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    unweighted = functional.gan_loss(logits[:3], logits[3:], kind=kind, side=side)
+    one = [functional.gan_loss(f, r, kind=kind, side=side) for f, r in zip(logits[:3], logits[3:], strict=True)]
+    torch.testing.assert_close(unweighted, sum(one))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["bce", "minimax", "lsgan"])
+def test_two_sided_smoothing_has_both_targets(kind, backend):
+    def plain(f, r):
+        targets = torch.full_like(r, 0.9), torch.full_like(f, 0.2)
+        if kind == "lsgan":
+            return sum(0.5 * F.mse_loss(a, t) for a, t in zip((r, f), targets, strict=True))
+        return sum(F.binary_cross_entropy_with_logits(a, t) for a, t in zip((r, f), targets, strict=True))
+
+    f, r = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64) + 1
+    ours = lambda f, r: functional.gan_loss(f, r, kind=kind, side="d", label_smoothing=(0.1, 0.2))
+    for dtype in DTYPES:
+        against_plain(ours, plain, (f, r), dtype, torch.contiguous_format, backend)
+
+
+def test_what_scales_must_be():
+    x = torch.randn(4)
+    with pytest.raises(ValueError, match="as many scales"):
+        functional.gan_loss([x, x], [x], kind="bce", side="d")
+    with pytest.raises(ValueError, match="one number a scale"):
+        functional.gan_loss([x, x], [x, x], kind="bce", side="d", weights=[1.0])
+    with pytest.raises(TypeError, match="tensors or lists"):
+        functional.gan_loss([[x]], [[x]], kind="bce", side="d")

@@ -2,60 +2,147 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from fastgan._layout import accumulation_dtype
 from fastgan.ops import gan_loss as _gan_loss
+
+KINDS = (*_gan_loss.KINDS, "relativistic-average")
+RELATIVE = ("relativistic", "relativistic-average")  # these compare real with fake logits, on both sides
+
+Logits = Tensor | Sequence[Tensor]
 
 
 def gan_loss(
-    logits_fake: Tensor,
-    logits_real: Tensor | None = None,
+    logits_fake: Logits,
+    logits_real: Logits | None = None,
     *,
     kind: str,
     side: str,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | tuple[float, float] = 0.0,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """An adversarial loss of discriminator logits (before any sigmoid).
+    """An adversarial loss of discriminator logits (before any sigmoid), differentiable twice.
 
     Args:
-        logits_fake: D(fake), any shape, floating.
-        logits_real: D(real); needed for side "d" and for kind "relativistic" (then of logits_fake's shape).
+        logits_fake: D(fake), any shape, floating; or a list or tuple of them, one for each scale.
+        logits_real: D(real), likewise; needed for side "d" and for the relativistic kinds (for "relativistic", which
+            pairs sample with sample, of logits_fake's shape).
         kind: "bce" (non-saturating), "minimax", "lsgan", "hinge", "wasserstein" or "relativistic"; the formulas are in
             `fastgan.ops.gan_loss`. lsgan carries the factor 1/2 of Mao et al.; twice the loss is the plain square.
+            "relativistic-average" compares each logit with the other kind's mean (Jolicoeur-Martineau 2018), sp the
+            softplus: D mean sp(-(r - mean f)) + mean sp(f - mean r), G mean sp(-(f - mean r)) + mean sp(r - mean f).
         side: "d" for the discriminator's loss, "g" for the generator's.
-        label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan on side "d").
+        label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan on side "d"); a pair
+            (s, t) smooths both sides: real logits' target is 1 - s, fake logits' is t.
+        weights: of the scales; None: 1 each. The loss is the weighted sum of the scales' losses.
 
     Returns:
         The scalar loss in the logits' dtype.
+
+    Raises:
+        ValueError: an unknown kind or side, logits missing, shapes or numbers of scales that do not fit.
+        TypeError: dtypes that differ, logits that are not floating.
     """
-    return gan_loss_statistics(logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing)[0]
+    return gan_loss_statistics(
+        logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing, weights=weights
+    )[0]
 
 
 def gan_loss_statistics(
-    logits_fake: Tensor,
-    logits_real: Tensor | None = None,
+    logits_fake: Logits,
+    logits_real: Logits | None = None,
     *,
     kind: str,
     side: str,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | tuple[float, float] = 0.0,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gan_loss` and, from the same pass, [6] statistics: mean logit, mean sigmoid, accuracy, each real then fake."""
+    """`gan_loss` and, from the same pass, [6] statistics: mean logit, mean sigmoid, accuracy, each real then fake.
+
+    Those of several scales are averaged.
+    """
+    if isinstance(logits_fake, Tensor) and not isinstance(logits_real, list | tuple):
+        scale = 1.0 if weights is None else _weights(weights, 1)[0]
+        loss, statistics = _scale(logits_fake, logits_real, kind, side, label_smoothing)  # type: ignore[arg-type]
+        return (loss if scale == 1.0 else scale * loss), statistics
+    fakes, reals = _scales(logits_fake, logits_real)
+    factors = _weights(weights, len(fakes))
+    parts = [_scale(f, r, kind, side, label_smoothing) for f, r in zip(fakes, reals, strict=True)]
+    loss = torch.stack([factor * part[0] for factor, part in zip(factors, parts, strict=True)]).sum()
+    return loss, torch.stack([part[1] for part in parts]).mean(0)
+
+
+def _scales(fake: Logits, real: Logits | None) -> tuple[list[Tensor], list[Tensor | None]]:
+    fakes = [fake] if isinstance(fake, Tensor) else list(fake)
+    reals: list[Tensor | None] = (
+        [None] * len(fakes) if real is None else list([real] if torch.is_tensor(real) else real)
+    )
+    if not fakes or len(fakes) != len(reals):
+        raise ValueError(f"gan_loss: fake and real logits must have as many scales, got {len(fakes)} and {len(reals)}")
+    return fakes, reals
+
+
+def _weights(weights: Sequence[float] | None, scales: int) -> list[float]:
+    factors = [1.0] * scales if weights is None else [float(w) for w in weights]
+    if len(factors) != scales:
+        raise ValueError(f"gan_loss: weights must have one number a scale, got {len(factors)} for {scales} scales")
+    return factors
+
+
+def _scale(
+    fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float | tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """(loss, statistics) of one scale."""
+    of_real, of_fake = smoothing if isinstance(smoothing, tuple | list) else (smoothing, 0.0)
+    _check(fake, real, kind, side, bool(of_real or of_fake))
+    if kind == "relativistic-average" and real is not None:
+        return _relative_to_the_mean(fake, real, side)
+    loss, statistics = _gan_loss.op(fake, real, kind, side, float(of_real))
+    if of_fake and side == "d":
+        # of bce, minimax and lsgan alike, a target t of the fake logits takes away t mean f, and lsgan's square adds
+        wide = fake.to(accumulation_dtype(fake.dtype))
+        square = of_fake**2 / 2 if kind == "lsgan" else 0.0
+        loss = loss + (square - of_fake * wide.mean()).to(loss.dtype)
+    return loss, statistics
+
+
+def _relative_to_the_mean(fake: Tensor, real: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """The average form is bce of the logits, each less the other kind's mean; G's has the two kinds exchanged."""
+    f, r = (t.to(accumulation_dtype(t.dtype)) for t in (fake, real))
+    less_f, less_r = f - r.mean(), r - f.mean()
+    if side == "d":
+        loss = _gan_loss.op(less_f, less_r, "bce", "d", 0.0)[0]
+    else:
+        loss = _gan_loss.op(less_r, less_f, "bce", "d", 0.0)[0]
+    with torch.no_grad():
+        statistics = _gan_loss.op(fake, real, "bce", "d", 0.0)[1]
+    return loss.to(fake.dtype), statistics
+
+
+def _check(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothed: bool) -> None:
+    """One clear sentence for what does not fit."""
     name = "gan_loss"
-    if kind not in _gan_loss.KINDS:
-        raise ValueError(f"{name}: kind must be one of {', '.join(_gan_loss.KINDS)}, got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if side not in _gan_loss.SIDES:
         raise ValueError(f'{name}: side must be "d" or "g", got {side!r}')
-    if logits_real is None and (side == "d" or kind == "relativistic"):
+    if not isinstance(fake, Tensor) or not isinstance(real, Tensor | None):
+        kinds = f"{type(fake).__name__} and {type(real).__name__}"
+        raise TypeError(f"{name}: logits must be tensors or lists of tensors, got {kinds}")
+    if real is None and (side == "d" or kind in RELATIVE):
         raise ValueError(f"{name}: logits_real must be given for kind {kind!r} on side {side!r}, got None")
-    if logits_real is not None and kind == "relativistic" and logits_real.shape != logits_fake.shape:
+    if real is not None and kind == "relativistic" and real.shape != fake.shape:
         raise ValueError(
-            f"{name}: relativistic pairing needs equal shapes, got fake {tuple(logits_fake.shape)} and real "
-            f"{tuple(logits_real.shape)}"
+            f"{name}: relativistic pairing needs equal shapes, got fake {tuple(fake.shape)} and real "
+            f"{tuple(real.shape)}"
         )
-    if logits_real is not None and logits_real.dtype != logits_fake.dtype:
-        raise TypeError(f"{name}: logits must have one dtype, got {logits_fake.dtype} and {logits_real.dtype}")
-    if not logits_fake.is_floating_point():
-        raise TypeError(f"{name}: logits must be floating tensors, got {logits_fake.dtype}")
-    if label_smoothing and kind not in _gan_loss.SMOOTHED:
+    if real is not None and real.dtype != fake.dtype:
+        raise TypeError(f"{name}: logits must have one dtype, got {fake.dtype} and {real.dtype}")
+    if not fake.is_floating_point():
+        raise TypeError(f"{name}: logits must be floating tensors, got {fake.dtype}")
+    if smoothed and kind not in _gan_loss.SMOOTHED:
         raise ValueError(f"{name}: label_smoothing needs one of {', '.join(_gan_loss.SMOOTHED)}, got kind {kind!r}")
-    return _gan_loss.op(logits_fake, logits_real, kind, side, float(label_smoothing))
