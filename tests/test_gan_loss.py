@@ -95,7 +95,7 @@ def test_errors():
             call()
 
 
-# ---- scales, averages, two-sided smoothing ----------------------------------------------------------------------------
+# ---- scales, averages, two-sided smoothing ---------------------------------------------------------------------------
 
 
 def average(f, r, side):

@@ -1,5 +1,6 @@
 import collections
 import copy
+import functools
 
 import pytest
 import torch
@@ -197,3 +198,66 @@ def test_untidy_discriminators_pass_and_stay_as_they_are():
     assert all(torch.equal(v, before[name]) for name, v in d.state_dict().items())
     assert torch.equal(state, torch.get_rng_state()) and d.training and d.dropout.training
     assert_penalty_complete(nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).requires_grad_(False), x)
+
+
+# ---- whatever a discriminator is and returns --------------------------------------------------------------------------
+
+
+class Scales(nn.Module):
+    """Logits at two scales and features, in whatever form is asked for."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 3)
+        self.form = form
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        a, b = self.head(h), self.head(torch.nn.functional.avg_pool2d(h, 2))
+        forms = {
+            "list": [a, b], "tuple": (a, b), "logits, features": (a, [h, h]), "logits, feature": (a, h),
+            "lists of both": ([a, b], [[h], [h]]), "dict": {"features": h, "logits": a},
+            "feature lists": [[h, a], [h, b]], "logits, nothing": (a, None), "one in a dict": {"score": a},
+        }  # fmt: skip
+        return forms[self.form]
+
+
+BOTH = ("list", "tuple", "lists of both", "feature lists")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [*BOTH, "logits, features", "logits, feature", "dict", "logits, nothing", "one in a dict"],
+)
+@pytest.mark.parametrize("kind", ["r1", "wgan-gp"])
+def test_outputs_of_every_form(form, kind):
+    torch.manual_seed(0)
+    d = Scales(form).double()
+    real, fake = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
+    plain = Scales("list").double()
+    plain.load_state_dict(d.state_dict())
+
+    def logits(x):
+        a, b = plain(x)
+        return torch.cat([a.flatten(1), b.flatten(1)], 1) if form in BOTH else a
+
+    found = []
+    for model, parameters in ((d, d.parameters()), (logits, plain.parameters())):
+        rng = torch.Generator().manual_seed(1)
+        penalty = functional.gradient_penalty(model, real, fake, kind=kind, weight=10.0, generator=rng)
+        found.append([penalty, *torch.autograd.grad(penalty, list(parameters), allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-10))
+
+
+def test_a_function_a_method_and_a_partial_are_discriminators_too():
+    d = Scales("tuple").double()
+    real = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    want = functional.gradient_penalty(d, real, kind="r1", weight=1.0)
+    for call in (lambda x: d(x), d.forward, functools.partial(d.__call__)):
+        torch.testing.assert_close(functional.gradient_penalty(call, real, kind="r1", weight=1.0), want)
+
+
+def test_an_output_without_logits_gets_one_sentence():
+    with pytest.raises(TypeError, match="output must be logits"):
+        functional.gradient_penalty(lambda x: {"a": x, "b": x}, torch.randn(2, 3), kind="r1", weight=1.0)

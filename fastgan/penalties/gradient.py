@@ -7,10 +7,14 @@ Two routes give them, chosen by what the discriminator is made of: forward ops a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastgan._layout import accumulation_dtype
+from fastgan._logits import logits_of
 from fastgan.ops import interpolate
 from fastgan.penalties import linearised, tape
 from fastgan.penalties.linearised import logits_and_squared_norms as forward_logits_and_norms
@@ -31,7 +35,7 @@ SQUARED = ("r1", "r2", "r1r2")  # weight/2 mean |g|^2, at the loss's own samples
 
 
 def gradient_penalty(
-    discriminator: nn.Module,
+    discriminator: Callable[..., Any],
     real: Tensor,
     fake: Tensor | None = None,
     *,
@@ -43,7 +47,8 @@ def gradient_penalty(
     """The gradient penalty of a discriminator, differentiable once more.
 
     Args:
-        discriminator: any module x -> logits (or x, labels -> logits).
+        discriminator: any module or function x -> logits (or x, labels -> logits). Of several logits, in a list, tuple
+            or dict or beside features (`fastgan._logits.logits_of`), the gradient is that of their sum.
         real: [N, *] real samples.
         fake: [N, *] generated samples; needed for "wgan-gp", "r2" and "r1r2".
         kind: "wgan-gp": weight mean (|g| - 1)^2 at e real + (1-e) fake, one uniform e a sample (Gulrajani et al. 2017);
@@ -74,11 +79,11 @@ def squared_penalty(squared_norms: list[Tensor], weight: float) -> Tensor:
     return 0.5 * weight * torch.stack([q.mean() for q in squared_norms]).sum()
 
 
-def logits_and_norms(discriminator: nn.Module, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def logits_and_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None = None) -> tuple[Any, Tensor]:
     """A discriminator's logits and, from the same pass, the squared norm of each sample's gradient.
 
     Args:
-        discriminator: any module x -> logits (or x, labels -> logits).
+        discriminator: any module or function x -> logits (or x, labels -> logits), as `gradient_penalty` takes it.
         x: [N, *] samples, floating.
         labels: [N] passed to the discriminator as its second argument, or None.
 
@@ -102,7 +107,7 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
     return real + 0.5 * real.std() * noise
 
 
-def _squared_norms(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+def _squared_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None) -> Tensor:
     """|dD/dx|^2 of each sample, [N], as a differentiable function of the parameters."""
     if not torch.compiler.is_dynamo_compiling():
         return _norms_alone(discriminator, x, labels)
@@ -114,7 +119,7 @@ def _squared_norms(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -
     # handed over whole to AOTAutograd, which runs this very code on its tracing tensors
     rest = () if labels is None else (labels,)  # it takes no None
     # read here, so that the compiled code is guarded by the modes that it was made for
-    modes = [m.training for m in discriminator.modules()]
+    modes = [m.training for m in discriminator.modules()] if isinstance(discriminator, nn.Module) else []
     norms: Tensor = torch._dynamo.nonstrict_trace(_norms_in_modes)(discriminator, modes, x, *rest)
     return norms
 
@@ -123,23 +128,26 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-def _norms_in_modes(discriminator: nn.Module, modes: list[bool], x: Tensor, labels: Tensor | None = None) -> Tensor:
+def _norms_in_modes(
+    discriminator: Callable[..., Any], modes: list[bool], x: Tensor, labels: Tensor | None = None
+) -> Tensor:
     return _norms_alone(discriminator, x, labels)
 
 
-def _norms_alone(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+def _norms_alone(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None) -> Tensor:
     x = x.detach()
     found = linearised.logits_and_squared_norms(discriminator, x, labels, loss=False)
     return (_double_backward(discriminator, x, labels) if found is None else found)[1]
 
 
-def _double_backward(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(logits, squared norms) by autograd, for any discriminator."""
+def _double_backward(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None) -> tuple[Any, Tensor]:
+    """(output, squared norms) by autograd, for any discriminator."""
     x = x if x.requires_grad else x.detach().requires_grad_(True)
     with torch.enable_grad(), linearised.eagerly(discriminator):
-        logits = discriminator(x) if labels is None else discriminator(x, labels)
-        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-        return logits, tape.squared_norms(gradient)
+        output = discriminator(x) if labels is None else discriminator(x, labels)
+        total = torch.stack([logits.sum() for logits in logits_of(output)]).sum()
+        (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+        return output, tape.squared_norms(gradient)
 
 
 def _norm(squared: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ _verdicts: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakK
 
 
 def logits_and_squared_norms(
-    discriminator: nn.Module, x: Tensor, labels: Tensor | None = None, *, loss: bool = True
+    discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None = None, *, loss: bool = True
 ) -> tuple[Tensor, Tensor] | None:
     """(logits, |d sum(logits) / dx|^2 of each sample) by forward ops, or None where the discriminator does not qualify.
 
@@ -41,7 +41,7 @@ def logits_and_squared_norms(
     call with the same modules, modes and dtypes declines at once.
 
     Args:
-        discriminator: any module x -> logits (or x, labels -> logits).
+        discriminator: x -> logits (or x, labels -> logits); a function that is no module does not qualify.
         x: [N, *]; taken as a constant.
         labels: [N], the second argument, or None.
         loss: whether the logits will be differentiated; False keeps less.
@@ -50,6 +50,8 @@ def logits_and_squared_norms(
         logits of whatever shape the discriminator gives, and [N] squared norms, float32 (float64 for float64). Both
         are differentiable once with respect to whatever the weights depend on.
     """
+    if not isinstance(discriminator, nn.Module):
+        return None
     compiling = torch.compiler.is_compiling()
     key = None if compiling else _fingerprint(discriminator, x, labels)
     if not compiling and _verdicts.get(discriminator, (None, ""))[0] == key and _verdicts[discriminator][1]:
@@ -131,9 +133,10 @@ def _unsuited(discriminator: nn.Module, x: Tensor) -> str:
     return ""
 
 
-def eagerly(discriminator: nn.Module) -> contextlib.AbstractContextManager:
+def eagerly(discriminator: Callable[..., Any]) -> contextlib.AbstractContextManager:
     """Compiled parts run as the Python that they were compiled from: a compiled graph would hide its ops."""
-    compiled = any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in discriminator.modules())
+    modules = discriminator.modules() if isinstance(discriminator, nn.Module) else ()
+    compiled = any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in modules)
     if not compiled or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     manager: contextlib.AbstractContextManager = torch.compiler.set_stance("force_eager")
