@@ -2,9 +2,11 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+# A process a core; tests move to the process that has none left.
+SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo recipes test check lint types docs bench evidence scaling quality slow cuda arm gpu-static clean
+.PHONY: help setup demo recipes test slowest check lint types docs bench evidence scaling quality slow cuda arm gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -45,7 +47,10 @@ recipes: setup  ## train the penalty recipes at reduced width, five minutes each
 	done
 
 test: check  ## everything that CI runs: lint, types, docs, tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --durations 20 --junitxml build/tests.xml $(SPREAD)
+
+slowest:  ## the twenty slowest tests of the last `make test`, into docs/evidence/tests.md
+	$(BIN)/python tests/slowest.py
 
 check: lint types docs
 
@@ -75,12 +80,23 @@ quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 m
 	$(BIN)/python benchmarks/quality.py
 
 slow: setup  ## the long sweeps that `make test` leaves out, and `make cuda` where nvcc is found
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(SPREAD)
 	if command -v nvcc; then $(MAKE) cuda; else echo "no nvcc here: csrc/cuda was not built ahead of time"; fi
 
 cuda: setup  ## every CUDA kernel built ahead of time by nvcc, as in a wheel, beside the installed core
 	FASTGAN_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
 	cd build/cuda/fastgan && $(abspath $(BIN))/python -c "import torch, _C; print(_C.build_info()['cuda'])"
+
+ARM     ?= aarch64-linux-gnu-g++
+PROGRAM := build/aarch64/convolutions
+
+arm:  ## the portable kernels compiled for aarch64, and their convolutions run under qemu against sums in double
+	@command -v $(ARM) qemu-aarch64 >/dev/null || { echo "make arm needs a cross compiler and an emulator:" \
+		"apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	mkdir -p $(dir $(PROGRAM))
+	$(ARM) -std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -fopenmp -static \
+		-DISA=portable -Icsrc tests/emulation/aarch64/convolutions.cpp csrc/dispatch.cpp csrc/cpu/*.cpp -o $(PROGRAM)
+	qemu-aarch64 $(PROGRAM)
 
 gpu-static: setup  ## every GPU kernel compiled for every card, checked; writes the tables in docs/evidence/gpu-compiled.md
 	$(BIN)/python tests/emulation/triton_static.py

@@ -1,21 +1,32 @@
-"""Every test: fixed seed, two threads, a private cache, freshly raced backends."""
+"""Every test: fixed seed, one thread, freshly raced backends; every process: a cache of its own.
 
+One thread, so that the processes of `pytest --numprocesses auto` fill the cores and no more; a test for several asks
+for them by its own call, or by @pytest.mark.threads(n).
+"""
+
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ["FASTGAN_CACHE"] = tempfile.mkdtemp(prefix="fastgan-test-")
 os.environ.pop("FASTGAN_BACKEND", None)
+# Threads that wait for each other sleep: spinning, they would take the core that the other process computes on.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
 import fastgan
 
+atexit.register(shutil.rmtree, os.environ["FASTGAN_CACHE"], ignore_errors=True)
+
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request):
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    threads = request.node.get_closest_marker("threads")
+    torch.set_num_threads(threads.args[0] if threads else 1)
     yield
     fastgan.backend("auto")
 

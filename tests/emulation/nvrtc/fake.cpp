@@ -33,6 +33,7 @@ const char* fake_text() { return text.c_str(); }
 void fake_reset() {
   text.clear();
   failing.clear();
+  watched.clear();
 }
 void fake_fail(const char* function) { failing = function; }
 void fake_watch(const char* part, const int* bytes, int count) { watched[part].assign(bytes, bytes + count); }
