@@ -200,7 +200,7 @@ def test_untidy_discriminators_pass_and_stay_as_they_are():
     assert_penalty_complete(nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).requires_grad_(False), x)
 
 
-# ---- whatever a discriminator is and returns --------------------------------------------------------------------------
+# ---- whatever a discriminator is and returns --------------------------------------------------------------------
 
 
 class Scales(nn.Module):
