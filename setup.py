@@ -356,7 +356,7 @@ packages += [f"fastgan.{name}" for name in find_packages(include=["kernels", "ke
 setup(
     packages=packages,
     package_dir={"fastgan.kernels": "kernels"},
-    package_data={"fastgan": [FAILURE_NAME], "fastgan.data": ["bundled/*"]},
+    package_data={"fastgan": [FAILURE_NAME], "fastgan.data": ["bundled/*"], "fastgan.metrics": ["small.npz"]},
     ext_modules=[Extension("fastgan._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

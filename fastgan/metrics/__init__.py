@@ -1,5 +1,28 @@
-"""How far generated images are from real ones, without a pretrained network."""
+"""How far generated images are from real ones: distances between features, and one without a network."""
 
+from fastgan.metrics.backbones import Backbone, cached_features, features, load_backbone
+from fastgan.metrics.distances import (
+    DensityCoverage,
+    PrecisionRecall,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    pairwise_diversity,
+    precision_recall,
+)
 from fastgan.metrics.sliced_wasserstein import sliced_wasserstein
 
-__all__ = ["sliced_wasserstein"]
+__all__ = [
+    "Backbone",
+    "DensityCoverage",
+    "PrecisionRecall",
+    "cached_features",
+    "density_coverage",
+    "features",
+    "frechet_distance",
+    "kernel_distance",
+    "load_backbone",
+    "pairwise_diversity",
+    "precision_recall",
+    "sliced_wasserstein",
+]
