@@ -204,7 +204,7 @@ def test_the_small_backbone_sees_what_is_wrong_with_images():
         held_out.flip(2),
         held_out[:60].repeat(10, 1, 1, 1),
     ):
-        assert metrics.kernel_distance(base, metrics.features(worse)) > floor + 0.02
+        assert metrics.kernel_distance(base, metrics.features(worse)) > 5 * floor
     colour = fastgan.data.load("emoji-64", limit=100).images
     assert metrics.features(colour).shape == (100, 128)
 
