@@ -83,25 +83,15 @@ inline void advance(const Gradient& g, Pixel& p) {
 
 // VF lanes of one unit: a widened or plain fp32 row, or two bf16 rows interleaved.
 template <bool PAIRS, class T>
-inline vec unit_lanes(const T* first, const T* second) {
-  if constexpr (PAIRS) {
-    vech low, high;
-    std::memcpy(&low, first, sizeof low);
-    std::memcpy(&high, second, sizeof high);
-    return as_floats(__builtin_convertvector(low, vecu) | (__builtin_convertvector(high, vecu) << 16));
-  } else {
-    return vload(first);
-  }
+inline vf unit_lanes(const T* first, const T* second) {
+  if constexpr (PAIRS) return (vf)interleave(load_half(first), load_half(second));
+  return load(first);
 }
 
 template <bool PAIRS, class T>
-inline vec unit_lanes(const T* first, const T* second, int lanes) {
-  if constexpr (PAIRS) {
-    const vech low = load_half_n(first, lanes), high = load_half_n(second, lanes);
-    return as_floats(__builtin_convertvector(low, vecu) | (__builtin_convertvector(high, vecu) << 16));
-  } else {
-    return vload_n(first, lanes);
-  }
+inline vf unit_lanes(const T* first, const T* second, int lanes) {
+  if constexpr (PAIRS) return (vf)interleave(load_half_tail(first, lanes), load_half_tail(second, lanes));
+  return load_tail(first, lanes);
 }
 
 // One chunk of dy as units: [unit][k of all groups], or for AMX, whose left rows run along pixels, [k][unit].
@@ -120,21 +110,21 @@ FG_NOINLINE void rearrange_chunk(const Gradient& g, int64_t chunk, const T* zero
     for (int64_t u = 0; u < g.units; ++u, to += s.K) {
       const T *a = row[u * K::PER_UNIT], *b = row[u * K::PER_UNIT + PAIRS];
       int64_t k = 0;
-      for (; k + VF <= s.K; k += VF) vstore(to + k, unit_lanes<PAIRS>(a + k, b + k));
+      for (; k + VF <= s.K; k += VF) store(to + k, unit_lanes<PAIRS>(a + k, b + k));
       const int rest = static_cast<int>(s.K - k);
-      if (rest) vstore_n(to + k, unit_lanes<PAIRS>(a + k, b + k, rest), rest);
+      if (rest) store_tail(to + k, unit_lanes<PAIRS>(a + k, b + k, rest), rest);
     }
   } else {
     for (int64_t u = 0; u < g.units; u += VF)
       for (int64_t k = 0; k < s.K; k += VF) {
         const int lanes = static_cast<int>(least(VF, s.K - k));
-        vec v[VF];
+        vf v[VF];
         for (int64_t i = 0; i < VF; ++i) {
           const T *a = row[(u + i) * K::PER_UNIT] + k, *b = row[(u + i) * K::PER_UNIT + PAIRS] + k;
           v[i] = lanes == VF ? unit_lanes<PAIRS>(a, b) : unit_lanes<PAIRS>(a, b, lanes);
         }
         transpose(v);
-        for (int i = 0; i < lanes; ++i) vstore(to + (k + i) * g.units + u, v[i]);
+        for (int i = 0; i < lanes; ++i) store(to + (k + i) * g.units + u, v[i]);
       }
   }
 }
@@ -260,15 +250,15 @@ FG_NOINLINE void gather_segment(const Gradient& g, const Segment& segment, const
         const T* a = from[begin + u * K::PER_UNIT];
         const T* b = from[begin + u * K::PER_UNIT + PAIRS];
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < 4 * VF; j += VF) vstore(to + j, unit_lanes<PAIRS>(a + j, b + j));
+        for (int64_t j = 0; j < 4 * VF; j += VF) store(to + j, unit_lanes<PAIRS>(a + j, b + j));
       }
       continue;
     }
     for (int64_t u = 0; u < units; ++u, to += width) {
       const T* a = from[begin + u * K::PER_UNIT];
       const T* b = from[begin + u * K::PER_UNIT + PAIRS];
-      for (int64_t j = 0; j < whole; j += VF) vstore(to + j, unit_lanes<PAIRS>(a + j, b + j));
-      if (rest) vstore_n(to + whole, unit_lanes<PAIRS>(a + whole, b + whole, rest), rest);
+      for (int64_t j = 0; j < whole; j += VF) store(to + j, unit_lanes<PAIRS>(a + j, b + j));
+      if (rest) store_tail(to + whole, unit_lanes<PAIRS>(a + whole, b + whole, rest), rest);
     }
   }
 }
@@ -393,9 +383,9 @@ FG_NOINLINE void sum_row(const Gradient& g, int64_t group, int64_t k, float* sum
     const int64_t j0 = first_column<K>(g, block), width = first_column<K>(g, block + 1) - j0;
     const float* from = sums_of<K>(g, sums, 0, group, block) + k * width;
     for (int64_t j = 0; j < width; j += VF) {
-      vec sum = vload(from + j);
-      for (int64_t i = 1; i < g.splits; ++i) sum += vload(from + i * part + j);
-      vstore(row + j0 + j, sum);
+      vf sum = load(from + j);
+      for (int64_t i = 1; i < g.splits; ++i) sum += load(from + i * part + j);
+      store(row + j0 + j, sum);
     }
   }
 }

@@ -1,4 +1,5 @@
 // Computes a Problem (conv_geometry.hpp): packs the weights, then walks blocks of output pixels.
+#include "cpu/conv_act.hpp"
 #include "cpu/conv_amx.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"
@@ -293,21 +294,21 @@ FG_NOINLINE void store_tile(const Problem& p, const float* tile, int64_t ld, int
   T* const to = static_cast<T*>(p.out) + column;
   if (!bias && p.act == ACT_IDENTITY) {
     for (int i = 0; i < rows; ++i, tile += ld) {
-      for (int64_t j = 0; j < whole; j += VF) vstore(to + out[i] + j, vload(tile + j));
-      if (rest) vstore_n(to + out[i] + whole, vload_n(tile + whole, rest), rest);
+      for (int64_t j = 0; j < whole; j += VF) store(to + out[i] + j, load(tile + j));
+      if (rest) store_tail(to + out[i] + whole, load_tail(tile + whole, rest), rest);
     }
     return;
   }
   for (int i = 0; i < rows; ++i, tile += ld) {
     for (int64_t j = 0; j < whole; j += VF) {
-      vec v = vload(tile + j);
-      if (bias) v += vload(bias + j);
-      vstore(to + out[i] + j, vact(v, p.act, p.slope));
+      vf v = load(tile + j);
+      if (bias) v += load(bias + j);
+      store(to + out[i] + j, activate(v, p.act, p.slope));
     }
     if (rest) {
-      vec v = vload_n(tile + whole, rest);
-      if (bias) v += vload_n(bias + whole, rest);
-      vstore_n(to + out[i] + whole, vact(v, p.act, p.slope), rest);
+      vf v = load_tail(tile + whole, rest);
+      if (bias) v += load_tail(bias + whole, rest);
+      store_tail(to + out[i] + whole, activate(v, p.act, p.slope), rest);
     }
   }
 }
@@ -494,7 +495,7 @@ void widen(const bf16* from, float* to, int64_t count, int threads) {
   for (int64_t i = 0; i < count; i += 4096) {
     const int64_t end = least(count, i + 4096);
     int64_t j = i;
-    for (; j + VF <= end; j += VF) vstore(to + j, vload(from + j));
+    for (; j + VF <= end; j += VF) store(to + j, load(from + j));
     for (; j < end; ++j) to[j] = to_float(from[j]);
   }
 }

@@ -4,6 +4,7 @@
 // added up where they overlap, in fp32 and in a fixed order.
 #pragma once
 
+#include "cpu/conv_act.hpp"
 #include "cpu/conv_amx.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"
@@ -101,16 +102,16 @@ FG_NOINLINE void add_terms(const ImageWork& w, const Term* term, int terms, floa
   for (int i = 0; i < terms; ++i) whole &= term[i].count == w.slot;
   for (int64_t t = 0; t < w.slots; ++t)
     for (int64_t e = 0; e < w.slot; e += VF) {
-      vec sum = vload(w.bias + e);
+      vf sum = load(w.bias + e);
       if (t >= back && t < SW && whole) {
-        for (int i = 0; i < terms; ++i) sum += vload(term[i].products + (t - term[i].back) * ld + e);
+        for (int i = 0; i < terms; ++i) sum += load(term[i].products + (t - term[i].back) * ld + e);
       } else {
         for (int i = 0; i < terms; ++i) {
           const int64_t j = t - term[i].back, n = least(VF, term[i].count - e);
-          if (j >= 0 && j < SW && n > 0) sum += vload_n(term[i].products + j * ld + e, static_cast<int>(n));
+          if (j >= 0 && j < SW && n > 0) sum += load_tail(term[i].products + j * ld + e, static_cast<int>(n));
         }
       }
-      vstore(line + t * w.slot + e, sum);
+      store(line + t * w.slot + e, sum);
     }
 }
 
@@ -119,9 +120,9 @@ FG_NOINLINE void finish_line(const ImageWork& w, const float* line, T* out) {
   const int64_t count = w.s->W * w.s->C;
   const float* from = line + w.s->pad_w * w.s->C;
   int64_t j = 0;
-  for (; j + VF <= count; j += VF) vstore(out + j, vact(vload(from + j), w.a->act, w.a->slope));
+  for (; j + VF <= count; j += VF) store(out + j, activate(load(from + j), w.a->act, w.a->slope));
   const int rest = static_cast<int>(count - j);
-  if (rest) vstore_n(out + j, vact(vload_n(from + j, rest), w.a->act, w.a->slope), rest);
+  if (rest) store_tail(out + j, activate(load_tail(from + j, rest), w.a->act, w.a->slope), rest);
 }
 
 template <class K>

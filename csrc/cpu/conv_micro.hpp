@@ -6,7 +6,7 @@
 // phase of its adjoint, dense layers and the weight gradient differ only in the pointers that they put into the table.
 #pragma once
 
-#include "cpu/conv_simd.hpp"
+#include "cpu/simd.hpp"
 
 namespace fg::ISA {
 namespace {
@@ -29,11 +29,11 @@ constexpr int TILE_VECTORS = 2;
 
 // Multiplies units: fp32 FMA, or a dot product of two bf16 pairs with fp32 accumulation.
 template <bool DOT>
-inline vec multiply_add(vec a, vec b, vec sum) {
+inline vf multiply_add(vf a, vf b, vf sum) {
 #if defined(__AVX512BF16__)
-  if constexpr (DOT) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  if constexpr (DOT) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
-  return vfma(a, b, sum);
+  return fma(a, b, sum);
 }
 
 inline float load_unit(const char* p) {
@@ -42,13 +42,17 @@ inline float load_unit(const char* p) {
   return f;
 }
 
+inline vf load_units(const char* p) { return load(reinterpret_cast<const float*>(p)); }
+inline vf load_units(const char* p, int n) { return load_tail(reinterpret_cast<const float*>(p), n); }
+
 // A unit's weights for a vector of output channels, in a panel or, `apart` bytes from an input channel to the next, in
 // the weight itself.
 template <bool DOT, bool IN_PLACE>
-inline vec load_weights(const char* b, int vector, int64_t apart) {
-  if constexpr (!IN_PLACE || !DOT) return vload(b + vector * VF * 4);
+inline vf load_weights(const char* b, int vector, int64_t apart) {
+  if constexpr (!IN_PLACE || !DOT) return load_units(b + vector * VF * 4);
   const char* at = b + vector * VF * 2;
-  return as_floats(interleave_bf16(reinterpret_cast<const bf16*>(at), reinterpret_cast<const bf16*>(at + apart)));
+  const auto row = [](const char* p) { return load_half(reinterpret_cast<const bf16*>(p)); };
+  return (vf)interleave(row(at), row(at + apart));
 }
 
 // IN_PLACE: Run::row counts the weight's elements.
@@ -57,23 +61,23 @@ FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left,
                               int64_t apart, float* out, int64_t ld_out, bool accumulate) {
   constexpr int ROW_BYTES = NV * VF * 4;
   const int64_t row_bytes = IN_PLACE ? (DOT ? 2 : 1) * apart : ROW_BYTES;
-  vec acc[TILE_ROWS][NV];
+  vf acc[TILE_ROWS][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? vload(out + i * ld_out + j * VF) : vset(0.0f);
+    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(out + i * ld_out + j * VF) : zero();
 
   for (int t = 0; t < runs; ++t, left += TILE_ROWS) {
     const char* b = panel + run[t].row * (!IN_PLACE ? ROW_BYTES : DOT ? 2 : 4);
     const char *a0 = left[0], *a1 = left[1], *a2 = left[2], *a3 = left[3], *a4 = left[4], *a5 = left[5];
     for (int64_t u = run[t].units, at = 0; u > 0; --u, at += step, b += row_bytes) {
-      vec w[NV];
+      vf w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = load_weights<DOT, IN_PLACE>(b, j, apart);
       const char* const a[TILE_ROWS] = {a0, a1, a2, a3, a4, a5};
 #pragma GCC unroll 8
       for (int i = 0; i < TILE_ROWS; ++i) {
-        const vec x = vset(load_unit(a[i] + at));
+        const vf x = set1(load_unit(a[i] + at));
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<DOT>(x, w[j], acc[i][j]);
       }
@@ -83,7 +87,7 @@ FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left,
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) vstore(out + i * ld_out + j * VF, acc[i][j]);
+    for (int j = 0; j < NV; ++j) store(out + i * ld_out + j * VF, acc[i][j]);
 }
 
 // The broadcast form: vectors run over output channels. IN_PLACE: it reads the weights where they lie, output channels
@@ -124,21 +128,21 @@ struct BroadcastKernel {
 template <bool DOT, int NC, int MR>
 FG_NOINLINE void dot_rows(const Run* run, int runs, const char* const* left, const char* panel, int64_t panel_rows,
                           float* out, int64_t ld_out) {
-  vec acc[MR][NC];
+  vf acc[MR][NC];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NC; ++j) acc[i][j] = vset(0.0f);
+    for (int j = 0; j < NC; ++j) acc[i][j] = zero();
   for (int t = 0; t < runs; ++t, left += TILE_ROWS) {
     const char* b = panel + run[t].row * 4;
     const int64_t units = run[t].units, whole = units - units % VF;
     for (int64_t u = 0; u < whole; u += VF) {
-      vec w[NC];
+      vf w[NC];
 #pragma GCC unroll 4
-      for (int j = 0; j < NC; ++j) w[j] = vload(b + (j * panel_rows + u) * 4);
+      for (int j = 0; j < NC; ++j) w[j] = load_units(b + (j * panel_rows + u) * 4);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
-        const vec x = vload(left[i] + u * 4);
+        const vf x = load_units(left[i] + u * 4);
 #pragma GCC unroll 4
         for (int j = 0; j < NC; ++j) acc[i][j] = multiply_add<DOT>(x, w[j], acc[i][j]);
       }
@@ -147,18 +151,17 @@ FG_NOINLINE void dot_rows(const Run* run, int runs, const char* const* left, con
       const int rest = static_cast<int>(units - whole);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
-        const vec x = vload_n(static_cast<const void*>(left[i] + whole * 4), rest);
+        const vf x = load_units(left[i] + whole * 4, rest);
 #pragma GCC unroll 4
         for (int j = 0; j < NC; ++j)
-          acc[i][j] = multiply_add<DOT>(x, vload_n(static_cast<const void*>(b + (j * panel_rows + whole) * 4), rest),
-                                        acc[i][j]);
+          acc[i][j] = multiply_add<DOT>(x, load_units(b + (j * panel_rows + whole) * 4, rest), acc[i][j]);
       }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NC; ++j) out[i * ld_out + j] = vsum(acc[i][j]);
+    for (int j = 0; j < NC; ++j) out[i * ld_out + j] = sum(acc[i][j]);
 }
 
 // The dot-product form for 1 to 4 output channels (images, logits): vectors run over input channels, where the

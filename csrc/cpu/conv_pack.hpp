@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cpu/conv_geometry.hpp"
-#include "cpu/conv_simd.hpp"
+#include "cpu/simd.hpp"
 
 namespace fg::ISA {
 namespace {
@@ -95,9 +95,9 @@ FG_NOINLINE void stage_weights(const Problem& p, const TapSlot* slot, const Pack
       const W* from = w + rs / p.S * p.stride_r + rs % p.S * p.stride_s;
       float* to = stage + rs * depth * VF;
       if (lanes == VF)
-        for (int64_t c = 0; c < depth; ++c) vstore(to + c * VF, vload(from + c * p.stride_c));
+        for (int64_t c = 0; c < depth; ++c) store(to + c * VF, load(from + c * p.stride_c));
       else
-        for (int64_t c = 0; c < depth; ++c) vstore(to + c * VF, vload_n(from + c * p.stride_c, lanes));
+        for (int64_t c = 0; c < depth; ++c) store(to + c * VF, load_tail(from + c * p.stride_c, lanes));
     }
     return;
   }
@@ -116,13 +116,13 @@ FG_NOINLINE void stage_weights(const Problem& p, const TapSlot* slot, const Pack
         for (int i = 0; i < VF; ++i) to[e * to_step + i] = i < lanes ? to_float(from[i * p.stride_m + e]) : 0.0f;
         continue;
       }
-      vec v[VF];
+      vf v[VF];
       for (int i = 0; i < VF; ++i) {
         const W* at = from + i * p.stride_m + e;
-        v[i] = i >= lanes ? vset(0.0f) : wide == VF ? vload(at) : vload_n(at, wide);
+        v[i] = i >= lanes ? zero() : wide == VF ? load(at) : load_tail(at, wide);
       }
       transpose(v);
-      for (int i = 0; i < wide; ++i) vstore(to + (e + i) * to_step, v[i]);
+      for (int i = 0; i < wide; ++i) store(to + (e + i) * to_step, v[i]);
     }
   }
 }
@@ -131,29 +131,29 @@ template <class K>
 FG_NOINLINE void emit_weights(const Problem& p, const Panels<K>& panels, const PackPiece& piece, const float* stage,
                               char* packed) {
   const int64_t depth = piece.c1 - piece.c0;
-  const vec zero = vset(0.0f);
+  const vf none = zero();
   // Rounding: pairs are rounded as they are interleaved; fp32 panels for bf16 sources, here.
   const bool round = K::PER_UNIT == 1 && p.source_dtype == BF16 && p.weight_dtype == F32;
   const auto channel = [&](int64_t rs, int64_t c) {
-    return c < piece.c1 ? vload(stage + (rs * depth + c - piece.c0) * VF) : zero;
+    return c < piece.c1 ? load(stage + (rs * depth + c - piece.c0) * VF) : none;
   };
   int64_t block = 0;
   while (panels.first_column(block + 1) <= piece.column) ++block;
   const int64_t column = piece.column - panels.first_column(block), width = panels.width(block);
   // Channels a and b (fp32: a alone) of the piece's columns, as one row of the panel.
-  const auto emit = [&](const PhasePair& pair, char* panel, int64_t row, vec a, vec b) {
+  const auto emit = [&](const PhasePair& pair, char* panel, int64_t row, vf a, vf b) {
     if constexpr (K::ROWWISE) {
       float low[VF], high[VF];
-      vstore(low, round ? widen(narrow(a)) : a);
-      vstore(high, b);
+      store(low, round ? widen(narrow(a)) : a);
+      store(high, b);
       for (int64_t i = 0; i < panels.columns; ++i) {
         const bf16 two[2] = {to_bf16(low[i]), to_bf16(high[i])};
         std::memcpy(panel + (i * pair.units + row) * 4, K::PER_UNIT == 2 ? static_cast<const void*>(two) : &low[i], 4);
       }
     } else if constexpr (K::PER_UNIT == 2) {
-      vstore(reinterpret_cast<float*>(panel + (row * width + column) * 4), as_floats(interleave_bf16(a, b)));
+      store(reinterpret_cast<float*>(panel + (row * width + column) * 4), (vf)interleave(narrow(a), narrow(b)));
     } else {
-      vstore(reinterpret_cast<float*>(panel + (row * width + column) * 4), round ? widen(narrow(a)) : a);
+      store(reinterpret_cast<float*>(panel + (row * width + column) * 4), round ? widen(narrow(a)) : a);
     }
   };
   if (!panels.merged) {
@@ -165,7 +165,7 @@ FG_NOINLINE void emit_weights(const Problem& p, const Panels<K>& panels, const P
       const int64_t row = panels.slot[rs].tap * panels.tap_units;
       char* panel = packed + panels.panel(pair, piece.group, block);
       for (int64_t u = begin; u < end; ++u)
-        emit(pair, panel, row + u, channel(rs, u * K::PER_UNIT), K::PER_UNIT == 2 ? channel(rs, u * 2 + 1) : zero);
+        emit(pair, panel, row + u, channel(rs, u * K::PER_UNIT), K::PER_UNIT == 2 ? channel(rs, u * 2 + 1) : none);
     }
     return;
   }
@@ -174,11 +174,11 @@ FG_NOINLINE void emit_weights(const Problem& p, const Panels<K>& panels, const P
     char* panel = packed + panels.panel(pair, piece.group, block);
     const auto element = [&](int64_t e) {
       const int64_t tap = e / p.C;
-      if (tap >= pair.taps) return zero;
+      if (tap >= pair.taps) return none;
       return channel(pair.h->tap[tap / pair.w->taps].index * p.S + pair.w->tap[tap % pair.w->taps].index, e % p.C);
     };
     for (int64_t u = 0; u < pair.units; ++u)
-      emit(pair, panel, u, element(u * K::PER_UNIT), K::PER_UNIT == 2 ? element(u * 2 + 1) : zero);
+      emit(pair, panel, u, element(u * K::PER_UNIT), K::PER_UNIT == 2 ? element(u * 2 + 1) : none);
   }
 }
 

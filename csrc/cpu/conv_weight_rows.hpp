@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/conv_geometry.hpp"
-#include "cpu/conv_simd.hpp"
+#include "cpu/simd.hpp"
 
 namespace fg::ISA {
 namespace {
@@ -18,31 +18,31 @@ FG_NOINLINE void write_row(const ConvShape& s, const Conv2dWeightArgs& a, int64_
       T* at = to + tap / s.S * stride[2] + tap % s.S * stride[3];
       const float* from = row + tap * C;
       int64_t c = 0;
-      for (; c + VF <= C; c += VF) vstore(at + c, vload(from + c));
-      for (; c < C; ++c) vstore_n(at + c, vset(from[c]), 1);
+      for (; c + VF <= C; c += VF) store(at + c, load(from + c));
+      for (; c < C; ++c) store_tail(at + c, set1(from[c]), 1);
     }
   } else if (stride[3] == 1 && stride[2] == s.S && taps > 1) {  // taps together: transposed in registers
     for (int64_t c = 0; c < C; c += VF)
       for (int64_t tap = 0; tap < taps; tap += VF) {
         const int lanes = static_cast<int>(least(VF, C - c)), wide = static_cast<int>(least(VF, taps - tap));
-        vec v[VF];
+        vf v[VF];
         for (int i = 0; i < VF; ++i) {
           const float* from = row + (tap + i) * C + c;
-          v[i] = i >= wide ? vset(0.0f) : lanes == VF ? vload(from) : vload_n(from, lanes);
+          v[i] = i >= wide ? zero() : lanes == VF ? load(from) : load_tail(from, lanes);
         }
         transpose(v);
         for (int i = 0; i < lanes; ++i) {
           T* at = to + (c + i) * stride[1] + tap;
           if (wide == VF)
-            vstore(at, v[i]);
+            store(at, v[i]);
           else
-            vstore_n(at, v[i], wide);
+            store_tail(at, v[i], wide);
         }
       }
   } else {
     for (int64_t c = 0; c < C; ++c)
       for (int64_t tap = 0; tap < taps; ++tap)
-        vstore_n(to + c * stride[1] + tap / s.S * stride[2] + tap % s.S * stride[3], vset(row[tap * C + c]), 1);
+        store_tail(to + c * stride[1] + tap / s.S * stride[2] + tap % s.S * stride[3], set1(row[tap * C + c]), 1);
   }
 }
 

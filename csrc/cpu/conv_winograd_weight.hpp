@@ -53,15 +53,15 @@ inline void transform_cotangents(const MinimalGradient& g, const GradientJob& jo
     pixel[i] = inside ? g.dy + ((at.n * p.OH + oh) * p.OW + ow) * p.M + job.k : g.zeros;
   }
   for (int64_t k = 0; k < job.outputs; k += VF) {
-    vec v[PH * PW];
+    vf v[PH * PW];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i / 2 * PW + i % 2] = vload(pixel[i] + k);
+    for (int i = 0; i < 4; ++i) v[i / 2 * PW + i % 2] = load(pixel[i] + k);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) cotangent_points<PW, 1>(v + i * PW);
 #pragma GCC unroll 4
     for (int j = 0; j < PW; ++j) cotangent_points<PH, PW>(v + j);
 #pragma GCC unroll 16
-    for (int i = 0; i < PH * PW; ++i) vstore(to + i * step + k, v[i]);
+    for (int i = 0; i < PH * PW; ++i) store(to + i * step + k, v[i]);
   }
 }
 
@@ -103,19 +103,19 @@ inline void finish_job(const MinimalGradient& g, int64_t index) {
   const Strand &sh = g.t.sh.strand[job.a], &sw = g.t.sw.strand[job.b];
   for (int64_t k = 0; k < job.outputs; ++k)
     for (int64_t j = 0; j < job.width; j += VF) {
-      vec v[PH * PW];
+      vf v[PH * PW];
       for (int i = 0; i < PH * PW; ++i) {
         const int64_t at = (i * g.range + k) * job.width + j;
-        v[i] = vload(g.sums_of(0, index) + at);
-        for (int64_t split = 1; split < g.splits; ++split) v[i] += vload(g.sums_of(split, index) + at);
+        v[i] = load(g.sums_of(0, index) + at);
+        for (int64_t split = 1; split < g.splits; ++split) v[i] += load(g.sums_of(split, index) + at);
       }
       for (int i = 0; i < PH; ++i) weight_cotangents<PW, 1>(v + i * PW);
       for (int i = 0; i < PW - 1; ++i) weight_cotangents<PH, PW>(v + i);
       for (int r = 0; r < PH - 1; ++r)
         for (int s = 0; s < PW - 1; ++s)
           if (sh.index[r] >= 0 && sw.index[s] >= 0)
-            vstore(g.taps + ((job.k + k) * p.R * p.S + sh.index[r] * p.S + sw.index[s]) * p.C + job.c + j,
-                   v[r * PW + s]);
+            store(g.taps + ((job.k + k) * p.R * p.S + sh.index[r] * p.S + sw.index[s]) * p.C + job.c + j,
+                  v[r * PW + s]);
     }
 }
 

@@ -1,6 +1,9 @@
-// One vector type, so that a kernel is written once and compiled for every instruction set:
-// vf holds VF floats; vm is the result of a comparison. Loads and stores take float or bf16, aligned or not.
-// A tail load of n <= VF lanes fills the others with zero, a tail store leaves the bytes behind it untouched.
+// One vector type, so that a kernel is written once and compiled for every instruction set: vf holds VF floats, vm is
+// the result of a comparison. Loads and stores take float or bf16, aligned or not. A tail load of n <= VF lanes fills
+// the others with zero and reads nothing past them; a tail store leaves the bytes behind it untouched.
+//
+// The type is the vector extension of GCC and Clang; intrinsics appear only where the compilers make poor code of it
+// (broadcasts, tails) or may not promise one rounding (fma).
 #pragma once
 
 #include <cstdint>
@@ -16,184 +19,187 @@ namespace fg::ISA {
 
 #define FG_INLINE static inline __attribute__((always_inline))
 #define FG_INLINE_MEMBER inline __attribute__((always_inline))
+// Keeps one copy of a function that several kernels call: compile time, and no cost beside the work it does.
+#define FG_NOINLINE __attribute__((noinline))
 
 #if defined(__AVX512F__)
-
 constexpr int VF = 16;
-struct vf {
-  __m512 v;
-};
-struct vm {
-  __mmask16 m;
-};
-
-FG_INLINE vf set1(float a) { return {_mm512_set1_ps(a)}; }
-FG_INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
-FG_INLINE vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
-FG_INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
-FG_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
-FG_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-FG_INLINE vf abs(vf a) { return {_mm512_abs_ps(a.v)}; }
-FG_INLINE vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
-FG_INLINE vm gt(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
-FG_INLINE vm le(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
-FG_INLINE vf select(vm m, vf yes, vf no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
-FG_INLINE vm first(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
-FG_INLINE float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
-
-// 2^n for integral n in [-126, 127].
-FG_INLINE vf exp2_int(vf n) {
-  const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
-}
-FG_INLINE vf round_even(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-
-FG_INLINE __m256i narrow(vf a) {
-  const __m512i u = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  return _mm512_cvtepi32_epi16(r);
-}
-FG_INLINE vf widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
-
-FG_INLINE vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
-FG_INLINE vf load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-FG_INLINE void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
-FG_INLINE void store(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
-FG_INLINE vf load_tail(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n).m, p)}; }
-FG_INLINE vf load_tail(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n).m, p)); }
-FG_INLINE void store_tail(float* p, vf a, int n) { _mm512_mask_storeu_ps(p, first(n).m, a.v); }
-FG_INLINE void store_tail(bf16* p, vf a, int n) { _mm256_mask_storeu_epi16(p, first(n).m, narrow(a)); }
-
-#else
-
-#if defined(__AVX2__)
-
+#elif defined(__AVX2__)
 constexpr int VF = 8;
-struct vf {
-  __m256 v;
-};
-struct vm {
-  __m256 m;
-};
-
-FG_INLINE vf set1(float a) { return {_mm256_set1_ps(a)}; }
-FG_INLINE vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
-FG_INLINE vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
-FG_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
-FG_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
-FG_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-FG_INLINE vf abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-FG_INLINE vf sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
-FG_INLINE vm gt(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
-FG_INLINE vm le(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
-FG_INLINE vf select(vm m, vf yes, vf no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
-FG_INLINE vm first(int n) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
-}
-FG_INLINE float sum(vf a) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-FG_INLINE vf exp2_int(vf n) {
-  const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(i, 23))};
-}
-FG_INLINE vf round_even(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-
-FG_INLINE vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
-FG_INLINE vf load(const bf16* p) {
-  const __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16))};
-}
-FG_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
-FG_INLINE void store(bf16* p, vf a) {
-  const __m256i u = _mm256_castps_si256(a.v);
-  const __m256i high = _mm256_srli_epi32(u, 16);
-  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
-  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i both = _mm256_blendv_epi8(r, quiet, nan);
-  const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
-}
-
 #else
+constexpr int VF = 4;  // SSE2 on x86-64, NEON on aarch64
+#endif
 
-// Portable: the compilers' own 16-byte vectors (SSE2 on x86-64, NEON on aarch64).
-constexpr int VF = 4;
-typedef float float4 __attribute__((vector_size(16)));
-typedef int32_t int4 __attribute__((vector_size(16)));
-struct vf {
-  float4 v;
-};
-struct vm {
-  int4 m;
-};
+typedef float vf __attribute__((vector_size(VF * 4)));
+typedef int32_t vi __attribute__((vector_size(VF * 4)));
+typedef uint32_t vu __attribute__((vector_size(VF * 4)));
+typedef uint16_t vh __attribute__((vector_size(VF * 2)));  // VF bf16 elements
+typedef vi vm;                                             // -1 in the lanes where the comparison holds, else 0
 
-FG_INLINE vf set1(float a) { return {float4{a, a, a, a}}; }
-FG_INLINE vf operator+(vf a, vf b) { return {a.v + b.v}; }
-FG_INLINE vf operator-(vf a, vf b) { return {a.v - b.v}; }
-FG_INLINE vf operator*(vf a, vf b) { return {a.v * b.v}; }
-FG_INLINE vf operator/(vf a, vf b) { return {a.v / b.v}; }
-FG_INLINE vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
-FG_INLINE vm gt(vf a, vf b) { return {a.v > b.v}; }
-FG_INLINE vm le(vf a, vf b) { return {a.v <= b.v}; }
-FG_INLINE vf select(vm m, vf yes, vf no) { return {(float4)((m.m & (int4)yes.v) | (~m.m & (int4)no.v))}; }
-FG_INLINE vf abs(vf a) { return {(float4)((int4)a.v & int4{0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff})}; }
-FG_INLINE vf sqrt(vf a) {
-  return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
+// ---- arithmetic beyond the operators
+
+FG_INLINE vf set1(float a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(a);
+#else
+  return vf{a, a, a, a};
+#endif
 }
-FG_INLINE vm first(int n) { return {int4{0, 1, 2, 3} < int4{n, n, n, n}}; }
-FG_INLINE float sum(vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+FG_INLINE vf zero() { return set1(0.0f); }
+
+// a * b + c, in one rounding where the table has FMA.
+FG_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+FG_INLINE vf sqrt(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#else
+  return vf{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+#endif
+}
+
+FG_INLINE vf abs(vf a) { return (vf)((vu)a & 0x7fffffffu); }
+FG_INLINE vm gt(vf a, vf b) { return a > b; }
+FG_INLINE vm le(vf a, vf b) { return a <= b; }
+FG_INLINE vf select(vm m, vf yes, vf no) { return m ? yes : no; }
 
 // Adding and subtracting 1.5 * 2^23 rounds |a| < 2^22 to the nearest integer, ties to even.
 FG_INLINE vf round_even(vf a) {
-  const vf magic = set1(12582912.0f);
-  const vf shifted = a + magic;
-  return shifted - magic;
+  const vf shifted = a + 12582912.0f;
+  return shifted - 12582912.0f;
 }
-FG_INLINE vf exp2_int(vf n) {
-  const int4 i = (int4)(n.v + set1(12582912.0f + 127.0f).v);
-  return {(float4)(i << 23)};
+// 2^n for integral n in [-126, 127]: the sum holds n + 127 in its lowest bits.
+FG_INLINE vf exp2_int(vf n) { return (vf)((vu)(n + (12582912.0f + 127.0f)) << 23); }
+
+// Halves are added until one lane is left: the same order in every table of one width.
+FG_INLINE float sum(vf a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)a);
+#elif defined(__AVX2__)
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+  return (a[0] + a[2]) + (a[1] + a[3]);
+#endif
+}
+
+// ---- bfloat16
+
+// Between vectors of 16 and 32 bits a lane. Intrinsics: gcc 12 makes four instructions of a 512-bit
+// __builtin_convertvector where one serves, 20 % of a bf16 norm's time. What is narrowed must fit.
+FG_INLINE vu to_32_bits(vh h) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+FG_INLINE vh to_16_bits(vu a) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)a);
+#elif defined(__AVX2__)
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
+#else
+  return __builtin_convertvector(a, vh);
+#endif
+}
+
+FG_INLINE vf widen(vh h) { return (vf)(to_32_bits(h) << 16); }
+
+// Rounds to nearest even on the bits; a NaN keeps its sign and becomes quiet. vcvtneps2bf16 is not used: it flushes
+// denormals to zero.
+FG_INLINE vh narrow(vf a) {
+  const vu u = (vu)a, high = u >> 16;
+  const vu rounded = (u + 0x7fffu + (high & 1u)) >> 16;
+  return to_16_bits(a != a ? high | 0x40u : rounded);
+}
+
+// lanes[i] = (low[i], high[i]): the pairs of elements that vdpbf16ps and AMX multiply.
+FG_INLINE vu interleave(vh low, vh high) { return to_32_bits(low) | (to_32_bits(high) << 16); }
+
+// ---- memory
+
+// Lanes below n.
+FG_INLINE vm first(int n) {
+#if defined(__AVX512F__)
+  return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < n;
+#elif defined(__AVX2__)
+  return vi{0, 1, 2, 3, 4, 5, 6, 7} < n;
+#else
+  return vi{0, 1, 2, 3} < n;
+#endif
 }
 
 FG_INLINE vf load(const float* p) {
   vf a;
-  std::memcpy(&a.v, p, sizeof a.v);
+  std::memcpy(&a, p, sizeof a);
   return a;
 }
-FG_INLINE vf load(const bf16* p) { return {float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}}; }
-FG_INLINE void store(float* p, vf a) { std::memcpy(p, &a.v, sizeof a.v); }
+FG_INLINE vh load_half(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return h;
+}
+FG_INLINE vf load(const bf16* p) { return widen(load_half(p)); }
+
+FG_INLINE void store(float* p, vf a) { std::memcpy(p, &a, sizeof a); }
 FG_INLINE void store(bf16* p, vf a) {
-  for (int i = 0; i < VF; ++i) p[i] = to_bf16(a.v[i]);
+  const vh h = narrow(a);
+  std::memcpy(p, &h, sizeof h);
 }
 
+FG_INLINE vf load_tail(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  return (vf)_mm256_maskload_ps(p, (__m256i)first(n));
+#else
+  vf a = {};
+  std::memcpy(&a, p, sizeof(float) * static_cast<size_t>(n));
+  return a;
 #endif
-
-// Tails through a buffer: at most one per plane or row, so their cost does not show.
-template <class T>
-FG_INLINE vf load_tail(const T* p, int n) {
-  T buffer[VF] = {};
-  std::memcpy(buffer, p, n * sizeof(T));
-  return load(buffer);
 }
-template <class T>
-FG_INLINE void store_tail(T* p, vf a, int n) {
-  T buffer[VF];
-  store(buffer, a);
-  std::memcpy(p, buffer, n * sizeof(T));
-}
-
+FG_INLINE vh load_half_tail(const bf16* p, int n) {
+#if defined(__AVX512F__)
+  return (vh)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  vh h = {};
+  std::memcpy(&h, p, sizeof(bf16) * static_cast<size_t>(n));
+  return h;
 #endif
+}
+FG_INLINE vf load_tail(const bf16* p, int n) { return widen(load_half_tail(p, n)); }
 
-FG_INLINE vf zero() { return set1(0.0f); }
+FG_INLINE void store_tail(float* p, vf a, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)a);
+#else
+  std::memcpy(p, &a, sizeof(float) * static_cast<size_t>(n));
+#endif
+}
+FG_INLINE void store_tail(bf16* p, vf a, int n) {
+  const vh h = narrow(a);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)h);
+#else
+  std::memcpy(p, &h, sizeof(bf16) * static_cast<size_t>(n));
+#endif
+}
 
 // n <= VF lanes.
 template <class T>
@@ -214,6 +220,49 @@ FG_INLINE void each(int64_t begin, int64_t end, const F& f) {
   int64_t i = begin;
   for (; i + VF <= end; i += VF) f(i, VF);
   if (i < end) f(i, static_cast<int>(end - i));
+}
+
+// ---- across lanes
+
+#if defined(__clang__)
+#define FG_ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FG_ZIP(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+FG_INLINE vf zip_low(vf a, vf b) {
+#if defined(__AVX512F__)
+  return FG_ZIP(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return FG_ZIP(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return FG_ZIP(a, b, 0, 4, 1, 5);
+#endif
+}
+
+FG_INLINE vf zip_high(vf a, vf b) {
+#if defined(__AVX512F__)
+  return FG_ZIP(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return FG_ZIP(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return FG_ZIP(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// v[i][j] <-> v[j][i], by log2(VF) rounds of zips: 64 permutations for 256 floats with AVX-512.
+FG_INLINE void transpose(vf (&v)[VF]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < VF; round *= 2) {
+    vf t[VF];
+#pragma GCC unroll 8
+    for (int i = 0; i < VF / 2; ++i) {
+      t[2 * i] = zip_low(v[i], v[i + VF / 2]);
+      t[2 * i + 1] = zip_high(v[i], v[i + VF / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VF; ++i) v[i] = t[i];
+  }
 }
 
 }  // namespace fg::ISA
