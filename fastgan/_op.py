@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from fastgan._forward import is_exported
 from fastgan.choice import REGISTERED, Backend, Routine, choose
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
@@ -71,6 +72,8 @@ class Op(Chosen):
     # ---- calling ------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any) -> Any:
+        if is_exported():
+            return self.reference(*args)
         if _is_compiling():
             return self.overload(*args)
         needs_grad = False

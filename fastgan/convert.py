@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgan._forward import Forward, is_exported
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan.choice import has_kernel, watching
 from fastgan.nn.conv import conv_act, conv_bn_act
@@ -163,17 +164,14 @@ def _normed(conv: Any, norm: Any) -> bool:
     )
 
 
-class Chain:
-    """The forward of a converted nn.Sequential.
-
-    It lies in the container's __dict__, so that the container keeps its class, and what is built from its children (a
-    slice, say) does not inherit it.
-    """
-
-    def __init__(self, owner: nn.Module):
-        self.owner = owner
+class Chain(Forward):
+    """The forward of a converted nn.Sequential."""
 
     def __call__(self, input: Any) -> Any:
+        if is_exported():
+            for child in self.owner.children():
+                input = _plain_call(child, input)
+            return input
         if has_global_hooks():  # such hooks are called by modules, so every child is called as one
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
         for part in _groups(self.owner):
@@ -182,16 +180,17 @@ class Chain:
 
     def replicate(self) -> nn.Module:
         """nn.DataParallel's copy of the container, which gets other children: a forward for it."""
-        replica: nn.Module = nn.Module._replicate_for_data_parallel(self.owner)
+        replica = super().replicate()
         Chain(replica).install()
         return replica
 
-    def install(self) -> None:
-        self.owner.__dict__ |= {"forward": self, "_replicate_for_data_parallel": self.replicate}
 
-    def remove(self) -> None:
-        for name in ("forward", "_replicate_for_data_parallel"):
-            del self.owner.__dict__[name]
+def _plain_call(child: nn.Module, input: Any) -> Any:
+    """A child as torch runs it, for those who write its ops down."""
+    for plain, fused in FUSED.items():
+        if type(child) is fused and not has_hooks(child):
+            return plain.forward(child, input)
+    return child(input)
 
 
 # ---- convert --------------------------------------------------------------------------------------------------------

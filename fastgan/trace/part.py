@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastgan._forward import Forward
 from fastgan._hooks import WEIGHT_HOOKS, has_global_hooks, has_hooks_on_values
 from fastgan._op import PLAIN, is_traced
 from fastgan.trace.graphs import Graph, traced
@@ -50,15 +51,15 @@ def _settings() -> dict[str, Any]:
     return found
 
 
-class Part:
+class Part(Forward):
     """The forward of a module whose own is hand-written: traced at its first call, then guarded by Dynamo.
 
-    It lies in the module's __dict__, as a Chain does. Where a trace would not be the same, the module's own forward
+    Where a trace would not be the same, the module's own forward
     runs: inside another tracer, under hooks that look at inner modules, for inputs that are no plain tensors.
     """
 
     def __init__(self, owner: nn.Module):
-        self.owner = owner
+        super().__init__(owner)
         self.left: dict[tuple[str, str], str] = {}  # groups that stay with PyTorch, and why
         self.graphs: list[Graph] = []
         self._compiled: Callable[..., Any] | None = None
@@ -140,21 +141,7 @@ class Part:
         """Why a layer that is in no group is not."""
         return "no pattern for what it does there" if self.graphs else "traced at its first call"
 
-    # ---- its life as an attribute of the module ---------------------------------------------------------------------
-
-    def install(self) -> None:
-        self.owner.__dict__ |= {"forward": self, "_replicate_for_data_parallel": self.replicate}
-
-    def remove(self) -> None:
-        for name in ("forward", "_replicate_for_data_parallel"):
-            del self.owner.__dict__[name]
-
-    def replicate(self) -> nn.Module:
-        """nn.DataParallel's copy of the module, with its own forward: replicas come and go with every call."""
-        replica: nn.Module = nn.Module._replicate_for_data_parallel(self.owner)
-        for name in ("forward", "_replicate_for_data_parallel"):
-            replica.__dict__.pop(name, None)
-        return replica
+    # ---- copies ------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner}

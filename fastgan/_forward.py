@@ -1,0 +1,64 @@
+"""A forward that lies in a module's __dict__, in the place of its class's."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+
+
+def is_exported() -> bool:
+    """Whether torch.export or torch.jit.trace writes the model down: in torch's own ops, to run without fastgan."""
+    return torch._C._get_tracing_state() is not None or _is_exporting()
+
+
+class Forward:
+    """A module's forward while it is converted.
+
+    The module keeps its class, and what is built from its children (a slice, say) does not inherit the forward.
+    Subclasses implement __call__, and `twin`, the forward of a replica that nn.DataParallel makes.
+    """
+
+    NAMES = ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__")
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def install(self) -> None:
+        self.owner.__dict__ |= dict(zip(self.NAMES, (self, self.replicate, self.refuse_script), strict=True))
+
+    def remove(self) -> None:
+        for name in self.NAMES:
+            self.owner.__dict__.pop(name, None)
+
+    def replicate(self) -> nn.Module:
+        """nn.DataParallel's copy of the module, which gets other children: a forward for it."""
+        replica: nn.Module = nn.Module._replicate_for_data_parallel(self.owner)
+        for name in self.NAMES:
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def refuse_script(self) -> nn.Module:
+        """What torch.jit.script asks for; it compiles source code, and a converted forward has none."""
+        raise TypeError(
+            f"torch.jit.script: the model must be plain PyTorch, got a converted {type(self.owner).__name__}; "
+            "pass fastgan.revert(model), or use torch.jit.trace or torch.export"
+        )
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """torch.export reads the names of the arguments from it."""
+        return type(self.owner).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(type(self.owner).forward, self.owner))

@@ -1,0 +1,91 @@
+"""torch.jit, torch.export and torch.compile take converted models as they take plain ones, or say one sentence."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from handwritten import PatchGAN, SNGenerator, Vocoder
+from torch import nn
+
+import fastgan
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 1, 3), nn.Tanh(),
+            nn.Flatten(), nn.Linear(196, 1),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.main(x).squeeze(1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+def converted(make, training):
+    torch.manual_seed(0)
+    plain = make().train(training)
+    return plain, fastgan.convert(copy.deepcopy(plain)), torch.randn(2, 3, 16, 16)
+
+
+MODELS = {"chain": lambda: Holder().main, "holder": Holder, "block": Block}
+BATCH = ({0: torch.export.Dim("batch")},)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_trace_and_export_write_down_torchs_own_ops(name, training):
+    plain, ours, x = converted(MODELS[name], training)
+    ours(x), plain(x)
+    traced = torch.jit.trace(copy.deepcopy(ours), x)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    programs = [torch.export.export(copy.deepcopy(ours), (x,), dynamic_shapes=BATCH, strict=s) for s in (False, True)]
+    assert all("fastgan" not in str(p.graph) for p in programs) and "fastgan::" not in str(traced.graph)
+    for run in (torch.jit.load(buffer), *(p.module() for p in programs)):
+        torch.testing.assert_close(run(x), copy.deepcopy(plain)(x))
+    other = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(programs[0].module()(other), copy.deepcopy(plain)(other))
+    assert isinstance(ours(x), torch.Tensor)  # and goes on as it was
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_script_says_one_sentence_and_takes_the_reverted_model(name):
+    _, ours, x = converted(MODELS[name], False)
+    children = list(ours.modules())
+    with pytest.raises(TypeError, match=r"fastgan\.revert"):
+        torch.jit.script(ours)
+    assert list(ours.modules()) == children
+    want = ours(x)
+    torch.testing.assert_close(torch.jit.script(fastgan.revert(ours))(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [SNGenerator, PatchGAN, Vocoder])
+def test_compile_of_a_converted_model_takes_a_second_batch_size_without_a_break(make):
+    def arguments(n):
+        if make is SNGenerator:
+            return (torch.randn(n, 16),)
+        return (torch.randn(n, 20, 8),) if make is Vocoder else (torch.randn(n, 3, 32, 32), torch.randn(n, 3, 32, 32))
+
+    torch.manual_seed(0)
+    plain = make().eval()
+    ours = fastgan.convert(copy.deepcopy(plain))
+    compiled = torch.compile(ours, backend="aot_eager", dynamic=True, fullgraph=True)
+    for n in (2, 3):
+        inputs = arguments(n)
+        torch.testing.assert_close(compiled(*inputs), plain(*inputs), rtol=1e-4, atol=1e-5)
