@@ -140,9 +140,11 @@ def openvino(z, precision):
     model = core.read_model(exported())
     model.reshape([len(z), LATENT])
     settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,
-    }  # fmt: skip
+    }
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(runtime.Tensor(z.numpy(), shared_memory=True))
     output = request.get_output_tensor()

@@ -58,9 +58,13 @@ def runners(case):
         g, d, real, *_ = prepared(tuned=True)
         g_adam, d_adam = (fastgan.Adam(m.parameters(), rate, betas) for m in (g, d))
         step = fastgan.GANStep(
-            fastgan.convert(g), fastgan.convert(d), latent=LATENT, g_optimizer=g_adam, d_optimizer=d_adam,
+            fastgan.convert(g),
+            fastgan.convert(d),
+            latent=LATENT,
+            g_optimizer=g_adam,
+            d_optimizer=d_adam,
             precision="bf16" if bf16 else "fp32",
-        )  # fmt: skip
+        )
         dtype = "bfloat16" if bf16 else "float32"
         return Runner(lambda: step(real), work[dtype], dtype, ours=True)
 

@@ -110,13 +110,17 @@ def compare(request, benchmark, session_facts):
             asked = [item.callspec.params["row"] for item in request.session.items if same_case(item, function, case)]
             torch.manual_seed(0)
             found = {
-                "op": case.op, "id": str(case), "shape": case.shape, "direction": case.direction, "dtype": case.dtype,
+                "op": case.op,
+                "id": str(case),
+                "shape": case.shape,
+                "direction": case.direction,
+                "dtype": case.dtype,
                 "rows": comparison.measure(
                     comparison.wanted(runners(case), asked),
                     seconds=seconds * request.config.getoption("--fastgan-effort"),
                     ceilings=session_facts,
                 ),
-            }  # fmt: skip
+            }
             results.append(found)
         replay(benchmark, f"{case.op} {case}", next(r for r in found["rows"] if r["row"] == row))
 

@@ -85,9 +85,14 @@ def train_fastgan(images: ImageSet, seed: int, steps: int) -> nn.Module:
     g, d, (g_adam, d_adam) = networks(seed)
     plain = copy.deepcopy(g)
     step = fastgan.GANStep(
-        fastgan.convert(g), fastgan.convert(d), latent=LATENT, g_optimizer=g_adam, d_optimizer=d_adam,
-        ema=DECAY, precision="bf16",
-    )  # fmt: skip
+        fastgan.convert(g),
+        fastgan.convert(d),
+        latent=LATENT,
+        g_optimizer=g_adam,
+        d_optimizer=d_adam,
+        ema=DECAY,
+        precision="bf16",
+    )
     for real, _ in itertools.islice(batches(images, seed), steps):
         step(real)
     plain.load_state_dict(step.ema.state_dict())  # type: ignore[union-attr]
@@ -106,9 +111,15 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 5, 2, 2), nn.ReLU(), nn.Conv2d(32, 64, 5, 2, 2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(64 * 49, 64), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, 32, 5, 2, 2),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 5, 2, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 49, 64),
+            nn.ReLU(),
+        )
         self.last = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,10 +189,12 @@ def verdict(values: dict[str, list[float]]) -> dict[str, Any]:
         "standard_deviation": {name: statistics.stdev(v) for name, v in values.items()},
         "difference": difference,
         "by_seed": [y - x for x, y in zip(a, b, strict=True)],
-        "standard_error": error, "p": p, "within_spread": within,
+        "standard_error": error,
+        "p": p,
+        "within_spread": within,
         "sentence": f"{second} minus {first}: {difference:+.3f}, which {said} the spread of seeds (permutation test, "
         f"p = {p:.3f}); two standard errors are {2 * error:.3f}, a smaller difference would not be seen",
-    }  # fmt: skip
+    }
 
 
 def run(seeds: int, steps: int, png: Path | None) -> dict[str, Any]:
@@ -192,12 +205,17 @@ def run(seeds: int, steps: int, png: Path | None) -> dict[str, Any]:
     half = len(images) // 2
     z = latents(GENERATED, LATENT, seed=12345)
     results: dict[str, Any] = {
-        "machine": facts.gather(" ".join(["python", *sys.argv])), "steps": steps, "batch": BATCH, "width": WIDTH,
+        "machine": facts.gather(" ".join(["python", *sys.argv])),
+        "steps": steps,
+        "batch": BATCH,
+        "width": WIDTH,
         "classifier_accuracy": accuracy,
         "halves_of_the_real_images": frechet(moments(network, everything[:half]), moments(network, everything[half:])),
         "untrained": frechet(real, moments(network, draw(networks(PICTURE_SEED)[0], z))),
-        "seeds": [], "frechet": {arm: [] for arm in ARMS}, "seconds": {arm: [] for arm in ARMS},
-    }  # fmt: skip
+        "seeds": [],
+        "frechet": {arm: [] for arm in ARMS},
+        "seconds": {arm: [] for arm in ARMS},
+    }
     print(f"classifier: {100 * accuracy:.1f} % of held-out images right", flush=True)
     pictures = []
     for seed in range(seeds):

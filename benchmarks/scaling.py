@@ -65,9 +65,13 @@ def steps(size: int, batch: int) -> dict[str, Any]:
             step = textbook_step(recipe.replace(precision="bf16" if bf16 else "fp32"), g, d, *adams)
             return lambda: step(images)
         step = fastgan.GANStep(
-            fastgan.convert(g), fastgan.convert(d), latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1],
+            fastgan.convert(g),
+            fastgan.convert(d),
+            latent=LATENT,
+            g_optimizer=adams[0],
+            d_optimizer=adams[1],
             precision="bf16" if bf16 else "fp32",
-        )  # fmt: skip
+        )
         return lambda: step(images)
 
     return {name: made(*kind) for name, kind in ROWS.items()}
@@ -79,10 +83,13 @@ def measure(threads: int, size: int, batch: int, seconds: float) -> dict[str, An
     found = timing.interleave(steps(size, batch), seconds=seconds, warmup=1, rounds=ROUNDS)
     rates = {name: None if t.failed else batch / t.median for name, t in found.items()}
     return {
-        "threads": threads, "size": size, "batch": batch, "images_per_second": rates,
+        "threads": threads,
+        "size": size,
+        "batch": batch,
+        "images_per_second": rates,
         "samples_s": {name: t.samples for name, t in found.items()},
         "failed": {name: t.failed for name, t in found.items() if t.failed},
-    }  # fmt: skip
+    }
 
 
 def run(seconds: float, limit: float, earlier: dict[str, Any] | None = None) -> dict[str, Any]:

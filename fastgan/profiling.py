@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastgan._op import Routine, around
 from fastgan.training.recipes import Recipe
+from fastgan.training.step import GANStep
 from fastgan.training.trainer import assemble
 
 __all__ = ["ceilings", "cost_of", "op_ranges", "profile"]
@@ -156,17 +157,7 @@ def profile(
     if place.type == "cuda":  # replays hide ops: the profiled steps run them one by one
         _, _, step = assemble(recipe, place, capture="off")
         _timed(step, following, 1, place)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if place.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with op_ranges() as counts, torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        begin = time.perf_counter()
-        for _ in range(steps):
-            with torch.profiler.record_function("data"):
-                batch = following()
-            step(batch)
-        _wait(place)
-        wall = (time.perf_counter() - begin) * 1e3
+    profiler, counts, wall = _profiled(step, following, steps, place)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
@@ -190,6 +181,22 @@ def profile(
         "trace": None if trace is None else str(trace),
     }
     return found | (_on_gpu(events) if place.type == "cuda" else {})
+
+
+def _profiled(step: GANStep, following: Callable[[], list[Tensor]], steps: int, place: torch.device) -> tuple:
+    """(the profiler, what `op_ranges` counted, milliseconds in all) of `steps` steps."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if place.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with op_ranges() as counts, torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            with torch.profiler.record_function("data"):
+                batch = following()
+            step(batch)
+        _wait(place)
+        wall = (time.perf_counter() - begin) * 1e3
+    return profiler, counts, wall
 
 
 def _batches(recipe: Recipe, device: torch.device, images: Any) -> Callable[[], list[Tensor]]:

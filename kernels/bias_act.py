@@ -19,7 +19,7 @@ def bias_act_kernel(
     x, bias, y, S, C, P, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """y = phi(x + bias): one program a tile of BLOCK_S samples and pixels by BLOCK_C channels."""
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -36,7 +36,7 @@ def bias_act_backward_kernel(
     dy, y, dx, dbias, S, C, P, chunks, rows, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """dx = dy phi'(y) and dbias [chunks, C]: one program a chunk of `rows` samples and pixels by BLOCK_C channels."""
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -66,10 +66,9 @@ def _forward(x, bias, activation, slope):
     channels_last |= p == 1
     block_s, block_c = tile(n * p, c, p, channels_last)
     programs = triton.cdiv(n * p, block_s) * triton.cdiv(c, block_c)
-    launch(
-        bias_act_kernel, programs, x, bias, y, n * p, c, p, float(slope),
-        ACTIVATION=activation, CHANNELS_LAST=channels_last, WIDE=wide(x), BLOCK_S=block_s, BLOCK_C=block_c,
-    )  # fmt: skip
+    sizes, blocks = (n * p, c, p), {"BLOCK_S": block_s, "BLOCK_C": block_c}
+    constants = dict(ACTIVATION=activation, CHANNELS_LAST=channels_last, WIDE=wide(x), **blocks)
+    launch(bias_act_kernel, programs, x, bias, y, *sizes, float(slope), **constants)
     return y
 
 
@@ -86,10 +85,9 @@ def _backward(dy, y, activation, slope, want_bias):
     else:  # nothing is summed: a tile a program
         chunks, rows = triton.cdiv(n * p, block_s), block_s
     partial = y.new_empty(chunks, c, dtype=torch.float32) if want_bias else None
-    launch(
-        bias_act_backward_kernel, chunks * blocks, dy, y, dx, partial, n * p, c, p, chunks, rows, float(slope),
-        ACTIVATION=activation, CHANNELS_LAST=channels_last, WIDE=wide(y), BLOCK_S=block_s, BLOCK_C=block_c,
-    )  # fmt: skip
+    sizes, sections = (n * p, c, p, chunks, rows), {"BLOCK_S": block_s, "BLOCK_C": block_c}
+    constants = dict(ACTIVATION=activation, CHANNELS_LAST=channels_last, WIDE=wide(y), **sections)
+    launch(bias_act_backward_kernel, chunks * blocks, dy, y, dx, partial, *sizes, float(slope), **constants)
     return dx, column_sums(partial)[0] if want_bias else y.new_empty(0, dtype=torch.float32)
 
 

@@ -37,8 +37,6 @@ def column_sums(partial: Tensor, other: Tensor | None = None) -> tuple[Tensor, T
     total = partial.new_empty(c)
     other_total = None if other is None else torch.empty_like(total)
     block_r, block_c = tile(rows, c, 1, True)
-    launch(
-        column_sums_kernel, triton.cdiv(c, block_c), partial, other, total, other_total, rows, c,
-        BLOCK_R=block_r, BLOCK_C=block_c,
-    )  # fmt: skip
+    tensors, constants = (partial, other, total, other_total), {"BLOCK_R": block_r, "BLOCK_C": block_c}
+    launch(column_sums_kernel, triton.cdiv(c, block_c), *tensors, rows, c, **constants)
     return total, other_total

@@ -114,20 +114,17 @@ STEP_LATENCY = 4e-7  # seconds of one step with nothing to hide behind; num_stag
 
 # (block_m, block_n, block_k, warps). 16-bit: 64 inner elements are 128 bytes, a whole cache line.
 TILES_16 = [
-    (128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (128, 16, 64, 4), (32, 64, 64, 4),
-    (16, 64, 64, 4), (32, 32, 64, 4), (128, 64, 32, 8), (64, 64, 32, 4), (64, 16, 32, 4), (32, 32, 32, 4),
+    *((128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 4), (64, 64, 64, 4), (128, 16, 64, 4), (32, 64, 64, 4)),
+    *((16, 64, 64, 4), (32, 32, 64, 4), (128, 64, 32, 8), (64, 64, 32, 4), (64, 16, 32, 4), (32, 32, 32, 4)),
     (16, 16, 32, 2),
-]  # fmt: skip
+]
 TILES_TF32 = [
-    (128, 64, 32, 8), (64, 64, 32, 4), (128, 16, 32, 4), (32, 64, 32, 4), (16, 64, 32, 4), (32, 32, 32, 4),
-    (64, 64, 16, 8), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2),
-]  # fmt: skip
+    *((128, 64, 32, 8), (64, 64, 32, 4), (128, 16, 32, 4), (32, 64, 32, 4), (16, 64, 32, 4), (32, 32, 32, 4)),
+    *((64, 64, 16, 8), (64, 16, 16, 4), (32, 32, 16, 2), (16, 16, 16, 2)),
+]
 # Scalar FMA: a thread holds its rows and columns of a whole step in registers, so steps are short and tiles small
 # (64 x 64 spills on sm_86 and sm_120, 64 x 32 in its split form on sm_90 or sm_100).
-TILES_IEEE = [
-    (32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4),
-    (16, 16, 16, 2),
-]  # fmt: skip
+TILES_IEEE = [(32, 64, 16, 4), (32, 32, 16, 4), (64, 16, 16, 4), (16, 64, 16, 4), (16, 16, 16, 2)]
 GATHERED_MOMENTS = 32  # rows and columns of a gathered float32 tile with moments: (64, 16) and (32, 64) spill on sm_86
 GATHERED_BYTES = 64  # of a step whose taps differ from element to element: an address and a mask each, so registers
 SPLITS = (1, 2, 4, 8, 16, 32)

@@ -39,7 +39,7 @@ def conv2d_kernel(
     dilation_h, dilation_w, size, slope,
     SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """x [N,H,W,C], weight [K,R,S,CG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32; and moments of
     G statistic groups, or None (then G is 1).
 
@@ -74,17 +74,24 @@ def conv2d_kernel(
         row * stride_h - pad_h, column * stride_w - pad_w, inside, k, is_output,
         H, W, C, CG, R, S, dilation_h, dilation_w, 1, R * S * CG, S * CG, CG, split,
         SPLITS, PRECISION, FLAT, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    )  # fmt: skip  # by kind, and Triton takes no *arguments
     store_tile(
         y, bias, moments, acc, m * K, inside, group * KG + k, is_output, part, tiles_m * G, K,
         (n_tile == 0) & (group == 0), slope, split, size, SPLITS, ACTIVATION,
-    )  # fmt: skip
+    )  # fmt: skip  # by kind, and Triton takes no *arguments
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: tuple, epilogue: Any, product: Product,
-    statistics: Statistics | None, config: Config,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple,
+    geometry: tuple,
+    epilogue: Any,
+    product: Product,
+    statistics: Statistics | None,
+    config: Config,
+) -> Tensor:
     """x and weight in channels_last -> y in channels_last; the moments of y go to `statistics`."""
     (n, c, h, w), (_, k, oh, ow), (_, cg, r, s) = x.shape, shape, weight.shape
     groups, (activation, slope) = c // cg, epilogue
@@ -94,13 +101,14 @@ def _launch(
     m, kg = n // stat_groups * oh * ow, k // groups
     parts = stat_groups * triton.cdiv(m, config.block_m)
     moments = statistics.room(y, parts, k) if statistics and config.splits == 1 else None
-    launch(
-        conv2d_kernel, parts * triton.cdiv(kg, config.block_n) * groups * config.splits, x, weight,
-        bias if config.splits == 1 else None, out, moments, m, stat_groups, h, w, oh, ow, c, cg, k, kg, r, s, *geometry,
-        y.numel(), float(slope), SPLITS=config.splits,
-        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
-        FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
-    )  # fmt: skip
+    programs = parts * triton.cdiv(kg, config.block_n) * groups * config.splits
+    whole = config.splits == 1  # else the kernel that merges the splits has the epilogue
+    tensors = x, weight, bias if whole else None, out, moments
+    sizes = m, stat_groups, h, w, oh, ow, c, cg, k, kg, r, s
+    constants = dict(SPLITS=config.splits, ACTIVATION=activation if whole else "identity", PRECISION=product.precision)
+    constants |= dict(FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks)
+    numbers = *sizes, *geometry, y.numel(), float(slope)
+    launch(conv2d_kernel, programs, *tensors, *numbers, **constants, **config.options)
     if config.splits > 1 and statistics:
         statistics.merge_splits(out, bias, y, k)
     elif config.splits > 1:
@@ -126,10 +134,11 @@ def _case(x, weight, stride, padding, dilation, groups):
 
 def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope):
     x_, weight_, shape, geometry, product = _case(x, weight, stride, padding, dilation, groups)
-    y = tuned(
-        "conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry),
-        lambda config: _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, None, config),
-    )  # fmt: skip
+
+    def run(config):
+        return _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, None, config)
+
+    y = tuned("conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry), run)
     return laid_out(y, channels_last(x, weight))
 
 

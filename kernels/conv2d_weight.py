@@ -24,7 +24,7 @@ def conv2d_weight_kernel(
     x, dy, dweight, pixels, H, W, OH, OW, C, CG, K, KG, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     out_k, out_tap, out_c, size, SPLITS: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """x [N,H,W,C], dy [N,OH,OW,K] -> dweight[k, tap, c] at k out_k + tap out_tap + c out_c, or its SPLITS parts.
 
     One program a tile of KG output channels by columns (tap, c) of a group, over one part of the pixels. FLAT: columns
@@ -105,11 +105,11 @@ def _launch(
     strides = (r * s * cg, cg, 1) if weight_channels_last else (r * s * cg, 1, r * s)
     flat, kg = product.flat(config), k // groups
     columns = triton.cdiv(r * s * cg, config.block_n) if flat else r * s * triton.cdiv(cg, config.block_n)
-    launch(
-        conv2d_weight_kernel, triton.cdiv(kg, config.block_m) * columns * groups * config.splits, x, dy, out,
-        n * oh * ow, h, w, oh, ow, c, cg, k, kg, r, s, *geometry, *strides, dweight.numel(), SPLITS=config.splits,
-        PRECISION=product.precision, FLAT=flat, WIDE=wide(x, dy), **config.blocks, **config.options,
-    )  # fmt: skip
+    programs = triton.cdiv(kg, config.block_m) * columns * groups * config.splits
+    sizes = n * oh * ow, h, w, oh, ow, c, cg, k, kg, r, s
+    constants = dict(SPLITS=config.splits, PRECISION=product.precision, FLAT=flat, WIDE=wide(x, dy), **config.blocks)
+    numbers = *sizes, *geometry, *strides, dweight.numel()
+    launch(conv2d_weight_kernel, programs, x, dy, out, *numbers, **constants, **config.options)
     if split:
         merge_splits(out, None, dweight, 1, 0.0, "identity")
     return dweight
@@ -121,10 +121,12 @@ def conv2d_weight(x, dy, kernel, stride, padding, dilation, groups, weight_chann
     k, cg, r, s = shape
     product = Product(k // groups, r * s * cg, dy[:, 0].numel(), groups, cg, "n", precision(x))
     geometry = (*stride, *padding, *dilation)
-    return tuned(
-        "conv2d_weight", x_, product, (tuple(x.shape), tuple(dy.shape), shape, geometry, weight_channels_last),
-        lambda config: _launch(x_, dy_, shape, geometry, weight_channels_last, product, config),
-    )  # fmt: skip
+
+    def run(config):
+        return _launch(x_, dy_, shape, geometry, weight_channels_last, product, config)
+
+    case = tuple(x.shape), tuple(dy.shape), shape, geometry, weight_channels_last
+    return tuned("conv2d_weight", x_, product, case, run)
 
 
 LAUNCHERS = {"conv2d_weight": Backend(conv2d_weight, lambda x, dy, *rest: declines(x, dy))}

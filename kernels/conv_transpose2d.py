@@ -58,7 +58,7 @@ def conv_transpose2d_kernel(
     dilation_h, dilation_w, step_h, step_w, inverse_h, inverse_w, phases_h, phases_w, size, slope,
     SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """x [N,H,W,C], weight [C,R,S,KG], bias [K] or None -> y [N,OH,OW,K], or its SPLITS parts in float32; and moments of
     G statistic groups, or None (then G is 1).
 
@@ -102,13 +102,13 @@ def conv_transpose2d_kernel(
         H, W, C, CG, TH, TW, -(dilation_h * step_h // stride_h), -(dilation_w * step_w // stride_w),
         R * S * KG, 1, step_h * S * KG, step_w * KG, split,
         SPLITS, PRECISION, FLAT, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    )  # fmt: skip  # by kind, and Triton takes no *arguments
     at = ((sample * OH + out_row) * OW + out_column) * K
     part = (m_tile * phases_h + phase_h) * phases_w + phase_w
     store_tile(
         y, bias, moments, acc, at, inside, group * KG + k, is_output, part, tiles_m * G * phases_h * phases_w, K,
         (n_tile == 0) & (group == 0), slope, split, size, SPLITS, ACTIVATION,
-    )  # fmt: skip
+    )  # fmt: skip  # by kind, and Triton takes no *arguments
 
 
 class Geometry(NamedTuple):
@@ -131,9 +131,16 @@ class Geometry(NamedTuple):
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple, geometry: Geometry, epilogue: Any, product: Product,
-    statistics: Statistics | None, config: Config,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple,
+    geometry: Geometry,
+    epilogue: Any,
+    product: Product,
+    statistics: Statistics | None,
+    config: Config,
+) -> Tensor:
     """x and weight in channels_last -> y in channels_last; the moments of y go to `statistics`."""
     (n, c, h, w), (_, k, oh, ow), (_, kg, r, s) = x.shape, shape, weight.shape
     groups, (activation, slope) = k // kg, epilogue
@@ -145,14 +152,15 @@ def _launch(
     m, cg = n // stat_groups * q[0] * q[1], c // groups
     parts = stat_groups * triton.cdiv(m, config.block_m) * phases[0] * phases[1]
     moments = statistics.room(y, parts, k) if statistics and config.splits == 1 else None
-    launch(
-        conv_transpose2d_kernel, parts * triton.cdiv(kg, config.block_n) * groups * config.splits, x, weight,
-        bias if config.splits == 1 else None, out, moments, m, stat_groups, h, w,
-        *q, oh, ow, c, cg, k, kg, r, s, *geometry.stride, *geometry.padding, *geometry.dilation,
-        *geometry.steps, *geometry.inverses, *phases, y.numel(), float(slope), SPLITS=config.splits,
-        ACTIVATION=activation if config.splits == 1 else "identity", PRECISION=product.precision,
-        FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks, **config.options,
-    )  # fmt: skip
+    programs = parts * triton.cdiv(kg, config.block_n) * groups * config.splits
+    whole = config.splits == 1  # else the kernel that merges the splits has the epilogue
+    tensors = x, weight, bias if whole else None, out, moments
+    sizes = m, stat_groups, h, w, *q, oh, ow, c, cg, k, kg, r, s
+    plan = *geometry.stride, *geometry.padding, *geometry.dilation, *geometry.steps, *geometry.inverses, *phases
+    constants = dict(SPLITS=config.splits, ACTIVATION=activation if whole else "identity", PRECISION=product.precision)
+    constants |= dict(FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks)
+    numbers = *sizes, *plan, y.numel(), float(slope)
+    launch(conv_transpose2d_kernel, programs, *tensors, *numbers, **constants, **config.options)
     if config.splits > 1 and statistics:
         statistics.merge_splits(out, bias, y, k)
     elif config.splits > 1:
@@ -183,11 +191,10 @@ class _Call:
             self.geometry = Geometry((1, 1), (0, 0), (1, 1))
             self.launched = (self.shape[0], self.weight.shape[1], 1, 1)
         phases = math.prod(self.geometry.stride)
-        self.product = Product(
-            -(-self.launched[0] * self.launched[2] * self.launched[3] // phases), self.weight.shape[1],
-            -(-self.weight[:, 0].numel() // groups // phases), phases * groups, x.shape[1] // groups, "k",
-            precision(x),
-        )  # fmt: skip
+        pixels = -(-self.launched[0] * self.launched[2] * self.launched[3] // phases)
+        depth = -(-self.weight[:, 0].numel() // groups // phases)
+        columns, channels = self.weight.shape[1], x.shape[1] // groups
+        self.product = Product(pixels, columns, depth, phases * groups, channels, "k", precision(x))
         self.case = tuple(self.x.shape), self.launched, tuple(self.weight.shape), self.geometry
 
     def run(self, epilogue: Any, statistics: Statistics | None, config: Config) -> Tensor:

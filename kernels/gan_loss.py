@@ -107,7 +107,7 @@ def write_loss(loss, statistics, lf, lr, f, r, sf, sr, above, below, inv_n, inv_
 def gan_loss_kernel(
     fake, real, loss, statistics, partial, n, m, each, programs, smoothing, inv_n, inv_m,
     KIND: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """Sums over `each` logits of either batch; an only program writes the loss, several write partial [8, programs]."""
     first = tl.program_id(0) * each
     lf = tl.zeros((BLOCK,), tl.float32)
@@ -137,7 +137,7 @@ def gan_loss_kernel(
         write_loss(
             loss, statistics, tl.sum(lf, 0), tl.sum(lr, 0), tl.sum(sum_f, 0), tl.sum(sum_r, 0), tl.sum(sf, 0),
             tl.sum(sr, 0), tl.sum(above, 0), tl.sum(below, 0), inv_n, inv_m,
-        )  # fmt: skip
+        )  # fmt: skip  # by kind, and Triton takes no *arguments
     else:
         at = partial + tl.program_id(0)
         tl.store(at, tl.sum(lf, 0))
@@ -164,7 +164,7 @@ def gan_loss_merge_kernel(partial, loss, statistics, programs, inv_n, inv_m, BLO
         sum_of(partial, 2, programs, BLOCK), sum_of(partial, 3, programs, BLOCK), sum_of(partial, 4, programs, BLOCK),
         sum_of(partial, 5, programs, BLOCK), sum_of(partial, 6, programs, BLOCK), sum_of(partial, 7, programs, BLOCK),
         inv_n, inv_m,
-    )  # fmt: skip
+    )  # fmt: skip  # by kind, and Triton takes no *arguments
 
 
 # Bound: 2 accesses a logit.
@@ -172,7 +172,7 @@ def gan_loss_merge_kernel(partial, loss, statistics, programs, inv_n, inv_m, BLO
 def gan_loss_backward_kernel(
     dloss, fake, real, dfake, dreal, n, m, smoothing, inv_n, inv_m,
     KIND: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(dloss).to(tl.float32)
     f = tl.load(fake + i, mask=i < n, other=0.0).to(tl.float32)
@@ -190,7 +190,7 @@ def gan_loss_backward_kernel(
 def gan_loss_double_backward_kernel(
     ddfake, ddreal, dloss, fake, real, out, d_fake, d_real, n, m, each, smoothing, inv_n, inv_m,
     KIND: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """From the cotangents of dfake and dreal, `each` logits a program: out [programs] sums dd L', the rest dd L''."""
     first = tl.program_id(0) * each
     scale = tl.load(dloss).to(tl.float32)
@@ -242,10 +242,9 @@ def _forward(fake, real, kind, side, smoothing):
     loss, statistics = fake.new_empty(()), fake.new_empty(6, dtype=torch.float32)
     programs, each = _programs(n, m)
     partial = None if programs == 1 else fake.new_empty(SUMS, programs, dtype=torch.float32)
-    launch(
-        gan_loss_kernel, programs, fake, real, loss, statistics, partial, n, m, each, programs, float(smoothing),
-        inv_n, inv_m, KIND=kind, SIDE=side, BLOCK=BLOCK,
-    )  # fmt: skip
+    sizes, factors = (n, m, each, programs), (float(smoothing), inv_n, inv_m)
+    tensors, constants = (fake, real, loss, statistics, partial), {"KIND": kind, "SIDE": side, "BLOCK": BLOCK}
+    launch(gan_loss_kernel, programs, *tensors, *sizes, *factors, **constants)
     if partial is not None:
         block = power_of_2(programs)
         launch(gan_loss_merge_kernel, 1, partial, loss, statistics, programs, inv_n, inv_m, BLOCK=block)
@@ -257,10 +256,9 @@ def _backward(dloss, fake, real, kind, side, smoothing):
     n, m, inv_n, inv_m = _counts(fake, real)
     dfake = torch.empty_like(fake)
     dreal = fake.new_empty(0) if real is None else torch.empty_like(real)
-    launch(
-        gan_loss_backward_kernel, triton.cdiv(max(n, m), BLOCK), dloss, fake, real, dfake, dreal, n, m,
-        float(smoothing), inv_n, inv_m, KIND=kind, SIDE=side, BLOCK=BLOCK,
-    )  # fmt: skip
+    tensors, constants = (dloss, fake, real, dfake, dreal), {"KIND": kind, "SIDE": side, "BLOCK": BLOCK}
+    programs, factors = triton.cdiv(max(n, m), BLOCK), (float(smoothing), inv_n, inv_m)
+    launch(gan_loss_backward_kernel, programs, *tensors, n, m, *factors, **constants)
     return dfake, dreal
 
 
@@ -272,10 +270,9 @@ def _double_backward(ddfake, ddreal, dloss, fake, real, kind, side, smoothing):
     d_real = fake.new_empty(0) if real is None else torch.empty_like(real)
     programs, each = _programs(n, m)
     out = d_dloss if programs == 1 else fake.new_empty(programs, dtype=torch.float32)
-    launch(
-        gan_loss_double_backward_kernel, programs, ddfake, ddreal, dloss, fake, real, out, d_fake, d_real, n, m, each,
-        float(smoothing), inv_n, inv_m, KIND=kind, SIDE=side, BLOCK=BLOCK,
-    )  # fmt: skip
+    tensors = ddfake, ddreal, dloss, fake, real, out, d_fake, d_real
+    factors, constants = (float(smoothing), inv_n, inv_m), {"KIND": kind, "SIDE": side, "BLOCK": BLOCK}
+    launch(gan_loss_double_backward_kernel, programs, *tensors, n, m, each, *factors, **constants)
     if programs > 1:
         launch(gan_loss_double_backward_merge_kernel, 1, out, d_dloss, programs, BLOCK=power_of_2(programs))
     return d_dloss, d_fake, d_real

@@ -23,7 +23,7 @@ def write_penalty(penalty, norm, n, squares, target):
 @triton.jit
 def grad_norm_penalty_kernel(
     gradient, penalty, norm, partial, M, chunks, each, target, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """Sum of squares of `each` elements of a sample; partial [N, chunks], or the penalty itself from an only chunk."""
     n = tl.program_id(0) // chunks
     squares = sample_sum(gradient, None, n, tl.program_id(0) % chunks, M, each, WIDE, BLOCK)
@@ -45,7 +45,7 @@ def grad_norm_penalty_merge_kernel(partial, penalty, norm, chunks, target, BLOCK
 def grad_norm_penalty_backward_kernel(
     dpenalty, gradient, norm, out, N, M, target,
     AT_ZERO: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """dpenalty 2 (1 - target / |g|) g, 0 where |g| = 0. AT_ZERO: the target is 0, and the factor 2."""
     n, at, mask = sample_tile(N, M, WIDE, BLOCK_N, BLOCK_M)
     scale = tl.load(dpenalty + n, mask=n < N, other=0.0).to(tl.float32)
@@ -65,10 +65,8 @@ def _forward(gradient, target):
     penalty, norm = (gradient.new_empty(n, dtype=torch.float32) for _ in range(2))
     chunks, each, block = sample_chunks(n, m)
     partial = None if chunks == 1 else gradient.new_empty(n, chunks, dtype=torch.float32)
-    launch(
-        grad_norm_penalty_kernel, n * chunks, gradient, penalty, norm, partial, m, chunks, each, float(target),
-        WIDE=wide(gradient), BLOCK=block,
-    )  # fmt: skip
+    tensors, constants = (gradient, penalty, norm, partial), {"WIDE": wide(gradient), "BLOCK": block}
+    launch(grad_norm_penalty_kernel, n * chunks, *tensors, m, chunks, each, float(target), **constants)
     if partial is not None:
         launch(
             grad_norm_penalty_merge_kernel, n, partial, penalty, norm, chunks, float(target), BLOCK=power_of_2(chunks)
@@ -81,10 +79,9 @@ def _backward(dpenalty, gradient, norm, target):
     out = torch.empty_like(gradient)
     n, m = len(gradient), gradient.numel() // len(gradient)
     programs, blocks = sample_blocks(n, m)
-    launch(
-        grad_norm_penalty_backward_kernel, programs, dpenalty.contiguous(), gradient, norm.contiguous(), out, n, m,
-        float(target), AT_ZERO=target == 0, WIDE=wide(gradient), **blocks,
-    )  # fmt: skip
+    tensors, constants = (dpenalty.contiguous(), gradient, norm.contiguous(), out), {"AT_ZERO": target == 0}
+    constants |= {"WIDE": wide(gradient), **blocks}
+    launch(grad_norm_penalty_backward_kernel, programs, *tensors, n, m, float(target), **constants)
     return out
 
 

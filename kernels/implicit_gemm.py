@@ -41,7 +41,7 @@ def gather_gemm(
     stride_c, stride_k, stride_th, stride_tw, split,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """acc[m, k] = sum over taps (th, tw) and channels c < CG of
     x[base[m] + ((row[m] + th step_h) W + column[m] + tw step_w) C + c] weight[th, tw, c, k], in float32.
 
@@ -123,7 +123,7 @@ def store_moments(moments, v, inside, channel, is_output, part, parts, columns, 
 def store_tile(
     y, bias, moments, acc, at, inside, channel, is_output, part, parts, columns, counts, slope, split, size,
     SPLITS: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """y[at + channel] = phi(acc + bias[channel]), and the moments of these numbers as y holds them, where there are
     moments; with several splits the bare sum, to part `split` of y."""
     where = at[:, None] + channel[None, :]
@@ -143,7 +143,7 @@ def store_tile(
 def merge_splits_kernel(
     partial, bias, y, size, K, slope, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """y[e] = phi(sum over splits of partial[split, e] + bias[e % K]), in the order of the splits: no atomics, so a
     result is the same at every run.
 
@@ -166,7 +166,7 @@ def merge_splits_kernel(
 def merge_splits_moments_kernel(
     partial, bias, y, moments, size, M, G, K, parts,
     SPLITS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """merge_splits_kernel with the moments of y: one program a tile of the M rows of one of G statistic groups by
     channels.
 
@@ -238,10 +238,9 @@ FINISHED = 8192  # moments that a finishing program holds of each kind: 1,024 pa
 def merge_splits(partial: Tensor, bias: Tensor | None, y: Tensor, channels: int, slope: float, activation: str) -> None:
     """y = phi(partial.sum(0) + bias), elements in memory order, channels innermost."""
     size = y.numel()
-    launch(
-        merge_splits_kernel, triton.cdiv(size, MERGE_BLOCK), partial, bias, y, size, channels, float(slope),
-        SPLITS=partial.shape[0], ACTIVATION=activation, WIDE=partial.numel() >= 2**31, BLOCK=MERGE_BLOCK,
-    )  # fmt: skip
+    numbers, place = (size, channels, float(slope)), {"WIDE": partial.numel() >= 2**31, "BLOCK": MERGE_BLOCK}
+    constants = dict(SPLITS=partial.shape[0], ACTIVATION=activation, **place)
+    launch(merge_splits_kernel, triton.cdiv(size, MERGE_BLOCK), partial, bias, y, *numbers, **constants)
 
 
 class Statistics:
@@ -267,11 +266,12 @@ class Statistics:
         rows = y.numel() // columns // self.groups
         block_m, block_n = tile(rows, columns, 1, True)
         tiles, parts = triton.cdiv(columns, block_n), self.groups * triton.cdiv(rows, block_m)
-        launch(
-            merge_splits_moments_kernel, parts * tiles, partial, bias, y, self.room(y, parts, columns), y.numel(),
-            rows, self.groups, columns, parts, SPLITS=partial.shape[0], WIDE=partial.numel() >= 2**31,
-            BLOCK_M=block_m, BLOCK_N=block_n,
-        )  # fmt: skip
+        tensors, sizes = (
+            (partial, bias, y, self.room(y, parts, columns)),
+            (y.numel(), rows, self.groups, columns, parts),
+        )
+        constants = dict(SPLITS=partial.shape[0], WIDE=partial.numel() >= 2**31, BLOCK_M=block_m, BLOCK_N=block_n)
+        launch(merge_splits_moments_kernel, parts * tiles, *tensors, *sizes, **constants)
 
     def finish(self, channels: int) -> tuple[Tensor, Tensor]:
         """(mean, var) [G, K], float32."""
@@ -279,10 +279,9 @@ class Statistics:
         var, rows = torch.empty_like(mean), self.parts // self.groups * self.repeat
         block_c = min(power_of_2(channels), FINISH_CHANNELS)
         block_p, blocks = min(power_of_2(rows), FINISHED // block_c), triton.cdiv(channels, block_c)
-        launch(
-            finish_moments_kernel, self.groups * blocks, self.moments, mean, var, rows, self.parts, self.repeat,
-            channels, blocks, num_warps=min(8, max(1, block_p * block_c // 256)), BLOCK_P=block_p, BLOCK_C=block_c,
-        )  # fmt: skip
+        sizes, warps = (rows, self.parts, self.repeat, channels, blocks), min(8, max(1, block_p * block_c // 256))
+        constants = dict(num_warps=warps, BLOCK_P=block_p, BLOCK_C=block_c)
+        launch(finish_moments_kernel, self.groups * blocks, self.moments, mean, var, *sizes, **constants)
         return mean, var
 
 

@@ -16,7 +16,7 @@ from fastgan.kernels.samples import sample_blocks, sample_tile
 @triton.jit
 def interpolate_kernel(
     real, fake, epsilon, rest, y, N, M, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """y = fake + e (real - fake), from the nearer end, as torch.lerp; or e real + rest fake, or e real alone."""
     n, at, mask = sample_tile(N, M, WIDE, BLOCK_N, BLOCK_M)
     e = tl.load(epsilon + n, mask=n < N, other=0.0).to(tl.float32)[:, None]

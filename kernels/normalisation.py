@@ -114,7 +114,7 @@ def load_tile(x, at, mask):
 def moments_kernel(
     x, mean, square, S, C, P, chunks, rows,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """mean and sum of squared differences [G, chunks, C] of each channel over `rows` rows: a tile's own mean first, so
     that a large mean costs no digits, then Chan's merge from tile to tile."""
     blocks = tl.cdiv(C, BLOCK_C)
@@ -142,7 +142,7 @@ def moments_kernel(
 def merge_moments_kernel(
     partial_mean, partial_square, mean, var, S, C, CG, blocks, rows, inv_m,
     PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """mean and var [G, NG] from the moments of CHUNKS chunks and CG channels, with one program a group."""
     g = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -167,7 +167,7 @@ def backward_sums_kernel(
     dy, x, weight, bias, mean, var, partial, S, C, P, CG, chunks, rows, arrays, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """partial [2, G, chunks, C]: sum dt, sum dt xhat; dt = dy phi'(t). arrays: G chunks, the size of one of the two."""
     blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // blocks
@@ -199,7 +199,7 @@ def backward_sums_kernel(
 def merge_backward_kernel(
     partial, weight, sums, dbias, dweight, C, CG, blocks, groups, inv_m,
     PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """sums [2, G, NG]: means over the group of weight dt, weight dt xhat; dbias, dweight [G, C]: sums dt, dt xhat."""
     g = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -224,7 +224,7 @@ def double_backward_sums_kernel(
     dy, ddx, x, weight, bias, mean, var, partial, S, C, P, CG, chunks, rows, arrays, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """partial [5, G, chunks, C]: sums of dt, dt xhat, w, w xhat, w dt; w = ddx."""
     blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // blocks
@@ -284,7 +284,7 @@ def double_backward_coefficients(c1, c2, w1, w2, a0, gamma, vg, r, inv_m, PER_CH
 def merge_double_backward_kernel(
     partial, weight, ddweight, var, coefficients, d_weight, C, CG, blocks, groups, eps, inv_m,
     PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """coefficients [5, G, NG] of the elementwise pass, and d_weight [G, C]."""
     g = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -324,7 +324,7 @@ def norm_act_kernel(
     x, weight, bias, mean, var, y, S, C, P, CG, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """y = phi(weight (x - mean) rstd + bias)."""
     blocks = tl.cdiv(C, BLOCK_C)
     tiles = tl.cdiv(S, BLOCK_S)
@@ -345,7 +345,7 @@ def norm_act_backward_kernel(
     dy, x, weight, bias, mean, var, sums, dx, S, C, P, CG, groups, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """dx = rstd (weight dt - sums[0] - xhat sums[1])."""
     blocks = tl.cdiv(C, BLOCK_C)
     tiles = tl.cdiv(S, BLOCK_S)
@@ -367,7 +367,7 @@ def norm_act_backward_kernel(
 @triton.jit
 def double_backward_elements(
     g, w, centred, r, gamma, beta, vg, vb, W1, W2, along_w, along, constant, slope, ACTIVATION: tl.constexpr
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """(d_dy, d_x) of elements with dy = g, ddx = w, x - mean = centred; the rest is [1, C'] or [1, 1]."""
     t = centred * (gamma * r) + beta
     dt = activate_backward(g, t, slope, ACTIVATION)
@@ -392,7 +392,7 @@ def norm_act_double_backward_kernel(
     dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients, d_dy, d_x, S, C, P, CG, groups, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     blocks = tl.cdiv(C, BLOCK_C)
     tiles = tl.cdiv(S, BLOCK_S)
     g = tl.program_id(0) // blocks // tiles
@@ -409,7 +409,7 @@ def norm_act_double_backward_kernel(
         load_group(coefficients, g, c, C, CG), load_group(coefficients + size, g, c, C, CG),
         load_group(coefficients + 2 * size, g, c, C, CG), load_group(coefficients + 3 * size, g, c, C, CG),
         load_group(coefficients + 4 * size, g, c, C, CG), slope, ACTIVATION,
-    )  # fmt: skip
+    )  # fmt: skip  # by kind, and Triton takes no *arguments
     tl.store(d_dy + at, u.to(d_dy.dtype.element_ty), mask=mask)
     tl.store(d_x + at, q.to(d_x.dtype.element_ty), mask=mask)
 
@@ -423,7 +423,7 @@ def resident_kernel(
     x, weight, bias, mean, var, y, S, C, P, CG, blocks, inv_m, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PER_CHANNEL: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """Statistics and y of one statistic group by one norm group, or by BLOCK_C channels where CG = 1."""
     g = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -449,7 +449,7 @@ def resident_backward_kernel(
     dy, x, weight, bias, mean, var, dx, dbias, dweight, S, C, P, CG, blocks, groups, each, inv_m, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PER_CHANNEL: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """dx of `each` statistic groups by one block, one after the other; dbias, dweight [parts, C] of them."""
     part = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -486,7 +486,7 @@ def resident_double_backward_kernel(
     S, C, P, CG, blocks, groups, each, inv_m, eps, slope,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PER_CHANNEL: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # by kind: tensors, sizes, constants
     """d_dy and d_x of `each` statistic groups by one block; d_weight [parts, C] of them."""
     part = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -512,7 +512,7 @@ def resident_double_backward_kernel(
             tl.sum(dt, 0, keep_dims=True), tl.sum(dt * centred, 0, keep_dims=True) * r,
             tl.sum(w, 0, keep_dims=True) + none, tl.sum(w * centred, 0, keep_dims=True) * r,
             tl.sum(w * dt, 0, keep_dims=True), gamma, vg, r, inv_m, PER_CHANNEL,
-        )  # fmt: skip
+        )  # fmt: skip  # by kind, and Triton takes no *arguments
         u, q = double_backward_elements(
             gy, w, centred, r, gamma, beta, vg, vb, W1, W2, along_w, along, constant, slope, ACTIVATION
         )
@@ -608,18 +608,18 @@ def _blocks(p: Plan) -> dict[str, int]:
     return {"BLOCK_S": p.block_s, "BLOCK_C": p.block_c}
 
 
+def _merged(p: Plan, chunks: int) -> dict[str, int | bool]:
+    return {"PER_CHANNEL": p.CG == 1, "CHUNKS": chunks, "BLOCK_C": p.group_block}
+
+
 def _statistics(p: Plan, x: Tensor, mean: Tensor, var: Tensor) -> None:
     """mean and var of a dense x, streamed."""
     chunks, rows = p.chunks()
     moments = x.new_empty(2, p.G, chunks, p.C, dtype=torch.float32)
-    launch(
-        moments_kernel, p.G * chunks * triton.cdiv(p.C, p.block_c), x, moments[0], moments[1], p.S, p.C, p.P,
-        chunks, rows, **_constants(p, x), **_blocks(p),
-    )  # fmt: skip
-    launch(
-        merge_moments_kernel, p.G * p.group_blocks, moments[0], moments[1], mean, var, p.S, p.C, p.CG,
-        p.group_blocks, rows, p.inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
-    )  # fmt: skip
+    programs, sizes = p.G * chunks * triton.cdiv(p.C, p.block_c), (p.S, p.C, p.P, chunks, rows)
+    launch(moments_kernel, programs, x, moments[0], moments[1], *sizes, **_constants(p, x), **_blocks(p))
+    numbers = p.S, p.C, p.CG, p.group_blocks, rows, p.inv_m
+    launch(merge_moments_kernel, p.G * p.group_blocks, *moments, mean, var, *numbers, **_merged(p, chunks))
 
 
 def batch_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -640,17 +640,14 @@ def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
     else:
         mean, var = (x.new_empty(p.G, p.NG, dtype=torch.float32) for _ in range(2))
         if p.resident:
-            launch(
-                resident_kernel, p.G * p.group_blocks, x, weight, bias, mean, var, y, p.S, p.C, p.P, p.CG,
-                p.group_blocks, p.inv_m, eps, slope, num_warps=_warps(p), **_constants(p, x, activation),
-                PER_CHANNEL=p.CG == 1, **_blocks(p),
-            )  # fmt: skip
+            numbers = p.S, p.C, p.P, p.CG, p.group_blocks, p.inv_m, eps, slope
+            constants = dict(**_constants(p, x, activation), PER_CHANNEL=p.CG == 1, **_blocks(p))
+            tensors = x, weight, bias, mean, var, y
+            launch(resident_kernel, p.G * p.group_blocks, *tensors, *numbers, num_warps=_warps(p), **constants)
             return y, mean, var
         _statistics(p, x, mean, var)
-    launch(
-        norm_act_kernel, p.tiles, x, weight, bias, mean, var, y, p.S, p.C, p.P, p.CG, eps, slope,
-        **_constants(p, x, activation), **_blocks(p),
-    )  # fmt: skip
+    tensors, numbers = (x, weight, bias, mean, var, y), (p.S, p.C, p.P, p.CG, eps, slope)
+    launch(norm_act_kernel, p.tiles, *tensors, *numbers, **_constants(p, x, activation), **_blocks(p))
     return y, mean, var
 
 
@@ -666,32 +663,27 @@ def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation,
     dy, x = (dense(t, is_channels_last(x)) for t in (dy, x))
     weight, bias, mean, var = contiguous(weight, bias, mean, var)
     dx, slope, inv_m = torch.empty_like(x), float(slope), p.inv_m if training else 0.0
+    sizes, constants = (p.S, p.C, p.P, p.CG), _constants(p, x, activation)
     if p.resident:
         parts, each = _parts(p)
         dbias, dweight = (x.new_empty(parts, p.C, dtype=torch.float32) for _ in range(2))
-        launch(
-            resident_backward_kernel, parts * p.group_blocks, dy, x, weight, bias, mean, var, dx, dbias, dweight,
-            p.S, p.C, p.P, p.CG, p.group_blocks, p.G, each, inv_m, eps, slope, num_warps=_warps(p),
-            **_constants(p, x, activation), PER_CHANNEL=p.CG == 1, **_blocks(p),
-        )  # fmt: skip
+        tensors = dy, x, weight, bias, mean, var, dx, dbias, dweight
+        numbers = *sizes, p.group_blocks, p.G, each, inv_m, eps, slope
+        constants = dict(**constants, PER_CHANNEL=p.CG == 1, **_blocks(p))
+        launch(resident_backward_kernel, parts * p.group_blocks, *tensors, *numbers, num_warps=_warps(p), **constants)
     else:
         chunks, rows = p.chunks()
         sums = x.new_empty(2, p.G, chunks, p.C, dtype=torch.float32)
-        launch(
-            backward_sums_kernel, p.G * chunks * triton.cdiv(p.C, p.block_c), dy, x, weight, bias, mean, var, sums,
-            p.S, p.C, p.P, p.CG, chunks, rows, p.G * chunks, eps, slope, **_constants(p, x, activation), **_blocks(p),
-        )  # fmt: skip
+        programs, tensors = p.G * chunks * triton.cdiv(p.C, p.block_c), (dy, x, weight, bias, mean, var, sums)
+        numbers = *sizes, chunks, rows, p.G * chunks, eps, slope
+        launch(backward_sums_kernel, programs, *tensors, *numbers, **constants, **_blocks(p))
         means = x.new_empty(2, p.G, p.NG, dtype=torch.float32)
         dbias, dweight = (x.new_empty(p.G, p.C, dtype=torch.float32) for _ in range(2))
-        launch(
-            merge_backward_kernel, p.G * p.group_blocks, sums, weight, means, dbias, dweight, p.C, p.CG,
-            p.group_blocks, p.G, inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
-        )  # fmt: skip
-        launch(
-            norm_act_backward_kernel, p.tiles, dy, x, weight, bias, mean, var, means, dx, p.S, p.C, p.P, p.CG, p.G,
-            eps, slope, num_warps=8 if wide(x) else 4,  # at 4, 64-bit offsets made 8 spilled bytes on sm_86 and sm_89
-            **_constants(p, x, activation), **_blocks(p),
-        )  # fmt: skip
+        tensors, numbers = (sums, weight, means, dbias, dweight), (p.C, p.CG, p.group_blocks, p.G, inv_m)
+        launch(merge_backward_kernel, p.G * p.group_blocks, *tensors, *numbers, **_merged(p, chunks))
+        warps = 8 if wide(x) else 4  # at 4, 64-bit offsets made 8 spilled bytes on sm_86 and sm_89
+        tensors, numbers = (dy, x, weight, bias, mean, var, means, dx), (*sizes, p.G, eps, slope)
+        launch(norm_act_backward_kernel, p.tiles, *tensors, *numbers, num_warps=warps, **constants, **_blocks(p))
     dweight, dbias = column_sums(dweight, dbias)
     return dx, dweight, dbias
 
@@ -703,33 +695,30 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     ddweight, ddbias, weight, bias, mean, var = contiguous(ddweight, ddbias, weight, bias, mean, var)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     slope, inv_m = float(slope), p.inv_m if training else 0.0
-    constants = _constants(p, x, activation)
+    sizes, constants = (p.S, p.C, p.P, p.CG), _constants(p, x, activation)
     if p.resident:
         parts, each = _parts(p)
         d_weight = x.new_empty(parts, p.C, dtype=torch.float32)
-        launch(
-            resident_double_backward_kernel, parts * p.group_blocks, dy, ddx, ddweight, ddbias, x, weight, bias, mean,
-            var, d_dy, d_x, d_weight, p.S, p.C, p.P, p.CG, p.group_blocks, p.G, each, inv_m, eps, slope,
-            num_warps=_warps(p), **constants, PER_CHANNEL=p.CG == 1, **_blocks(p),
-        )  # fmt: skip
+        tensors = dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, d_dy, d_x, d_weight
+        numbers = *sizes, p.group_blocks, p.G, each, inv_m, eps, slope
+        constants = dict(**constants, PER_CHANNEL=p.CG == 1, **_blocks(p))
+        programs, warps = parts * p.group_blocks, _warps(p)
+        launch(resident_double_backward_kernel, programs, *tensors, *numbers, num_warps=warps, **constants)
         return d_dy, d_x, column_sums(d_weight)[0]
     chunks, rows = p.chunks()
     sums = x.new_empty(5, p.G, chunks, p.C, dtype=torch.float32)
-    launch(
-        double_backward_sums_kernel, p.G * chunks * triton.cdiv(p.C, p.block_c), dy, ddx, x, weight, bias, mean, var,
-        sums, p.S, p.C, p.P, p.CG, chunks, rows, p.G * chunks, eps, slope, **constants, **_blocks(p),
-    )  # fmt: skip
+    programs, tensors = p.G * chunks * triton.cdiv(p.C, p.block_c), (dy, ddx, x, weight, bias, mean, var, sums)
+    numbers = *sizes, chunks, rows, p.G * chunks, eps, slope
+    launch(double_backward_sums_kernel, programs, *tensors, *numbers, **constants, **_blocks(p))
     coefficients = x.new_empty(5, p.G, p.NG, dtype=torch.float32)
     d_weight = x.new_empty(p.G, p.C, dtype=torch.float32)
-    launch(
-        merge_double_backward_kernel, p.G * p.group_blocks, sums, weight, ddweight, var, coefficients, d_weight, p.C,
-        p.CG, p.group_blocks, p.G, eps, inv_m, PER_CHANNEL=p.CG == 1, CHUNKS=chunks, BLOCK_C=p.group_block,
-    )  # fmt: skip
-    launch(
-        norm_act_double_backward_kernel, p.tiles, dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients,
-        d_dy, d_x, p.S, p.C, p.P, p.CG, p.G, eps, slope, num_warps=8, **constants,
-        **_blocks(p),  # 8 elements a thread: at 16, five tensors in float32 spilled on sm_80
-    )  # fmt: skip
+    tensors = sums, weight, ddweight, var, coefficients, d_weight
+    numbers = p.C, p.CG, p.group_blocks, p.G, eps, inv_m
+    launch(merge_double_backward_kernel, p.G * p.group_blocks, *tensors, *numbers, **_merged(p, chunks))
+    tensors = dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients, d_dy, d_x
+    # 8 elements a thread: at 16, five tensors in float32 spilled on sm_80
+    options = dict(num_warps=8, **constants, **_blocks(p))
+    launch(norm_act_double_backward_kernel, p.tiles, *tensors, *sizes, p.G, eps, slope, **options)
     return d_dy, d_x, column_sums(d_weight)[0]
 
 

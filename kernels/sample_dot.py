@@ -34,10 +34,9 @@ def _forward(x, y):
     chunks, each, block = sample_chunks(n, m)
     dot = x.new_empty(n, dtype=torch.float32)
     out = dot if chunks == 1 else x.new_empty(n, chunks, dtype=torch.float32)
-    launch(
-        sample_dot_kernel, n * chunks, x, y, out, m, chunks, each, WIDE=wide(x), BLOCK=block,
-        num_warps=8,  # two operands and a sum: at 4 warps 8 bytes of float32 spilled on sm_100
-    )  # fmt: skip
+    # two operands and a sum: at 4 warps 8 bytes of float32 spilled on sm_100
+    options = dict(WIDE=wide(x), BLOCK=block, num_warps=8)
+    launch(sample_dot_kernel, n * chunks, x, y, out, m, chunks, each, **options)
     if chunks > 1:
         launch(sample_dot_merge_kernel, n, out, dot, chunks, BLOCK=power_of_2(chunks))
     return dot

@@ -298,9 +298,10 @@ FAMILIES = {
     "patchgan": lambda: (PatchGAN(), (images(size=32), images(size=32))),
     "vocoder": lambda: (Vocoder(), (torch.randn(2, 20, 9, dtype=torch.float64),)),
     "vocoder, hook": lambda: (
-        Vocoder(wrap=lambda m: old("weight_norm", m)), (torch.randn(2, 20, 9, dtype=torch.float64),)
+        Vocoder(wrap=lambda m: old("weight_norm", m)),
+        (torch.randn(2, 20, 9, dtype=torch.float64),),
     ),
     "vocoder d": lambda: (VocoderDiscriminators(), (torch.randn(2, 1, 250, dtype=torch.float64),)),
     "stylegan g": lambda: (StyleGenerator(), (torch.randn(4, 12, dtype=torch.float64),)),
     "stylegan d": lambda: (StyleDiscriminator(), (images(size=8),)),
-}  # fmt: skip
+}

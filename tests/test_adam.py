@@ -56,8 +56,10 @@ def test_follows_torch_step_by_step(settings, backend):
             assert_same(ours, theirs)
     for p, q in zip(ours, theirs, strict=True):
         assert adam.state[p].keys() == torchs.state[q].keys() and adam.state[p]["step"] == torchs.state[q]["step"]
-        assert_same([adam.state[p][k] for k in ("exp_avg", "exp_avg_sq")],
-                    [torchs.state[q][k] for k in ("exp_avg", "exp_avg_sq")])  # fmt: skip
+        assert_same(
+            [adam.state[p][k] for k in ("exp_avg", "exp_avg_sq")],
+            [torchs.state[q][k] for k in ("exp_avg", "exp_avg_sq")],
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -135,8 +137,15 @@ def test_other_types_and_layouts_take_the_reference():
         adam.step(), torchs.step()
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     p = [torch.randn(4, 3, 2, 2)]
-    args = (p, [p[0].contiguous(memory_format=torch.channels_last)], p, p, [torch.zeros(())], [],
-            Numbers(0.1, 0.9, 0.999, 1e-8, 0.0, False, False))  # fmt: skip
+    args = (
+        p,
+        [p[0].contiguous(memory_format=torch.channels_last)],
+        p,
+        p,
+        [torch.zeros(())],
+        [],
+        Numbers(0.1, 0.9, 0.999, 1e-8, 0.0, False, False),
+    )
     assert "one dense layout" in op.backends["native"].declines(*args)
     assert "no gradient scale" in op.backends["native"].declines(*args[:6], args[6]._replace(found_inf=p[0]))
 
@@ -192,9 +201,14 @@ def test_a_step_with_an_average_has_the_numbers_of_torchs(precision):
         torch.manual_seed(0)
         g, d = fastgan.models.build("dcgan-28", g_width=8, d_width=8)
         step = fastgan.GANStep(
-            g, d, latent=100, g_optimizer=make(g.parameters()), d_optimizer=make(d.parameters()), ema=0.5,
+            g,
+            d,
+            latent=100,
+            g_optimizer=make(g.parameters()),
+            d_optimizer=make(d.parameters()),
+            ema=0.5,
             precision=precision,
-        )  # fmt: skip
+        )
         for _ in range(3):
             step(torch.rand(4, 1, 28, 28))
         return [*g.state_dict().values(), *step.ema.state_dict().values()]

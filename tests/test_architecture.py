@@ -11,9 +11,19 @@ import fastgan
 ROOT = Path(fastgan.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 HEADINGS = (
-    "Formula", "Shapes", "Dtypes", "Layout", "Autocast", "Derivatives", "Saves", "Traffic", "FLOPs", "Determinism",
-    "Backends", "Source",
-)  # fmt: skip
+    "Formula",
+    "Shapes",
+    "Dtypes",
+    "Layout",
+    "Autocast",
+    "Derivatives",
+    "Saves",
+    "Traffic",
+    "FLOPs",
+    "Determinism",
+    "Backends",
+    "Source",
+)
 OPS = [p for p in (ROOT / "ops").glob("*.py") if p.stem != "__init__"]
 
 
@@ -142,3 +152,75 @@ def test_assert_is_only_for_tests():
 
 def test_no_catch_all_rooms():
     assert not [p for p in SOURCES if p.stem in ("utils", "helpers", "misc", "common")]
+
+
+# ---- size and layout ------------------------------------------------------------------------------------------------
+
+MOST_LINES = 60  # of a function: a screen
+LONGER = {  # why a function is longer
+    "fastgan/benchmarking/textbook.py: textbook_step": "the whole textbook loop, in one closure",
+    "kernels/conv2d_weight.py: conv2d_weight_kernel": "one kernel's paragraphs share twenty locals",
+    "kernels/implicit_gemm.py: gather_gemm": "one kernel's paragraphs share twenty locals",
+    "csrc/cpu/conv_compute.cpp: compute_with": "the one chain of cases that picks a convolution's kernel",
+    "csrc/cpu/gn_act.cpp: backward": "two sweeps of a group share its statistics and scratch",
+    "csrc/cpu/gn_act.cpp: double_backward": "three sweeps of a group share its statistics and scratch",
+    "csrc/cuda/sweep.cuh: reduce_rows_kernel": "one kernel's paragraphs share its row's locals",
+}
+CHECKOUT = ROOT.parent
+CONTROL = ("if", "for", "while", "switch", "catch")
+
+
+def python_functions(text):
+    """(name, lines) of every function."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def cpp_functions(text):
+    """(name, lines) of every function body, from the line of its opening brace to that of its closing one."""
+    text = re.sub(r'"(\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
+    text = re.sub(r"__launch_bounds__\(.*?\)", "", text)
+    opened, line = [], 1
+    for at, letter in enumerate(text):
+        line += letter == "\n"
+        if letter == "{":
+            before = re.split(r"[;{}]", text[:at][-600:])[-1]
+            name = re.search(r"(\w+)\s*\([^{}]*\)\s*(?:const\s*|noexcept\s*)*$", before, re.S)
+            opened.append((name and name[1] not in CONTROL and re.search(r"(\w+)\s*\(", before)[1], line))
+        elif letter == "}" and opened:
+            name, begin = opened.pop()
+            if name:
+                yield name, line - begin + 1
+
+
+def test_functions_are_within_a_screen_or_say_why_not():
+    found = set()
+    for folder, suffixes in (("fastgan", (".py",)), ("kernels", (".py",)), ("csrc", (".cpp", ".hpp", ".cu", ".cuh"))):
+        for path in (CHECKOUT / folder).rglob("*"):
+            if path.suffix in suffixes:
+                functions = python_functions if path.suffix == ".py" else cpp_functions
+                long = {name for name, lines in functions(path.read_text()) if lines > MOST_LINES}
+                found |= {f"{path.relative_to(CHECKOUT).as_posix()}: {name}" for name in long}
+    if not (CHECKOUT / "csrc").is_dir():
+        pytest.skip("installed without the source tree")
+    assert found <= set(LONGER), found - set(LONGER)
+
+
+def test_long_functions_are_found():
+    body = "  x += 1;\n" * 61
+    assert dict(cpp_functions(f"template <int N>\nvoid f(int x) {{\n{body}}}\nint g() {{ return 1; }}"))["f"] == 63
+    assert dict(cpp_functions(f"struct S {{\n{body}}};\nvoid g() {{\n  for (int i = 0;;) {{\n{body}}}\n}}")) == {
+        "g": 65
+    }
+    assert dict(python_functions("def f():\n" + "    x = 1\n" * 61)) == {"f": 62}
+
+
+def test_the_formatter_decides_the_layout_or_the_line_says_why_not():
+    sources = [p for folder in ("fastgan", "kernels", "tests", "benchmarks") for p in (CHECKOUT / folder).rglob("*.py")]
+    for p in [*sources, CHECKOUT / "setup.py"]:
+        for number, line in enumerate(p.read_text().splitlines() if p.exists() else (), 1):
+            skipped = re.search(r"#\s*fmt:\s*(skip|off)(.*)", line)
+            assert not skipped or re.match(r"\s*# \w+", skipped[2]) or "fmt:" in line.split("#")[0], (
+                f"{p.name}:{number}"
+            )

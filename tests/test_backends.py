@@ -290,9 +290,11 @@ def test_environment_variable_forces_and_never_breaks_the_import():
     code = "import fastgan.choice; print(fastgan.choice.STATE.forced)"
     for value, want in [("reference", "reference"), ("nonsense", "auto")]:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+            [sys.executable, "-W", "ignore", "-c", code],
+            capture_output=True,
+            text=True,
             env={**__import__("os").environ, "FASTGAN_BACKEND": value},
-        )  # fmt: skip
+        )
         assert done.returncode == 0 and done.stdout.strip() == want, done.stderr
 
 

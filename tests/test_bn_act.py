@@ -131,9 +131,16 @@ def with_given(activation, groups):
         grouped = x.detach().to(dtype).unflatten(0, (groups, -1))
         var, mean = torch.var_mean(grouped, [1, *range(3, grouped.dim())], correction=0)
         return functional.bn_act(
-            x, None, None, weight, bias, training=True, activation=activation, stat_groups=groups,
+            x,
+            None,
+            None,
+            weight,
+            bias,
+            training=True,
+            activation=activation,
+            stat_groups=groups,
             batch_statistics=(mean, var),
-        )  # fmt: skip
+        )
 
     return run
 

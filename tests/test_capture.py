@@ -41,11 +41,17 @@ def graphs(monkeypatch):
 def networks(dropout=0.0, labels=False):
     g = nn.Sequential(
         nn.ConvTranspose2d(5, 6, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 2, 4, 2, 1), nn.Tanh()
-    )  # fmt: skip
+    )
     d = nn.Sequential(
-        nn.Conv2d(2, 6, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(dropout), nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6),
-        nn.LeakyReLU(0.2), nn.Conv2d(6, 1, 4), nn.Flatten(0),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(dropout),
+        nn.Conv2d(6, 6, 3, 1, 1),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(6, 1, 4),
+        nn.Flatten(0),
+    )
     return (Conditional(g, 5), Conditional(d, 2)) if labels else (g, d)
 
 
@@ -184,10 +190,13 @@ def test_the_number_of_keys_is_bounded(graphs, monkeypatch):
 def test_labels_latents_and_sequences(graphs):
     ours, theirs = pair(labels=True, d_steps=2)
     walk(
-        ours, theirs, 6, lambda i: [images(), images()],
+        ours,
+        theirs,
+        6,
+        lambda i: [images(), images()],
         labels=[torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([2, 2, 1, 1, 0, 0])],
         z=[torch.randn(6, 5, 1, 1).double() for _ in range(2)],
-    )  # fmt: skip
+    )
     assert graphs.replays == 3
 
 

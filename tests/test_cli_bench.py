@@ -65,8 +65,10 @@ def test_all_precisions(tmp_path):
         "rows"
     ]
     assert [(row["row"], row["dtype"]) for row in rows] == [
-        ("bf16", "bfloat16"), ("fastgan", "float32"), ("fastgan-bf16", "bfloat16"),
-    ]  # fmt: skip
+        ("bf16", "bfloat16"),
+        ("fastgan", "float32"),
+        ("fastgan-bf16", "bfloat16"),
+    ]
     assert rows[1]["speedup"] is None and rows[2]["best_pytorch"] == "bf16"  # nothing of float32 to compare with
     assert [row.name for row in workloads.rows(["fp16"])] == ["fp16", "compile-fp16", "fastgan-fp16"]
 

@@ -15,12 +15,23 @@ from fastgan.training.step import mixes_samples
 
 def chain():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2, inplace=True),
-        nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(True),
-        nn.Conv2d(6, 6, 3, padding=1), nn.Tanh(),
-        nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4),
-        nn.Flatten(), nn.Linear(4 * 14 * 14, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 1), nn.Sigmoid(),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.ConvTranspose2d(8, 6, 4, 2, 1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(True),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(6, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4 * 14 * 14, 10),
+        nn.BatchNorm1d(10),
+        nn.ReLU(),
+        nn.Linear(10, 1),
+        nn.Sigmoid(),
+    )
 
 
 class Holder(nn.Module):
@@ -105,9 +116,17 @@ def test_what_is_left_alone_and_why():
         pass
 
     model = nn.Sequential(
-        HandWritten(), hooked, nn.Conv2d(4, 4, 3), shared, nn.Conv2d(4, 4, 3), shared, MyConv(4, 4, 1),
-        nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), nn.Tanh(),
-    )  # fmt: skip
+        HandWritten(),
+        hooked,
+        nn.Conv2d(4, 4, 3),
+        shared,
+        nn.Conv2d(4, 4, 3),
+        shared,
+        MyConv(4, 4, 1),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+    )
     twin = copy.deepcopy(model)
     fastgan.convert(model, trace="off")
     rows = {r.name: r for r in fastgan.explain(model).rows}
@@ -351,11 +370,22 @@ def test_folded_chains_compile_whole():
 
 def critic():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 4, 2, 1), nn.LayerNorm([8, 8, 8]), nn.LeakyReLU(0.2, inplace=True),
-        nn.Conv2d(8, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.ReLU(True),
-        nn.Conv2d(12, 6, 4, 2, 1), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), nn.LeakyReLU(0.1),
-        nn.Conv2d(6, 6, 1), nn.InstanceNorm2d(6), nn.Tanh(), nn.Flatten(), nn.LayerNorm(96), nn.Linear(96, 1),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 4, 2, 1),
+        nn.LayerNorm([8, 8, 8]),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.GroupNorm(3, 12),
+        nn.ReLU(True),
+        nn.Conv2d(12, 6, 4, 2, 1),
+        nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(6, 6, 1),
+        nn.InstanceNorm2d(6),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LayerNorm(96),
+        nn.Linear(96, 1),
+    )
 
 
 def test_norms_of_critics_give_the_same_numbers_and_penalty_gradients():

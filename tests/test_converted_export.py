@@ -16,10 +16,17 @@ class Holder(nn.Module):
     def __init__(self):
         super().__init__()
         self.main = nn.Sequential(
-            nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 1, 3), nn.Tanh(),
-            nn.Flatten(), nn.Linear(196, 1),
-        )  # fmt: skip
+            nn.Conv2d(3, 8, 4, 2, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(8, 6, 4, 2, 1),
+            nn.GroupNorm(2, 6),
+            nn.ReLU(),
+            nn.Conv2d(6, 1, 3),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(196, 1),
+        )
 
     def forward(self, x):
         return self.main(x).squeeze(1)

@@ -29,9 +29,16 @@ def dcgan(norm=None, activation=None, dropout=0.0):
     act = activation or (lambda: nn.LeakyReLU(0.2, inplace=True))
     middle = [norm()] if norm else []
     return nn.Sequential(
-        nn.Conv2d(2, 6, 4, 2, 1, bias=False), act(), nn.Dropout(dropout), nn.Conv2d(6, 8, 4, 2, 1, bias=not norm),
-        *middle, act(), nn.Dropout2d(dropout), nn.Conv2d(8, 1, 2), nn.Flatten(0),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 4, 2, 1, bias=False),
+        act(),
+        nn.Dropout(dropout),
+        nn.Conv2d(6, 8, 4, 2, 1, bias=not norm),
+        *middle,
+        act(),
+        nn.Dropout2d(dropout),
+        nn.Conv2d(8, 1, 2),
+        nn.Flatten(0),
+    )
 
 
 class Residual(nn.Module):
@@ -138,7 +145,7 @@ ZOO = {
     "dropout": (lambda: dcgan(dropout=0.4), ""),
     "silu": (lambda: dcgan(activation=nn.SiLU), "silu"),
     "oddities": (Oddities, ""),
-}  # fmt: skip
+}
 LABELS = torch.arange(N) % 3
 
 
@@ -258,9 +265,16 @@ def test_ten_steps_equal_the_textbook_loop(kind, penalty, every, loss):
     g2, d2 = copy.deepcopy(g), copy.deepcopy(d)
     opts = [adam(m) for m in (g, d, g2, d2)]
     step = fastgan.GANStep(
-        g, d, latent=4, g_optimizer=opts[0], d_optimizer=opts[1], loss=loss, penalty=penalty, penalty_weight=2.0,
+        g,
+        d,
+        latent=4,
+        g_optimizer=opts[0],
+        d_optimizer=opts[1],
+        loss=loss,
+        penalty=penalty,
+        penalty_weight=2.0,
         penalty_every=every,
-    )  # fmt: skip
+    )
     sp = F.softplus
     d_side = {"bce": lambda r, f: sp(-r).mean() + sp(f).mean(), "relativistic": lambda r, f: sp(f - r).mean()}[loss]
     for i in range(10):
@@ -514,9 +528,13 @@ def test_a_value_that_changes_between_calls_is_seen():
 def test_a_refusal_leaves_buffers_and_random_state_as_they_were():
     """The refused run has drawn a mask, moved statistics and iterated a spectral norm before it meets SiLU."""
     ours = nn.Sequential(
-        spectral_norm(nn.Conv2d(2, 4, 3)), nn.Dropout(0.5), nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), nn.Flatten(),
-        nn.SiLU(), nn.Linear(4 * 16, 1),
-    ).double()  # fmt: skip
+        spectral_norm(nn.Conv2d(2, 4, 3)),
+        nn.Dropout(0.5),
+        nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)),
+        nn.Flatten(),
+        nn.SiLU(),
+        nn.Linear(4 * 16, 1),
+    ).double()
     theirs = copy.deepcopy(ours)
     x, _ = inputs()
     torch.manual_seed(0)

@@ -117,7 +117,7 @@ SHAPES = [
     # A kernel larger than the image, rows and columns that see padding alone.
     Shape(2, 3, 2, 3, 4, 5, 6, (2, 1), (3, 4)),
     Shape(13, 2, 3, 3, 5, 1, 1, (2, 2), (3, 3)),
-]  # fmt: skip
+]
 SHAPE_IDS = [str(s) for s in SHAPES]
 
 
@@ -233,9 +233,18 @@ def run(
     )
     out = Guarded(math.prod(sizes), dtype)
     getattr(library, op)(
-        plan, code, source.data_ptr(), w.data_ptr(), w_code, w.stride(),
-        0 if bias is None else bias.data_ptr(), out.inside.data_ptr(), ACTS[act], slope, threads,
-    )  # fmt: skip
+        plan,
+        code,
+        source.data_ptr(),
+        w.data_ptr(),
+        w_code,
+        w.stride(),
+        0 if bias is None else bias.data_ptr(),
+        out.inside.data_ptr(),
+        ACTS[act],
+        slope,
+        threads,
+    )
     return out.check().reshape(sizes).permute(0, 3, 1, 2)
 
 
@@ -303,9 +312,18 @@ def test_fp32_master_weights_are_rounded_to_bf16(table):
     for w in (w16.contiguous(), master):
         y = torch.empty(shape.n, shape.oh, shape.ow, shape.k, dtype=torch.bfloat16)
         _C.conv2d(
-            _C.Conv(*shape.numbers), 1, x.data_ptr(), w.data_ptr(), DTYPES[w.dtype], w.stride(),
-            0, y.data_ptr(), 0, 0.0, 2,
-        )  # fmt: skip
+            _C.Conv(*shape.numbers),
+            1,
+            x.data_ptr(),
+            w.data_ptr(),
+            DTYPES[w.dtype],
+            w.stride(),
+            0,
+            y.data_ptr(),
+            0,
+            0.0,
+            2,
+        )
         outs.append(y)
     assert torch.equal(*outs)
 
@@ -415,9 +433,12 @@ print(digest.hexdigest())
 def test_the_same_bits_in_every_process_at_eight_threads():
     def digest() -> str:
         done = subprocess.run(
-            [sys.executable, "-c", LAYERS], capture_output=True, text=True, timeout=120,
+            [sys.executable, "-c", LAYERS],
+            capture_output=True,
+            text=True,
+            timeout=120,
             env={**os.environ, "OMP_NUM_THREADS": "8"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -204,9 +204,18 @@ def run_bn_act(size, groups, dtype, channels_last, training, act, affine):
     # backward, from the statistics that the forward wrote
     dx, dweight, dbias = tensor_out(), Guarded(c), Guarded(c)
     _C.bn_act_backward(
-        dtype, pointer(memory["dy"]), pointer(memory["x"]), pointer(weight), pointer(bias), pointer(mean),
-        pointer(var), pointer(dx), pointer(dweight), pointer(dbias), *tail,
-    )  # fmt: skip
+        dtype,
+        pointer(memory["dy"]),
+        pointer(memory["x"]),
+        pointer(weight),
+        pointer(bias),
+        pointer(mean),
+        pointer(var),
+        pointer(dx),
+        pointer(dweight),
+        pointer(dbias),
+        *tail,
+    )
     compare(dx, first_want[0], "dx")
     if affine:
         check(dweight.get(), first_want[1], F32, "dweight")
@@ -215,10 +224,21 @@ def run_bn_act(size, groups, dtype, channels_last, training, act, affine):
     # double backward
     d_dy, d_x, d_weight = tensor_out(), tensor_out(), Guarded(c)
     _C.bn_act_double_backward(
-        dtype, pointer(memory["ddx"]), pointer(inputs["ddweight"]) if affine else 0,
-        pointer(inputs["ddbias"]) if affine else 0, pointer(memory["dy"]), pointer(memory["x"]), pointer(weight),
-        pointer(bias), pointer(mean), pointer(var), pointer(d_dy), pointer(d_x), pointer(d_weight), *tail,
-    )  # fmt: skip
+        dtype,
+        pointer(memory["ddx"]),
+        pointer(inputs["ddweight"]) if affine else 0,
+        pointer(inputs["ddbias"]) if affine else 0,
+        pointer(memory["dy"]),
+        pointer(memory["x"]),
+        pointer(weight),
+        pointer(bias),
+        pointer(mean),
+        pointer(var),
+        pointer(d_dy),
+        pointer(d_x),
+        pointer(d_weight),
+        *tail,
+    )
     compare(d_dy, second_want[0], "d_dy")
     compare(d_x, second_want[1], "d_x")
     if affine:
@@ -231,9 +251,24 @@ def run_statistics(x, channels_last, groups=1, threads=2):
     code = BF16 if x.dtype == torch.bfloat16 else F32
     memory, y, mean, var = to_memory(x, channels_last), torch.empty_like(x), Guarded(groups * c), Guarded(groups * c)
     _C.bn_act_forward(
-        code, pointer(memory), 0, 0, pointer(mean), pointer(var), pointer(y), n, c, hw, groups, channels_last, True,
-        EPS, IDENTITY, 0.0, threads,
-    )  # fmt: skip
+        code,
+        pointer(memory),
+        0,
+        0,
+        pointer(mean),
+        pointer(var),
+        pointer(y),
+        n,
+        c,
+        hw,
+        groups,
+        channels_last,
+        True,
+        EPS,
+        IDENTITY,
+        0.0,
+        threads,
+    )
     return mean.get().view(groups, c), var.get().view(groups, c)
 
 
@@ -400,15 +435,36 @@ def run_gn_act(size, groups, dtype, channels_last, act, affine):
     # from the statistics that the forward wrote
     dx, dweight, dbias = tensor_out(), Guarded(c), Guarded(c)
     _C.gn_act_backward(
-        dtype, dy, x, weight, bias, pointer(mean), pointer(var), pointer(dx), pointer(dweight) if affine else 0,
-        pointer(dbias) if affine else 0, *tail,
-    )  # fmt: skip
+        dtype,
+        dy,
+        x,
+        weight,
+        bias,
+        pointer(mean),
+        pointer(var),
+        pointer(dx),
+        pointer(dweight) if affine else 0,
+        pointer(dbias) if affine else 0,
+        *tail,
+    )
     compare(dx, first_want[0], "dx")
     d_dy, d_x, d_weight = tensor_out(), tensor_out(), Guarded(c)
     _C.gn_act_double_backward(
-        dtype, pointer(memory["ddx"]), pointer(inputs["ddweight"]), pointer(inputs["ddbias"]), dy, x, weight, bias,
-        pointer(mean), pointer(var), pointer(d_dy), pointer(d_x), pointer(d_weight) if affine else 0, *tail,
-    )  # fmt: skip
+        dtype,
+        pointer(memory["ddx"]),
+        pointer(inputs["ddweight"]),
+        pointer(inputs["ddbias"]),
+        dy,
+        x,
+        weight,
+        bias,
+        pointer(mean),
+        pointer(var),
+        pointer(d_dy),
+        pointer(d_x),
+        pointer(d_weight) if affine else 0,
+        *tail,
+    )
     compare(d_dy, second_want[0], "d_dy")
     compare(d_x, second_want[1], "d_x")
     if affine:
@@ -672,9 +728,7 @@ def test_grad_norm_penalty(table, n, m, dtype, target):
     slope = torch.where(want > 0, 2 - 2 * target / want, 2.0 if target == 0 else 0.0)
     dpenalty = torch.randn(n)
     norm = norm.get().clone()
-    _C.grad_norm_penalty_backward(
-        dtype, pointer(dpenalty), pointer(g), pointer(norm), pointer(dg), n, m, target, 2
-    )  # fmt: skip
+    _C.grad_norm_penalty_backward(dtype, pointer(dpenalty), pointer(g), pointer(norm), pointer(dg), n, m, target, 2)
     check(dg.get(), (dpenalty.double() * slope)[:, None] * rows, dtype, "dg")
 
 
@@ -699,13 +753,32 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
             F32, pointer(dy), pointer(x), *p, pointer(out[1]), pointer(small[2]), pointer(small[3]), *tail
         )
         _C.bn_act_double_backward(
-            F32, pointer(out[1]), pointer(weight), pointer(bias), pointer(dy), pointer(x), *p, pointer(out[2]),
-            pointer(out[3]), pointer(small[4]), *tail,
-        )  # fmt: skip
+            F32,
+            pointer(out[1]),
+            pointer(weight),
+            pointer(bias),
+            pointer(dy),
+            pointer(x),
+            *p,
+            pointer(out[2]),
+            pointer(out[3]),
+            pointer(small[4]),
+            *tail,
+        )
         _C.bias_act_backward(
-            F32, pointer(dy), pointer(out[0]), pointer(out[1]), pointer(small[5]), n, c, hw, channels_last, LEAKY,
-            SLOPE, threads,
-        )  # fmt: skip
+            F32,
+            pointer(dy),
+            pointer(out[0]),
+            pointer(out[1]),
+            pointer(small[5]),
+            n,
+            c,
+            hw,
+            channels_last,
+            LEAKY,
+            SLOPE,
+            threads,
+        )
         more = [torch.full((n,), torch.nan), torch.full((n,), torch.nan)]
         _C.grad_norm_penalty_forward(F32, pointer(x), pointer(more[0]), pointer(more[1]), n, c * hw, 1.0, threads)
         return out + small + more

@@ -84,10 +84,13 @@ def test_native_layouts_match_the_fake():
     for name in OPS:
         for layout in (torch.contiguous_format, torch.channels_last):
             args = [
-                a.detach().contiguous(memory_format=layout) if isinstance(a, torch.Tensor) and a.dim() == 4
-                else a.detach() if isinstance(a, torch.Tensor) else a
+                a.detach().contiguous(memory_format=layout)
+                if isinstance(a, torch.Tensor) and a.dim() == 4
+                else a.detach()
+                if isinstance(a, torch.Tensor)
+                else a
                 for a in sample(name)
-            ]  # fmt: skip
+            ]
             real = flat(OPS[name](*args))
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:
                 fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]

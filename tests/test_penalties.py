@@ -215,10 +215,16 @@ class Scales(nn.Module):
         h = torch.tanh(self.body(x))
         a, b = self.head(h), self.head(torch.nn.functional.avg_pool2d(h, 2))
         forms = {
-            "list": [a, b], "tuple": (a, b), "logits, features": (a, [h, h]), "logits, feature": (a, h),
-            "lists of both": ([a, b], [[h], [h]]), "dict": {"features": h, "logits": a},
-            "feature lists": [[h, a], [h, b]], "logits, nothing": (a, None), "one in a dict": {"score": a},
-        }  # fmt: skip
+            "list": [a, b],
+            "tuple": (a, b),
+            "logits, features": (a, [h, h]),
+            "logits, feature": (a, h),
+            "lists of both": ([a, b], [[h], [h]]),
+            "dict": {"features": h, "logits": a},
+            "feature lists": [[h, a], [h, b]],
+            "logits, nothing": (a, None),
+            "one in a dict": {"score": a},
+        }
         return forms[self.form]
 
 

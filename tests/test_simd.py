@@ -126,8 +126,9 @@ def test_widening_is_exact(simd):
     for whole in (1, 0):
         made = convert(simd.widen_bf16, values, torch.float32, whole)
         assert torch.equal(bits(made), bits(values).to(torch.int32) << 16)
-        assert torch.equal(bits(convert(simd.round_to_bf16, made, torch.bfloat16, whole))[~made.isnan()],
-                           bits(values)[~made.isnan()])  # fmt: skip
+        assert torch.equal(
+            bits(convert(simd.round_to_bf16, made, torch.bfloat16, whole))[~made.isnan()], bits(values)[~made.isnan()]
+        )
 
 
 def test_lanes(simd):

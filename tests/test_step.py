@@ -21,19 +21,30 @@ LOSSES = {
     "hinge": (lambda r, f: F.relu(1 - r).mean() + F.relu(1 + f).mean(), lambda r, f: -f.mean()),
     "wasserstein": (lambda r, f: f.mean() - r.mean(), lambda r, f: -f.mean()),
     "relativistic": (lambda r, f: SP(f - r).mean(), lambda r, f: SP(r - f).mean()),
-}  # fmt: skip
+}
 
 
 def networks(dropout=0.0):
     g = nn.Sequential(
-        nn.ConvTranspose2d(5, 8, 4), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(),
-        nn.ConvTranspose2d(6, 2, 4, 2, 1), nn.Tanh(),
-    )  # fmt: skip
+        nn.ConvTranspose2d(5, 8, 4),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 4, 2, 1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 2, 4, 2, 1),
+        nn.Tanh(),
+    )
     d = nn.Sequential(
-        nn.Conv2d(2, 6, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(dropout),
-        nn.Conv2d(6, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4), nn.Flatten(0),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(dropout),
+        nn.Conv2d(6, 8, 4, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 1, 4),
+        nn.Flatten(0),
+    )
     return g.double(), d.double()
 
 
@@ -189,10 +200,17 @@ def test_d_steps_labels_latents_ema_and_state():
         torch.manual_seed(0)
         g, d = G(), D()
         return fastgan.GANStep(
-            g, d, latent=lambda n, device, rng: torch.rand(n, 4, device=device, generator=rng),
-            g_optimizer=adam(g), d_optimizer=adam(d), d_steps=2, ema=0.5, penalty="r1", penalty_every=3,
+            g,
+            d,
+            latent=lambda n, device, rng: torch.rand(n, 4, device=device, generator=rng),
+            g_optimizer=adam(g),
+            d_optimizer=adam(d),
+            d_steps=2,
+            ema=0.5,
+            penalty="r1",
+            penalty_every=3,
             rng=torch.Generator().manual_seed(1),
-        )  # fmt: skip
+        )
 
     step = build()
     real, labels = [torch.randn(5, 6), torch.randn(5, 6)], [torch.arange(5) % 3] * 2

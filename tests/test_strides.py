@@ -8,8 +8,19 @@ from checks import BACKENDS, LAYOUTS
 import fastgan
 from fastgan import functional
 
-SHAPES = [(3, 4, 5, 6), (3, 1, 5, 6), (3, 4, 1, 1), (3, 1, 1, 1), (1, 4, 5, 6), (1, 1, 5, 6), (1, 4, 1, 1),
-          (3, 4, 1, 6), (3, 4, 5, 1), (1, 1, 1, 5), (1, 1, 1, 1)]  # fmt: skip
+SHAPES = [
+    (3, 4, 5, 6),
+    (3, 1, 5, 6),
+    (3, 4, 1, 1),
+    (3, 1, 1, 1),
+    (1, 4, 5, 6),
+    (1, 1, 5, 6),
+    (1, 4, 1, 1),
+    (3, 4, 1, 6),
+    (3, 4, 5, 1),
+    (1, 1, 1, 5),
+    (1, 1, 1, 1),
+]
 
 
 def convolutions(x, layout):

@@ -16,9 +16,18 @@ from fastgan.trace import Part, graphs, rewrite
 
 # layers of each family that run on our ops at least, in train mode
 FUSED = {
-    "sngan d": 7, "sngan d, hook": 7, "sngan d, labels": 7, "sngan g": 12, "unet": 8, "patchgan": 6, "vocoder": 0,
-    "vocoder, hook": 0, "vocoder d": 6, "stylegan g": 4, "stylegan d": 5,
-}  # fmt: skip
+    "sngan d": 7,
+    "sngan d, hook": 7,
+    "sngan d, labels": 7,
+    "sngan g": 12,
+    "unet": 8,
+    "patchgan": 6,
+    "vocoder": 0,
+    "vocoder, hook": 0,
+    "vocoder d": 6,
+    "stylegan g": 4,
+    "stylegan d": 5,
+}
 
 
 def twins(name, seed=0):
@@ -309,8 +318,15 @@ def test_gan_step_with_traced_networks_equals_the_plain_one():
             g, d = fastgan.convert(g), fastgan.convert(d)
         adam = lambda m: torch.optim.Adam(m.parameters(), 1e-3, betas=(0.0, 0.9))
         step = fastgan.GANStep(
-            g, d, latent=16, g_optimizer=adam(g), d_optimizer=adam(d), loss="hinge", penalty="r1", penalty_every=2,
-        )  # fmt: skip
+            g,
+            d,
+            latent=16,
+            g_optimizer=adam(g),
+            d_optimizer=adam(d),
+            loss="hinge",
+            penalty="r1",
+            penalty_every=2,
+        )
         return [float(v) for _ in range(4) for v in step(images()).values()]
 
     torch.testing.assert_close(losses(True), losses(False), rtol=1e-7, atol=1e-9)

@@ -18,11 +18,15 @@ def gather(command: str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The facts before a measurement; `load_after` is the caller's to add."""
     module, reason = native()
     return {
-        **machine(device), "device": str(device), "fastgan": fastgan.__version__,
-        "os": f"{platform.system()} {platform.machine()}", "kernels": module.table() if module else reason,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "command": command,
+        **machine(device),
+        "device": str(device),
+        "fastgan": fastgan.__version__,
+        "os": f"{platform.system()} {platform.machine()}",
+        "kernels": module.table() if module else reason,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
         "load_before": load(),
-    }  # fmt: skip
+    }
 
 
 def load() -> float | None:

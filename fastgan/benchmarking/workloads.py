@@ -31,12 +31,12 @@ SEED = 1
 WARM_UP = {"cpu": 2, "cuda": 6}  # calls before the clock: a step is captured as a graph in its fourth
 SETTLING = 10  # training forwards after which a fresh generator's running statistics are about those of its activations
 OP_SHAPES = (  # DCGAN-64 at batch 64: D's layers, G's, two norms, the loss
-    "conv2d:64x3x64x64:64,4,2,1:leaky_relu", "conv2d:64x64x32x32:128,4,2,1", "conv2d:64x128x16x16:256,4,2,1",
-    "conv2d:64x256x8x8:512,4,2,1", "conv2d:64x512x4x4:1,4", "conv_transpose2d:64x100x1x1:512,4",
-    "conv_transpose2d:64x512x4x4:256,4,2,1", "conv_transpose2d:64x256x8x8:128,4,2,1",
-    "conv_transpose2d:64x128x16x16:64,4,2,1", "conv_transpose2d:64x64x32x32:3,4,2,1:tanh",
-    "bn_act:64x256x8x8:leaky_relu", "bn_act:64x64x32x32:relu", "gan_loss:64",
-)  # fmt: skip
+    *("conv2d:64x3x64x64:64,4,2,1:leaky_relu", "conv2d:64x64x32x32:128,4,2,1", "conv2d:64x128x16x16:256,4,2,1"),
+    *("conv2d:64x256x8x8:512,4,2,1", "conv2d:64x512x4x4:1,4", "conv_transpose2d:64x100x1x1:512,4"),
+    *("conv_transpose2d:64x512x4x4:256,4,2,1", "conv_transpose2d:64x256x8x8:128,4,2,1"),
+    *("conv_transpose2d:64x128x16x16:64,4,2,1", "conv_transpose2d:64x64x32x32:3,4,2,1:tanh"),
+    *("bn_act:64x256x8x8:leaky_relu", "bn_act:64x64x32x32:relu", "gan_loss:64"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,8 @@ def compare(
         call = checked(run, want, workload.tolerances[row.precision != "fp32"], answer)
         runners[row.name] = Runner(call, dtype=str(row.dtype).removeprefix("torch."), ours=row.ours)
     case = workload.case
-    found = measure(
-        runners, seconds=seconds, ceilings=None, device=device.type, progress=progress,
-        warmup=WARM_UP[device.type],
-    )  # fmt: skip
+    place: dict[str, Any] = {"device": device.type, "warmup": WARM_UP[device.type]}
+    found = measure(runners, seconds=seconds, ceilings=None, progress=progress, **place)
     return {"op": case.op, "id": str(case), "shape": case.shape, "direction": case.direction, "rows": found}
 
 
@@ -277,6 +275,8 @@ def _parsed(spec: str) -> tuple[str, list[Tensor], int, Callable[..., Tensor], C
     activation = parts.pop() if parts and parts[-1] in ACTIVATIONS else "identity"
     fused: dict[str, Any] = dict(activation=activation, negative_slope=SLOPE)
     act = ACTIVATIONS[activation]
+    torch_op: Callable[..., Tensor]
+    our_op: Callable[..., Tensor]
     with contextlib.suppress(ValueError, RuntimeError, IndexError, ZeroDivisionError):  # the text is none of these
         sizes, *numbers = [[int(v) for v in part.replace("x", ",").split(",")] for part in parts]
         x = torch.randn(sizes)
@@ -285,23 +285,18 @@ def _parsed(spec: str) -> tuple[str, list[Tensor], int, Callable[..., Tensor], C
             groups = further[3] if len(further) > 3 else 1  # torch's fourth argument after the bias, of either op
             pair = (out, channels // groups) if name == "conv2d" else (channels, out // groups)
             theirs, mine = getattr(F, name), getattr(functional, name)
-            return (
-                name, [x, torch.randn(*pair, kernel, kernel) * 0.02], 2,
-                lambda x, w: act(theirs(x, w, None, *further)), lambda x, w: mine(x, w, None, *further, **fused),
-            )  # fmt: skip
+            torch_op = lambda x, w: act(theirs(x, w, None, *further))
+            our_op = lambda x, w: mine(x, w, None, *further, **fused)
+            return name, [x, torch.randn(*pair, kernel, kernel) * 0.02], 2, torch_op, our_op
         if name == "bn_act" and not numbers:
             ones, zeros = torch.ones(sizes[1]), torch.zeros(sizes[1])
-            return (
-                name, [x, ones, zeros, zeros, ones], 3,
-                lambda x, w, b, mean, var: act(F.batch_norm(x, mean, var, w, b, training=True)),
-                lambda x, w, b, mean, var: functional.bn_act(x, mean, var, w, b, training=True, **fused),
-            )  # fmt: skip
+            torch_op = lambda x, w, b, mean, var: act(F.batch_norm(x, mean, var, w, b, training=True))
+            our_op = lambda x, w, b, mean, var: functional.bn_act(x, mean, var, w, b, training=True, **fused)
+            return name, [x, ones, zeros, zeros, ones], 3, torch_op, our_op
         if name == "gan_loss" and not numbers:
-            return (
-                name, [x, torch.randn(sizes)], 2,
-                lambda fake, real: F.softplus(-real).mean() + F.softplus(fake).mean(),
-                lambda fake, real: functional.gan_loss(fake, real, kind="bce", side="d"),
-            )  # fmt: skip
+            torch_op = lambda fake, real: F.softplus(-real).mean() + F.softplus(fake).mean()
+            our_op = lambda fake, real: functional.gan_loss(fake, real, kind="bce", side="d")
+            return name, [x, torch.randn(sizes)], 2, torch_op, our_op
     raise ValueError(
         "bench: --shape of op must read conv2d:NxCxHxW:OUT,KERNEL[,STRIDE,PADDING,...][:ACTIVATION], the same of "
         f"conv_transpose2d, bn_act:NxCxHxW[:ACTIVATION] or gan_loss:N, with an activation of {', '.join(ACTIVATIONS)}; "

@@ -47,9 +47,15 @@ class R3GANGenerator(nn.Module):
     per_sample = True
 
     def __init__(
-        self, *, image_size: int = 32, channels: int = 3, latent: int = 64, width: int = 128, blocks: int = 1,
+        self,
+        *,
+        image_size: int = 32,
+        channels: int = 3,
+        latent: int = 64,
+        width: int = 128,
+        blocks: int = 1,
         group_size: int = 16,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.latent, self.image_size, self.channels = latent, image_size, channels
         widths = _widths("R3GANGenerator", image_size, width)
@@ -117,9 +123,15 @@ def init_r3gan(network: nn.Module) -> None:
 
 
 def build_r3gan(
-    *, image_size: int = 32, channels: int = 3, latent: int = 64, g_width: int = 128, d_width: int = 128,
-    blocks: int = 1, group_size: int = 16,
-) -> tuple[R3GANGenerator, R3GANDiscriminator]:  # fmt: skip
+    *,
+    image_size: int = 32,
+    channels: int = 3,
+    latent: int = 64,
+    g_width: int = 128,
+    d_width: int = 128,
+    blocks: int = 1,
+    group_size: int = 16,
+) -> tuple[R3GANGenerator, R3GANDiscriminator]:
     """Both networks of `r3gan-small`."""
     generator = R3GANGenerator(
         image_size=image_size, channels=channels, latent=latent, width=g_width, blocks=blocks, group_size=group_size

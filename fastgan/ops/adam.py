@@ -87,12 +87,12 @@ def cost(parameters: list[Tensor], averages: list[Tensor]) -> dict[str, int]:
 
 
 def reference(parameters, gradients, exp_avgs, exp_avg_sqs, steps, averages, numbers):
-    torch_adam(
-        parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, lr=numbers.lr,
-        beta1=numbers.beta1, beta2=numbers.beta2, eps=numbers.eps, weight_decay=numbers.weight_decay,
-        decoupled_weight_decay=numbers.decoupled, maximize=numbers.maximize, grad_scale=numbers.grad_scale,
-        found_inf=numbers.found_inf,
-    )  # fmt: skip
+    n = numbers
+    rates = dict(lr=n.lr, beta1=n.beta1, beta2=n.beta2, eps=n.eps, maximize=n.maximize)
+    decay = dict(weight_decay=n.weight_decay, decoupled_weight_decay=n.decoupled)
+    scale = dict(grad_scale=n.grad_scale, found_inf=n.found_inf)
+    options = dict(fused=True, amsgrad=False, **rates, **decay, **scale)
+    torch_adam(parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, **options)
     if averages:
         torch._foreach_lerp_(averages, parameters, numbers.weight)
     return (*parameters, *exp_avgs, *exp_avg_sqs, *averages)

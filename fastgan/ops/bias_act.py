@@ -50,10 +50,8 @@ def launch(core, x, bias, activation, slope):
     x = dense(x, channels_last)
     (bias,) = _native.float_vectors(bias)
     y = torch.empty_like(x)
-    core.call(
-        "bias_act_forward", x, _native.DTYPE_CODES[x.dtype], x, bias, y, *planes(x), channels_last,
-        _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    core.call("bias_act_forward", x, code, x, bias, y, *planes(x), channels_last, act, slope)
     return y
 
 
@@ -114,10 +112,9 @@ def launch_backward(core, dy, y, activation, slope, want_bias):
     channels_last = is_channels_last(y)
     dy, y = dense(dy, channels_last), dense(y, channels_last)
     dx, dbias = torch.empty_like(y), y.new_empty(y.shape[1] if want_bias else 0, dtype=torch.float32)
-    core.call(
-        "bias_act_backward", y, _native.DTYPE_CODES[y.dtype], dy, y, dx, dbias if want_bias else None, *planes(y),
-        channels_last, _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[y.dtype], _activation.CODES[activation]
+    tensors = dy, y, dx, dbias if want_bias else None
+    core.call("bias_act_backward", y, code, *tensors, *planes(y), channels_last, act, slope)
     return dx, dbias
 
 

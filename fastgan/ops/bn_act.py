@@ -117,10 +117,9 @@ def launch(core, x, weight, bias, running_mean, running_var, training, eps, acti
     else:
         mean, var = (s.to(torch.float32, copy=True).unsqueeze(0) for s in (running_mean, running_var))
     weight, bias = _native.float_vectors(weight, bias)
-    core.call(
-        "bn_act_forward", x, _native.DTYPE_CODES[x.dtype], x, weight, bias, mean, var, y, *planes(x), groups,
-        channels_last, training and running_mean is None, eps, _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    numbers = *planes(x), groups, channels_last, training and running_mean is None, eps, act, slope
+    core.call("bn_act_forward", x, code, x, weight, bias, mean, var, y, *numbers)
     return y, *computed(mean, var, training, running_mean)
 
 
@@ -191,10 +190,9 @@ def launch_backward(core, dy, x, weight, bias, mean, var, training, eps, activat
     dx, dweight = torch.empty_like(x), x.new_empty(x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight)
     weight, bias = _native.float_vectors(weight, bias)
-    core.call(
-        "bn_act_backward", x, _native.DTYPE_CODES[x.dtype], dy, x, weight, bias, mean, var, dx, dweight, dbias,
-        *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    numbers = *planes(x), len(mean), channels_last, training, eps, act, slope
+    core.call("bn_act_backward", x, code, dy, x, weight, bias, mean, var, dx, dweight, dbias, *numbers)
     return dx, dweight, dbias
 
 
@@ -295,11 +293,10 @@ def launch_double_backward(
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     d_weight = x.new_empty(x.shape[1], dtype=torch.float32)
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
-    core.call(
-        "bn_act_double_backward", x,
-        _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
-        d_dy, d_x, d_weight, *planes(x), len(mean), channels_last, training, eps, _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    given = ddx, ddweight, ddbias, dy, x, weight, bias, mean, var
+    numbers = *planes(x), len(mean), channels_last, training, eps, act, slope
+    core.call("bn_act_double_backward", x, code, *given, d_dy, d_x, d_weight, *numbers)
     return d_dy, d_x, d_weight
 
 

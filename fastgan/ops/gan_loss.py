@@ -142,10 +142,9 @@ def reference(fake, real, kind, side, smoothing):
 def launch(core, fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
     loss, statistics = fake.new_empty((), dtype=torch.float32), fake.new_empty(6, dtype=torch.float32)
-    core.call(
-        "gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], fake, fake.numel(), real,
-        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, loss, statistics,
-    )  # fmt: skip
+    logits = fake, fake.numel(), real, 0 if real is None else real.numel()
+    formula = KINDS.index(kind), SIDES.index(side), smoothing
+    core.call("gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], *logits, *formula, loss, statistics)
     return loss.to(fake.dtype), statistics
 
 
@@ -194,11 +193,10 @@ def launch_backward(core, dloss, fake, real, kind, side, smoothing):
     dloss = dloss.to(torch.float32)
     dfake = torch.empty_like(fake)
     dreal = fake.new_empty(0) if real is None else torch.empty_like(real)
-    core.call(
-        "gan_loss_backward", fake, _native.DTYPE_CODES[fake.dtype], dloss, fake, fake.numel(), real,
-        0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing, dfake,
-        None if real is None else dreal,
-    )  # fmt: skip
+    logits = fake, fake.numel(), real, 0 if real is None else real.numel()
+    formula = KINDS.index(kind), SIDES.index(side), smoothing
+    made = dfake, None if real is None else dreal
+    core.call("gan_loss_backward", fake, _native.DTYPE_CODES[fake.dtype], dloss, *logits, *formula, *made)
     return dfake, dreal
 
 
@@ -265,11 +263,11 @@ def launch_double_backward(core, ddfake, ddreal, dloss, fake, real, kind, side, 
     ddfake, fake = ddfake.contiguous(), fake.contiguous()
     ddreal, real = (None if t is None else t.contiguous() for t in (ddreal, real))
     d_dloss, d_fake, d_real = fake_double_backward_shapes(ddfake, ddreal, dloss, fake, real, kind, side, smoothing)
-    core.call(
-        "gan_loss_double_backward", fake, _native.DTYPE_CODES[fake.dtype], ddfake, ddreal, dloss.to(torch.float32),
-        fake, fake.numel(), real, 0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing,
-        d_dloss, d_fake, None if real is None else d_real,
-    )  # fmt: skip
+    given = _native.DTYPE_CODES[fake.dtype], ddfake, ddreal, dloss.to(torch.float32)
+    logits = fake, fake.numel(), real, 0 if real is None else real.numel()
+    formula = KINDS.index(kind), SIDES.index(side), smoothing
+    made = d_dloss, d_fake, None if real is None else d_real
+    core.call("gan_loss_double_backward", fake, *given, *logits, *formula, *made)
     return d_dloss, d_fake, d_real
 
 

@@ -117,10 +117,9 @@ def launch(core, x, weight, bias, groups, eps, activation, slope):
     y = torch.empty_like(x)
     mean, var = _statistics_like(x, groups)
     weight, bias = _native.float_vectors(weight, bias)
-    core.call(
-        "gn_act_forward", x, _native.DTYPE_CODES[x.dtype], x, weight, bias, mean, var, y, *planes(x), groups,
-        channels_last, eps, _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    numbers = *planes(x), groups, channels_last, eps, act, slope
+    core.call("gn_act_forward", x, code, x, weight, bias, mean, var, y, *numbers)
     return dense(y, given), mean, var
 
 
@@ -217,11 +216,10 @@ def launch_backward(core, dy, x, weight, bias, mean, var, eps, activation, slope
     dy, x = dense(dy, channels_last), dense(x, channels_last)
     dx, dweight, dbias = torch.empty_like(x), _gradient_like(x, weight), _gradient_like(x, bias)
     weight, bias = _native.float_vectors(weight, bias)
-    core.call(
-        "gn_act_backward", x, _native.DTYPE_CODES[x.dtype], dy, x, weight, bias, mean, var, dx,
-        None if weight is None else dweight, None if bias is None else dbias, *planes(x), mean.shape[1],
-        channels_last, eps, _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    made = dx, None if weight is None else dweight, None if bias is None else dbias
+    numbers = *planes(x), mean.shape[1], channels_last, eps, act, slope
+    core.call("gn_act_backward", x, code, dy, x, weight, bias, mean, var, *made, *numbers)
     return dense(dx, given), dweight, dbias
 
 
@@ -326,12 +324,11 @@ def launch_double_backward(core, dy, ddx, ddweight, ddbias, x, weight, bias, mea
     ddx = None if ddx is None else dense(ddx, channels_last)
     d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), _gradient_like(x, weight)
     weight, bias, ddweight, ddbias = _native.float_vectors(weight, bias, ddweight, ddbias)
-    core.call(
-        "gn_act_double_backward", x,
-        _native.DTYPE_CODES[x.dtype], ddx, ddweight, ddbias, dy, x, weight, bias, mean, var,
-        d_dy, d_x, None if weight is None else d_weight, *planes(x), mean.shape[1], channels_last, eps,
-        _activation.CODES[activation], slope,
-    )  # fmt: skip
+    code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
+    tensors = ddx, ddweight, ddbias, dy, x, weight, bias, mean, var
+    made = d_dy, d_x, None if weight is None else d_weight
+    numbers = *planes(x), mean.shape[1], channels_last, eps, act, slope
+    core.call("gn_act_double_backward", x, code, *tensors, *made, *numbers)
     return dense(d_dy, given), dense(d_x, given), d_weight
 
 

@@ -63,10 +63,8 @@ def reference(gradient, target):
 def launch(core, gradient, target):
     gradient = dense(gradient, is_channels_last(gradient))
     penalty, norm = fake(gradient, target)
-    core.call(
-        "grad_norm_penalty_forward", gradient, _native.DTYPE_CODES[gradient.dtype], gradient, penalty, norm,
-        len(gradient), gradient.numel() // len(gradient), target,
-    )  # fmt: skip
+    code, sizes = _native.DTYPE_CODES[gradient.dtype], (len(gradient), gradient.numel() // len(gradient))
+    core.call("grad_norm_penalty_forward", gradient, code, gradient, penalty, norm, *sizes, target)
     return penalty, norm
 
 
@@ -112,10 +110,8 @@ def launch_backward(core, dpenalty, gradient, norm, target):
     gradient = dense(gradient, is_channels_last(gradient))
     dpenalty, norm = _native.float_vectors(dpenalty, norm)
     dgradient = torch.empty_like(gradient)
-    core.call(
-        "grad_norm_penalty_backward", gradient, _native.DTYPE_CODES[gradient.dtype], dpenalty, gradient, norm,
-        dgradient, len(gradient), gradient.numel() // len(gradient), target,
-    )  # fmt: skip
+    code, sizes = _native.DTYPE_CODES[gradient.dtype], (len(gradient), gradient.numel() // len(gradient))
+    core.call("grad_norm_penalty_backward", gradient, code, dpenalty, gradient, norm, dgradient, *sizes, target)
     return dgradient
 
 

@@ -55,10 +55,8 @@ def launch(core, real, fake, epsilon, rest):
     real, fake = dense(real, channels_last), None if fake is None else dense(fake, channels_last)
     epsilon, rest = _native.float_vectors(epsilon, rest)
     y = torch.empty_like(real)
-    core.call(
-        "interpolate_forward", real, _native.DTYPE_CODES[real.dtype], real, fake, epsilon, rest, y, len(real),
-        real.numel() // len(real),
-    )  # fmt: skip
+    code, samples = _native.DTYPE_CODES[real.dtype], len(real)
+    core.call("interpolate_forward", real, code, real, fake, epsilon, rest, y, samples, real.numel() // samples)
     return y
 
 

@@ -58,11 +58,9 @@ def shape_rule(*names: str) -> None:
         RULES[name] = lambda tape, h, *args, op=op, **kwargs: op(tape.read(h), *args, **kwargs)
 
 
-shape_rule(
-    "aten.empty_like.default", "aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default",
-    "aten.rand_like.default", "aten.randn_like.default", "aten.new_empty.default", "aten.new_zeros.default",
-    "aten.new_ones.default", "aten.new_full.default",
-)  # fmt: skip
+shape_rule("aten.empty_like.default", "aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default")
+shape_rule("aten.new_empty.default", "aten.new_zeros.default", "aten.new_ones.default", "aten.new_full.default")
+shape_rule("aten.rand_like.default", "aten.randn_like.default")
 
 
 def plain(*operands: Any) -> None:
@@ -75,10 +73,8 @@ def plain(*operands: Any) -> None:
 
 
 @rule("aten.convolution.default")
-def convolution(
-    tape: Tape, h: Any, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any, transposed: bool,
-    output_padding: Any, groups: int,
-) -> Any:  # fmt: skip
+def convolution(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments: Any) -> Any:
+    stride, padding, dilation, transposed, output_padding, groups = arguments
     plain(w, b)
     geometry = list(stride), list(padding), list(dilation)
     if w.dim() == 4 and transposed:
@@ -98,10 +94,8 @@ def _layer(tape: Tape, step: LinearStep, w: Tensor | None, b: Tensor | None, pri
 
 
 @rule("fastgan.conv2d.default")
-def conv2d(
-    tape: Tape, h: Any, w: Tensor, b: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
-    activation: str, slope: float,
-) -> Any:  # fmt: skip
+def conv2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments: Any) -> Any:
+    stride, padding, dilation, groups, activation, slope = arguments
     plain(w, b)
     x, geometry = tape.read(h), (list(stride), list(padding), list(dilation))
     y = OPS["conv2d"](x, w, b, *geometry, groups, gated(activation), slope)
@@ -110,10 +104,8 @@ def conv2d(
 
 
 @rule("fastgan.conv_transpose2d.default")
-def conv_transpose2d(
-    tape: Tape, h: Any, w: Tensor, b: Tensor | None, stride: Any, padding: Any, output_padding: Any, groups: int,
-    dilation: Any, activation: str, slope: float,
-) -> Any:  # fmt: skip
+def conv_transpose2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments: Any) -> Any:
+    stride, padding, output_padding, groups, dilation, activation, slope = arguments
     plain(w, b)
     x, geometry = tape.read(h), (list(stride), list(padding), list(dilation))
     extra = list(output_padding)
@@ -211,11 +203,9 @@ def native_batch_norm(
 
 
 @rule("fastgan.bn_act.default")
-def bn_act(
-    tape: Tape, h: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, eps: float, activation: str, slope: float,
-    groups: int,
-) -> Any:  # fmt: skip
-    y = eval_norm(tape, h, w, b, mean, var, training, eps)
+def bn_act(tape: Tape, h: Any, *arguments: Any) -> Any:
+    *norm, activation, slope, _ = arguments
+    y = eval_norm(tape, h, *norm)
     if activation != "identity":
         y = gate(tape, y, _activation.apply(tape.read(y), gated(activation), slope), activation, slope)
     return _with_statistics(y, tape.read(h), 2)
@@ -338,10 +328,10 @@ def stack(tape: Tape, tensors: Sequence[Any], dim: int = 0) -> Any:
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
-def _linear(
-    tape: Tape, h: Any, y: Tensor, tangent: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor],
-    apart: bool = True,
-) -> Any:  # fmt: skip
+Linear = Callable[[Tensor], Tensor]
+
+
+def _linear(tape: Tape, h: Any, y: Tensor, tangent: Linear, adjoint: Linear, apart: bool = True) -> Any:
     return tape.record(Map(h.node, tangent, adjoint), y, apart)
 
 
@@ -358,10 +348,9 @@ def _reshape_rule(*names: str) -> None:
         RULES[name] = lambda tape, h, *args, op=op, **kwargs: _reshaped(tape, h, op(tape.read(h), *args, **kwargs))
 
 
-_reshape_rule(
-    "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.squeeze.default",
-    "aten.squeeze.dim", "aten.squeeze.dims", "aten.alias.default", "aten.clone.default",
-)  # fmt: skip
+_reshape_rule("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
+_reshape_rule("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
+_reshape_rule("aten.alias.default", "aten.clone.default")
 
 
 @rule("aten.unsqueeze.default")
@@ -404,21 +393,17 @@ def slice_(tape: Tape, h: Any, dim: int = 0, start: int | None = None, end: int 
     x = tape.read(h)
     size = x.shape
     first, last = start or 0, size[dim] if end is None else min(end, size[dim])
-    return _linear(
-        tape, h, aten.slice.Tensor(x, dim, start, end, step),
-        lambda v: aten.slice.Tensor(v, dim, start, end, step),
-        lambda g: aten.slice_backward(g, size, dim, first, last, step), dim % x.dim() != 0 or size[0] == last - first,
-    )  # fmt: skip
+    cut = lambda v: aten.slice.Tensor(v, dim, start, end, step)
+    back = lambda g: aten.slice_backward(g, size, dim, first, last, step)
+    return _linear(tape, h, cut(x), cut, back, dim % x.dim() != 0 or size[0] == last - first)
 
 
 @rule("aten.select.int")
 def select(tape: Tape, h: Any, dim: int, index: int) -> Any:
     x = tape.read(h)
     size = x.shape
-    return _linear(
-        tape, h, x.select(dim, index), lambda v: v.select(dim, index),
-        lambda g: aten.select_backward(g, size, dim, index), dim % x.dim() != 0,
-    )  # fmt: skip
+    pick = lambda v: v.select(dim, index)
+    return _linear(tape, h, pick(x), pick, lambda g: aten.select_backward(g, size, dim, index), dim % x.dim() != 0)
 
 
 @rule("aten.split.Tensor")
@@ -447,10 +432,9 @@ def to_copy(tape: Tape, h: Any, **kwargs: Any) -> Any:
 def constant_pad_nd(tape: Tape, h: Any, pad: Sequence[int], value: Any = 0) -> Any:
     x, pad = tape.read(h), list(pad)
     back = [-p for p in pad]
-    return _linear(
-        tape, h, aten.constant_pad_nd(x, pad, value), lambda v: aten.constant_pad_nd(v, pad, 0),
-        lambda g: aten.constant_pad_nd(g, back, 0), len(pad) < 2 * x.dim(),
-    )  # fmt: skip
+    grow = lambda v: aten.constant_pad_nd(v, pad, 0)
+    shrink = lambda g: aten.constant_pad_nd(g, back, 0)
+    return _linear(tape, h, aten.constant_pad_nd(x, pad, value), grow, shrink, len(pad) < 2 * x.dim())
 
 
 # ---- sums, pooling, resampling --------------------------------------------------------------------------------------

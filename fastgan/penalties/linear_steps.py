@@ -160,10 +160,8 @@ class TransposedConvolution(Convolution):
         return (dx[:, :, : self.shape[2], : self.shape[3]],)
 
     def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
-        y: Tensor = OPS["conv_transpose2d"](
-            _only(v), t[self.weight], None, self.stride, self.padding, self.output_padding, self.groups,
-            self.dilation, "identity", 0.0,
-        )  # fmt: skip
+        geometry = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        y: Tensor = OPS["conv_transpose2d"](_only(v), t[self.weight], None, *geometry, "identity", 0.0)
         return y
 
     def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:

@@ -39,8 +39,9 @@ class Graph:
     def _choose(self, case: tuple, arguments: tuple) -> bool:
         tensors = tuple(
             (tuple(a.shape), a.stride(), str(a.dtype), a.device.type, a.requires_grad)
-            for a in arguments if isinstance(a, Tensor)
-        )  # fmt: skip
+            for a in arguments
+            if isinstance(a, Tensor)
+        )
         threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
         key = ("trace", self.digest, case, tensors, threads, grad, torch.is_autocast_enabled("cpu"))
         return ours_is_faster(key, self.ours.forward, self.plain.forward, arguments)

@@ -41,9 +41,13 @@ def _settings() -> dict[str, Any]:
     since eager autograd calls DDP's hooks as ever.
     """
     wanted = {
-        "suppress_errors": True, "trace_numpy": False, "optimize_ddp": False, "recompile_limit": VARIANTS,
-        "cache_size_limit": VARIANTS, "accumulated_recompile_limit": 64 * VARIANTS,
-    }  # fmt: skip
+        "suppress_errors": True,
+        "trace_numpy": False,
+        "optimize_ddp": False,
+        "recompile_limit": VARIANTS,
+        "cache_size_limit": VARIANTS,
+        "accumulated_recompile_limit": 64 * VARIANTS,
+    }
     config: Any = torch._dynamo.config
     found = {name: value for name, value in wanted.items() if hasattr(config, name)}
     if "recompile_limit" in found:  # the same switch under its newer name
@@ -156,9 +160,7 @@ def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 # ---- which modules become parts -------------------------------------------------------------------------------------
 
-NORMS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm,
-)  # fmt: skip
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, *NORMS)
 
 

@@ -116,43 +116,52 @@ def _summed(arguments: dict[str, Any]) -> str:
 NORM = {"x": REQUIRED, "running_mean": None, "running_var": None, "weight": None, "bias": None}
 SUM = Pattern("add", {"a": REQUIRED, "b": REQUIRED, "alpha": 1}, add_act, EVERY, False, _summed)
 PATTERNS: dict[Any, Pattern] = {
-    torch.conv2d: Pattern(
-        "conv2d", {**CONVOLUTION, "dilation": 1, "groups": 1}, functional.conv2d, EVERY, fits=_image
-    ),
+    torch.conv2d: Pattern("conv2d", {**CONVOLUTION, "dilation": 1, "groups": 1}, functional.conv2d, EVERY, fits=_image),
     torch.conv_transpose2d: Pattern(
-        "conv_transpose2d", {**CONVOLUTION, "output_padding": 0, "groups": 1, "dilation": 1},
-        functional.conv_transpose2d, EVERY, fits=_image,
+        "conv_transpose2d",
+        {**CONVOLUTION, "output_padding": 0, "groups": 1, "dilation": 1},
+        functional.conv_transpose2d,
+        EVERY,
+        fits=_image,
     ),
     F.linear: Pattern("linear", {"x": REQUIRED, "weight": REQUIRED, "bias": None}, linear_act, EVERY, False, _rows),
     F.batch_norm: Pattern(
         "bn_act", {**NORM, "training": False, "momentum": 0.1, "eps": 1e-5}, functional.bn_act, SIGNED, fits=_normable
     ),
     F.instance_norm: Pattern(
-        "in_act", {**NORM, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}, functional.in_act, SIGNED,
+        "in_act",
+        {**NORM, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5},
+        functional.in_act,
+        SIGNED,
         fits=_normable,
     ),
     F.group_norm: Pattern(
-        "gn_act", {"x": REQUIRED, "num_groups": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
-        functional.gn_act, SIGNED, fits=_normable,
+        "gn_act",
+        {"x": REQUIRED, "num_groups": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
+        functional.gn_act,
+        SIGNED,
+        fits=_normable,
     ),
     F.layer_norm: Pattern(
-        "ln_act", {"x": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
-        functional.ln_act, SIGNED, fits=_normable,
+        "ln_act",
+        {"x": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
+        functional.ln_act,
+        SIGNED,
+        fits=_normable,
     ),
-    operator.add: SUM, operator.iadd: SUM, torch.add: SUM, "add": SUM, "add_": SUM,
-}  # fmt: skip
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), SUM),
+}
 FOLDED: dict[str, Callable[..., Tensor]] = {
     "conv2d": functional.conv2d_bn_act,
     "conv_transpose2d": functional.conv_transpose2d_bn_act,
 }
 
 ACTIVATIONS: dict[Any, str] = {
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu",
-    torch.tanh: "tanh", torch.tanh_: "tanh", F.tanh: "tanh", "tanh": "tanh", "tanh_": "tanh",
-    torch.sigmoid: "sigmoid", torch.sigmoid_: "sigmoid", F.sigmoid: "sigmoid", "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
-}  # fmt: skip
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"), "tanh"),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
+}
 INPLACE = (F.relu_, F.leaky_relu_, torch.relu_, torch.tanh_, torch.sigmoid_, operator.setitem, torch.dropout_)
 FRESH = (*PATTERNS, *ACTIVATIONS, torch.conv1d, torch.conv_transpose1d, operator.mul, torch.mul, F.avg_pool2d)
 

@@ -37,10 +37,8 @@ class Adam(torch.optim.Adam):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
     ):
-        super().__init__(
-            params, lr, betas, eps, weight_decay, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay,
-            fused=True,
-        )  # fmt: skip
+        flags = {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay, "fused": True}
+        super().__init__(params, lr, betas, eps, weight_decay, **flags)
 
     @torch.no_grad()
     def step(

@@ -26,7 +26,7 @@ from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan.choice import forced
 from fastgan.training.recording import Recording, difference
 
-__all__ = ["CUDAGraphs", "Capture", "Graphs"]
+__all__ = ["CUDAGraphs", "Capturable", "Capture", "Graphs"]
 
 WARM_UP = 3  # eager steps of a key before its capture: one that may compile and race, two that are compared
 # Captures of one step object, and keys at a time. Graphs share one memory pool, but each keeps its gradients; lazy
@@ -34,7 +34,6 @@ WARM_UP = 3  # eager steps of a key before its capture: one that may compile and
 MAX_CAPTURES = 32
 
 Metrics = dict[str, Tensor]
-Run = Callable[..., Metrics]
 
 
 class Graphs(Protocol):
@@ -118,40 +117,44 @@ class _Entry:
     gradients: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
 
+class Capturable(Protocol):
+    """A step that `Capture` may run as a graph."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def rng(self) -> torch.Generator | None:
+        """What the step draws from, or None for torch's own generator."""
+
+    def run(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> Metrics:
+        """The whole step on tensors; due: which of its D updates carry the penalty."""
+
+    def modules(self) -> Sequence[nn.Module]:
+        """Everything with parameters, buffers and modes that the step reads or writes."""
+
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Those that it steps."""
+
+    def settings(self) -> tuple:
+        """Every number of the step that a user may change between two calls."""
+
+    def uncapturable(self) -> str:
+        """Why the step as it is now cannot be captured, or ""."""
+
+    def recover(self) -> None:
+        """Put Python-side state right after a capture that broke off."""
+
+
 class Capture:
     """Runs a step as a graph where that gives the step's numbers, and as it is everywhere else.
 
-    Args:
-        run: (due, real, labels, z) -> metrics, the whole step on tensors; due: which D updates carry the penalty.
-        modules: () -> everything with parameters, buffers and modes that the step reads or writes.
-        optimizers: () -> those that it steps.
-        settings: () -> every number of the step that a user may change between two calls.
-        unsupported: () -> why the step as it is now cannot be captured, or "".
-        recover: () -> None, puts Python-side state right after a capture that broke off.
-        device: of the step.
-        rng: () -> the generator that it draws from, or None for torch's own.
-        graphs: the device's.
-        insist: raise instead of running eagerly.
+    step: what is run. graphs: of its device. insist: raise where the step would run eagerly.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        *,
-        modules: Callable[[], Sequence[nn.Module]],
-        optimizers: Callable[[], Sequence[torch.optim.Optimizer]],
-        settings: Callable[[], tuple],
-        unsupported: Callable[[], str],
-        recover: Callable[[], None],
-        device: torch.device,
-        rng: Callable[[], torch.Generator | None],
-        graphs: Graphs,
-        insist: bool = False,
-    ):
-        self.run, self.modules, self.optimizers, self.settings = run, modules, optimizers, settings
-        self.unsupported, self.recover, self.device, self.rng = unsupported, recover, device, rng
-        self.graphs, self.insist = graphs, insist
-        self.rates = _Rates(optimizers, device)
+    def __init__(self, step: Capturable, graphs: Graphs, *, insist: bool = False):
+        self.step, self.graphs, self.insist = step, graphs, insist
+        self.rates = _Rates(step)
         self.captures = self.replays = 0
         self.declined = ""  # for good
         self._entries: dict[tuple, _Entry] = {}
@@ -162,8 +165,8 @@ class Capture:
     def __call__(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> Metrics:
         inputs = (real, labels, z)
         if self.graphs.busy() or torch._C._len_torch_dispatch_stack() > 0:
-            return self.run(due, *inputs)  # somebody captures or watches the step: it is to see the ops
-        reason = self.declined or self._refresh() or _unfit(inputs, self.device)
+            return self.step.run(due, *inputs)  # somebody captures or watches the step: it is to see the ops
+        reason = self.declined or self._refresh() or _unfit(inputs, self.step.device)
         if reason:
             return self._eagerly(reason, due, inputs)
         key = (due, *map(_signature, inputs))
@@ -188,7 +191,7 @@ class Capture:
         """How steps run now, in a few words."""
         if self.declined:
             return f"eager ({self.declined})"
-        reason = self.unsupported()
+        reason = self.step.uncapturable()
         if reason:
             return f"eager ({reason})"
         graphs = sum(e.replay is not None for e in self._entries.values())
@@ -202,15 +205,15 @@ class Capture:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"GANStep: runs eagerly, without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
-        return self.run(due, *inputs)
+        return self.step.run(due, *inputs)
 
     def _warm_up(self, entry: _Entry, due: tuple[bool, ...]) -> Metrics:
         with self.rates.on_device():
             if entry.steps == 0:
-                metrics = self.graphs.warm_up(lambda: self.run(due, *entry.inputs))
+                metrics = self.graphs.warm_up(lambda: self.step.run(due, *entry.inputs))
             else:
-                with Recording(self.device) as recording:
-                    metrics = self.graphs.warm_up(lambda: self.run(due, *entry.inputs))
+                with Recording(self.step.device) as recording:
+                    metrics = self.graphs.warm_up(lambda: self.step.run(due, *entry.inputs))
                 entry.recordings.append(recording)
         entry.steps += 1  # a step that raised does not count
         if len(entry.recordings) == 2:
@@ -227,7 +230,7 @@ class Capture:
             return f"shapes, settings or parameters changed {MAX_CAPTURES} times"
 
         def packed() -> tuple[tuple[str, ...], Any]:
-            metrics = self.run(due, *entry.inputs)
+            metrics = self.step.run(due, *entry.inputs)
             values = list(metrics.values())
             alike = len({v.dtype for v in values}) == 1
             return tuple(metrics), torch.stack(values) if alike else values
@@ -235,14 +238,14 @@ class Capture:
         self.captures += 1
         try:
             with self.rates.on_device(capturing=True):
-                entry.replay, (entry.names, entry.values) = self.graphs.capture(packed, self.rng())
+                entry.replay, (entry.names, entry.values) = self.graphs.capture(packed, self.step.rng)
         except Exception as error:
-            for optimizer in self.optimizers():
+            for optimizer in self.step.optimizers():
                 optimizer.zero_grad(set_to_none=True)
-            self.recover()
+            self.step.recover()
             first = next((line for line in str(error).splitlines() if line.strip()), "no message")
             return f"its capture failed with {type(error).__name__}: {first.strip()}"
-        entry.gradients = [(p, p.grad) for p in _learnt(self.optimizers())]
+        entry.gradients = [(p, p.grad) for p in _learnt(self.step.optimizers())]
         return ""
 
     def _replay(self, entry: _Entry) -> Metrics:
@@ -268,7 +271,7 @@ class Capture:
         if state != self._valid:
             self._entries.clear()
             self._valid = state
-            self._reason = self.unsupported()
+            self._reason = self.step.uncapturable()
         return self._reason
 
     def _state(self) -> tuple:
@@ -276,15 +279,15 @@ class Capture:
 
         It is asked for at every step: module dictionaries are walked by hand, at a third of parameters()'s cost.
         """
-        state: list[Any] = [self.settings(), _process(self.device.type)]
-        for m in (m for module in self.modules() for m in module.modules()):
+        state: list[Any] = [self.step.settings(), _process(self.step.device.type)]
+        for m in (m for module in self.step.modules() for m in module.modules()):
             state.append(m.training)
             if has_hooks(m):
                 state.append(has_hooks_on_values(m))
             for p in m._parameters.values():
                 state += () if p is None else (p.data_ptr(), p.requires_grad)
             state += [b.data_ptr() for b in m._buffers.values() if b is not None]
-        for optimizer in self.optimizers():
+        for optimizer in self.step.optimizers():
             state += [_hyperparameters(group) for group in optimizer.param_groups]
             state += [_place(v) for values in optimizer.state.values() for v in values.values()]
         return tuple(state)
@@ -314,12 +317,11 @@ def _place(value: Any) -> Any:
 
 def _process(device: str) -> tuple:
     """Switches of the process that decide which kernels run."""
-    return (
-        forced(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
-        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
-        torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.enabled,
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, *_float32_precision(),
-    )  # fmt: skip
+    cudnn = torch.backends.cudnn
+    autograd = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    dtypes = torch.get_default_dtype(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    exact = torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.deterministic, cudnn.benchmark
+    return forced(), *autograd, *dtypes, *exact, *_float32_precision()
 
 
 def _float32_precision() -> tuple:
@@ -346,13 +348,13 @@ class _Rates:
     number's place only while a step is warmed up or captured; before a replay it is filled with the present number.
     """
 
-    def __init__(self, optimizers: Callable[[], Sequence[torch.optim.Optimizer]], device: torch.device):
-        self.optimizers, self.device = optimizers, device
+    def __init__(self, step: Capturable):
+        self.step = step
         self._scalars: list[Tensor] = []
         self._values: list[float] = []
 
     def _groups(self) -> list[dict[str, Any]]:
-        groups = [g for optimizer in self.optimizers() for g in optimizer.param_groups]
+        groups = [g for optimizer in self.step.optimizers() for g in optimizer.param_groups]
         return [g for g in groups if not isinstance(g["lr"], Tensor) or g["lr"].device.type == "cpu"]
 
     def refresh(self) -> None:
@@ -360,7 +362,7 @@ class _Rates:
         for i, group in enumerate(self._groups()):
             value = float(group["lr"])
             if i == len(self._scalars):
-                self._scalars.append(torch.full((), value, dtype=torch.float32, device=self.device))
+                self._scalars.append(torch.full((), value, dtype=torch.float32, device=self.step.device))
                 self._values.append(value)
             elif value != self._values[i]:
                 self._scalars[i].fill_(value)
@@ -370,13 +372,13 @@ class _Rates:
     def on_device(self, *, capturing: bool = False) -> Iterator[None]:
         """Within: the optimisers read the scalars; `capturing` also tells them that their step is being captured."""
         self.refresh()
-        groups, every = self._groups(), [g for o in self.optimizers() for g in o.param_groups]
+        groups, every = self._groups(), [g for o in self.step.optimizers() for g in o.param_groups]
         numbers, flags = [g["lr"] for g in groups], [g["capturable"] for g in every]
         for group, scalar in zip(groups, self._scalars, strict=False):
             group["lr"] = scalar
         for group in every:
             group["capturable"] = group["capturable"] or capturing
-        for optimizer in self.optimizers():
+        for optimizer in self.step.optimizers():
             # torch warns once of a capturable optimiser that runs uncaptured, which is what a warm-up does
             optimizer._warned_capturable_if_run_uncaptured = True
         try:

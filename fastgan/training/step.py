@@ -30,13 +30,15 @@ PENALTY_WEIGHTS = {"wgan-gp": 10.0, "dragan": 10.0, "r1": 10.0, "r2": 10.0, "r1r
 
 # torch modules whose forward treats every sample by itself, in training mode too
 PER_SAMPLE = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.SiLU,
-    nn.GELU, nn.Softplus, nn.PReLU, nn.Hardtanh, nn.Mish, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d,
-    nn.InstanceNorm2d, nn.InstanceNorm3d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-    nn.ConstantPad2d, nn.Embedding,
-)  # fmt: skip
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.Embedding, nn.Identity, nn.Flatten, nn.Unflatten),
+    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Mish, nn.Softplus),
+    *(nn.Tanh, nn.Sigmoid, nn.Hardtanh),
+    *(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    *(nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d),
+)
 
 
 def mixes_samples(discriminator: nn.Module) -> str:
@@ -168,11 +170,11 @@ class GANStep:
             z = [self.draw_latent(self._nth(real, i).shape[0]) for i in range(self.d_steps)]
         every = self.penalty_every
         due = tuple(self.penalty is not None and (self.d_updates + i) % every == 0 for i in range(self.d_steps))
-        metrics = (self._capture or self._run)(due, real, labels, z)
+        metrics = (self._capture or self.run)(due, real, labels, z)
         self.d_updates += self.d_steps
         return metrics
 
-    def _run(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> dict[str, Tensor]:
+    def run(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> dict[str, Tensor]:
         """The whole step; due: which of its D updates carry the penalty."""
         metrics: dict[str, Tensor] = {}
         for i in range(self.d_steps):
@@ -215,10 +217,10 @@ class GANStep:
     def _penalise(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         """The penalty by passes of its own."""
         with self._autocast():
+            kind, weight = self.penalty or "", self.penalty_weight * self.penalty_every
             return functional.gradient_penalty(
-                self.discriminator, real, fake, kind=self.penalty or "",
-                weight=self.penalty_weight * self.penalty_every, labels=labels, generator=self.rng,
-            )  # fmt: skip
+                self.discriminator, real, fake, kind=kind, weight=weight, labels=labels, generator=self.rng
+            )
 
     def _logits_and_penalty(
         self, real: Tensor, fake: Tensor, labels: Tensor | None
@@ -304,23 +306,23 @@ class GANStep:
             if capture == "on":
                 raise RuntimeError(f"GANStep: capture='on' must be possible, got {self._eager_because}")
             return None
-        return Capture(
-            self._run,
-            modules=lambda: (self.generator, self.discriminator, *([] if self.ema is None else [self.ema])),
-            optimizers=lambda: (self.g_optimizer, self.d_optimizer),
-            settings=lambda: (
-                self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.d_steps, self.label_smoothing,
-                self.augment, self.latent, self.precision, self.rng, self._average and self._average.decay,
-            ),
-            unsupported=self._uncapturable,
-            recover=self._recover,
-            device=self.device,
-            rng=lambda: self.rng,
-            graphs=graphs_of(self.device),
-            insist=capture == "on",
-        )  # fmt: skip
+        return Capture(self, graphs_of(self.device), insist=capture == "on")
 
-    def _uncapturable(self) -> str:
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Both networks, and the averaged generator if there is one."""
+        return self.generator, self.discriminator, *([] if self.ema is None else [self.ema])
+
+    def optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        """The generator's and the discriminator's."""
+        return self.g_optimizer, self.d_optimizer
+
+    def settings(self) -> tuple:
+        """What a user may change between two steps: a captured step must not outlive a change."""
+        losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.d_steps, self.label_smoothing
+        inputs = self.augment, self.latent, self.precision, self.rng
+        return *losses, *inputs, self._average and self._average.decay
+
+    def uncapturable(self) -> str:
         """Why the step as it is now cannot be captured, or ""."""
         for network, name in ((self.generator, "the generator"), (self.discriminator, "the discriminator")):
             for path, m in network.named_modules():
@@ -329,7 +331,7 @@ class GANStep:
                     return f"{where} ({type(m).__name__}) has hooks, which a replay would not call"
                 if isinstance(m, nn.parallel.DistributedDataParallel | nn.DataParallel):
                     return f"{where} is spread over several devices ({type(m).__name__})"
-        for optimizer in (self.g_optimizer, self.d_optimizer):
+        for optimizer in self.optimizers():
             reason = not_capturable(optimizer)
             if reason:
                 return reason
@@ -337,9 +339,9 @@ class GANStep:
                 return f"fp16 reads back whether gradients are finite, unless {type(optimizer).__name__} is fused"
         return ""
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """After a capture that broke off: fresh scalers, since one in the middle of a step takes no other."""
-        for optimizer in (self.g_optimizer, self.d_optimizer):
+        for optimizer in self.optimizers():
             for name in ("grad_scale", "found_inf"):
                 optimizer.__dict__.pop(name, None)
         for name in ("_g_scaler", "_d_scaler") if self.precision == "fp16" else ():

@@ -51,9 +51,23 @@ def compile_kernels(source: Path, arch: int) -> list[Kernel]:
     """The kernels of one source for one architecture; RuntimeError on a warning or an error."""
     with tempfile.TemporaryDirectory() as folder:
         said = run(
-            "nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Werror", "all-warnings", f"-I{CSRC}",
-            "-Xptxas", "-v", "--keep", "--keep-dir", folder, str(source), "-o", f"{folder}/out.cubin",
-        )  # fmt: skip
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            "-cubin",
+            f"-arch=sm_{arch}",
+            "-Werror",
+            "all-warnings",
+            f"-I{CSRC}",
+            "-Xptxas",
+            "-v",
+            "--keep",
+            "--keep-dir",
+            folder,
+            str(source),
+            "-o",
+            f"{folder}/out.cubin",
+        )
         ptx = next(Path(folder).glob("*.ptx")).read_text()
     threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", ptx)}
     pattern = (

@@ -131,11 +131,16 @@ def autocast(op):
 def networks():
     g = nn.Sequential(
         nn.ConvTranspose2d(5, 8, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 2, 4, 2, 1), nn.Tanh()
-    )  # fmt: skip
+    )
     d = nn.Sequential(
-        nn.Conv2d(2, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
-        nn.Conv2d(8, 1, 4), nn.Flatten(0),
-    )  # fmt: skip
+        nn.Conv2d(2, 8, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.BatchNorm2d(8),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 1, 4),
+        nn.Flatten(0),
+    )
     return g, d
 
 
@@ -160,7 +165,7 @@ def step_of(g, d, optimizer=adam(fused=True), **options):  # noqa: B008
     moved(g), moved(d)
     step = fastgan.GANStep(
         g, d, latent=(5, 1, 1), g_optimizer=optimizer(g), d_optimizer=optimizer(d), **{"ema": 0.9, **options}
-    )  # fmt: skip
+    )
     moved(step.ema)  # deepcopy copied the fake mode with the tensors
     return step, torch.randn(6, 2, 8, 8, device=DEVICE)
 
@@ -175,13 +180,13 @@ def recorded(between=None, change=None, rates=True, **options):
         d.append(change())
     with FAKE:
         step, real = step_of(g, d, **options)
-        scalars = _Rates(lambda: (step.g_optimizer, step.d_optimizer), DEVICE)
+        scalars = _Rates(step)
         due = (step.penalty is not None,)
         runs = []
         for i in range(3):
             try:
                 with scalars.on_device() if rates else nullcontext(), Recording(DEVICE) as run:
-                    metrics = step._run(due, real, None, None)
+                    metrics = step.run(due, real, None, None)
             except Exception:
                 if not run.violations:
                     raise

@@ -129,11 +129,13 @@ def test_thread_orders_change_no_bit(dtype):
     for seed in (0, 1, 2, 77):
         with testing.emulate("cuda") as record:
             record.configure(seed=seed)
-            results.append([
-                OPS["conv2d"](x, weight, None, *geometry, 1, "tanh", 0.0),
-                OPS["conv_transpose2d"](dy, weight, None, [1, 1], [1, 1], [0, 0], 1, [1, 1], "identity", 0.0),
-                OPS["conv2d_weight"](x, dy, [3, 3], *geometry, 1, False),
-            ])  # fmt: skip
+            results.append(
+                [
+                    OPS["conv2d"](x, weight, None, *geometry, 1, "tanh", 0.0),
+                    OPS["conv_transpose2d"](dy, weight, None, [1, 1], [1, 1], [0, 0], 1, [1, 1], "identity", 0.0),
+                    OPS["conv2d_weight"](x, dy, [3, 3], *geometry, 1, False),
+                ]
+            )
         assert [launch.kernel.startswith("conv_reduce") for launch in record.launches].count(True) >= 1
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
@@ -226,14 +228,21 @@ def test_cases_not_served_are_declined_with_a_reason():
 def networks():
     torch.manual_seed(3)
     g = nn.Sequential(
-        nn.ConvTranspose2d(10, 16, 4, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh(),
-    )  # fmt: skip
+        nn.ConvTranspose2d(10, 16, 4, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 3, 4, 2, 1),
+        nn.Tanh(),
+    )
     d = nn.Sequential(
-        nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2),
-        nn.Conv2d(8, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2),
-        nn.Conv2d(16, 1, 4), nn.Flatten(0),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 16, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 1, 4),
+        nn.Flatten(0),
+    )
     return fastgan.convert(g, prove=False), fastgan.convert(d, prove=False)
 
 

@@ -45,9 +45,17 @@ def test_races_on_two_ops():
 
 
 MEMORY_BOUND = (
-    "adam", "bias_act", "bn_act", "gan_loss", "gn_act", "gn_rows", "grad_norm_penalty", "interpolate", "norm",
+    "adam",
+    "bias_act",
+    "bn_act",
+    "gan_loss",
+    "gn_act",
+    "gn_rows",
+    "grad_norm_penalty",
+    "interpolate",
+    "norm",
     "sample_dot",
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow

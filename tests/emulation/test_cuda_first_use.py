@@ -106,9 +106,20 @@ def test_parameters_arrive_as_the_kernel_declares_them(cuda):
     cuda.watch("bias_act_dbias", 8, 4, 4, 8)  # const float*, int, int, float*
     workspace = torch.empty(1 << 16)
     shim.load().bias_act_backward(
-        0, x.data_ptr(), x.data_ptr(), x.data_ptr(), dbias.data_ptr(), 4, 8, 25, False, 0, 0.0,
-        workspace.data_ptr(), 0,
-    )  # fmt: skip
+        0,
+        x.data_ptr(),
+        x.data_ptr(),
+        x.data_ptr(),
+        dbias.data_ptr(),
+        4,
+        8,
+        25,
+        False,
+        0,
+        0.0,
+        workspace.data_ptr(),
+        0,
+    )
     (words,) = [w for w in cuda.lines("launch") if "dbias" in w[1]]
     partials, splits, channels, to = (int(word, 16) for word in words[5:])
     assert (partials, splits, channels, to) == (workspace.data_ptr(), 1, 8, dbias.data_ptr())

@@ -323,9 +323,12 @@ def outcome(backward, fault, groups, seed):
     addresses = (ctypes.c_void_p * 8)(*(t.data_ptr() for t in tensors))
     declared = [v for t in tensors for v in (t.data_ptr(), t.numel() * 4)]
     said = backward(
-        fault, seed, *(ctypes.c_int64(v) for v in (n, c, pixels, groups)), addresses,
+        fault,
+        seed,
+        *(ctypes.c_int64(v) for v in (n, c, pixels, groups)),
+        addresses,
         (ctypes.c_int64 * (len(declared) + 2))(*declared, 0, 0),
-    )  # fmt: skip
+    )
     if said:
         return said.decode()
     got = (nchw(outputs[0]), *outputs[1:])

@@ -73,10 +73,13 @@ def test_statistics_are_those_of_y_as_stored(name, groups):
 
 # op -> channels of x and y, side, samples for each size of a block; a group of samples is half of them
 BLOCKS = {
-    ("conv2d", "large"): (32, 136, 18, 2), ("conv_transpose2d", "large"): (136, 32, 18, 2),
-    ("conv2d", "small"): (16, 72, 10, 2), ("conv_transpose2d", "small"): (72, 16, 10, 2),
-    ("conv2d", "narrow"): (16, 8, 13, 2), ("conv_transpose2d", "narrow"): (8, 16, 13, 2),
-}  # fmt: skip
+    ("conv2d", "large"): (32, 136, 18, 2),
+    ("conv_transpose2d", "large"): (136, 32, 18, 2),
+    ("conv2d", "small"): (16, 72, 10, 2),
+    ("conv_transpose2d", "small"): (72, 16, 10, 2),
+    ("conv2d", "narrow"): (16, 8, 13, 2),
+    ("conv_transpose2d", "narrow"): (8, 16, 13, 2),
+}
 PRODUCTS = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]
 
 
@@ -140,8 +143,11 @@ def test_derivatives_are_the_convolutions_own(name, kind):
     with testing.emulate("cuda"):
         against_plain(
             lambda x, w, b: OPS[f"{case[0]}_statistics"](x, w, b, *geometry, 2)[0],
-            lambda x, w, b: plain(x, w, b, *geometry), inputs, *kind, "cuda",
-        )  # fmt: skip
+            lambda x, w, b: plain(x, w, b, *geometry),
+            inputs,
+            *kind,
+            "cuda",
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -225,10 +231,18 @@ def test_a_converted_models_convolutions_leave_their_norms_the_statistics(groups
 
     def run():
         torch.manual_seed(5)
-        model = fastgan.convert(nn.Sequential(
-            nn.Conv2d(2, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(6, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3),
-        ))  # fmt: skip
+        model = fastgan.convert(
+            nn.Sequential(
+                nn.Conv2d(2, 6, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(6),
+                nn.LeakyReLU(0.2),
+                nn.ConvTranspose2d(6, 4, 4, 2, 1),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+                nn.Conv2d(4, 3, 3),
+                nn.BatchNorm2d(3),
+            )
+        )
         with fastgan.nn.stat_groups(model, groups):
             y = model(x)
         gradients = torch.autograd.grad(y.square().mean() + y[0].sum(), list(model.parameters()))

@@ -98,9 +98,14 @@ def bench(monkeypatch, tmp_path):
         bench = Bench(speed, compiling)
         monkeypatch.setattr(STATE, "cache", cache.Cache())
         for name, value in {
-            "_first": {}, "_raced": {}, "_spent": 0.0, "_told": False, "_clock": lambda: bench.now,
-            "_measure": bench.measure, "may_race": lambda device: may_race,
-        }.items():  # fmt: skip
+            "_first": {},
+            "_raced": {},
+            "_spent": 0.0,
+            "_told": False,
+            "_clock": lambda: bench.now,
+            "_measure": bench.measure,
+            "may_race": lambda device: may_race,
+        }.items():
             monkeypatch.setattr(configs, name, value)
         return bench
 

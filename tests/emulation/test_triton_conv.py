@@ -230,8 +230,10 @@ def test_strides_are_those_that_the_fake_promises(name, layout):
     with testing.emulate("triton"):
         for channels in (1, 3) if one else (3,):
             args = list(op.example())
-            args[:2] = [a[:, :channels].contiguous(memory_format=layout) if one else
-                        a.contiguous(memory_format=layout) for a in args[:2]]  # fmt: skip
+            args[:2] = [
+                a[:, :channels].contiguous(memory_format=layout) if one else a.contiguous(memory_format=layout)
+                for a in args[:2]
+            ]
             got, promised = op.run(*args), op.overload(*map(twin, args))
             assert (got.shape, got.stride(), got.dtype) == (promised.shape, promised.stride(), promised.dtype)
 
@@ -269,13 +271,15 @@ FAULTS = {
     "a part summed twice": ("conv2d_weight", "begin + part, pixels", "begin + part + BLOCK_K, pixels"),
     "one part forgotten": ("implicit_gemm", "in tl.static_range(SPLITS)", "in tl.static_range(SPLITS - 1)"),
     "pixel off by one": ("conv2d_weight", "is_pixel = p < pixels", "is_pixel = p < pixels - 1"),
-}  # fmt: skip
+}
 
 
 def faulty(folder, file, right, wrong):
     """Launchers of copies of the real kernels, one of them with a fault."""
-    sources = {name: Path(importlib.import_module(f"fastgan.kernels.{name}").__file__).read_text()
-               for name in ("implicit_gemm", *CONVOLUTIONS)}  # fmt: skip
+    sources = {
+        name: Path(importlib.import_module(f"fastgan.kernels.{name}").__file__).read_text()
+        for name in ("implicit_gemm", *CONVOLUTIONS)
+    }
     assert right in sources[file]
     sources[file] = sources[file].replace(right, wrong)
     modules = {}

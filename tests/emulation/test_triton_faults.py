@@ -25,23 +25,37 @@ STREAMED = {
 FAULTS = {
     "off by one": ("bias_act", "(s < S)[:, None]", "(s <= S)[:, None]", "bias_act", "outside every argument"),
     "missing mask": (
-        "bias_act", "ACTIVATION).to(y.dtype.element_ty), mask=mask)", "ACTIVATION).to(y.dtype.element_ty))",
-        "bias_act", "race|outside every argument",
+        "bias_act",
+        "ACTIVATION).to(y.dtype.element_ty), mask=mask)",
+        "ACTIVATION).to(y.dtype.element_ty))",
+        "bias_act",
+        "race|outside every argument",
     ),
     "lost update": ("bias_act", "dbias + chunk * C + c", "dbias + c", "bias_act_backward", "race"),
     "overlapping tiles": ("bias_act", "* BLOCK_S + tl.arange", "* (BLOCK_S // 2) + tl.arange", "bias_act", "race"),
     "wrong channel": ("numerics", "(c * P)[None, :]", "(c * (P + 1))[None, :]", "bias_act", "race|one address|outside"),
     "wrong bias": ("bias_act", "load_channels(bias, c, C", "load_channels(bias, c * 0, C", "bias_act", "value"),
     "undefined lanes": (
-        "normalisation", "tl.load(x + at, mask=mask, other=0.0).to(tl.float32)",
-        "tl.load(x + at, mask=mask).to(tl.float32)", "bn_act", "depends on lanes",
+        "normalisation",
+        "tl.load(x + at, mask=mask, other=0.0).to(tl.float32)",
+        "tl.load(x + at, mask=mask).to(tl.float32)",
+        "bn_act",
+        "depends on lanes",
     ),
     "block of another program": ("normalisation", SLICED, SLICED.replace("% blocks", "% 1"), "bn_act", "race"),
-    "chunks overlap": ("normalisation", "tl.minimum(first + rows, S)", "tl.minimum(first + rows + 1, S)", "bn_act",
-                       "value"),
+    "chunks overlap": (
+        "normalisation",
+        "tl.minimum(first + rows, S)",
+        "tl.minimum(first + rows + 1, S)",
+        "bn_act",
+        "value",
+    ),
     "a chunk is forgotten": (
-        "normalisation", "mask = (k >= 0)[:, None] & inside[None, :]", "mask = (k > 0)[:, None] & inside[None, :]",
-        "bn_act_backward", "value",
+        "normalisation",
+        "mask = (k >= 0)[:, None] & inside[None, :]",
+        "mask = (k > 0)[:, None] & inside[None, :]",
+        "bn_act_backward",
+        "value",
     ),
     "wrong group": ("normalisation", "(C // CG) + c // CG", "(C // CG) + c // (CG + 1)", "gn_act", "value"),
     "a row is forgotten": ("column_sums", "(r < R)[:, None]", "(r < R - 1)[:, None]", "gn_act_backward", "value"),
@@ -49,7 +63,7 @@ FAULTS = {
     "loss of half the logits": ("gan_loss", "lr += tl.where(i < m", "lr += tl.where(i < m // 2", "gan_loss", "value"),
     "into the next sample": ("samples", "(j < M)[None, :]", "(j <= M)[None, :]", "interpolate", "outside|race"),
     "norm without its root": ("grad_norm_penalty", "tl.sqrt(squares)", "squares", "grad_norm_penalty", "value"),
-}  # fmt: skip
+}
 
 
 def planted(folder, package, file="", before="", after=""):
@@ -78,14 +92,26 @@ def arguments(name):
         "bn_act": (x, weight, bias, None, None, True, 1e-5, "leaky_relu", 0.2, 2),
         "bn_act_backward": (x, other, weight, bias, mean, var, True, 1e-5, "leaky_relu", 0.2),
         "bn_act_double_backward": (
-            x, x + other, weight, bias, other, weight, bias, mean, var, True, 1e-5, "leaky_relu", 0.2,
+            x,
+            x + other,
+            weight,
+            bias,
+            other,
+            weight,
+            bias,
+            mean,
+            var,
+            True,
+            1e-5,
+            "leaky_relu",
+            0.2,
         ),
         "gn_act": (x, weight, bias, 2, 1e-5, "leaky_relu", 0.2),
         "gn_act_backward": (x, other, weight, bias, of_sample, var_of_sample, 1e-5, "leaky_relu", 0.2),
         "gan_loss": (x.flatten()[:40], other.flatten()[:50], "bce", "d", 0.0),
         "interpolate": (x, other, torch.rand(4), None),
         "grad_norm_penalty": (x, 1.0),
-    }[name]  # fmt: skip
+    }[name]
 
 
 def verdict(package, module, name):
@@ -99,9 +125,11 @@ def verdict(package, module, name):
             got = launcher.run(*args)
     except checker.CheckError as error:
         return str(error)
-    pairs = zip(got, OPS[name].reference(*args), strict=True) if isinstance(got, tuple) else [
-        (got, OPS[name].reference(*args))
-    ]  # fmt: skip
+    pairs = (
+        zip(got, OPS[name].reference(*args), strict=True)
+        if isinstance(got, tuple)
+        else [(got, OPS[name].reference(*args))]
+    )
     return "value" if any(not distance(g, w) < 1e-4 for g, w in pairs) else ""
 
 

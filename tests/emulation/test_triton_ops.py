@@ -209,8 +209,9 @@ def test_gan_loss_of_unequal_batches_with_statistics(side, programs, monkeypatch
     assert record.launches[0].grid == (programs, 1, 1)
     want_loss, want = OPS["gan_loss"].reference(f.double(), r.double(), "bce", side, 0.1)
     assert distance(loss, want_loss) < 1e-6 and distance(statistics, want) < 1e-6
-    slopes = OPS["gan_loss_backward"].reference(torch.ones((), dtype=torch.float64), f.double(), r.double(),
-                                                "bce", side, 0.1)  # fmt: skip
+    slopes = OPS["gan_loss_backward"].reference(
+        torch.ones((), dtype=torch.float64), f.double(), r.double(), "bce", side, 0.1
+    )
     assert all(distance(a, b) < 1e-6 for a, b in zip(got, slopes, strict=True))
     args = (torch.randn(40), torch.randn(70), torch.tensor(0.7), f.detach(), r.detach())
     with testing.emulate("triton") as record:
@@ -251,8 +252,14 @@ def test_sample_dot(dtype, layout, chunks, monkeypatch):
     if chunks > 1:
         monkeypatch.setattr(samples, "BLOCK", 32)
     ours = lambda x, y: OPS["sample_dot"](x, y).to(x.dtype)
-    _, record = emulated(ours, lambda x, y: (x * y).flatten(1).sum(1), (noise(5, 3, 4, 7), noise(5, 3, 4, 7)), dtype,
-                      layout, ["sample_dot", "interpolate"])  # fmt: skip
+    _, record = emulated(
+        ours,
+        lambda x, y: (x * y).flatten(1).sum(1),
+        (noise(5, 3, 4, 7), noise(5, 3, 4, 7)),
+        dtype,
+        layout,
+        ["sample_dot", "interpolate"],
+    )
     assert record.launches[0].grid == (5 * chunks, 1, 1)
 
 

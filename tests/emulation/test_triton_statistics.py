@@ -147,8 +147,11 @@ def test_derivatives_are_the_convolutions_own(name, kind, force):
     with testing.emulate("triton"):
         against_plain(
             lambda x, w, b: OPS[f"{case[0]}_statistics"](x, w, b, *geometry, 2)[0],
-            lambda x, w, b: plain(x, w, b, *geometry), inputs, *kind, "triton",
-        )  # fmt: skip
+            lambda x, w, b: plain(x, w, b, *geometry),
+            inputs,
+            *kind,
+            "triton",
+        )
 
 
 def test_what_is_declined_says_why():
@@ -183,8 +186,9 @@ def test_the_norm_with_given_statistics_reads_its_input_once(groups, dtype, layo
     moved = launch.unique_loaded + launch.unique_stored
     cost = fastgan.ops.bn_act.cost(x, True, mean)["bytes"]
     assert cost == 2 * x.numel() * x.element_size() and abs(moved - cost) <= 0.1 * cost
-    want = torch.cat([F.batch_norm(p.double(), None, None, weight.double(), bias.double(), True) for p in
-                      x.chunk(groups)])  # fmt: skip
+    want = torch.cat(
+        [F.batch_norm(p.double(), None, None, weight.double(), bias.double(), True) for p in x.chunk(groups)]
+    )
     assert distance(y, F.leaky_relu(want, 0.2)) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
@@ -193,9 +197,13 @@ def test_the_norm_with_given_statistics_reads_its_input_once(groups, dtype, layo
 BLOCKS = {
     "conv2d": (functional.conv2d_bn_act, F.conv2d, (4, 3, 8, 8), (6, 3, 4, 4), dict(stride=2, padding=1)),
     "conv_transpose2d": (
-        functional.conv_transpose2d_bn_act, F.conv_transpose2d, (4, 3, 4, 3), (3, 6, 4, 4), dict(stride=2, padding=1)
+        functional.conv_transpose2d_bn_act,
+        F.conv_transpose2d,
+        (4, 3, 4, 3),
+        (3, 6, 4, 4),
+        dict(stride=2, padding=1),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -291,9 +299,7 @@ def test_autocast_lowers_the_convolution_and_keeps_the_norms_parameters(always):
 
 def critic():
     torch.manual_seed(4)
-    return nn.Sequential(
-        fastgan.nn.Conv2dBNAct(2, 6, 4, 2, 1, bias=False), nn.Conv2d(6, 1, 4), nn.Flatten(0)
-    )  # fmt: skip
+    return nn.Sequential(fastgan.nn.Conv2dBNAct(2, 6, 4, 2, 1, bias=False), nn.Conv2d(6, 1, 4), nn.Flatten(0))
 
 
 def test_a_penalty_through_a_fused_block_is_exact(always):
@@ -339,9 +345,15 @@ def test_fused_blocks_compile_whole(make, always):
 def converted():
     torch.manual_seed(5)
     model = nn.Sequential(
-        nn.Conv2d(2, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(0.2),
-        nn.ConvTranspose2d(6, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(6, 4, 4, 2, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3),
+        nn.BatchNorm2d(3),
+    )
     return fastgan.convert(model)
 
 
@@ -401,8 +413,9 @@ def test_a_converted_model_survives_copying(always):
 
 def test_the_epilogue_moves_what_the_card_says(force):
     """y's statistics add nothing to the convolution's own bytes but the tiles' moments, within a tenth of the whole."""
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (torch.randn(8, 64, 16, 16),
-                                                                           torch.randn(64, 64, 3, 3)))  # fmt: skip
+    x, weight = (
+        t.contiguous(memory_format=torch.channels_last) for t in (torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3))
+    )
     one = [1, 1]
     force(Config(128, 64, 32, 8, 2))
     costs = {
@@ -427,25 +440,36 @@ def test_the_epilogue_moves_what_the_card_says(force):
 FAULTS = {
     "a tile straddles two groups": ("conv2d", "inside = m < M\n", "inside = m < M * G\n", WHOLE),
     "groups begin at the first": ("conv2d", "m += part // tiles_m * M", "m += part // tiles_m * 0", WHOLE),
-    "groups of an adjoint too": (
-        "conv_transpose2d", "m += m_tile // tiles_m * M", "m += m_tile // tiles_m * 0", WHOLE
-    ),
+    "groups of an adjoint too": ("conv_transpose2d", "m += m_tile // tiles_m * M", "m += m_tile // tiles_m * 0", WHOLE),
     "lost moments": ("conv2d", "is_output, part, tiles_m * G, K,", "is_output, 0, tiles_m * G, K,", WHOLE),
     "a phase over another": (
-        "conv_transpose2d", "(m_tile * phases_h + phase_h) * phases_w + phase_w",
-        "(m_tile * phases_h + phase_w) * phases_w + phase_w", WHOLE,
+        "conv_transpose2d",
+        "(m_tile * phases_h + phase_h) * phases_w + phase_w",
+        "(m_tile * phases_h + phase_w) * phases_w + phase_w",
+        WHOLE,
     ),
     "rows outside counted": ("implicit_gemm", "n = tl.sum(inside.to", "n = tl.sum((inside | True).to", WHOLE),
     "rows outside summed": (
-        "implicit_gemm", "d = tl.where(inside[:, None], v - mean[None, :], 0.0)", "d = v - mean[None, :]", WHOLE
+        "implicit_gemm",
+        "d = tl.where(inside[:, None], v - mean[None, :], 0.0)",
+        "d = v - mean[None, :]",
+        WHOLE,
     ),
-    "moments before rounding": ("implicit_gemm", "moments, rounded.to(tl.float32), inside, channel",
-                                "moments, acc, inside, channel", WHOLE),
+    "moments before rounding": (
+        "implicit_gemm",
+        "moments, rounded.to(tl.float32), inside, channel",
+        "moments, acc, inside, channel",
+        WHOLE,
+    ),
     "every channel tile counts": ("conv2d", "(n_tile == 0) & (group == 0)", "(group == 0)", WHOLE),
     "nobody counts": ("conv_transpose2d", "(n_tile == 0) & (group == 0)", "(n_tile < 0) & (group == 0)", WHOLE),
     "squares over means": ("implicit_gemm", "tl.store(at + parts * columns,", "tl.store(at + 0 * columns,", WHOLE),
-    "moments past the end": ("implicit_gemm", "moments + 2 * parts * columns + part",
-                             "moments + 2 * parts * columns + parts", WHOLE),
+    "moments past the end": (
+        "implicit_gemm",
+        "moments + 2 * parts * columns + part",
+        "moments + 2 * parts * columns + parts",
+        WHOLE,
+    ),
     "squares not moved to the common mean": ("implicit_gemm", "s += n[:, None] * d * d", "s += 0.0 * d", WHOLE),
     "the mean of means": ("implicit_gemm", "tl.sum(n[:, None] * m, 0)", "tl.sum(total / BLOCK_P * m, 0)", WHOLE),
     "unbiased": ("implicit_gemm", "squares / count,", "squares / (count - 1),", WHOLE),
@@ -453,7 +477,7 @@ FAULTS = {
     "split rows of another group": ("implicit_gemm", "m += part // tiles_m * M", "m += part // tiles_m * 0", SPLIT),
     "split rows not counted": ("implicit_gemm", "part, parts, K, n_tile == 0", "part, parts, K, n_tile < 0", SPLIT),
     "split bias forgotten": ("implicit_gemm", "total += tl.load(bias + k,", "total += 0 * tl.load(bias + k,", SPLIT),
-}  # fmt: skip
+}
 
 
 def faulty(folder, file, right, wrong, config):

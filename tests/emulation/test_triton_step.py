@@ -18,9 +18,7 @@ def networks(norm):
     g = nn.Sequential(
         nn.ConvTranspose2d(5, 6, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 2, 4, 2, 1), nn.Tanh()
     )
-    d = nn.Sequential(
-        nn.Conv2d(2, 4, 4, 2, 1), norm(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4), nn.Flatten(0)
-    )  # fmt: skip
+    d = nn.Sequential(nn.Conv2d(2, 4, 4, 2, 1), norm(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4), nn.Flatten(0))
     return g, d
 
 
@@ -42,9 +40,14 @@ def test_a_step_equals_the_references(kind, penalty, monkeypatch):
         torch.manual_seed(1)
         g, d = (fastgan.convert(copy.deepcopy(m), prove=False) for m in models)
         step = fastgan.GANStep(
-            g, d, latent=(5, 1, 1), loss="wasserstein" if penalty == "wgan-gp" else "bce", penalty=penalty,
-            g_optimizer=torch.optim.SGD(g.parameters(), 0.1), d_optimizer=torch.optim.SGD(d.parameters(), 0.1),
-        )  # fmt: skip
+            g,
+            d,
+            latent=(5, 1, 1),
+            loss="wasserstein" if penalty == "wgan-gp" else "bce",
+            penalty=penalty,
+            g_optimizer=torch.optim.SGD(g.parameters(), 0.1),
+            d_optimizer=torch.optim.SGD(d.parameters(), 0.1),
+        )
         step(real, z=z)
         return [*g.state_dict().values(), *d.state_dict().values()]
 

@@ -73,14 +73,29 @@ NORMS = {
     "bn_act": lambda x: (x, *vectors(C, C), None, None, True, 1e-5, "leaky_relu", 0.2, 2),
     "bn_act_backward": lambda x: (x, x.clone(), *vectors(C, C, (2, C), (2, C)), True, 1e-5, "relu", 0.0),
     "bn_act_double_backward": lambda x: (
-        x, x.clone(), *vectors(C, C), x.clone(), *vectors(C, C, (2, C), (2, C)), True, 1e-5, "relu", 0.0
+        x,
+        x.clone(),
+        *vectors(C, C),
+        x.clone(),
+        *vectors(C, C, (2, C), (2, C)),
+        True,
+        1e-5,
+        "relu",
+        0.0,
     ),
     "gn_act": lambda x: (x, *vectors(C, C), 2, 1e-5, "leaky_relu", 0.2),
     "gn_act_backward": lambda x: (x, x.clone(), *vectors(C, C, (N, 2), (N, 2)), 1e-5, "relu", 0.0),
     "gn_act_double_backward": lambda x: (
-        x, x.clone(), *vectors(C, C), x.clone(), *vectors(C, C, (N, 2), (N, 2)), 1e-5, "relu", 0.0
+        x,
+        x.clone(),
+        *vectors(C, C),
+        x.clone(),
+        *vectors(C, C, (N, 2), (N, 2)),
+        1e-5,
+        "relu",
+        0.0,
     ),
-}  # fmt: skip
+}
 ACCESSES = {"": (2, 3), "_backward": (3, 5), "_double_backward": (5, 8)}  # (resident, streamed)
 
 

@@ -242,7 +242,7 @@ def workloads() -> dict[str, dict[str, int]]:
         "interpolate, 3 channels, 64x64": ops.interpolate.cost(image),
         "grad_norm_penalty, 3 channels, 64x64": ops.grad_norm_penalty.cost(image),
         "gan_loss, two batches of 128 logits": ops.gan_loss.cost(x(128), x(128)),
-    }  # fmt: skip
+    }
 
 
 def bounds() -> list[str]:
@@ -260,23 +260,27 @@ def bounds() -> list[str]:
 def document(found: list[Compiled]) -> str:
     """The generated section of docs/evidence/gpu-compiled.md."""
     names = ", ".join(f"{key} {card.name}" for key, card in CARDS.items())
-    return "\n".join([
-        BEGIN,
-        f"Compiled with Triton {triton.__version__}: {len(found)} kernels, no spilled register, dots on tensor cores",
-        "but for float32 at full precision on NVIDIA cards, shared memory within each card's limit. From the binaries",
-        "(cuobjdump for cubins, the assembler's metadata for AMD), from the least to the most over the configurations:",
-        "registers a thread · shared memory a program in KiB · programs that a multiprocessor holds. Loads: the widest",
-        "that a thread makes, in bytes. The kernels and cards of the last sweep that was written here:",
-        "",
-        *resources(found),
-        "",
-        "**Bounds, not speeds.** Microseconds below which no kernel can go: `cost()` of the op over the vendor's peak",
-        "figures (m: memory's rate binds, c: the tensor cores' does). Nothing here was timed. Cards: " + names + ".",
-        "The peak figures and their sources are in `kernels/configs.py`. DCGAN-64 layers, batch 128, bfloat16:",
-        "",
-        *bounds(),
-        END,
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            BEGIN,
+            f"Compiled with Triton {triton.__version__}: {len(found)} kernels, no spilled register, dots on tensor",
+            "cores but for float32 at full precision on NVIDIA cards, shared memory within each card's limit. From the",
+            "binaries (cuobjdump for cubins, the assembler's metadata for AMD), from the least to the most over the",
+            "configurations: registers a thread · shared memory a program in KiB · programs that a multiprocessor",
+            "holds. Loads: the widest that a thread makes, in bytes. The kernels and cards of the last sweep that was",
+            "written here:",
+            "",
+            *resources(found),
+            "",
+            "**Bounds, not speeds.** Microseconds below which no kernel can go: `cost()` of the op over the vendor's",
+            "peak figures (m: memory's rate binds, c: the tensor cores' does). Nothing here was timed. Cards:",
+            f"{names}.",
+            "The peak figures and their sources are in `kernels/configs.py`. DCGAN-64 layers, batch 128, bfloat16:",
+            "",
+            *bounds(),
+            END,
+        ]
+    )
 
 
 def write(found: list[Compiled]) -> None:
