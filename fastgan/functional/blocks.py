@@ -10,12 +10,7 @@ from torch import Tensor
 
 from fastgan._layout import accumulation_dtype
 from fastgan.functional.checks import Size2, pair
-from fastgan.functional.convolution import (
-    conv2d,
-    conv2d_statistics,
-    conv_transpose2d,
-    conv_transpose2d_statistics,
-)
+from fastgan.functional.convolution import conv2d, conv2d_statistics, conv_transpose2d, conv_transpose2d_statistics
 from fastgan.functional.norm import Statistics, bn_act
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgan import _activation, functional
 from fastgan._hooks import has_hooks
-from fastgan.nn.norm import bn_act, statistics
+from fastgan.nn.norm import Act, bn_act, statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
 Size2 = int | tuple[int, int]
@@ -62,18 +62,14 @@ def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
 
 
-class _Block(nn.Module):
+class _Block(Act):
     """A convolution and what follows it."""
 
     conv: nn.Conv2d | nn.ConvTranspose2d
 
     def __init__(self, activation: str | None, negative_slope: float, allowed: tuple[str, ...]):
         super().__init__()
-        self.activation = _activation.check(type(self).__name__, activation, negative_slope, allowed)
-        self.negative_slope = negative_slope
-
-    def extra_repr(self) -> str:
-        return _activation.describe(self.activation, self.negative_slope)
+        self.ends_in(activation, negative_slope, allowed)
 
 
 class _BiasAct(_Block):

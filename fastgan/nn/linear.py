@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan import _activation, functional
+from fastgan import functional
 from fastgan._hooks import has_hooks
-from fastgan.nn.norm import bn_act
-from fastgan.ops.bn_act import ACTIVATIONS
+from fastgan.nn.norm import Act, bn_act
 
 
-class LinearBNAct(nn.Module):
+class LinearBNAct(Act):
     """`torch.nn.Linear`, `torch.nn.BatchNorm1d` and an activation; the matrix product stays torch's own.
 
     Args:
@@ -43,8 +42,8 @@ class LinearBNAct(nn.Module):
         stat_groups: int = 1,
     ):
         super().__init__()
-        self.activation = _activation.check("LinearBNAct", activation, negative_slope, ACTIVATIONS)
-        self.negative_slope, self.stat_groups = negative_slope, stat_groups
+        self.ends_in(activation, negative_slope)
+        self.stat_groups = stat_groups
         self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self.bn = nn.BatchNorm1d(out_features, eps, momentum, affine, track_running_stats, device, dtype)
 
@@ -53,6 +52,3 @@ class LinearBNAct(nn.Module):
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
         return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
-
-    def extra_repr(self) -> str:
-        return _activation.describe(self.activation, self.negative_slope)

@@ -50,7 +50,20 @@ def bn_act(bn: _BatchNorm, x: Tensor, activation: str | None, negative_slope: fl
     return functional.bn_act(x, weight=bn.weight, bias=bn.bias, **act, **statistics(bn, groups))
 
 
-class _BatchNormAct(_BatchNorm):
+class Act(nn.Module):
+    """A module that ends in an activation."""
+
+    def ends_in(self, activation: str | None, negative_slope: float, allowed: tuple[str, ...] = ACTIVATIONS) -> None:
+        self.activation = _activation.check(type(self).__name__, activation, negative_slope, allowed)
+        self.negative_slope = negative_slope
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            filter(None, [super().extra_repr(), _activation.describe(self.activation, self.negative_slope)])
+        )
+
+
+class _BatchNormAct(Act, _BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -66,15 +79,11 @@ class _BatchNormAct(_BatchNorm):
         stat_groups: int = 1,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation = _activation.check(type(self).__name__, activation, negative_slope, ACTIVATIONS)
-        self.negative_slope = negative_slope
+        self.ends_in(activation, negative_slope)
         self.stat_groups = stat_groups
 
     def forward(self, x: Tensor) -> Tensor:
         return bn_act(self, x, self.activation, self.negative_slope, self.stat_groups)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
@@ -124,7 +133,7 @@ def ln_act(norm: nn.LayerNorm, x: Tensor, activation: str | None, negative_slope
     return functional.ln_act(x, norm.normalized_shape, *affine, activation=activation, negative_slope=negative_slope)
 
 
-class GroupNormAct(nn.GroupNorm):
+class GroupNormAct(Act, nn.GroupNorm):
     """`torch.nn.GroupNorm` followed by an activation, as one op; same parameters and state_dict.
 
     Args:
@@ -148,17 +157,13 @@ class GroupNormAct(nn.GroupNorm):
         negative_slope: float = 0.2,
     ):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        self.activation = _activation.check("GroupNormAct", activation, negative_slope, ACTIVATIONS)
-        self.negative_slope = negative_slope
+        self.ends_in(activation, negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return gn_act(self, x, self.activation, self.negative_slope)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
 
-
-class InstanceNormAct2d(nn.InstanceNorm2d):
+class InstanceNormAct2d(Act, nn.InstanceNorm2d):
     """`torch.nn.InstanceNorm2d` followed by an activation, as one op; same parameters, buffers and state_dict.
 
     Args:
@@ -183,17 +188,13 @@ class InstanceNormAct2d(nn.InstanceNorm2d):
         negative_slope: float = 0.2,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = _activation.check("InstanceNormAct2d", activation, negative_slope, ACTIVATIONS)
-        self.negative_slope = negative_slope
+        self.ends_in(activation, negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return in_act(self, x, self.activation, self.negative_slope)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
 
-
-class LayerNormAct(nn.LayerNorm):
+class LayerNormAct(Act, nn.LayerNorm):
     """`torch.nn.LayerNorm` followed by an activation, as one op; same parameters and state_dict.
 
     Args:
@@ -218,14 +219,10 @@ class LayerNormAct(nn.LayerNorm):
     ):
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
-        self.activation = _activation.check("LayerNormAct", activation, negative_slope, ACTIVATIONS)
-        self.negative_slope = negative_slope
+        self.ends_in(activation, negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return ln_act(self, x, self.activation, self.negative_slope)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_activation.describe(self.activation, self.negative_slope)}"
 
 
 @contextlib.contextmanager

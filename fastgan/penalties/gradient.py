@@ -17,18 +17,6 @@ from fastgan._layout import accumulation_dtype
 from fastgan._logits import logits_of
 from fastgan.ops import interpolate
 from fastgan.penalties import linearised, tape
-from fastgan.penalties.linearised import logits_and_squared_norms as forward_logits_and_norms
-from fastgan.penalties.linearised import verdict
-
-__all__ = [
-    "KINDS",
-    "SQUARED",
-    "forward_logits_and_norms",
-    "gradient_penalty",
-    "logits_and_norms",
-    "squared_penalty",
-    "verdict",
-]
 
 KINDS = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 SQUARED = ("r1", "r2", "r1r2")  # weight/2 mean |g|^2, at the loss's own samples
