@@ -84,7 +84,7 @@ def logits_and_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tenso
 
 
 def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None) -> Tensor:
-    """Where wgan-gp and dragan look at the gradient."""
+    """The points at which wgan-gp and dragan take the gradient."""
     real = real.detach()
     if kind == "wgan-gp" and fake is not None:
         epsilon = torch.rand(len(real), generator=generator, device=real.device, dtype=accumulation_dtype(real.dtype))
@@ -104,9 +104,9 @@ def _squared_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tensor 
             f"gradient_penalty: torch.compile of a penalty needs torch >= 2.13, got {torch.__version__}; "
             "call it outside the compiled function"
         )
-    # handed over whole to AOTAutograd, which runs this very code on its tracing tensors
-    rest = () if labels is None else (labels,)  # it takes no None
-    # read here, so that the compiled code is guarded by the modes that it was made for
+    # Dynamo hands the function over whole, and AOTAutograd runs this code on its tracing tensors
+    rest = () if labels is None else (labels,)  # nonstrict_trace takes no None
+    # Dynamo reads the modes here, and so guards the compiled code by them
     modes = [m.training for m in discriminator.modules()] if isinstance(discriminator, nn.Module) else []
     norms: Tensor = torch._dynamo.nonstrict_trace(_norms_in_modes)(discriminator, modes, x, *rest)
     return norms

@@ -109,7 +109,7 @@ def _run(discriminator: nn.Module, x: Tensor, labels: Tensor | None, loss: bool)
 
 
 def _fingerprint(discriminator: nn.Module, x: Tensor, labels: Tensor | None) -> tuple:
-    """What a refusal depends on, cheaply; a stale one costs time, never a number."""
+    """What a refusal depends on. A stale refusal costs time and changes no number."""
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     modules = tuple((type(m), m.training, has_hooks_on_values(m)) for m in discriminator.modules())
@@ -167,7 +167,7 @@ def _snapshot(discriminator: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def _reason(error: Exception, discriminator: nn.Module) -> str:
-    """What declined, in which layer."""
+    """The layer that declined, and why."""
     said = str(error)
     if not isinstance(error, Declined):
         said = f"{type(error).__name__}: {(said.splitlines() or [''])[0][:200]}"

@@ -58,7 +58,7 @@ class Traced(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # also inside an autograd.Function's forward, whose own backward must not be overlooked
+        # autograd.Function.forward runs without grad mode too: its own backward would be missed
         if not torch.is_grad_enabled():
             raise Declined("it runs under torch.no_grad or inside an autograd.Function")
         return super().__torch_function__(func, types, args, kwargs or {})
@@ -88,7 +88,7 @@ class Tape:
         self.steps: list[LinearStep] = []
         self.tensors: list[Tensor] = []  # what steps refer to by slot
         self.learnt: list[int] = []  # slots of the weights that want a gradient
-        self.apart = [True]  # of each value: row n depends on sample n alone
+        self.apart = [True]  # for each value: whether row n depends on sample n alone
         self.output = 0  # the logits' index
         self._slots: dict[int, int] = {}
         self._wrappers: list[weakref.ref[Traced]] = []
@@ -149,7 +149,7 @@ class Tape:
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record one op."""
         name = str(func)
-        if name == "aten.detach.default":  # autograd's saved outputs come this way too: refuse only its use
+        if name == "aten.detach.default":  # autograd detaches outputs that it saves: only a use of the copy is refused
             copy = self.wrap(args[0].data_of, args[0].node)
             copy.detached = True
             return copy
@@ -167,7 +167,7 @@ class Tape:
         return out
 
     def _move(self, target: Traced, result: Traced) -> Traced:
-        """An in-place op was run out of place: let its target stand for the result from now on."""
+        """Run an in-place op out of place: its target stands for the result from now on."""
         if result.shape != target.shape or result.dtype != target.dtype:
             raise Declined("an in-place op that changes shape or dtype has no rule")
         target.data_of, target.node = result.data_of, result.node
@@ -198,7 +198,7 @@ class Tape:
     def _adjoint(
         self, t: list[Tensor], seed: Tensor, visit: Callable[[LinearStep, Tensor], None], wanted: Sequence[bool]
     ) -> Tensor | None:
-        """Send a cotangent of the logits back to x; `visit` sees each step's. wanted: the values that need theirs."""
+        """Carry a cotangent of the logits back to x; `visit` sees each step's. wanted: the values that need one."""
         at: list[Tensor | None] = [None] * (len(self.steps) + 1)
         at[self.output] = seed
         for i in reversed(range(len(self.steps))):
@@ -237,7 +237,7 @@ class Tape:
         return found
 
     def _useful_tangents(self) -> tuple[list[bool], list[int]]:
-        """Of each value: whether a step after it has a factor whose gradient needs its tangent, and its last reader."""
+        """For each value: whether the gradient of a later factor needs its tangent, and the last step that reads it."""
         useful, last = [False] * (len(self.steps) + 1), [-1] * (len(self.steps) + 1)
         for i in reversed(range(len(self.steps))):
             step = self.steps[i]
@@ -247,7 +247,7 @@ class Tape:
         return useful, last
 
     def _loss_gradients(self, t: list[Tensor], dlogits: Tensor, found: dict[int, Tensor]) -> None:
-        """The loss's own backward pass, for logits that are not one a sample (a map of them)."""
+        """The loss's own backward pass, for a discriminator that gives a sample several logits."""
         learns = [False] * (len(self.steps) + 1)  # of each value: whether a step up to it learns
         for i, step in enumerate(self.steps):
             learns[i + 1] = bool(step.factors or step.terms) or any(learns[j] for j in step.inputs)
@@ -264,7 +264,7 @@ class Tape:
 def _learn(
     step: LinearStep, t: list[Tensor], v: Sequence[Tensor | None], scale: Tensor | None, found: dict[int, Tensor]
 ) -> None:
-    """Add a step's weight gradients: of scale_n h_n + v_n against its cotangent; terms see the loss alone."""
+    """Add a step's weight gradients: factors by scale_n h_n + v_n against its cotangent, terms by the loss alone."""
     g = t[step.cotangent]  # type: ignore[index]
     if step.factors:
         (u,) = v
@@ -303,7 +303,7 @@ class Linearised(torch.autograd.Function):
         squared = squared_norms(gradient)
         ctx.tape = tape
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, *tape.tensors)  # so that autograd frees them, and sees a weight changed
+        ctx.save_for_backward(gradient, *tape.tensors)  # autograd frees them and notices a weight that changed
         tape.tensors = []
         return logits.view_as(logits), squared
 
@@ -312,7 +312,7 @@ class Linearised(torch.autograd.Function):
         gradient, *tensors = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             found = ctx.tape.gradients(tensors, gradient, dlogits, dsquared)
-        if torch.is_grad_enabled():  # create_graph=True: these gradients must not pass for constants
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative must raise, not be zero
             found = {slot: DifferentiableOnce.apply(g.detach().requires_grad_()) for slot, g in found.items()}
         return (None, None, None, *(found.get(slot) for slot in ctx.tape.learnt))
 

@@ -134,7 +134,7 @@ class Capturable(Protocol):
         """Everything with parameters, buffers and modes that the step reads or writes."""
 
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """Those that it steps."""
+        """The optimisers that it steps."""
 
     def settings(self) -> tuple:
         """Every number of the step that a user may change between two calls."""
@@ -156,7 +156,7 @@ class Capture:
         self.step, self.graphs, self.insist = step, graphs, insist
         self.rates = _Rates(step)
         self.captures = self.replays = 0
-        self.declined = ""  # for good
+        self.declined = ""  # why every later step runs eagerly
         self._entries: dict[tuple, _Entry] = {}
         self._valid: tuple | None = None  # the state that the entries were made in
         self._reason = ""  # why the valid state cannot be captured
@@ -165,7 +165,7 @@ class Capture:
     def __call__(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> Metrics:
         inputs = (real, labels, z)
         if self.graphs.busy() or torch._C._len_torch_dispatch_stack() > 0:
-            return self.step.run(due, *inputs)  # somebody captures or watches the step: it is to see the ops
+            return self.step.run(due, *inputs)  # a capture or a dispatch mode around the step must see its ops
         reason = self.declined or self._refresh() or _unfit(inputs, self.step.device)
         if reason:
             return self._eagerly(reason, due, inputs)
@@ -252,10 +252,10 @@ class Capture:
         self.rates.refresh()
         if entry.replay is not None:
             entry.replay()
-        for p, gradient in entry.gradients:  # of this graph: another one's may stand there
+        for p, gradient in entry.gradients:  # another graph's gradient may be there
             p.grad = gradient
         self.replays += 1
-        # cloned: the next replay writes over them
+        # copies: the next replay writes over the values
         copies = entry.values.clone().unbind() if isinstance(entry.values, Tensor) else map(torch.clone, entry.values)
         return dict(zip(entry.names, copies, strict=True))
 
@@ -266,7 +266,7 @@ class Capture:
     # ---- what a replay cannot follow --------------------------------------------------------------------------------
 
     def _refresh(self) -> str:
-        """Drop the graphs where the state they were made in is gone; why the present one cannot be captured, or ""."""
+        """Drop the graphs if the state changed since; why the present state cannot be captured, or ""."""
         state = self._state()
         if state != self._valid:
             self._entries.clear()
@@ -296,7 +296,7 @@ class Capture:
 def not_capturable(optimizer: torch.optim.Optimizer) -> str:
     """Why an optimiser's step cannot be captured, or ""."""
     for group in optimizer.param_groups:
-        # fused Adam keeps its step count on the device, so it needs the flag only to pass torch's own check
+        # fused Adam keeps its step count on the device, and needs the flag only for torch's own check
         fused = group.get("fused") and "capturable" in group
         if not (group.get("capturable") or fused):
             name = type(optimizer).__name__

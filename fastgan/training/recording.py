@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Recording", "difference"]
 
 DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-# tags alone do not name these: what they return, or whether they return at all, hangs on values
-NO_DISPATCH = torch._C._disabled_torch_dispatch_impl  # what a class has that takes no ops apart
+NO_DISPATCH = torch._C._disabled_torch_dispatch_impl  # the dispatch of a tensor class that has none of its own
+# these depend on values too, and no tag says so
 READ_BACK = ("aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten._assert_async")
 
 
@@ -43,7 +43,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is not FakeTensor and kind.__torch_dispatch__ is not NO_DISPATCH for kind in types):
-            return NotImplemented  # a subclass takes its ops apart first, and what it makes of them is seen here
+            return NotImplemented  # the subclass runs first, and the ops that it makes arrive here
         kwargs = kwargs or {}
         name = str(func)
         if name.startswith(("profiler.", "prim.")):
@@ -87,7 +87,7 @@ class Recording(TorchDispatchMode):
                 self._held.append(owner)
             outer = self._outer.get(memory)
             host = a.device.type == "cpu" and a.dim() == 0 and self.device.type != "cpu"
-            value = a.item() if host and not isinstance(a, FakeTensor) else None  # a number in a tensor's clothes
+            value = a.item() if host and not isinstance(a, FakeTensor) else None  # a 0-dim CPU tensor is a constant
             return tuple(a.shape), a.dtype, outer, value
         if isinstance(a, list | tuple):
             return tuple(self._describe(x) for x in a)
@@ -97,7 +97,7 @@ class Recording(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> tuple[int, Any]:
-    """What tells a tensor's memory from another's, and the object that keeps it; a fake one is its own memory."""
+    """(identity of a tensor's memory, the object that owns it); a fake tensor is its own memory."""
     if isinstance(tensor, FakeTensor):
         return id(tensor), tensor
     storage = tensor.untyped_storage()

@@ -166,7 +166,7 @@ class GANStep:
             one with float() synchronises.
         """
         if z is None and callable(self.latent):
-            # drawn here, since a user's code may take its numbers from anywhere
+            # outside the capture: a user's function may draw from anywhere
             z = [self.draw_latent(self._nth(real, i).shape[0]) for i in range(self.d_steps)]
         every = self.penalty_every
         due = tuple(self.penalty is not None and (self.d_updates + i) % every == 0 for i in range(self.d_steps))
@@ -189,7 +189,7 @@ class GANStep:
             return metrics | self._update_generator(x, fake, y)
         pairs = average.pairs(self.generator)
         metrics |= self._update_generator(x, fake, y, averages=pairs, weight=1 - average.decay)
-        average.update(self.generator, pairs)  # those that the optimiser did not move with their parameters
+        average.update(self.generator, pairs)  # pairs that fastgan.Adam moved already are left out
         return metrics
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class GANStep:
         return metrics
 
     def _penalise(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
-        """The penalty by passes of its own."""
+        """The penalty, by passes of its own."""
         with self._autocast():
             kind, weight = self.penalty or "", self.penalty_weight * self.penalty_every
             return functional.gradient_penalty(
@@ -340,7 +340,7 @@ class GANStep:
         return ""
 
     def recover(self) -> None:
-        """After a capture that broke off: fresh scalers, since one in the middle of a step takes no other."""
+        """Fresh scalers after a capture that broke off: a scaler in the middle of a step refuses the next one."""
         for optimizer in self.optimizers():
             for name in ("grad_scale", "found_inf"):
                 optimizer.__dict__.pop(name, None)
