@@ -69,7 +69,6 @@ bench: setup  ## every benchmark against tuned PyTorch, under 10 minutes on 2 co
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
 evidence: setup  ## docs/evidence, and the tables of README and docs/performance.md, from benchmarks/results
-	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
 	$(BIN)/python benchmarks/report.py
 
 scaling: setup  ## the training step over batch size, image size and threads, 12 minutes; a picture in docs/images

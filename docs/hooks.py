@@ -1,0 +1,47 @@
+"""Hooks of mkdocs: the reference follows the source, and the search answers from the guides.
+
+`::names MODULE` in a page becomes a reference entry for each name of the module's `__all__`, and `::card NAME` the card
+of fastgan/ops/NAME.py. The evidence pages hold thousands of table rows, which
+filled the first places of every search; they are left out of it and linked from the guides.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+# What a question is answered from first; without it "resume a run" found the page on adding an op.
+BOOST = {"troubleshooting.md": 4, "penalties.md": 2, "train-on-a-folder.md": 2, "api/": 0.5, "add-an-op.md": 0.3}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """mkdocs calls this for every page before it is rendered."""
+    source = page.file.src_uri
+    if source.startswith("evidence/") and source != "evidence/index.md":
+        page.meta["search"] = {"exclude": True}
+    for start, boost in BOOST.items():
+        if source.startswith(start):
+            page.meta["search"] = {"boost": boost}
+    markdown = re.sub(r"^::names ([\w.]+)$", lambda found: names(found[1]), markdown, flags=re.MULTILINE)
+    return re.sub(r"^::card (\w+)$", lambda found: card(found[1]), markdown, flags=re.MULTILINE)
+
+
+def names(module: str) -> str:
+    """An entry of mkdocstrings for every public name of a module, modules with a page of their own left out."""
+    folder = ROOT.joinpath(*module.split("."))
+    source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            public = [name for name in ast.literal_eval(node.value) if not (ROOT / "docs/api" / f"{name}.md").exists()]
+            return "\n".join(f"::: {module}.{name}\n" for name in public)
+    raise ValueError(f"docs: {module} must have __all__, it has none")
+
+
+def card(name: str) -> str:
+    """A heading, the card's first sentence, and its table as preformatted text."""
+    text = ast.get_docstring(ast.parse((ROOT / "fastgan" / "ops" / f"{name}.py").read_text())) or ""
+    sentence, _, rest = text.partition("\n\n")
+    return f"## {name} {{ #fastgan.ops.{name} }}\n\n{sentence}\n\n```text\n{rest}\n```\n"

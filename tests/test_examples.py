@@ -1,0 +1,45 @@
+"""Every script of examples/ runs, in a short form, and leaves the pictures that it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="installed without the source tree")
+
+
+def run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_convert_your_model_keeps_keys_and_numbers():
+    said = run("convert_your_model.py")
+    assert "same keys:          True" in said
+    assert float(said.split("largest difference:")[1]) < 1e-4
+
+
+def test_tour_leaves_its_pictures(tmp_path):
+    said = run("tour.py", "--out", tmp_path, "--steps", 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    snapshots = ["4-step-00001.png", "4-step-00002.png"]
+    assert names == ["1-real.png", "3-untrained.png", *snapshots, "5-average.png", "6-walk.png"]
+    with Image.open(tmp_path / "6-walk.png") as walk:
+        assert walk.size == (10 * 30 + 2, 8 * 30 + 2)
+    assert "step 2: D " in said and "R1 penalty" in said
+
+
+def test_concepts_draws_its_pictures(tmp_path):
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib (pip install -e '.[plot]')")
+    run("concepts.py", "--out", tmp_path, "--effort", 0.004)
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {f"concepts-{name}" for name in ("orbits", "game", "regularisers", "garments")}
