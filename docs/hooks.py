@@ -41,7 +41,17 @@ def names(module: str) -> str:
 
 
 def card(name: str) -> str:
-    """A heading, the card's first sentence, and its table as preformatted text."""
+    """A heading, the card's first sentence, its formula as it stands in the source, and a table of the other lines."""
     text = ast.get_docstring(ast.parse((ROOT / "fastgan" / "ops" / f"{name}.py").read_text())) or ""
     sentence, _, rest = text.partition("\n\n")
-    return f"## {name} {{ #fastgan.ops.{name} }}\n\n{sentence}\n\n```text\n{rest}\n```\n"
+    lines = re.split(r"^(\w+) +", rest.strip() + "\n", flags=re.MULTILINE)[1:]
+    entries = dict(zip(lines[::2], lines[1::2], strict=True))
+    formula = "\n".join(line.removeprefix(" " * 13) for line in entries.pop("Formula").splitlines())
+    rows = [f"| {heading} | {_cell(entry)} |" for heading, entry in entries.items()]
+    head = [f"## {name} {{ #fastgan.ops.{name} }}", sentence, f"```text\n{formula}\n```"]
+    return "\n\n".join([*head, "\n".join(["| | |", "|---|---|", *rows])]) + "\n"
+
+
+def _cell(entry: str) -> str:
+    """One line, without what Markdown would take for markup."""
+    return re.sub(r"([*_<>|\[\]`])", r"\\\1", " ".join(entry.split()))
