@@ -212,6 +212,36 @@ def test_marks_are_known():
             assert re.match(r"needs a gpu|not run: \w+|first", mark), f"{page.name}: {mark}"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fastgan train --recipe dcgan-28 --no-such-option",
+        "fastgan train --recipe no-such-recipe --data pictures --out runs/x",
+        "fastgan evaluate --run runs/nowhere",
+        "make no-such-target",
+        "pip install -e '.[no-such-extra]'",
+        "python examples/no_such_file.py",
+        "no-such-program",
+    ],
+)
+def test_a_wrong_command_is_found(command, folder):
+    with pytest.raises(AssertionError):
+        run_command(commands(command)[0])
+
+
+def test_blocks_and_their_marks_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- test: needs a gpu -->\n```python\n1 / 0\n```\n\n- a\n\n    ```python\n    1 / 0\n    ```\n")
+    marked, indented = blocks(page)
+    assert (marked.mark, marked.line, indented.code, indented.mark) == ("needs a gpu", 3, "1 / 0\n", "")
+    run_python(marked, page, {})
+    with pytest.raises(ZeroDivisionError):
+        run_python(indented, page, {})
+    assert commands("A=1 fastgan train \\\n  --steps 2  # why\n# only a comment\n") == [
+        ["fastgan", "train", "--steps", "2"]
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     """Files; mkdocs checks headings too. Repository files are reached from the README and CONTRIBUTING alone."""
