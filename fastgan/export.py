@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.data.atomic import atomic_file
+from fastgan._writing import atomic_file
 
 __all__ = ["FORMATS", "export"]
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgan._op import Routine, around
+from fastgan._writing import atomic_path
 from fastgan.training.recipes import Recipe
 from fastgan.training.step import GANStep
 from fastgan.training.trainer import assemble
@@ -159,7 +160,8 @@ def profile(
         _timed(step, following, 1, place)
     profiler, counts, wall = _profiled(step, following, steps, place)
     if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+        with atomic_path(trace) as part:
+            profiler.export_chrome_trace(str(part))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     limits = limits or ceilings(place, torch.float16 if recipe.precision == "fp16" else dtype)
     events = list(profiler.events() or [])

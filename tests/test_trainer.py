@@ -10,38 +10,21 @@ import signal
 
 import pytest
 import torch
+from tiny_run import TINY, assert_same_state, noise, tensors, trainer
 from torch import nn
 
 import fastgan
 from fastgan.choice import STATE, winners
-from fastgan.data.imageset import ImageSet
 from fastgan.training import checkpoint, sampling
 from fastgan.training.guard import PATIENCE, DivergedError, Guard
 from fastgan.training.recipes import Recipe
-from fastgan.training.report import read_log
+from fastgan.training.rundir import read_log
 from fastgan.training.trainer import Trainer
-
-TINY = Recipe(
-    name="tiny",
-    model="dcgan-28",
-    model_options={"g_width": 2, "d_width": 3},
-    image_size=8,
-    channels=1,
-    latent=5,
-    batch_size=4,
-    steps=6,
-    ema=0.9,
-    flip=True,
-    sample_count=4,
-    sample_every=2,
-    checkpoint_every=2,
-    log_every=1,
-)
 
 
 @pytest.fixture
 def images():
-    return ImageSet(torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8), name="noise")
+    return noise()
 
 
 @pytest.fixture(autouse=True)
@@ -49,33 +32,6 @@ def reference():
     """No races: at these sizes they would be most of the time."""
     with fastgan.backend("reference"):
         yield
-
-
-def trainer(images, out, recipe=TINY, **options) -> Trainer:
-    return Trainer(recipe, out=out, device="cpu", images=images, quiet=True, **options)
-
-
-def tensors(value, path=""):
-    """Every tensor and number in a nested state, by path."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors(item, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from tensors(item, f"{path}[{index}]")
-    else:
-        yield path, value
-
-
-def assert_same_state(a: Trainer, b: Trainer) -> None:
-    left, right = (dict(tensors(t.state())) for t in (a, b))
-    for state in (left, right):
-        for key in [k for k in state if k.startswith((".seconds", ".config", ".winners"))]:
-            del state[key]
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-        assert same, key
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -370,14 +326,14 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(images, tmp
 def test_the_guard_warns_of_a_certain_discriminator_once():
     guard = Guard(scores=True)
     sure, unsure = {"d_real": 0.999, "d_fake": 0.001}, {"d_real": 0.7, "d_fake": 0.3}
-    warnings = [guard.check(step, sure, None) for step in range(2 * PATIENCE)]
+    warnings = [guard.check(step, sure) for step in range(2 * PATIENCE)]
     assert [k for k, w in enumerate(warnings) if w] == [PATIENCE - 1]
     assert "certain for 20 logged steps" in warnings[PATIENCE - 1]
-    guard.check(0, unsure, None)
-    assert not any(guard.check(step, sure, None) for step in range(PATIENCE - 1))
-    assert guard.check(0, sure, None)
+    guard.check(0, unsure)
+    assert not any(guard.check(step, sure) for step in range(PATIENCE - 1))
+    assert guard.check(0, sure)
     critic = Guard(scores=False)
-    assert not any(critic.check(step, sure, None) for step in range(2 * PATIENCE))
+    assert not any(critic.check(step, sure) for step in range(2 * PATIENCE))
 
 
 def test_the_guard_warns_of_one_image_for_all():

@@ -8,11 +8,16 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Failures are o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import fastgan
+from fastgan._writing import WriteError
+from fastgan.training.progress import silence
 
 from . import bench, data, doctor, evaluate, export, interpolate, profile, sample, train
 
@@ -53,21 +58,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    try:
-        return int(args.run_command(args))
-    except KeyboardInterrupt:
-        print("fastgan: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if args.traceback:
-            raise
-        return _fail(error)
+    with _streams():
+        try:
+            _refuse_empty(args)
+            code = int(args.run_command(args))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            print("fastgan: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output has seen enough
+            silence(sys.stdout)
+            return 0
+        except Exception as error:
+            if args.traceback:
+                raise
+            return _fail(error)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Within: what a locale cannot show is shown as escapes, and no file is opened as a standard stream.
+
+    A process may be started without one (``fastgan ... >&-``); the next file would take its number, and what a library
+    prints there would end up in it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    yield
+
+
+def _refuse_empty(args: argparse.Namespace) -> None:
+    """No option means anything by being empty: `--data ""` would be the current folder."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (not text.strip() or "\0" in text):
+                option = f"--{name.replace('settings', 'set').replace('_', '-')}"
+                raise ValueError(f"{args.command}: {option} must be neither empty nor hold a NUL, got {text!r}")
 
 
 def _fail(error: Exception) -> int:
     """Print one line for `error` and return the exit code: 2 if the input was wrong, 1 otherwise."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+    if isinstance(error, (ValueError, TypeError, ImportError, OSError)) and not isinstance(error, WriteError):
         print(f"fastgan: {text}", file=sys.stderr)
         return 2
     name = "" if type(error).__module__.startswith("fastgan") else f"{type(error).__name__}: "

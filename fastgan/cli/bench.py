@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastgan._writing import atomic_path, target_of, write
 from fastgan.training.recipes import PRECISIONS, Recipe, recipes
 from fastgan.training.trainer import resolve_device
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     for option in ("json", "plot"):
         path = getattr(args, option)
-        if path and not Path(path).absolute().parent.is_dir():
+        if path and not target_of(path).parent.is_dir():
             raise ValueError(f"bench: the directory of --{option} must exist, got {path}")
     if args.plot:
         _require_matplotlib()
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             _print(console, case)
     found["machine"]["load_after"] = facts.load()
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        write(args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         _plot(found, args.plot)
     return int(any(row["failed"] for case in found["cases"] for row in case["rows"] if row["ours"]))
@@ -242,5 +243,6 @@ def _plot(found: dict[str, Any], path: str) -> None:
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_machine(found["machine"]), fontsize=7)
-    figure.savefig(path, dpi=110)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=110)
     plot.close(figure)

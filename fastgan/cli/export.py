@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastgan._writing import target_of
 from fastgan.training import sampling
 
 from .arguments import Commands
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file and say how it was checked."""
     from fastgan.export import export
 
+    target_of(args.out)  # before minutes are spent on a file that could not be written
     generator, config = sampling.load_generator(args.run)
     recipe = config["recipe"]
     facts = {name: recipe[name] for name in ("name", "model", "model_options", "image_size", "channels", "latent")}

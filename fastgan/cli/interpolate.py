@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgan import data
+from fastgan._writing import atomic_file, atomic_path, target_of
 from fastgan.training import sampling
 from fastgan.training.trainer import resolve_device
 
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"interpolate: --out must end in .gif, .mp4 or .png, got {args.out}")
     if args.stops < 2:
         raise ValueError(f"interpolate: --stops must be at least 2, got {args.stops}")
+    target_of(args.out)
     if kind == ".mp4":
         _require_ffmpeg()
     frames = args.frames or (10 if kind == ".png" else 80)
@@ -59,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
     stops = sampling.latents(args.walks * args.stops, config["recipe"]["latent"], seed=args.seed)
     walks = [sampling.walk(z, frames, mode=args.mode) for z in stops.view(args.walks, args.stops, -1)]
     images = sampling.draw(generator, torch.cat(walks)).unflatten(0, (args.walks, frames))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if kind == ".png":
         data.save_grid(images.flatten(0, 1), args.out, columns=frames)
     elif kind == ".gif":
@@ -82,7 +84,8 @@ def _save_gif(pictures: Iterable[Tensor], path: str) -> None:
     from PIL import Image
 
     first, *rest = [Image.fromarray(p.numpy()) for p in pictures]
-    first.save(path, save_all=True, append_images=rest, duration=1000 // _FPS, loop=0)
+    with atomic_file(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=1000 // _FPS, loop=0)
 
 
 def _require_ffmpeg() -> None:
@@ -97,15 +100,15 @@ def _require_ffmpeg() -> None:
 
 def _save_mp4(pictures: Iterable[Tensor], path: str) -> None:
     ffmpeg = importlib.import_module("imageio_ffmpeg")
-    writer = None
-    for picture in pictures:
-        height, width, _ = picture.shape
-        # H.264 with 4:2:0 colour wants even sizes
-        picture = pad(picture, (0, 0, 0, width % 2, 0, height % 2))
-        if writer is None:
-            size = (picture.shape[1], picture.shape[0])
-            writer = ffmpeg.write_frames(path, size, fps=_FPS, macro_block_size=1)
-            writer.send(None)
-        writer.send(picture.contiguous().numpy())
-    if writer is not None:
-        writer.close()
+    with atomic_path(path) as part, contextlib.ExitStack() as stack:
+        writer = None
+        for picture in pictures:
+            height, width, _ = picture.shape
+            # H.264 with 4:2:0 colour wants even sizes
+            picture = pad(picture, (0, 0, 0, width % 2, 0, height % 2))
+            if writer is None:
+                size = (picture.shape[1], picture.shape[0])
+                writer = ffmpeg.write_frames(str(part), size, fps=_FPS, macro_block_size=1)
+                stack.callback(writer.close)
+                writer.send(None)
+            writer.send(picture.contiguous().numpy())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastgan
+from fastgan._writing import target_of
 from fastgan.training.recipes import recipes
 from fastgan.training.trainer import resolve_device
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     named = recipes()
     if args.recipe not in named:
         raise ValueError(f"profile: there is no recipe {args.recipe!r}, choose one of {', '.join(named)}")
-    if args.trace and not Path(args.trace).absolute().parent.is_dir():
+    if args.trace and not target_of(args.trace).parent.is_dir():
         raise ValueError(f"profile: the directory of --trace must exist, got {args.trace}")
     given = {k: v for k in ("data", "batch_size", "precision") if (v := getattr(args, k)) is not None}
     recipe = named[args.recipe].replace(**given).with_settings(args.settings)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastgan import data
+from fastgan._writing import target_of
 from fastgan.training import sampling
 from fastgan.training.trainer import resolve_device
 
@@ -39,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     """Write the grid."""
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"sample: --out must end in .png, got {args.out}")
+    target_of(args.out)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
     if args.label is not None:
         raise ValueError(
             f"sample: --label needs a model that takes classes, {config['recipe']['model']} of {args.run} takes none"
         )
     z = sampling.latents(args.n, config["recipe"]["latent"], seed=args.seed, truncation=args.truncation)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     data.save_grid(sampling.draw(generator, z), args.out, columns=args.columns)
     print(f"{args.n} samples: {args.out}")
     return 0

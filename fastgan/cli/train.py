@@ -6,7 +6,7 @@ import argparse
 
 from fastgan.training.plan import plan
 from fastgan.training.recipes import Recipe, recipes
-from fastgan.training.sampling import read_config
+from fastgan.training.rundir import RunDirectory
 from fastgan.training.trainer import Trainer
 
 from .arguments import Commands, nonnegative_int, positive_float, positive_int
@@ -55,6 +55,9 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         dest="settings",
         help="set any recipe field; repeat it",
     )
+    parser.add_argument(
+        "--allow-changed-data", action="store_true", help="with --resume: go on although the images have changed"
+    )
     parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
         time_limit=args.time_limit,
         quiet=args.quiet,
+        allow_changed_data=args.allow_changed_data,
     ).fit()
     return 130 if result.reason == "interrupted" else 0
 
@@ -89,7 +93,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.resume:
         if args.recipe:
             raise ValueError("train: --resume goes on with the run's own recipe, leave out --recipe")
-        return Recipe.from_dict(read_config(args.resume)["recipe"])
+        return Recipe.from_dict(RunDirectory(args.resume).read_config()["recipe"])
     named = recipes()
     if args.recipe is None:
         raise ValueError(f"train: --recipe NAME must be given, one of {', '.join(named)}; or --resume DIR")

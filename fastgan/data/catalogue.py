@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastgan._writing import atomic_file
 from fastgan.data.arrays import Array, read_idx
-from fastgan.data.atomic import atomic_file
 from fastgan.data.decode import pillow, to_pixels
 
 BUNDLED = Path(__file__).parent / "bundled"

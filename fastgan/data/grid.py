@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgan.data.atomic import atomic_file
+from fastgan._writing import atomic_file
 from fastgan.data.decode import pillow
 
 # Between black (Fashion-MNIST) and white (emoji) backgrounds, so that tiles are told apart on both.

@@ -232,11 +232,16 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
             "generator": self.generator.get_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, changed: bool = False) -> None:
         """Continue where `state` was taken: the same batches, bit for bit, on the same kind of generator.
 
-        ValueError if the set has another number of images than then.
+        changed: the images are others than then, so the generator goes on and a new epoch begins. ValueError if the
+        set has another number of images than then and `changed` does not say so.
         """
+        if changed:
+            self.generator.set_state(state["generator"].cpu())
+            self.epoch, self.position = int(state["epoch"]), len(self.source)
+            return
         if state["images"] != len(self.source):
             raise ValueError(
                 f"batches: a resumed run must see the same images, the saved state has {state['images']:,} "

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastgan._writing import atomic_file
 from fastgan.data import arrays
 from fastgan.data.arrays import Array
-from fastgan.data.atomic import atomic_file
 from fastgan.data.catalogue import CATALOGUE
 from fastgan.data.decode import SUFFIXES, decode_all, in_order, pillow, quiet_decoding, to_pixels
 from fastgan.data.files import Files, class_labels, plural
@@ -154,6 +154,8 @@ def open_source(source: Source) -> Files | Array:
         raise TypeError(f"load: source must be a name, {KINDS}, got {type(source).__name__}")
     if isinstance(source, str) and source in CATALOGUE:
         return CATALOGUE[source].read()
+    if not os.fspath(source) or "\0" in os.fspath(source):
+        raise ValueError(f"load: source must be neither empty nor hold a NUL character, got {os.fspath(source)!r}")
     path = Path(source).expanduser()
     if not path.exists():
         close = difflib.get_close_matches(str(source), CATALOGUE, n=1)
@@ -173,6 +175,11 @@ def open_source(source: Source) -> Files | Array:
     if suffix in SUFFIXES:
         raise ValueError(f"load: source must hold many images, {path} is one; pass its folder {path.parent}")
     raise ValueError(f"load: source must be {KINDS}, {path.name} is none of them by its name; unpack or convert it")
+
+
+def absolute(source: str) -> str:
+    """`source` as it is found from any folder: a bundled set's name as it is, a path from the root."""
+    return source if source in CATALOGUE or not source else os.path.abspath(os.path.expanduser(source))
 
 
 def opened_pixels(opened: Files | Array, wanted: Wanted) -> FilePixels | ArrayPixels:

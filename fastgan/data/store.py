@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from fastgan.data.atomic import atomic_file
+from fastgan._writing import atomic_file
 
 # A .npy header of fixed length, since the number of images is known only after the last one: 10 + 118 bytes.
 HEADER = 128
@@ -73,8 +72,6 @@ class FileStore:
             channels = 1
         self._file.seek(0)
         self._file.write(npy_header((self._count, channels, height, width)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def _drop_channels(self) -> None:
         channels, height, width = self._shape

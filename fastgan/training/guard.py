@@ -5,14 +5,12 @@ It looks at values that were read for the log anyway, so it costs no synchronisa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["DivergedError", "Guard", "first_nonfinite"]
+__all__ = ["DivergedError", "Guard"]
 
 # A discriminator this sure of both sides gives the generator a gradient of almost nothing; a healthy one dips
 # there for a few logged steps at a time, hence a run of them.
@@ -28,15 +26,6 @@ class DivergedError(RuntimeError):
     """A metric or a parameter became infinite or not a number."""
 
 
-def first_nonfinite(modules: Mapping[str, nn.Module]) -> str | None:
-    """The first parameter or buffer that holds an infinite or undefined value, or None. Synchronises."""
-    for name, module in modules.items():
-        for key, value in module.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                return f"{name}.{key}"
-    return None
-
-
 class Guard:
     """Watches one run. `scores` says whether d_real and d_fake are probabilities (not so for a critic)."""
 
@@ -45,14 +34,8 @@ class Guard:
         self._sure = 0
         self._flat = False
 
-    def check(self, step: int, metrics: Mapping[str, float], good: Path | None) -> str | None:
-        """Raise `DivergedError` if a metric is not finite; else a warning to print, or None.
-
-        `good` is the last checkpoint that was saved, which passed `first_nonfinite`.
-        """
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise self.diverged(step, name, str(value), good)
+    def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """A warning to print, or None."""
         if not self._scores:
             return None
         sure = metrics.get("d_real", 0.0) > SURE_REAL and metrics.get("d_fake", 1.0) < SURE_FAKE

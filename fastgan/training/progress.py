@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -15,10 +16,12 @@ __all__ = [
     "LineProgress",
     "LiveProgress",
     "QuietProgress",
+    "SafeProgress",
     "describe",
     "duration",
     "memory_mb",
     "progress_for",
+    "silence",
 ]
 
 # The values of a record that are shown, in this order; log.jsonl has the others too.
@@ -167,10 +170,54 @@ class LiveProgress(QuietProgress):
         self._live.stop()
 
 
+class SafeProgress(QuietProgress):
+    """`shown`, until showing fails: then warnings alone, and nothing where stderr is gone too.
+
+    The terminal may be closed, the reader of a pipe gone, a disk full: the run goes on, and log.jsonl has it all.
+    """
+
+    def __init__(self, shown: QuietProgress) -> None:
+        self._shown: QuietProgress | None = shown
+
+    def _show(self, call: Callable[[QuietProgress], None]) -> None:
+        while self._shown is not None:
+            try:
+                return call(self._shown)
+            except Exception:
+                plain = type(self._shown) is QuietProgress
+                silence(sys.stderr if plain else sys.stdout)
+                self._shown = None if plain else QuietProgress()
+
+    def start(self, step: int, steps: int) -> None:
+        self._show(lambda shown: shown.start(step, steps))
+
+    def tick(self, step: int) -> None:
+        self._show(lambda shown: shown.tick(step))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._show(lambda shown: shown.log(record))
+
+    def note(self, text: str) -> None:
+        self._show(lambda shown: shown.note(text))
+
+    def warn(self, text: str) -> None:
+        self._show(lambda shown: shown.warn(text))
+
+    def stop(self) -> None:
+        self._show(lambda shown: shown.stop())
+
+
+def silence(stream: TextIO | None) -> None:
+    """Send what `stream` still holds, and all that follows, nowhere: Python flushes it once more at its exit."""
+    with contextlib.suppress(Exception):
+        if stream is not None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
 def progress_for(*, quiet: bool) -> QuietProgress:
     """The display that suits where the output goes."""
-    if quiet:
-        return QuietProgress()
-    if sys.stdout.isatty():
-        return LiveProgress()
-    return LineProgress()
+    if quiet or sys.stdout is None:  # None: the process was started without one
+        return SafeProgress(QuietProgress())
+    return SafeProgress(LiveProgress() if sys.stdout.isatty() else LineProgress())

@@ -146,6 +146,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`. Fields left out come from the named recipe, if `name` is one."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"recipe: it must be a table of fields, got {values!r}")
         name = values.get("name")
         if name in _RECIPES:
             return _RECIPES[str(name)].replace(**values)

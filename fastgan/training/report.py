@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgan.data.atomic import atomic_file
+from fastgan._writing import write
 
 from .progress import duration
+from .rundir import RunDirectory, read_log
 
-__all__ = ["read_log", "write_report"]
+__all__ = ["write_report"]
 
 _MAX_GRIDS = 8  # pictures of the way there; each is a few hundred kB at 64 images of 64x64
+_LARGEST = 1e30  # beyond it a curve is no picture
 _MAX_POINTS = 600  # points a curve: more than pixels help nobody
 
 _STYLE = """
@@ -39,20 +40,18 @@ td:first-child { color: var(--soft); } pre { overflow-x: auto; font-size: .8rem;
 """
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line that was cut off is left out."""
-    records = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 def _step(grid: Path) -> str:
     """step-0001500.png -> "step 1,500"."""
-    return f"step {int(grid.stem.removeprefix('step-')):,}"
+    number = grid.stem.removeprefix("step-")
+    return f"step {int(number):,}" if number.isdecimal() else grid.stem
+
+
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    """A finite number of a record, or None: a log may hold anything."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < _LARGEST else None  # false for NaN
 
 
 def _picture(path: Path, kind: str, caption: str) -> str:
@@ -65,7 +64,9 @@ def _picture(path: Path, kind: str, caption: str) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between `low` and `high`."""
+    """Three to six round numbers between `low` and `high`; one where they are the same."""
+    if not high > low:
+        return [low]
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
     unit = next(u * power for u in (1, 2, 2.5, 5, 10) if u * power >= raw)
@@ -77,15 +78,16 @@ def _curves(
     records: Sequence[Mapping[str, Any]], keys: Mapping[str, str], span: tuple[float, float] | None = None
 ) -> str:
     """An SVG of up to two values over the steps; `keys` maps record keys to titles, `span` fixes the axis."""
-    rows = [r for r in records if all(isinstance(r.get(k), (int, float)) for k in keys)]
+    read = [(r["step"], [_number(r, key) for key in keys]) for r in records]
+    rows = [(step, [v for v in found if v is not None]) for step, found in read if None not in found]
     rows = rows[:: max(1, math.ceil(len(rows) / _MAX_POINTS))]
     if len(rows) < 2:
         return '<p class="soft">fewer than two logged steps</p>'
-    steps = [r["step"] for r in rows]
-    values = [r[k] for r in rows for k in keys]
+    steps = [step for step, _ in rows]
+    values = [value for _, found in rows for value in found]
     low, high = span or (min(values), max(values))
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1.0):
+        low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
     width, height, left, bottom = 860.0, 220.0, 48.0, 24.0
 
     def x(step: float) -> float:
@@ -100,8 +102,8 @@ def _curves(
         parts.append(f'<text x="{left - 6:g}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in _ticks(steps[0], steps[-1]):
         parts.append(f'<text x="{x(tick):.1f}" y="{height - 6:g}" text-anchor="middle">{tick:.6g}</text>')
-    for stroke, key in zip("ab", keys, strict=False):
-        points = " ".join(f"{x(r['step']):.1f},{y(r[key]):.1f}" for r in rows)
+    for index, stroke in enumerate("ab"[: len(keys)]):
+        points = " ".join(f"{x(step):.1f},{y(found[index]):.1f}" for step, found in rows)
         parts.append(f'<polyline class="{stroke}" points="{points}"/>')
     legend = " &nbsp; ".join(
         f'<span class="key-{stroke}">&#9632; {html.escape(title)}</span>'
@@ -121,14 +123,15 @@ def _table(rows: Mapping[str, Any]) -> str:
 def _facts(records: Sequence[Mapping[str, Any]], status: str) -> str:
     last = records[-1] if records else {}
     # The first record holds warm-up: proofs, races and lazy initialisation.
-    speeds = sorted(r["images_per_second"] for r in (records[1:] or records))
+    found = [_number(r, "images_per_second") for r in (records[1:] or records)]
+    speeds = sorted(speed for speed in found if speed is not None)
     facts = {
         "ended": status,
         "steps": f"{last.get('step', 0):,}",
-        "images seen": f"{last.get('images', 0):,}",
-        "training time": duration(last.get("seconds", 0.0)),
+        "images seen": f"{_number(last, 'images') or 0:,.0f}",
+        "training time": duration(_number(last, "seconds") or 0.0),
         "images/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "none",
-        "memory": f"{last.get('memory_mb', 0):,.0f} MB",
+        "memory": f"{_number(last, 'memory_mb') or 0:,.0f} MB",
     }
     return "".join(f"<div><span class='soft'>{k}</span><b>{html.escape(v)}</b></div>" for k, v in facts.items())
 
@@ -140,14 +143,14 @@ def _choose(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[round(k * (len(paths) - 1) / (count - 1))] for k in range(count)]
 
 
-def _sections(folder: Path, status: str, notes: Iterable[str], explanation: str) -> Iterable[str]:
-    config = json.loads((folder / "config.json").read_text())
-    records = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+def _sections(run: RunDirectory, status: str, notes: Iterable[str], explanation: str) -> Iterable[str]:
+    config, records = run.read_config(), read_log(run.log)
     recipe = config["recipe"]
-    grids = sorted((folder / "samples").glob("step-*.png"))
+    grids = sorted(run.samples.glob("step-*.png"))
 
     yield f"<h1>{html.escape(recipe['name'])} on {html.escape(str(recipe['data']))}</h1>"
-    yield f"<p class='soft'>fastgan {html.escape(config['fastgan'])}, {html.escape(config['started'])}</p>"
+    made = f"fastgan {config.get('fastgan')}, {config['started']}"
+    yield f"<p class='soft'>{html.escape(made)}</p>"
     yield f"<div class='facts'>{_facts(records, status)}</div>"
     if grids:
         yield _picture(grids[-1], "hero", f"samples from fixed noise, {_step(grids[-1])}")
@@ -155,33 +158,33 @@ def _sections(folder: Path, status: str, notes: Iterable[str], explanation: str)
         yield f"<p><b>Note:</b> {html.escape(note)}</p>"
     yield "<h2>Losses</h2>" + _curves(records, {"d_loss": "discriminator", "g_loss": "generator"})
     yield "<h2>Mean scores</h2>" + _curves(records, {"d_real": "D(x)", "d_fake": "D(G(z))"}, (0.0, 1.0))
-    if any(r.get("penalty") for r in records):
+    if any(_number(r, "penalty") for r in records):
         yield "<h2>Penalty</h2>" + _curves(records, {"penalty": "penalty"})
     yield "<h2>Speed</h2>" + _curves(records[1:], {"images_per_second": "images/s"})
     if len(grids) > 1:
         way = "".join(_picture(p, "", _step(p)) for p in _choose(grids[:-1], _MAX_GRIDS))
         yield f"<h2>The way there</h2><div class='way'>{way}</div>"
     yield "<h2>Recipe</h2>" + _table(recipe)
-    yield "<h2>Machine</h2>" + _table(config["machine"])
+    yield "<h2>Machine</h2>" + _table(config.get("machine", {}))
     if explanation:
         yield f"<h2>Layers</h2><pre>{html.escape(explanation)}</pre>"
 
 
-def write_report(folder: str | Path, *, status: str, notes: Iterable[str] = (), explanation: str = "") -> Path:
+def write_report(
+    folder: str | Path | RunDirectory, *, status: str, notes: Iterable[str] = (), explanation: str = ""
+) -> Path:
     """Write ``report.html`` from the run directory's own files and return its path.
 
     `status`: how the run ended, in a few words. `notes`: warnings it gave. `explanation`: the text of
     `fastgan.explain` for both networks.
     """
-    folder = Path(folder)
-    body = "\n".join(_sections(folder, status, notes, explanation))
+    run = folder if isinstance(folder, RunDirectory) else RunDirectory(folder)
+    body = "\n".join(_sections(run, status, notes, explanation))
     page = (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
-        f"<title>fastgan: {html.escape(folder.resolve().name)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>fastgan: {html.escape(run.path.resolve().name)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
-    path = folder / "report.html"
-    with atomic_file(path) as file:
-        file.write(page.encode())
-    return path
+    write(run.report, page)
+    return run.report

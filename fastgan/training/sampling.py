@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from fastgan import models
 
-from . import checkpoint
 from .recipes import Recipe
+from .rundir import RunDirectory
 
-__all__ = ["draw", "evaluating", "latents", "load_generator", "read_config", "walk"]
+__all__ = ["draw", "evaluating", "fill", "latents", "load_generator", "walk"]
 
 
 @contextlib.contextmanager
@@ -85,38 +84,37 @@ def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:
     return torch.where(sine > 1e-4, arc, torch.lerp(a, b, t)).float()
 
 
-def read_config(run: str | Path) -> dict[str, Any]:
-    """The config.json of a run directory. Raises ValueError where there is none."""
-    path = Path(run) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        Recipe.from_dict(config["recipe"])
-    except OSError as error:
-        raise ValueError(f"run: {run} must be a run directory, it holds no readable config.json") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"run: {path} must be the configuration of a run, reading it gave: {error}") from error
-    return dict(config)
-
-
 def load_generator(
     run: str | Path, *, device: str | torch.device = "cpu", generator: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The generator of a run directory's newest checkpoint, in eval mode, and the run's config.
+    """The generator of a run directory's newest sound checkpoint, in eval mode, and the run's config.
 
     It is the averaged one if the run kept one. A run that was started with networks of its own needs
     `generator`, an instance to load the weights into.
     """
-    config = read_config(run)
-    path = checkpoint.latest(Path(run) / "checkpoints")
-    if path is None:
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    found = directory.newest()
+    if found is None:
         raise ValueError(f"run: {run} must hold a checkpoint, it has none yet")
-    state = checkpoint.load(path)
     if generator is None:
         if config["models"] != "recipe":
             raise ValueError(f"run: {run} was trained with networks of its own, pass generator= to load its weights")
         generator, _ = build_models(Recipe.from_dict(config["recipe"]))
-    generator.load_state_dict(state["sampler"] or state["generator"])
+    weights = found.state.get("sampler") or found.state.get("generator")
+    if not weights:
+        raise ValueError(f"run: {found.path} must hold a generator, it lacks one")
+    fill(generator, weights, f"{found.path}: generator")
     return generator.to(device).eval(), config
+
+
+def fill(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
+    """`state` into `module`. Raises ValueError, which begins with `what`, where they do not fit."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = " ".join(str(error).partition("\n")[2].strip().partition("\n")[0].split()) or str(error)
+        raise ValueError(f"run: {what} must fit the networks, it does not: {first}") from error
 
 
 def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module]:

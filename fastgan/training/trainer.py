@@ -2,9 +2,9 @@
 
     fastgan.Trainer("dcgan-28", out="runs/garments").fit()
 
-A run directory holds config.json, log.jsonl, samples/, checkpoints/ and report.html. A run that was stopped
-goes on with ``Trainer(resume="runs/garments").fit()``, bit for bit as if it had not been: networks,
-optimisers, counters, random states, place in the data and choice of kernels come from the checkpoint.
+What a run directory holds: `rundir`. A run that was stopped goes on with ``Trainer(resume="runs/garments").fit()``, bit
+for bit as if it had not been: networks, optimisers, counters, random states, place in the data and choice of kernels
+come from the newest sound checkpoint, and where there is none yet the run begins anew.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import shutil
-import signal
-import threading
+import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,22 +27,28 @@ from fastgan import data
 from fastgan._version import __version__
 from fastgan.choice import backend, load_winners, winners
 from fastgan.convert import convert, explain
+from fastgan.data.fingerprint import difference, fingerprint
 from fastgan.doctor import machine
 
 from . import checkpoint, report
 from .adam import Adam
-from .guard import Guard, first_nonfinite
+from .guard import DivergedError, Guard
 from .progress import memory_mb, progress_for
 from .recipes import Recipe, recipes
-from .sampling import build_models, draw, latents, read_config
+from .rundir import RunDirectory
+from .sampling import build_models, draw, fill, latents
+from .signals import Signals
 from .step import GANStep
 
 __all__ = ["Result", "Trainer", "assemble", "resolve_device"]
 
 # What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
 MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "keep_checkpoints")
-# What a run directory holds; --overwrite deletes these names and nothing else.
-CONTENTS = ("config.json", "log.jsonl", "samples", "checkpoints", "best", "report.html")
+# What a checkpoint must hold: see Trainer.state.
+KEYS = (
+    *("step", "images", "seconds", "generator", "discriminator", "sampler", "g_optimizer", "d_optimizer"),
+    *("training", "data", "rng", "noise", "winners", "config"),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,10 @@ class Trainer:
     images: an image set to use in place of the recipe's data.
     networks: (generator, discriminator) to train in place of the recipe's model.
 
-    Raises ValueError for settings that cannot be meant, before anything is written.
+    allow_changed_data: go on with a run although its images are no longer what they were.
+
+    Raises ValueError for settings that cannot be meant, before anything is written, and `LockedError`, a ValueError,
+    where another process trains in the directory.
     """
 
     def __init__(
@@ -145,11 +152,13 @@ class Trainer:
         quiet: bool = False,
         images: Any = None,
         networks: tuple[nn.Module, nn.Module] | None = None,
+        allow_changed_data: bool = False,
     ):
-        saved, start = self._open(out, resume, overwrite)
+        self.directory, saved, start = _open(out, resume, overwrite)
+        self.out = self.directory.path
         self.recipe = _recipe_of(config, saved)
-        self.device = resolve_device(device or (saved["device"] if saved else "auto"))
-        self.backend = backend or (saved["backend"] if saved else None)
+        self.device = resolve_device(device if device is not None else (saved["device"] if saved else "auto"))
+        self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         if time_limit is not None and not time_limit > 0:
             raise ValueError(f"training: time_limit must be positive, got {time_limit}")
         self._time_limit, self._target, self._overwrite = time_limit, target, overwrite
@@ -164,65 +173,61 @@ class Trainer:
         self.progress = progress_for(quiet=quiet)
         self.notes: list[str] = []
         self._guard = Guard(scores=self.recipe.loss != "wasserstein")
-        self._good: Path | None = None
-        self.config = self._configuration(saved)
+        self._between_steps = True  # only then is the state one that a run could go on from
+        self._damaged = list(start.damaged) if start else []
         with self._placed():
-            self._build(images, networks)
+            self.images = self._load_images(images, saved)
+            changed = _check_images(self.images, saved, allow_changed_data)
+            self._build(networks)
+        self.config = self._configuration(saved, images)
+        self._owned = saved is not None  # the directory holds this very run
         if start:
-            self._restore(start)
+            self._restore(start.state, start.path, changed)
 
     # ------------------------------------------------------------------------------------------- building
 
-    def _open(
-        self, out: str | Path | None, resume: str | Path | None, overwrite: bool
-    ) -> tuple[dict[str, Any] | None, Path | None]:
-        """Settle the run directory; for a resumed run also its saved configuration and newest checkpoint."""
-        if resume is not None:
-            if overwrite or (out is not None and Path(out) != Path(resume)):
-                raise ValueError("resume: it goes on in the run's own directory, leave out and overwrite out")
-            self.out = Path(resume)
-            saved = read_config(resume)
-            start = checkpoint.latest(self.out / "checkpoints")
-            if start is None:
-                raise ValueError(f"resume: {resume} must hold a checkpoint, it has none yet")
-            return saved, start
-        if out is None:
-            raise ValueError("training: out must be given, the directory that the run is written to")
-        self.out = Path(out)
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"training: out must be a directory, {out} is a file")
-        if self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
-            raise ValueError(
-                f"training: {out} must be new or empty, it holds files; resume the run in it "
-                f"(--resume {out}), replace it (--overwrite) or choose another directory"
-            )
-        return None, None
-
-    def _configuration(self, saved: dict[str, Any] | None) -> dict[str, Any]:
-        started = saved["started"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    def _configuration(self, saved: dict[str, Any] | None, images: Any) -> dict[str, Any]:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         config = {
             "fastgan": __version__,
-            "started": started,
+            "run": saved.get("run") if saved else secrets.token_hex(8),
+            "started": saved["started"] if saved else now,
             "device": str(self.device),
             "backend": self.backend,
             "models": "own" if self._networks_given else "recipe",
             "recipe": self.recipe.to_dict(),
+            "images": {"given": images is not None, **fingerprint(self.images)},
             "machine": machine(self.device),
         }
         # As JSON gives it back: plain values only, which a checkpoint may hold.
         return dict(json.loads(json.dumps(config)))
 
-    def _build(self, images: Any, networks: tuple[nn.Module, nn.Module] | None) -> None:
-        recipe = self.recipe
+    def _load_images(self, images: Any, saved: dict[str, Any] | None) -> Any:
+        """The images given, else those of the recipe, whose path becomes absolute: a run can go on from anywhere."""
+        if images is None and saved and saved.get("images", {}).get("given"):
+            raise ValueError(f"resume: {self.out} was trained on images of its own, pass images= again")
         if images is None:
-            images = data.load(recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=self.device)
-        self.images = images
-        shape = tuple(images.images.shape[1:])
-        if shape != (recipe.channels, recipe.image_size, recipe.image_size):
+            self.recipe = recipe = self.recipe.replace(data=data.absolute(self.recipe.data))
+            size, channels = recipe.image_size, recipe.channels
+            try:
+                images = data.load(recipe.data, image_size=size, channels=channels, device=self.device)
+            except ValueError as error:
+                if not saved:
+                    raise
+                raise ValueError(
+                    f"resume: the run's images must be where they were, in {recipe.data}: {error}; "
+                    "--data PATH says where they are now"
+                ) from error
+        shape, wanted = tuple(images.images.shape[1:]), [self.recipe.channels, *[self.recipe.image_size] * 2]
+        if list(shape) != wanted:
             raise ValueError(
-                f"training: images must be [N, {recipe.channels}, {recipe.image_size}, {recipe.image_size}] "
+                f"training: images must be [N, {', '.join(map(str, wanted))}] "
                 f"as the recipe says, got [N, {', '.join(map(str, shape))}]"
             )
+        return images
+
+    def _build(self, networks: tuple[nn.Module, nn.Module] | None) -> None:
+        recipe = self.recipe
         self.generator, self.discriminator, self._train_step = assemble(recipe, self.device, networks)
         # Data order, latents and fixed noise have generators or seeds of their own: none shifts another.
         self._batches = self.images.batches(
@@ -262,34 +267,41 @@ class Trainer:
             "config": self.config,
         }
 
-    def _restore(self, path: Path) -> None:
-        state = checkpoint.load(path)
+    def _restore(self, state: dict[str, Any], path: Path, changed: bool) -> None:
+        """Take over `state`, which `path` holds; `changed`: the images are others, so a new epoch begins."""
+        missing = [key for key in KEYS if key not in state]
+        if missing:
+            raise ValueError(f"resume: {path} must hold {', '.join(KEYS)}, it lacks {', '.join(missing)}")
         if self.recipe.steps <= state["step"]:
             raise ValueError(
                 f"resume: steps must be above the {state['step']} that {self.out} has, got {self.recipe.steps}"
             )
         self.step, self.images_seen, self.seconds = state["step"], state["images"], state["seconds"]
-        self.generator.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
+        fill(self.generator, state["generator"], f"{path}: generator")
+        fill(self.discriminator, state["discriminator"], f"{path}: discriminator")
         self._train_step.g_optimizer.load_state_dict(state["g_optimizer"])
         self._train_step.d_optimizer.load_state_dict(state["d_optimizer"])
         self._train_step.load_state_dict(state["training"])
-        self._batches.load_state_dict(state["data"])
+        self._batches.load_state_dict(state["data"], changed=changed)
         self.noise = state["noise"]
         load_winners(state["winners"])
         self._rng = state["rng"]
-        self._good = path
 
     def save(self) -> Path:
-        """Write a checkpoint; raises `DivergedError` instead if a weight is not finite."""
-        bad = first_nonfinite({"generator": self.generator, "discriminator": self.discriminator})
+        """Write a checkpoint; raises `DivergedError` instead if a number in it is not finite."""
+        state = self.state()
+        bad = checkpoint.first_nonfinite(state)
         if bad:
-            raise Guard.diverged(self.step, bad, "not", self._good)
-        path = checkpoint.path_of(self.out / "checkpoints", self.step)
-        checkpoint.save(self.state(), path)
-        checkpoint.prune(path.parent, self.recipe.keep_checkpoints)
-        self._good = path
-        return path
+            raise self._diverged(bad, "not")
+        return self.directory.save(state, keep=self.recipe.keep_checkpoints)
+
+    def _diverged(self, name: str, value: str) -> DivergedError:
+        """The error that names the newest checkpoint that is sound: it is read to be sure."""
+        try:
+            found = self.directory.newest()
+        except checkpoint.DamagedError:
+            found = None
+        return Guard.diverged(self.step, name, value, found.path if found else None)
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -306,35 +318,41 @@ class Trainer:
     def fit(self) -> Result:
         """Train to the end of the recipe, the time limit, the target or an interrupt, whichever comes first.
 
-        SIGINT (Ctrl-C) and SIGTERM finish the step under way and save; a second one stops at once.
-        Raises `DivergedError` when a metric or a weight stops being finite.
+        SIGINT (Ctrl-C), SIGTERM and SIGHUP finish the step under way and save; a second Ctrl-C stops at once.
+        Raises `DivergedError` when a metric or a weight stops being finite. After any other error between two steps
+        the last step is saved first.
         """
         if self.step >= self.recipe.steps:
             raise ValueError(f"training: the run has its {self.recipe.steps} steps already")
-        with self._placed(), _Signals() as signals:
+        with self._placed(), self.directory.locked(), Signals() as signals:
             self._begin()
             self.progress.start(self.step, self.recipe.steps)
             try:
-                reason = self._loop(signals)
+                try:
+                    reason = self._loop(signals)
+                except Exception as error:
+                    self._rescue(error)
+                    raise
                 return self._finish(reason)
             finally:
                 self.progress.stop()
 
     def _begin(self) -> None:
-        """Make the run directory; cut a resumed log back to the checkpoint."""
-        if self._overwrite and self.step == 0:
-            for name in CONTENTS:
-                path = self.out / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        (self.out / "checkpoints").mkdir(exist_ok=True)
-        log = self.out / "log.jsonl"
-        kept = [r for r in report.read_log(log) if r["step"] <= self.step] if log.exists() and self.step else []
-        log.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        (self.out / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        """Make the run directory, or check that it is still as it was when this run was read from it."""
+        directory = self.directory
+        for path in self._damaged:
+            directory.set_aside(path)
+        if not self._owned:
+            directory.check_new(overwrite=self._overwrite)
+            if self._overwrite:
+                directory.clear()
+        elif directory.last_step() > self.step or directory.read_config().get("run") != self.config["run"]:
+            raise ValueError(
+                f"resume: {self.out} must be as it was read, at step {self.step}; another process has trained in it "
+                "since, resume it again"
+            )
+        directory.begin(self.config, self.step)
+        self._owned = True
         recipe = self.recipe
         self.progress.note(
             f"{recipe.name} on {self.images.name} ({len(self.images.images):,} images), {self.device}, "
@@ -344,16 +362,29 @@ class Trainer:
             self._draw()
         checkpoint.set_rng_state(self._rng)
 
-    def _loop(self, signals: _Signals) -> str:
+    def _rescue(self, error: Exception) -> None:
+        """After an error: save what was reached, where it is whole, and say from where the run can go on."""
+        if isinstance(error, DivergedError):  # it names the last good checkpoint itself
+            return
+        step = self.directory.last_step()
+        if self._between_steps and self.step > step:
+            with contextlib.suppress(Exception):  # the first error is the one to hear of
+                self.save()
+                step = self.step
+        self.progress.warn(f"the run can go on from step {step}: fastgan train --resume {self.out}")
+
+    def _loop(self, signals: Signals) -> str:
         recipe = self.recipe
         self._began = self._mark = time.perf_counter()
         self._mark_step = self.step
         before = self.seconds
         while True:
+            self._between_steps = False
             metrics = self._train_step([next(self._batches)[0] for _ in range(recipe.d_steps)])
             self.step += 1
             self.images_seen += recipe.batch_size * recipe.d_steps
             self.seconds = before + time.perf_counter() - self._began
+            self._between_steps = True
             self.progress.tick(self.step)
             reason = self._reason(signals)
             # The first step is logged too: it tells at once whether the run works at all.
@@ -368,7 +399,7 @@ class Trainer:
             if recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0:
                 self._aside(self.save)
 
-    def _reason(self, signals: _Signals) -> str:
+    def _reason(self, signals: Signals) -> str:
         """Why the run ends after this step, or ""."""
         if signals.received:
             return "interrupted"
@@ -402,14 +433,15 @@ class Trainer:
             "step_ms": round(step_seconds * 1e3, 3),
             "memory_mb": round(memory_mb(self.device), 1),
         }
-        warning = self._guard.check(self.step, self.metrics, self._good)
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        bad = next((name for name, value in self.metrics.items() if not math.isfinite(value)), None)
+        if bad:
+            raise self._diverged(bad, str(self.metrics[bad]))
+        self.directory.append(record)
         left = (self.recipe.steps - self.step) * step_seconds
         if self._time_limit is not None:
             left = min(left, self._time_limit - (now - self._began))
         self.progress.log({**record, "seconds_left": left})
-        self._warn(warning)
+        self._warn(self._guard.check(self.step, self.metrics))
 
     def _warn(self, warning: str | None) -> None:
         if warning:
@@ -419,7 +451,7 @@ class Trainer:
     def _draw(self) -> None:
         """The sample grid of this step, from the run's fixed noise."""
         images = draw(self.sampler, self.noise)
-        data.save_grid(images, self.out / "samples" / f"step-{self.step:07d}.png")
+        data.save_grid(images, self.directory.grid(self.step))
         self._warn(self._guard.check_samples(self.step, images))
 
     def _finish(self, reason: str) -> Result:
@@ -432,9 +464,16 @@ class Trainer:
             "target": "target reached",
             "interrupted": "interrupted",
         }
-        page = report.write_report(self.out, status=words[reason], notes=self.notes, explanation=self._explanation())
+        try:
+            page = report.write_report(
+                self.directory, status=words[reason], notes=self.notes, explanation=self._explanation()
+            )
+        except Exception as error:  # the run is saved; its report can be made again
+            page = None
+            self.progress.warn(f"the report could not be written: {error}")
         self.progress.stop()
-        self.progress.note(f"{words[reason]}: step {self.step}, {self.seconds:.0f} s of training; report: {page}")
+        where = f"; report: {page}" if page else ""
+        self.progress.note(f"{words[reason]}: step {self.step}, {self.seconds:.0f} s of training{where}")
         if reason in ("interrupted", "time"):
             self.progress.note(f"go on with: fastgan train --resume {self.out}")
         return Result(self.out, self.step, reason, self.seconds, dict(self.metrics), path)
@@ -444,6 +483,37 @@ class Trainer:
         for name, network in (("generator", self.generator), ("discriminator", self.discriminator)):
             lines += ["", name, str(explain(network))]
         return "\n".join(lines)
+
+
+def _open(
+    out: str | Path | None, resume: str | Path | None, overwrite: bool
+) -> tuple[RunDirectory, dict[str, Any] | None, checkpoint.Found | None]:
+    """The run directory; for a resumed run also its configuration and its newest sound checkpoint, if it has one."""
+    if resume is not None:
+        if overwrite or (out is not None and Path(out) != Path(resume)):
+            raise ValueError("resume: it goes on in the run's own directory, leave out and overwrite out")
+        directory = RunDirectory(resume)
+        saved = directory.read_config()
+        directory.check_free()
+        return directory, saved, directory.newest()
+    if out is None:
+        raise ValueError("training: out must be given, the directory that the run is written to")
+    directory = RunDirectory(out)
+    directory.check_new(overwrite=overwrite)
+    return directory, None, None
+
+
+def _check_images(images: Any, saved: dict[str, Any] | None, allow: bool) -> bool:
+    """Whether a resumed run's images differ from those it began with. Raises ValueError unless that is allowed."""
+    if not saved or "images" not in saved:
+        return False
+    differs = difference(saved["images"], fingerprint(images))
+    if differs and not allow:
+        raise ValueError(
+            f"resume: the images must be those that the run began with, {images.name} has {differs}; "
+            "restore them, or insist with --allow-changed-data (allow_changed_data=True)"
+        )
+    return bool(differs)
 
 
 def _recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: dict[str, Any] | None) -> Recipe:
@@ -461,35 +531,9 @@ def _recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: dict[str,
     recipe = config if isinstance(config, Recipe) else Recipe.from_dict(config)
     if before is not None:
         for name, value in before.to_dict().items():
-            if name not in MAY_CHANGE and getattr(recipe, name) != value:
+            if name not in (*MAY_CHANGE, "data") and getattr(recipe, name) != value:
                 raise ValueError(
                     f"resume: {name} must stay {value!r}, got {getattr(recipe, name)!r}; "
                     f"a resumed run may change {', '.join(MAY_CHANGE)}"
                 )
     return recipe
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM for as long as it is entered; a second one raises KeyboardInterrupt.
-
-    Outside the main thread Python allows no handlers: then the process' own handling stays as it is.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
