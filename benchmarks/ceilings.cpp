@@ -1,12 +1,13 @@
 // What this machine can do at best: bare instruction loops and bare memory sweeps, printed as one JSON object.
 //
-//   ceilings [threads ...]        default: 1 and the number of processors
+//   ceilings [table] [threads ...]        default: everything; 1 and the number of processors
 //
 // For each thread count: GFLOP/s of float32 FMA (the widest of portable, AVX2, AVX-512), of bf16 dot products
 // (AVX512_BF16 and AMX, where the processor has them), and GB/s of copy and triad at several footprints.
 // No torch and no BLAS: a ceiling must not depend on what is measured against it.
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -63,6 +64,11 @@ double best_rate(int threads, double amount, Work work) {
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 // Sixteen independent accumulators: more than the 4 cycles x 2 ports that any current FMA unit needs in flight.
+
+// No instructions beyond this table are used: the machine's own ceiling for a lower one.
+enum Table { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX, TABLES };
+const char* const table_names[TABLES] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+int table = AMX;
 
 constexpr int CHAINS = 16;
 volatile float sink;
@@ -138,6 +144,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void bf16_amx(int) {
 
 // AMX needs the processor, the operating system's save area (XCR0) and the process's permission (arch_prctl).
 bool has_amx() {
+  if (table < AMX) return false;
 #if defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
@@ -151,6 +158,7 @@ bool has_amx() {
 }
 
 bool has_avx512_bf16() {
+  if (table < AVX512_BF16) return false;
   unsigned a, b, c, d;
   return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
@@ -174,8 +182,9 @@ void fma_portable(int) {
 
 double fp32(int threads) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return best_rate(threads, FMA_ROUNDS * CHAINS * 32.0, fma_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (table >= AVX512 && __builtin_cpu_supports("avx512f"))
+    return best_rate(threads, FMA_ROUNDS * CHAINS * 32.0, fma_avx512);
+  if (table >= AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return best_rate(threads, FMA_ROUNDS * 12 * 16.0, fma_avx2);
 #endif
   return best_rate(threads, PORTABLE_ROUNDS * CHAINS * 8.0, fma_portable);
@@ -273,7 +282,16 @@ void report(int threads, bool last) {
 
 int main(int argc, char** argv) {
   std::vector<int> counts;
-  for (int i = 1; i < argc; ++i) counts.push_back(std::max(1, std::atoi(argv[i])));
+  int first = 1;
+  if (argc > 1 && !std::isdigit(static_cast<unsigned char>(argv[1][0]))) {
+    first = 2;
+    for (table = 0; table < TABLES && std::strcmp(argv[1], table_names[table]) != 0;) ++table;
+    if (table == TABLES) {
+      std::fprintf(stderr, "ceilings: the table must be portable, avx2, avx512, avx512_bf16 or amx, got %s\n", argv[1]);
+      return 2;
+    }
+  }
+  for (int i = first; i < argc; ++i) counts.push_back(std::max(1, std::atoi(argv[i])));
   if (counts.empty()) {
     counts.push_back(1);
     const int all = static_cast<int>(std::thread::hardware_concurrency());

@@ -1,4 +1,6 @@
-"""What this machine can do at best, measured by ceilings.cpp: `python benchmarks/ceilings.py [threads ...]`.
+"""What this machine can do at best, measured by ceilings.cpp.
+
+    python benchmarks/ceilings.py [TABLE] [threads ...]    # TABLE: no instructions beyond avx2, say
 
 The program is compiled with the host's C++ compiler into a temporary folder each time (about 2 s), so that it is never
 older than its source and is built for the processor at hand.
@@ -64,8 +66,11 @@ def read(printed: dict[str, Any], threads: int) -> Ceilings:
     )
 
 
-def run(threads: Iterable[int] = ()) -> dict[str, Any]:
-    """Compile and run the program: {threads: rates}. Raises Unavailable with the reason."""
+def run(threads: Iterable[int] = (), table: str | None = None) -> dict[str, Any]:
+    """Compile and run the program, with the instructions of one table or all: {threads: rates}.
+
+    Raises Unavailable with the reason.
+    """
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:
         raise Unavailable(f"ceilings: a C++ compiler must be on PATH, got none of {', '.join(COMPILERS)}; install g++")
@@ -77,7 +82,7 @@ def run(threads: Iterable[int] = ()) -> dict[str, Any]:
                 break
         else:
             raise Unavailable(f"ceilings: {SOURCE.name} must compile with {compiler}, got: {_last_line(made.stderr)}")
-        done = _run([program, *map(str, threads)])
+        done = _run([program, *([table] if table else []), *map(str, threads)])
     if done.returncode != 0:
         raise Unavailable(
             f"ceilings: the program must end with code 0, got {done.returncode}: {_last_line(done.stderr)}"
@@ -86,9 +91,12 @@ def run(threads: Iterable[int] = ()) -> dict[str, Any]:
     return printed
 
 
-def measure(threads: int) -> Ceilings:
-    """The ceilings for `threads` threads. Raises Unavailable with the reason."""
-    return read(run([threads]), threads)
+def measure(threads: int, table: str | None = None) -> Ceilings:
+    """The ceilings for `threads` threads, with the instructions of one table or all.
+
+    Raises Unavailable with the reason.
+    """
+    return read(run([threads], table), threads)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -99,9 +107,10 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def main(threads: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    table = arguments.pop(0) if arguments and not arguments[0].isdigit() else None
     try:
-        printed = run(map(int, threads) if threads else sorted({1, os.cpu_count() or 1}))
+        printed = run(map(int, arguments) if arguments else sorted({1, os.cpu_count() or 1}), table)
     except (Unavailable, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

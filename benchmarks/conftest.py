@@ -22,7 +22,7 @@ import pytest
 import report
 import torch
 
-from fastgan.benchmarking import comparison
+from fastgan.benchmarking import comparison, table
 
 # torch.compile warns about its own code; as errors these would fail its rows
 TORCH_COMPILE_WARNINGS = (
@@ -36,7 +36,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--fastgan-json",
         metavar="FILE",
-        help="write all rows as JSON; a folder gets a file named after the machine and the commit",
+        help="write all rows as JSON; a folder gets a file named after the machine and the commit. "
+        "To a file of the same machine and commit the cases are added: a long run can be taken in pieces",
     )
     group.addoption(
         "--fastgan-effort",
@@ -45,9 +46,20 @@ def pytest_addoption(parser):
         default=1.0,
         help="multiplies the seconds given to each case; 0.1 for a quick look",
     )
+    group.addoption(
+        "--table",
+        metavar="TABLE",
+        help="hold fastgan and PyTorch to one instruction set: portable, avx2, avx512, avx512_bf16 or amx",
+    )
 
 
 def pytest_configure(config):
+    wanted = config.getoption("--table")
+    if wanted:
+        try:
+            table.hold(wanted, config.pluginmanager.getplugin("capturemanager").suspend_global_capture)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
     config.option.benchmark_quiet = True
     config.addinivalue_line("python_files", "bench_*.py")
     for warning in TORCH_COMPILE_WARNINGS:
@@ -86,7 +98,7 @@ def session_facts(request):
     results = request.config.stash[RESULTS]
     results["machine"] = facts.gather(" ".join(["pytest", *request.config.invocation_params.args]))
     try:
-        found = ceilings.measure(torch.get_num_threads())
+        found = ceilings.measure(torch.get_num_threads(), request.config.getoption("--table"))
         results["ceilings"] = found.raw
     except ceilings.Unavailable as error:
         found, results["ceilings"] = None, {"unavailable": str(error)}
@@ -153,8 +165,26 @@ def pytest_terminal_summary(terminalreporter, config):
     if path:
         path = destination(Path(path), results["machine"])
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            results = together(json.loads(path.read_text()), results)
         path.write_text(json.dumps(results, indent=1) + "\n")
         terminalreporter.write_line(f"written: {path}")
+
+
+def together(before, now):
+    """The results of two runs: the later one's facts, and its rows of a case that both have.
+
+    Raises ValueError where the two are of different machines or commits, which no file may mix.
+    """
+    old, new = ((facts.slug(r["machine"]), r["machine"]["commit"]) for r in (before, now))
+    if old != new:
+        raise ValueError(f"--fastgan-json: a file is added to by the machine and commit of its rows {old}, got {new}")
+    taken = {(case["op"], case["id"]) for case in now["cases"]}
+    cases = [case for case in before["cases"] if (case["op"], case["id"]) not in taken]
+    machine = {**now["machine"], "command": f"{before['machine']['command']}; {now['machine']['command']}"}
+    loads = [r["machine"]["load_before"] for r in (before, now)]
+    machine["load_before"] = max((load for load in loads if load is not None), default=None)
+    return {**now, "machine": machine, "cases": [*cases, *now["cases"]]}
 
 
 def destination(path, found):

@@ -277,19 +277,35 @@ def headline_rows(results: dict[str, Any]) -> dict[str, tuple[float, dict[str, A
 
 
 def headlines(all_results: list[dict[str, Any]]) -> list[str]:
-    """One table for all machines: PyTorch's best row, fastgan's, and the ratio, at batch 64 unless it is one image."""
+    """A table a machine, its instruction sets side by side, at batch 64 unless it is one image.
+
+    A cell is how many times as fast as PyTorch's best row fastgan is, and the milliseconds of both.
+    """
     lines = []
-    for results in all_results:
-        machine, rows = results["machine"], headline_rows(results)
+    for cores, cpu in dict.fromkeys((r["machine"]["cores"], r["machine"]["cpu"]) for r in all_results):
+        here = [r for r in all_results if (r["machine"]["cores"], r["machine"]["cpu"]) == (cores, cpu)]
+        sets = {r["machine"]["kernels"]: headline_rows(r) for r in sorted(here, key=order) if headline_rows(r)}
+        rows = [what for what in HEADLINES.values() if any(what in found for found in sets.values())]
         if rows:
-            where = f"{machine['cores']} cores of {machine['cpu']}, kernels {machine['kernels']}"
-            header = (where, "PyTorch's best, ms", "fastgan, ms", "times as fast")
-            cells_of = (
-                (what, milliseconds(theirs), milliseconds(ours["median_s"]), f"{ours['speedup']:.2f}")
-                for what, (theirs, ours) in rows.items()
-            )
-            lines += [*table(header, cells_of), ""]
+            header = (f"{cores} cores of {cpu}: times as fast (PyTorch's best, fastgan, ms)", *sets)
+            lines += [*table(header, ((what, *(headline(s.get(what)) for s in sets.values())) for what in rows)), ""]
+        refused = {k: v for r in here for k, v in r["machine"].get("tables", {}).items() if v}
+        lines += [f"No column for {name}, not found on this machine: {why}.\n" for name, why in refused.items()]
     return lines
+
+
+def order(results: dict[str, Any]) -> int:
+    """From the oldest instruction set to the newest, as the kernels' tables are listed."""
+    names = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+    return names.index(results["machine"]["kernels"]) if results["machine"]["kernels"] in names else len(names)
+
+
+def headline(found: tuple[float, dict[str, Any]] | None) -> str:
+    """A cell of the headlines; "-" is what was not measured with these kernels."""
+    if found is None:
+        return "-"
+    theirs, ours = found
+    return f"{ours['speedup']:.2f} ({milliseconds(theirs)}, {milliseconds(ours['median_s'])})"
 
 
 def put(page: Path, lines: list[str]) -> str:

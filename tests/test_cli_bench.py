@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 import fastgan
-from fastgan.benchmarking import workloads
+from fastgan.benchmarking import table, workloads
 from fastgan.benchmarking.comparison import difference
 from fastgan.cli import bench, main
 
@@ -180,3 +181,65 @@ def test_compiled_rows_give_the_same_results(tmp_path):
     for arguments in (["step", IMAGES], ["penalty", IMAGES], ["sample", IMAGES], ["op", "--shape=bn_act:4x3x4x4:relu"]):
         for case in measured(tmp_path, *arguments, "--against=compile")["cases"]:
             assert [row["failed"] for row in case["rows"]] == ["", ""]
+
+
+class Started(Exception):
+    """In place of os.execve, which does not return."""
+
+
+@pytest.mark.parametrize("name", table.LIMITS)
+def test_a_table_starts_the_program_anew_with_pytorch_held_to_it(name, monkeypatch):
+    """And the second time it chooses our table: `before` runs only in front of the new start."""
+    module = pytest.importorskip("fastgan._C")
+    refusal = module.tables().get(name, "not in this build")
+    if refusal:
+        with pytest.raises(ValueError, match="--table"):
+            table.hold(name)
+        return
+    started, told = [], []
+
+    def execve(path, arguments, environment):
+        started.append((path, arguments, environment))
+        raise Started
+
+    monkeypatch.setattr(table.os, "execve", execve)
+    for variable in table.LIMITS[name]:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(Started):
+        table.hold(name, lambda: told.append(True))
+    (path, arguments, environment) = started[0]
+    assert path == arguments[0] == sys.executable and arguments[1:] == sys.orig_argv[1:] and told == [True]
+    assert table.LIMITS[name].items() <= environment.items()
+    for variable, value in table.LIMITS[name].items():
+        monkeypatch.setenv(variable, value)
+    try:
+        table.hold(name, lambda: told.append(True))
+        assert module.table() == name and told == [True]
+    finally:
+        module.use_table(None)
+
+
+def test_an_unknown_table_is_refused(capsys):
+    pytest.importorskip("fastgan._C")
+    assert main(["bench", "--table", "sse9", *FAST]) == 2
+    assert "--table must be one of portable" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pytorch_and_fastgan_run_the_lower_table(tmp_path):
+    """The whole way: a new process, whose record names the table, and where torch says what it was held to."""
+    path = tmp_path / "bench.json"
+    command = [
+        sys.executable,
+        "-m",
+        "fastgan.cli",
+        "bench",
+        "op",
+        "--shape=gan_loss:5",
+        EAGER,
+        *FAST,
+        "--table=portable",
+    ]
+    done = subprocess.run([*command, f"--json={path}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["machine"]["kernels"] == "portable"

@@ -147,6 +147,11 @@ def test_without_a_compiler_the_ceilings_say_so(monkeypatch):
         ceilings.measure(1)
 
 
+def test_ceilings_refuse_an_unknown_table():
+    with pytest.raises(ceilings.Unavailable, match=r"table must be portable, avx2, .* got sse9"):
+        ceilings.measure(1, "sse9")
+
+
 def records(**seconds):
     watch = Watch(**seconds)
     work = [{"flops": 10**9, "bytes": 1000}]

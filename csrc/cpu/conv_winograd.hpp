@@ -31,6 +31,11 @@ namespace {
 
 using Product = BroadcastKernel<false>;
 
+// Column blocks that share one reading of what was transformed: 64 columns in every table. With AVX2, whose blocks have
+// 16, one block at a time would read the source four times as often, and repeat the transforms of the weight gradient.
+constexpr int64_t SHARED_COLUMNS = 64;
+constexpr int64_t SHARED_BLOCKS = SHARED_COLUMNS / Product::COLUMNS;
+
 struct Strand {
   int64_t first;     // source position of tap 0 at q = 0
   int64_t index[3];  // of the taps along R or S; -1: no such tap, its weight is 0
@@ -219,13 +224,14 @@ inline void find_pixels(const Problem& p, const TileAt& at, const Strand& sh, co
   }
 }
 
-// to[point][c] = B^T d B for `channels` channels of a tile.
+// to[point][c] = B^T d B for `channels` channels of a tile, from channel `first` of its pixels on.
 template <int PH, int PW>
-inline void transform_pixels(const float* const* pixel, int64_t channels, float* to, int64_t point_step) {
+inline void transform_pixels(const float* const* pixel, int64_t first, int64_t channels, float* to,
+                             int64_t point_step) {
   for (int64_t c = 0; c < channels; c += VF) {
     vf v[PH * PW];
 #pragma GCC unroll 16
-    for (int i = 0; i < PH * PW; ++i) v[i] = load(pixel[i] + c);
+    for (int i = 0; i < PH * PW; ++i) v[i] = load(pixel[i] + first + c);
 #pragma GCC unroll 4
     for (int i = 0; i < PH; ++i) source_points<PW, 1>(v + i * PW);
 #pragma GCC unroll 4
@@ -281,7 +287,7 @@ inline int64_t point_step(int64_t rows, int64_t width) { return rows * width + 1
 
 inline int64_t source_floats(const TilePair& t, int64_t chunk) { return t.points() * point_step(chunk, t.depth); }
 inline int64_t product_floats(const TilePair& t, int64_t chunk) {
-  return t.points() * point_step(chunk, Product::COLUMNS);
+  return t.points() * point_step(chunk, SHARED_COLUMNS);
 }
 
 // Two outputs per axis of each tile of a column block, with bias and activation.
@@ -327,25 +333,29 @@ inline void compute_tiles(const TileWork& work, const TilePair& t, int64_t chunk
       for (int b = 0; b < t.sw.count; ++b) {
         const float* pixel[PH * PW];
         find_pixels<PH, PW>(p, at, t.sh.strand[a], t.sw.strand[b], 0, work.zeros, pixel);
-        transform_pixels<PH, PW>(pixel, p.C, source + i * t.depth + (a * t.sw.count + b) * p.C, source_step);
+        transform_pixels<PH, PW>(pixel, 0, p.C, source + i * t.depth + (a * t.sw.count + b) * p.C, source_step);
       }
   }
   const Run run = {0, t.depth};
-  for (int64_t block = 0; block < work.panels.blocks; ++block) {
-    const int64_t column = work.panels.first_column(block), width = work.panels.width(block);
+  for (int64_t block0 = 0; block0 < work.panels.blocks; block0 += SHARED_BLOCKS) {
+    const int64_t block1 = least(work.panels.blocks, block0 + SHARED_BLOCKS);
+    const int64_t column = work.panels.first_column(block0), width = work.panels.first_column(block1) - column;
     const int64_t product_step = point_step(work.chunk, width);
-    for (int point = 0; point < PH * PW; ++point) {
-      const float* panel = work.packed + t.offset + point * t.depth * p.M + column * t.depth;
-      for (int64_t i = 0; i < count; i += ROWS) {
-        const char* left[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
-          const int64_t row = i + r < count ? i + r : i;
-          left[r] = reinterpret_cast<const char*>(source + point * source_step + row * t.depth);
+    for (int point = 0; point < PH * PW; ++point)
+      for (int64_t block = block0; block < block1; ++block) {
+        const int64_t at = work.panels.first_column(block);
+        const float* panel = work.packed + t.offset + (point * p.M + at) * t.depth;
+        for (int64_t i = 0; i < count; i += ROWS) {
+          const char* left[ROWS];
+          for (int r = 0; r < ROWS; ++r) {
+            const int64_t row = i + r < count ? i + r : i;
+            left[r] = reinterpret_cast<const char*>(source + point * source_step + row * t.depth);
+          }
+          Product::tile(&run, 1, left, 4, ROWS, reinterpret_cast<const char*>(panel), t.depth,
+                        static_cast<int>(work.panels.width(block)),
+                        product + point * product_step + i * width + at - column, width, false);
         }
-        Product::tile(&run, 1, left, 4, ROWS, reinterpret_cast<const char*>(panel), t.depth, static_cast<int>(width),
-                      product + point * product_step + i * width, width, false);
       }
-    }
     store_tiles<PH, PW>(work, t, first, count, column, width, product);
   }
 }

@@ -17,12 +17,12 @@ struct MinimalGradient {
   const Problem* p;  // source: x; M: dy's channels
   TilePair t;
   const float* dy;  // [N][OH][OW][K]
-  float* sums;      // [split][job][point][output of the range][channel of the block]
+  float* sums;      // [split][job][point][output of the range][channel of the blocks]
   float* taps;      // [K][R * S][C]: dw
   const float* zeros;
   int64_t blocks, ranges, range, jobs, splits;
 
-  int64_t job_floats() const { return t.points() * range * Product::COLUMNS; }
+  int64_t job_floats() const { return t.points() * range * SHARED_COLUMNS; }
   float* sums_of(int64_t split, int64_t job) const { return sums + (split * jobs + job) * job_floats(); }
 };
 
@@ -35,7 +35,7 @@ inline GradientJob gradient_job(const MinimalGradient& g, int64_t index) {
   GradientJob job;
   job.k = index % g.ranges * g.range, job.outputs = least(g.range, g.p->M - job.k);
   index /= g.ranges;
-  job.c = index % g.blocks * Product::COLUMNS, job.width = least(Product::COLUMNS, g.p->C - job.c);
+  job.c = index % g.blocks * SHARED_COLUMNS, job.width = least(SHARED_COLUMNS, g.p->C - job.c);
   index /= g.blocks;
   job.a = static_cast<int>(index / g.t.sw.count), job.b = static_cast<int>(index % g.t.sw.count);
   return job;
@@ -68,7 +68,7 @@ inline void transform_cotangents(const MinimalGradient& g, const GradientJob& jo
 // The sums of one job over one split of the tiles.
 template <int PH, int PW>
 inline void add_tiles(const MinimalGradient& g, int64_t index, int64_t split, float* panel, float* left_rows) {
-  constexpr int ROWS = Product::ROWS;
+  constexpr int64_t ROWS = Product::ROWS, COLUMNS = Product::COLUMNS;
   const GradientJob job = gradient_job(g, index);
   float* sums = g.sums_of(split, index);
   const int64_t panel_step = point_step(GRADIENT_TILES, job.width), left_step = point_step(GRADIENT_TILES, g.range);
@@ -79,7 +79,10 @@ inline void add_tiles(const MinimalGradient& g, int64_t index, int64_t split, fl
       const TileAt at = tile_at(g.t, first + i);
       const float* pixel[PH * PW];
       find_pixels<PH, PW>(*g.p, at, g.t.sh.strand[job.a], g.t.sw.strand[job.b], job.c, g.zeros, pixel);
-      transform_pixels<PH, PW>(pixel, job.width, panel + i * job.width, panel_step);
+      for (int64_t c = 0; c < job.width; c += COLUMNS) {
+        const int64_t width = least(COLUMNS, job.width - c);
+        transform_pixels<PH, PW>(pixel, c, width, panel + c * GRADIENT_TILES + i * width, panel_step);
+      }
       transform_cotangents<PH, PW>(g, job, at, left_rows + i * g.range, left_step);
     }
     const Run run = {0, count};
@@ -88,9 +91,11 @@ inline void add_tiles(const MinimalGradient& g, int64_t index, int64_t split, fl
         const char* left[ROWS];
         for (int r = 0; r < ROWS; ++r)
           left[r] = reinterpret_cast<const char*>(left_rows + point * left_step + (k + r < job.outputs ? k + r : k));
-        Product::tile(&run, 1, left, g.range * 4, ROWS, reinterpret_cast<const char*>(panel + point * panel_step),
-                      count, static_cast<int>(job.width), sums + (point * g.range + k) * job.width, job.width,
-                      first > begin);
+        for (int64_t c = 0; c < job.width; c += COLUMNS)
+          Product::tile(&run, 1, left, g.range * 4, ROWS,
+                        reinterpret_cast<const char*>(panel + point * panel_step + c * GRADIENT_TILES), count,
+                        static_cast<int>(least(COLUMNS, job.width - c)), sums + (point * g.range + k) * job.width + c,
+                        job.width, first > begin);
       }
   }
 }
@@ -140,11 +145,11 @@ inline bool gradient_if_minimal(const ConvShape& s, const Conv2dWeightArgs& a) {
   g.p = &p;
   g.dy = static_cast<const float*>(a.dy);
   g.range = least(round_up(p.M, 48), g.t.points() > 9 ? 144 : 288);  // whole vectors and whole rows
-  g.blocks = ceil_div(p.C, Product::COLUMNS);
+  g.blocks = ceil_div(p.C, SHARED_COLUMNS);
   g.ranges = ceil_div(p.M, g.range);
   g.jobs = g.t.sh.count * g.t.sw.count * g.blocks * g.ranges;
   g.splits = least(ceil_div(g.t.tiles, 4 * GRADIENT_TILES), ceil_div(a.threads == 1 ? 1 : 2 * a.threads, g.jobs));
-  const int64_t panel = g.t.points() * point_step(GRADIENT_TILES, Product::COLUMNS);
+  const int64_t panel = g.t.points() * point_step(GRADIENT_TILES, SHARED_COLUMNS);
   const int64_t left_rows = g.t.points() * point_step(GRADIENT_TILES, g.range) + ROWS;
   const Scratch<float> sums(g.splits * g.jobs * g.job_floats()), taps(p.M * p.R * p.S * p.C);
   const Scratch<float> zeros(most(p.C, p.M)), memory(a.threads * round_up(panel + left_rows, 16));

@@ -23,6 +23,7 @@ def gather(command: str, device: torch.device | str = "cpu") -> dict[str, Any]:
         "fastgan": fastgan.__version__,
         "os": f"{platform.system()} {platform.machine()}",
         "kernels": module.table() if module else reason,
+        "tables": module.tables() if module else {},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "load_before": load(),

@@ -36,7 +36,8 @@ examples:
   fastgan bench
   fastgan bench step --recipe sngan-32 --precision all --plot step.png
   fastgan bench op --shape conv2d:64x128x32x32:256,4,2,1:leaky_relu --shape bn_act:64x256x8x8:relu
-  fastgan bench sample --shape 1x3x64x64 --against eager,compile"""
+  fastgan bench sample --shape 1x3x64x64 --against eager,compile
+  fastgan bench --table avx2"""
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -60,6 +61,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="ROW,...", help=against)
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
+    parser.add_argument("--table", metavar="T", help="portable, avx2, avx512, ...: hold fastgan and PyTorch to it")
     parser.add_argument("--seconds", type=positive_float, help="of rounds for each table; at least five rounds run")
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="of weights and images (default 0)")
     parser.add_argument("--json", metavar="FILE", help="write every sample and what the numbers depend on")
@@ -71,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 if a row of fastgan failed or gave other results."""
     from rich.console import Console
 
-    from fastgan.benchmarking import facts, workloads
+    from fastgan.benchmarking import facts, table, workloads
 
+    if args.table:
+        table.hold(args.table)
     for option in ("json", "plot"):
         path = getattr(args, option)
         if path and not target_of(path).parent.is_dir():
