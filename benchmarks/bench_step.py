@@ -1,4 +1,4 @@
-"""The whole training step of DCGAN-64 and DCGAN-28 at batch 64: one update of D and one of G.
+"""The whole training step of DCGAN-64, DCGAN-28 and of R1 on DCGAN-64 at batch 64: one update of D and one of G.
 
 Every row does the same textbook mathematics (PyTorch's DCGAN example): D on real and on fake.detach(), its Adam; G on
 D(fake) with the updated D, its Adam. The rows of both dtypes are timed in one interleaved run; a row is compared with
@@ -14,6 +14,7 @@ from layers import BATCH
 from torch import nn
 
 import fastgan
+from fastgan.benchmarking import workloads
 from fastgan.benchmarking.comparison import Case, Runner
 from fastgan.benchmarking.textbook import textbook_step
 from fastgan.ops import bn_act, conv2d, conv2d_weight, conv_transpose2d
@@ -30,11 +31,26 @@ ROWS = (
     "fastgan",
     "fastgan-bf16",
 )
-CASES = [Case("step", preset, f"batch{BATCH}") for preset in PRESETS]
+RECIPE = "r1-dcgan-64"  # no norms in D; R1 in every update of D
+CASES = [Case("step", name, f"batch{BATCH}") for name in (*PRESETS, RECIPE)]
+
+
+def recipe_runners():
+    """The rows of RECIPE: its textbook step, and GANStep as `fastgan train` runs it. No bound is known for it."""
+    build = workloads.step(fastgan.recipes()[RECIPE], torch.device("cpu")).build
+
+    def runner(name):
+        bf16, ours = name.endswith("-bf16"), name.startswith("fastgan")
+        row = workloads.Row(name, "bf16" if bf16 else "fp32", name != "eager", name.startswith("compile"), ours)
+        return Runner(build(row)[0], dtype="bfloat16" if bf16 else "float32", ours=ours)
+
+    return {name: runner(name) for name in ROWS}
 
 
 def runners(case):
     torch._dynamo.reset()
+    if case.shape == RECIPE:
+        return recipe_runners()
     channels, size, rate, betas = PRESETS[case.shape]
     networks = fastgan.models.build(case.shape)
     images = torch.randn(BATCH, channels, size, size).clamp_(-1, 1)

@@ -40,6 +40,7 @@ HEADLINES = {  # (op, shape, direction, row) -> what it is in a newcomer's words
     ("step", "dcgan-64", "batch64", "fastgan-bf16"): "training step of DCGAN-64, bfloat16",
     ("step", "dcgan-28", "batch64", "fastgan"): "training step of DCGAN-28, float32",
     ("step", "dcgan-28", "batch64", "fastgan-bf16"): "training step of DCGAN-28, bfloat16",
+    ("step", "r1-dcgan-64", "batch64", "fastgan"): "training step of DCGAN-64 with R1 and no norms in D, float32",
     ("penalty", "wgan-gp", "batch64", "fastgan"): "WGAN-GP penalty of a critic, float32",
     ("penalty", "d-wgan-gp", "batch64", "fastgan"): "critic's update with WGAN-GP, float32",
     ("penalty", "d-r1", "batch64", "fastgan"): "discriminator's update with R1, float32",
