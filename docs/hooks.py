@@ -1,7 +1,7 @@
 """Hooks of mkdocs: the reference follows the source, and the search answers from the guides.
 
-`::names MODULE` in a page becomes a reference entry for each name of the module's `__all__`, and `::card NAME` the card
-of fastgan/ops/NAME.py. The evidence pages hold thousands of table rows, which
+`::names MODULE` in a page becomes a reference entry for each name of the module's `__all__`, and `::cards MODULE` the
+card of each op in it. The evidence pages hold thousands of table rows, which
 filled the first places of every search; they are left out of it and linked from the guides.
 """
 
@@ -25,30 +25,38 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for start, boost in BOOST.items():
         if source.startswith(start):
             page.meta["search"] = {"boost": boost}
-    markdown = re.sub(r"^::names ([\w.]+)$", lambda found: names(found[1]), markdown, flags=re.MULTILINE)
-    return re.sub(r"^::card (\w+)$", lambda found: card(found[1]), markdown, flags=re.MULTILINE)
+    return re.sub(r"^::(names|cards) ([\w.]+)$", _expand, markdown, flags=re.MULTILINE)
 
 
-def names(module: str) -> str:
-    """An entry of mkdocstrings for every public name of a module, modules with a page of their own left out."""
+def _expand(found: re.Match[str]) -> str:
+    make = {"names": entry, "cards": card}[found[1]]
+    return "\n".join(make(found[2], name) for name in public(found[2]))
+
+
+def public(module: str) -> list[str]:
+    """The names of a module's `__all__`, without its modules that have a page of their own."""
     folder = ROOT.joinpath(*module.split("."))
     source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            public = [name for name in ast.literal_eval(node.value) if not (ROOT / "docs/api" / f"{name}.md").exists()]
-            return "\n".join(f"::: {module}.{name}\n" for name in public)
+            return [name for name in ast.literal_eval(node.value) if not (ROOT / "docs/api" / f"{name}.md").exists()]
     raise ValueError(f"docs: {module} must have __all__, it has none")
 
 
-def card(name: str) -> str:
+def entry(module: str, name: str) -> str:
+    """What mkdocstrings makes an entry of."""
+    return f"::: {module}.{name}\n"
+
+
+def card(module: str, name: str) -> str:
     """A heading, the card's first sentence, its formula as it stands in the source, and a table of the other lines."""
-    text = ast.get_docstring(ast.parse((ROOT / "fastgan" / "ops" / f"{name}.py").read_text())) or ""
+    text = ast.get_docstring(ast.parse(ROOT.joinpath(*module.split("."), f"{name}.py").read_text())) or ""
     sentence, _, rest = text.partition("\n\n")
     lines = re.split(r"^(\w+) +", rest.strip() + "\n", flags=re.MULTILINE)[1:]
     entries = dict(zip(lines[::2], lines[1::2], strict=True))
     formula = "\n".join(line.removeprefix(" " * 13) for line in entries.pop("Formula").splitlines())
     rows = [f"| {heading} | {_cell(entry)} |" for heading, entry in entries.items()]
-    head = [f"## {name} {{ #fastgan.ops.{name} }}", sentence, f"```text\n{formula}\n```"]
+    head = [f"## {name} {{ #{module}.{name} }}", sentence, f"```text\n{formula}\n```"]
     return "\n\n".join([*head, "\n".join(["| | |", "|---|---|", *rows])]) + "\n"
 
 
