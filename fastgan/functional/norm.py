@@ -65,11 +65,13 @@ def bn_act(
             raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
         return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
     count = _values_a_statistic(x, stat_groups)
-    given = batch_statistics or (None, None)
-    _check_statistics(x, given, stat_groups)
-    y, *own = _bn_act.op(x, weight, bias, *given, True, float(eps), *act, stat_groups)
+    if batch_statistics is None:
+        y, mean, var = _bn_act.op(x, weight, bias, None, None, True, float(eps), *act, stat_groups)
+    else:
+        mean, var = batch_statistics
+        _check_statistics(x, mean, var, stat_groups)
+        y = _bn_act.op(x, weight, bias, mean, var, True, float(eps), *act, stat_groups)[0]
     if count:
-        mean, var = batch_statistics or own
         _update(running_mean, running_var, mean, var, count, momentum)
     return y
 
@@ -88,11 +90,11 @@ def _values_a_statistic(x: Tensor, stat_groups: int) -> int:
     return count
 
 
-def _check_statistics(x: Tensor, given: tuple[Tensor | None, Tensor | None], stat_groups: int) -> None:
+def _check_statistics(x: Tensor, mean: Tensor, var: Tensor, stat_groups: int) -> None:
     """Statistics that are given must be [stat_groups, C] on x's device."""
     shape = (stat_groups, x.shape[1])
-    for v in given:
-        if v is not None and (v.shape != shape or v.device != x.device):
+    for v in (mean, var):
+        if v.shape != shape or v.device != x.device:
             raise ValueError(
                 f"bn_act: batch_statistics must have shape {shape} on {x.device}, got {tuple(v.shape)} on {v.device}"
             )
