@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastgan.trace.race import ours_is_faster
+from fastgan.trace.layout import in_channels_last
+from fastgan.trace.race import fastest
 from fastgan.trace.rewrite import Group, rewritten
 
 # Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's
@@ -20,23 +21,22 @@ TRANSPARENT = ("tag_activation_checkpoint", "wrap")
 
 @dataclass
 class Graph:
-    """One traced graph: `plain` as Dynamo gave it, `ours` with its groups fused."""
+    """One traced graph, in the ways that it can run: as Dynamo gave it, and with its groups fused."""
 
-    plain: fx.GraphModule
-    ours: fx.GraphModule
+    ways: dict[str, Callable[..., Any]]  # "ours", "channels_last" where that differs, "plain"
     groups: list[Group]
     digest: str
     sizes: list[int] = field(default_factory=list)  # the arguments that are numbers: the sizes left open
-    chosen: dict[tuple, bool] = field(default_factory=dict)  # sizes -> whether ours runs
+    chosen: dict[tuple, str] = field(default_factory=dict)  # sizes -> the way that runs
 
     def __call__(self, *arguments: Any) -> Any:
         case = tuple(arguments[i] for i in self.sizes)
-        ours = self.chosen.get(case)
-        if ours is None:
-            ours = self.chosen[case] = self._choose(case, arguments)
-        return self.ours(*arguments) if ours else self.plain(*arguments)
+        way = self.chosen.get(case)
+        if way is None:
+            way = self.chosen[case] = self._choose(case, arguments)
+        return self.ways[way](*arguments)
 
-    def _choose(self, case: tuple, arguments: tuple) -> bool:
+    def _choose(self, case: tuple, arguments: tuple) -> str:
         tensors = tuple(
             (tuple(a.shape), a.stride(), str(a.dtype), a.device.type, a.requires_grad)
             for a in arguments
@@ -44,7 +44,7 @@ class Graph:
         )
         threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
         key = ("trace", self.digest, case, tensors, threads, grad, torch.is_autocast_enabled("cpu"))
-        return ours_is_faster(key, self.ours.forward, self.plain.forward, arguments)
+        return fastest(key, self.ways, arguments)
 
 
 def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -74,4 +74,6 @@ def traced(module: fx.GraphModule, example_inputs: list[Any], left: Collection[t
         return None
     digest = hashlib.sha256(f"{module.graph}{ours.graph}".encode()).hexdigest()[:24]
     numbers = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
-    return Graph(module, ours, groups, digest, numbers)
+    turned = in_channels_last(ours)
+    ways = {"ours": ours.forward} | ({"channels_last": turned.forward} if turned else {}) | {"plain": module.forward}
+    return Graph(ways, groups, digest, numbers)

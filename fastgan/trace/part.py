@@ -131,7 +131,7 @@ class Part(Forward):
         """(what runs it, why nothing faster does, its line) of each call that an inner module makes."""
         found: dict[tuple[str, str], tuple[str, str, str]] = {}
         for graph in self.graphs:
-            won = all(graph.chosen.values())
+            won = "plain" not in graph.chosen.values()
             for group in graph.groups:
                 if module not in group.modules:
                     continue

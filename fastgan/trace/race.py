@@ -1,8 +1,8 @@
-"""Ours or plain PyTorch, judged whole: a part of a model, forward and backward, on clones of its own inputs.
+"""Ours, in the layout given or in channels_last, or plain PyTorch, judged whole.
 
-Ops race singly (`fastgan.backends`); a part may lose what its ops have won, by a layout that is converted at each of
-them or by Python's time between them. So plain PyTorch is among a part's candidates, and the winner is remembered on
-disk as theirs are.
+A part of a model runs forward and backward on clones of its own inputs. Ops race singly (`fastgan.choice`); a part may
+lose what its ops have won, by a layout that is converted at each of them or by Python's time between them. So plain
+PyTorch is among a part's candidates, and the winner is remembered on disk as theirs are.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ SECONDS = 1.0  # after which a race ends; a part is run twice at least
 CLEAR = 1.25  # a ratio that ends it at once
 
 
-def ours_is_faster(case: tuple, ours: Run, plain: Run, arguments: Sequence[Any]) -> bool:
-    """Whether `ours` beats `plain` on these arguments; True where racing is off or a backend is forced."""
+def fastest(case: tuple, ways: dict[str, Run], arguments: Sequence[Any]) -> str:
+    """The name of the way that is fastest on these arguments; the first one where racing is off or a backend forced."""
+    first = next(iter(ways))
     backend, racing = forced()
     device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
     if backend != "auto" or not racing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return True
-    known = remembered(case)
-    if known is None:
-        known = "config ours" if _race(ours, plain, arguments, device) else "config plain"
-        remember(case, known)
-    return known == "config ours"
+        return first
+    known = (remembered(case) or "").removeprefix("config ")
+    if known not in ways:
+        known = _race(ways, arguments, device)
+        remember(case, f"config {known}")
+    return known
 
 
-def _race(ours: Run, plain: Run, arguments: Sequence[Any], device: torch.device) -> bool:
-    best = dict.fromkeys((ours, plain), float("inf"))
+def _race(ways: dict[str, Run], arguments: Sequence[Any], device: torch.device) -> str:
+    best = dict.fromkeys(ways, float("inf"))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=True):
-        for run in best:
+        for run in ways.values():
             _seconds(run, arguments, device)  # the ops' own races, and the first touch of memory
         begin = time.perf_counter()
         for _ in range(5):
-            for run in best:
-                best[run] = min(best[run], _seconds(run, arguments, device))
-            low, high = sorted(best.values())
-            if high > CLEAR * low or time.perf_counter() - begin > SECONDS:
+            for name, run in ways.items():
+                best[name] = min(best[name], _seconds(run, arguments, device))
+            low, second = sorted(best.values())[:2]
+            if second > CLEAR * low or time.perf_counter() - begin > SECONDS:
                 break
-    return best[ours] <= best[plain]
+    return min(best, key=best.__getitem__)
 
 
 def _seconds(run: Run, arguments: Sequence[Any], device: torch.device) -> float:

@@ -214,7 +214,7 @@ def _names(target: Any) -> tuple[str, ...]:
         return ()
 
 
-def _written(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+def writers(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     """value -> the calls that change its memory in place; through any call that may return a view of it."""
     found: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
@@ -271,7 +271,7 @@ class Group:
 
 def groups(graph: fx.Graph) -> Iterator[Group]:
     """What of a graph runs as fewer calls, in order."""
-    written, taken = _written(graph), set[fx.Node]()
+    written, taken = writers(graph), set[fx.Node]()
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         pattern = _called(node, PATTERNS)

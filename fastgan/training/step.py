@@ -18,11 +18,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastgan import functional, penalties
 from fastgan._hooks import has_hooks, has_hooks_on_values
+from fastgan.functional.losses import KINDS, RELATIVE
 from fastgan.nn.norm import stat_groups
-from fastgan.ops.gan_loss import KINDS
 from fastgan.training.adam import Adam
 from fastgan.training.capture import Capture, capturable_device, graphs_of, not_capturable
 from fastgan.training.ema import EMA
+from fastgan.training.probabilities import Watch
 
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Tensor]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,10 +86,11 @@ class GANStep:
 
     Args:
         generator: z -> images, or (z, labels) -> images.
-        discriminator: images -> logits (no sigmoid), or (images, labels) -> logits.
+        discriminator: images -> logits, or (images, labels) -> logits. A final nn.Sigmoid is folded into the loss, with
+            one line that says so.
         latent: an int or a shape (normal noise), or callable(n, device, generator) -> z.
         g_optimizer, d_optimizer: over the two modules' parameters; fused=True reads nothing back.
-        loss: "bce", "minimax", "lsgan", "hinge", "wasserstein" or "relativistic".
+        loss: "bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic" or "relativistic-average".
         penalty: None, "wgan-gp", "dragan", "r1", "r2" or "r1r2" on the discriminator.
         penalty_weight: its coefficient; None takes 10 (1 for r1r2).
         penalty_every: apply it on every k-th D update with k times the weight (lazy regularisation).
@@ -103,7 +105,8 @@ class GANStep:
         rng: torch.Generator for z and the penalty's noise; None uses torch's global one.
 
     Raises:
-        ValueError: an unknown loss, penalty, precision or capture, or counts below 1.
+        ValueError: an unknown loss, penalty, precision or capture, or counts below 1; at the first step, a
+            discriminator whose output comes from a sigmoid or softmax that is no module.
         RuntimeError: capture="on" where it is impossible.
     """
 
@@ -149,6 +152,7 @@ class GANStep:
         self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.d_updates = 0
         self._capture = self._capturing(capture)
+        self._watch = Watch(discriminator, reads=self._capture is None and self.device.type == "cpu")
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -170,7 +174,8 @@ class GANStep:
             z = [self.draw_latent(self._nth(real, i).shape[0]) for i in range(self.d_steps)]
         every = self.penalty_every
         due = tuple(self.penalty is not None and (self.d_updates + i) % every == 0 for i in range(self.d_steps))
-        metrics = (self._capture or self.run)(due, real, labels, z)
+        captured = None if self._watch.may_fold else self._capture
+        metrics = (captured or self.run)(due, real, labels, z)
         self.d_updates += self.d_steps
         return metrics
 
@@ -196,7 +201,8 @@ class GANStep:
         real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
         with self._autocast():
             merged = self._logits_and_penalty(real, fake, labels) if due else None
-            logits_real, logits_fake = merged[:2] if merged else self._discriminate(real, fake, labels)
+            run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
+            logits_real, logits_fake = self._watch.logits(run)
         loss, statistics = functional.gan_loss_statistics(
             _at_least_float32(logits_fake),
             _at_least_float32(logits_real),
@@ -264,7 +270,7 @@ class GANStep:
     ) -> dict[str, Tensor]:
         with _frozen(self.discriminator), self._autocast():
             logits_real = None
-            if self.loss == "relativistic":
+            if self.loss in RELATIVE:
                 with torch.no_grad():
                     logits_real = _at_least_float32(_call(self.discriminator, self._augmented(real), labels))
             logits_fake = _at_least_float32(_call(self.discriminator, self._augmented(fake), labels))

@@ -1,0 +1,147 @@
+"""A discriminator that returns probabilities, as many tutorials write it: noticed before it trains wrongly.
+
+The losses take logits. Where the last thing that a discriminator does is a sigmoid, the loss would apply a second one.
+What made the output is read off its autograd graph, so that it does not matter how the network is written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SQUASHING = {"sigmoid": "a sigmoid", "softmax": "a softmax"}
+# autograd's names of what leaves values as they are, or averages them
+NEUTRAL = (
+    "view",
+    "unsafeview",
+    "reshape",
+    "squeeze",
+    "unsqueeze",
+    "split",
+    "chunk",
+    "slice",
+    "select",
+    "asstrided",
+    "clone",
+    "tocopy",
+    "permute",
+    "transpose",
+    "t",
+    "expand",
+    "mean",
+    "cat",
+    "stack",
+    "alias",
+    "contiguous",
+)
+UPDATES = 3  # discriminator updates whose logits are looked at
+LEAST = 16  # logits that must have been seen before all of them within [0, 1] mean something
+
+
+class Folded(nn.Sigmoid):
+    """A sigmoid that the loss applies: the identity here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class Watch:
+    """Looks at the logits of a discriminator's first updates."""
+
+    def __init__(self, discriminator: nn.Module, reads: bool):
+        """reads: whether the values may be read back, which a captured step must not."""
+        self.discriminator, self.reads = discriminator, reads
+        self.updates, self.seen, self.within = 0, 0, True
+
+    @property
+    def may_fold(self) -> bool:
+        """Whether the first update may run the discriminator twice: a step that nothing should record."""
+        return self.updates == 0 and type(_last(self.discriminator)[1]) is nn.Sigmoid
+
+    def logits(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """run() gives the update's logits; it runs again where a final sigmoid had to be folded away first."""
+        if self.updates >= UPDATES:
+            return run()
+        restore = _snapshot(self.discriminator) if self.may_fold else None
+        found = run()
+        if self.updates == 0 and (what := final_squashing(found[0])):
+            self._fold(what)
+            if restore is not None:
+                restore()
+            found = run()
+        self._look(found)
+        return found
+
+    def _fold(self, what: str) -> None:
+        path, last = _last(self.discriminator)
+        if what != "sigmoid" or type(last) is not nn.Sigmoid:
+            raise ValueError(
+                f"GANStep: the discriminator must return logits, got the output of {SQUASHING[what]}; "
+                "return the value before it"
+            )
+        last.__class__ = Folded
+        warnings.warn(
+            f"GANStep: the discriminator's final sigmoid ({path}) is folded into the loss; "
+            "the discriminator returns logits from now on",
+            stacklevel=6,
+        )
+
+    def _look(self, logits: tuple[Tensor, ...]) -> None:
+        """Count an update; warn once where all logits of all of them lie in [0, 1]."""
+        self.updates += 1
+        if not self.reads:
+            return
+        for t in (t.detach() for t in logits):
+            self.seen += t.numel()
+            self.within = self.within and bool(((t >= 0) & (t <= 1)).all())
+        if self.updates == UPDATES and self.within and self.seen >= LEAST:
+            warnings.warn(
+                f"GANStep: the discriminator must return logits, got values within [0, 1] only in its first {UPDATES} "
+                "updates; if they are probabilities, return the value before the sigmoid",
+                stacklevel=6,
+            )
+
+
+def final_squashing(logits: Tensor) -> str:
+    """ "sigmoid" or "softmax" where the last thing that made the logits is one, else ""."""
+    node: Any = logits.grad_fn
+    while node is not None:
+        name = type(node).__name__.lower().partition("backward")[0].lstrip("_")
+        if getattr(node, "activation", "") == "sigmoid" or name == "sigmoid":
+            return "sigmoid"
+        if name == "softmax":
+            return "softmax"
+        if name not in NEUTRAL or not node.next_functions:
+            return ""
+        node = node.next_functions[0][0]
+    return ""
+
+
+def _last(m: nn.Module, path: str = "") -> tuple[str, nn.Module]:
+    """The module registered last, however deep, and its path."""
+    children = list(m.named_children())
+    if not children:
+        return path, m
+    name, child = children[-1]
+    return _last(child, f"{path}.{name}".lstrip("."))
+
+
+def _snapshot(discriminator: nn.Module) -> Callable[[], None]:
+    """A function that puts buffers and torch's random state back."""
+    buffers = [(b, b.detach().clone()) for b in discriminator.buffers()]
+    state = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
