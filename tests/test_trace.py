@@ -30,6 +30,13 @@ FUSED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ours_runs():
+    """No race: plain PyTorch, which may win one, would be compared with itself."""
+    with fastgan.racing(False):
+        yield
+
+
 def twins(name, seed=0):
     """(a family's model, its traced copy, arguments), in float64."""
     made = []
