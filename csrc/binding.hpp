@@ -1,19 +1,27 @@
 // The kernels as Python functions over raw addresses, for every core that has them: fastgan._C binds the CPU's and,
 // where it was built with nvcc, CUDA's as fastgan._C.cuda; tests/emulation binds CUDA's compiled for the emulator.
 //
-// An address is what tensor.data_ptr() returns; 0 stands for "absent" where a function says so. Shapes, dtypes,
-// strides and lifetimes are the caller's business (fastgan/ops checks them); here only what would crash or divide by
-// zero is refused. Every kernel runs without the GIL.
+// A function takes the fields of its kernel's structs by position: a convolution's shape, as Conv() packs it; the
+// dtype; the arguments; the rest of the shape; and last the threads, or in CUDA the workspace and the stream. One loop
+// over the list of fields (common/fields.hpp) serves them all: it fills a frame, which is the structs in a row.
+//
+// A pointer is an address, a tensor (anything with data_ptr()), or None or 0 for "absent". Shapes, dtypes, strides and
+// lifetimes are the caller's business (fastgan/ops checks them); checks.hpp refuses only what would crash or divide by
+// zero. Every kernel runs without the GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
+#include <algorithm>
+#include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "checks.hpp"
 #include "common/kernels.hpp"
 #include "dispatch.hpp"
 #ifdef FG_CUDA
@@ -25,540 +33,376 @@ namespace fg::binding {
 namespace py = pybind11;
 
 using Address = uintptr_t;
-using Strides = std::array<int64_t, 4>;
 
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+constexpr int LAST_THREADS = 1 << 16;
+
+// ---------------------------------------------------------------------------------------------- lists of fields
+
+enum class Kind : uint8_t { SIZE, FLAG, FLOAT, DOUBLE, CODE, THREADS, STRIDES, POINTER, TENSORS, CONV };
+
+template <class T>
+constexpr Kind kind_of() {
+  if constexpr (std::is_pointer_v<T>) return Kind::POINTER;
+  if constexpr (std::is_enum_v<T>) return Kind::CODE;
+  if constexpr (std::is_same_v<T, int64_t>) return Kind::SIZE;
+  if constexpr (std::is_same_v<T, bool>) return Kind::FLAG;
+  if constexpr (std::is_same_v<T, float>) return Kind::FLOAT;
+  if constexpr (std::is_same_v<T, double>) return Kind::DOUBLE;
+  if constexpr (std::is_same_v<T, Threads>) return Kind::THREADS;
+  if constexpr (std::is_same_v<T, Strides>) return Kind::STRIDES;
+  if constexpr (std::is_same_v<T, AdamTensors>) return Kind::TENSORS;
 }
 
-[[noreturn]] inline void refuse(const std::string& text) { throw py::value_error(text); }
-
-template <class Core>
-DType dtype_of(const char* op, int code) {
-  if (code < 0 || code > Core::LAST_DTYPE)
-    refuse(std::string(op) + ": dtype must be 0 (float32), 1 (bfloat16)" +
-           (Core::LAST_DTYPE == F16 ? " or 2 (float16)" : "") + ", got " + std::to_string(code));
-  return static_cast<DType>(code);
+template <class T>
+constexpr int last_code(int last_dtype) {
+  if constexpr (std::is_same_v<T, DType>) return last_dtype;
+  if constexpr (std::is_same_v<T, Act>) return ACT_SIGMOID;
+  if constexpr (std::is_same_v<T, Loss>) return LOSS_RELATIVISTIC;
+  if constexpr (std::is_same_v<T, Side>) return SIDE_G;
+  return 0;
 }
 
-inline Act act_of(const char* op, int code, int last = ACT_SIGMOID) {
-  if (code < 0 || code > last)
-    refuse(std::string(op) + ": act must be in 0.." + std::to_string(last) + ", got " + std::to_string(code));
-  return static_cast<Act>(code);
-}
+enum class Place : uint8_t { FIRST, ARGUMENTS, SHAPE, LAST };  // in a call
 
-inline Strides strides_of(const char* op, const py::tuple& t) {
-  if (t.size() != 4) refuse(std::string(op) + ": the weight needs 4 strides, got " + std::to_string(t.size()));
-  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
-}
+struct Field {
+  const char* name;
+  Kind kind;
+  Place place;
+  uint16_t offset;  // in a frame
+  int last;         // of codes
+};
 
-// What a function runs on: the last arguments that it takes, and the table that has its kernel.
+// A kernel as its Python function and the programs (program.hpp) see it.
+struct Function {
+  const char* name;
+  std::vector<Field> fields;  // in the order of a call
+  uint16_t bytes = 0;         // of a frame
+  uint16_t threads = 0;       // where they lie in it
+  void (*check)(const char* name, const std::byte* frame) = nullptr;
+  int64_t (*run)(const std::byte* frame) = nullptr;
+};
+
+struct alignas(8) Frame {
+  std::byte bytes[384];  // at least those of any kernel's structs
+};
+
+// The fields of structs in a row.
+struct Lister {
+  Function& f;
+  bool core_takes_threads;
+  int last_dtype;
+  bool shape = false;
+
+  template <class T>
+  void add(const char* name, size_t offset) {
+    constexpr Kind kind = kind_of<T>();
+    const auto at = static_cast<uint16_t>(f.bytes + offset);
+    Place place = shape ? Place::SHAPE : Place::ARGUMENTS;
+    if (kind == Kind::THREADS) {
+      f.threads = at;
+      if (!core_takes_threads) return;
+      place = Place::LAST;
+    }
+    if (shape && std::is_same_v<T, DType>) place = Place::FIRST;
+    f.fields.push_back({name, kind, place, at, last_code<T>(last_dtype)});
+  }
+
+  template <class Struct>
+  void append(bool is_shape) {
+    static_assert(alignof(Struct) == 8 && std::is_trivially_copyable_v<Struct>);
+    shape = is_shape;
+    const size_t before = f.fields.size();
+    if constexpr (std::is_same_v<Struct, ConvShape>)
+      f.fields.push_back({"conv", Kind::CONV, Place::FIRST, f.bytes, 0});
+    else
+      Struct::each_field(*this);
+#ifdef FG_CUDA
+    if (std::is_same_v<Struct, cuda::Target>)
+      for (size_t i = before; i < f.fields.size(); ++i) f.fields[i].place = Place::LAST;
+#endif
+    f.bytes = static_cast<uint16_t>(f.bytes + sizeof(Struct));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- the two cores
+
 struct Cpu {
-  int count;  // of threads
-
-  static constexpr DType LAST_DTYPE = BF16;
   static const Table& table() { return current(); }
-  int threads(const char* op) const {
-    if (count < 1) refuse(std::string(op) + ": threads must be at least 1, got " + std::to_string(count));
-    return count;
-  }
-  template <class Kernel, class... Args>
-  int64_t run(Kernel kernel, const Args&... args) const {
-    py::gil_scoped_release release;
-    kernel(args...);
-    return 0;
-  }
+  static constexpr bool TAKES_THREADS = true;
+  static constexpr DType LAST_DTYPE = BF16, LAST_CONV_DTYPE = BF16;
 };
 
 #ifdef FG_CUDA
 // A kernel that needs device memory and gets a workspace of 0 launches nothing and returns the bytes: call it again.
 struct Cuda {
-  Address workspace, stream;
-
-  static constexpr DType LAST_DTYPE = F16;
   static const cuda::Table& table() { return cuda::table(); }
-  int threads(const char*) const { return 1; }  // its kernels do not ask
-  template <class Kernel, class... Args>
-  int64_t run(Kernel kernel, const Args&... args) const {
-    if (!kernel) refuse("this function has no CUDA kernel; run it on another backend");
-    py::gil_scoped_release release;
-    return kernel(args..., cuda::Target{at(workspace), at(stream)});
-  }
+  static constexpr bool TAKES_THREADS = false;                      // its kernels do not ask
+  static constexpr DType LAST_DTYPE = F16, LAST_CONV_DTYPE = TF32;  // float in memory, multiplied in TF32
 };
 #endif
 
-// ---------------------------------------------------------------------------------------------- convolution
+// MEMBER of Core's table, over a frame.
+template <class Core, auto MEMBER>
+struct Bound;
+template <class Core, class Table, class Result, class... Structs, Result (*Table::*MEMBER)(const Structs&...)>
+struct Bound<Core, MEMBER> {
+  static_assert((sizeof(Structs) + ...) <= sizeof(Frame));
 
-// Convolutions know one type more: float in memory, multiplied in TF32.
-template <class Core>
-DType conv_dtype_of(const char* op, int code) {
-  return Core::LAST_DTYPE == F16 && code == TF32 ? TF32 : dtype_of<Core>(op, code);
-}
+  inline static Function function;
 
-inline ConvShape make_conv(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t OH, int64_t OW, int64_t R,
-                           int64_t S, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h,
-                           int64_t dil_w, int64_t groups) {
-  const int64_t sizes[] = {N, C, H, W, K, OH, OW, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups};
-  for (int64_t v : sizes)
-    if (v < 0 || v > INT32_MAX) refuse("Conv: every number must be in 0..2^31-1, got " + std::to_string(v));
-  for (int64_t v : {stride_h, stride_w, dil_h, dil_w, groups})
-    if (v < 1) refuse("Conv: strides, dilations and groups must be at least 1, got " + std::to_string(v));
-  if (C % groups || K % groups)
-    refuse("Conv: groups must divide both channel counts, got C=" + std::to_string(C) + ", K=" + std::to_string(K) +
-           ", groups=" + std::to_string(groups));
-  return {N, C, H, W, K, OH, OW, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups};
-}
-
-// Conv2dArgs or ConvTranspose2dArgs, whose fields are the same but for who is x and who is y.
-template <class Args, class Core>
-Args conv_args(const char* op, int dtype, Address from, Address w, int w_dtype, const py::tuple& w_strides,
-               Address bias, Address to, int act, float slope, const Core& core) {
-  const Strides s = strides_of(op, w_strides);
-  return {conv_dtype_of<Core>(op, dtype),
-          at(from),
-          at(w),
-          conv_dtype_of<Core>(op, w_dtype),
-          {s[0], s[1], s[2], s[3]},
-          at<float>(bias),
-          at(to),
-          act_of(op, act),
-          slope,
-          core.threads(op)};
-}
-
-template <class Core, class... Tail>
-int64_t conv2d(const ConvShape& conv, int dtype, Address x, Address w, int w_dtype, const py::tuple& w_strides,
-               Address bias, Address y, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  const auto args = conv_args<Conv2dArgs>("conv2d", dtype, x, w, w_dtype, w_strides, bias, y, act, slope, core);
-  return core.run(Core::table().conv2d, conv, args);
-}
-
-template <class Core, class... Tail>
-int64_t conv_transpose2d(const ConvShape& conv, int dtype, Address y, Address w, int w_dtype,
-                         const py::tuple& w_strides, Address bias, Address x, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  const auto args =
-      conv_args<ConvTranspose2dArgs>("conv_transpose2d", dtype, y, w, w_dtype, w_strides, bias, x, act, slope, core);
-  return core.run(Core::table().conv_transpose2d, conv, args);
-}
-
-#ifdef FG_CUDA
-inline cuda::StatisticsArgs statistics_args(const char* op, const ConvShape& conv, int64_t groups, Address mean,
-                                            Address var) {
-  if (groups < 1 || conv.N % groups)
-    refuse(std::string(op) + ": stat_groups must divide N, got " + std::to_string(groups) +
-           " and N=" + std::to_string(conv.N));
-  return {groups, at<float>(mean), at<float>(var)};
-}
-
-inline int64_t conv2d_statistics(const ConvShape& conv, int dtype, Address x, Address w, int w_dtype,
-                                 const py::tuple& w_strides, Address bias, Address y, int64_t stat_groups, Address mean,
-                                 Address var, Address workspace, Address stream) {
-  constexpr auto op = "conv2d_statistics";
-  const Cuda core{workspace, stream};
-  const auto args = conv_args<Conv2dArgs>(op, dtype, x, w, w_dtype, w_strides, bias, y, ACT_IDENTITY, 0.0f, core);
-  return core.run(Cuda::table().conv2d_statistics, conv, args, statistics_args(op, conv, stat_groups, mean, var));
-}
-
-inline int64_t conv_transpose2d_statistics(const ConvShape& conv, int dtype, Address y, Address w, int w_dtype,
-                                           const py::tuple& w_strides, Address bias, Address x, int64_t stat_groups,
-                                           Address mean, Address var, Address workspace, Address stream) {
-  constexpr auto op = "conv_transpose2d_statistics";
-  const Cuda core{workspace, stream};
-  const auto args =
-      conv_args<ConvTranspose2dArgs>(op, dtype, y, w, w_dtype, w_strides, bias, x, ACT_IDENTITY, 0.0f, core);
-  return core.run(Cuda::table().conv_transpose2d_statistics, conv, args,
-                  statistics_args(op, conv, stat_groups, mean, var));
-}
-#endif
-
-template <class Core, class... Tail>
-int64_t conv2d_weight(const ConvShape& conv, int dtype, Address x, Address dy, Address dw, int dw_dtype,
-                      const py::tuple& dw_strides, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "conv2d_weight";
-  const Strides s = strides_of(op, dw_strides);
-  const Conv2dWeightArgs args{
-      conv_dtype_of<Core>(op, dtype), at(x),           at(dy), at(dw), conv_dtype_of<Core>(op, dw_dtype),
-      {s[0], s[1], s[2], s[3]},       core.threads(op)};
-  return core.run(Core::table().conv2d_weight, conv, args);
-}
-
-// ---------------------------------------------------------------------------------------------- bn_act
-
-template <class Core>
-BnShape bn_shape(const char* op, int dtype, int64_t N, int64_t C, int64_t HW, int64_t G, bool channels_last,
-                 bool training, float eps, int act, float slope, const Core& core) {
-  if (N < 0 || C < 0 || HW < 0 || G < 1 || N % G)
-    refuse(std::string(op) + ": N, C and HW must not be negative and G must divide N, got N=" + std::to_string(N) +
-           ", C=" + std::to_string(C) + ", HW=" + std::to_string(HW) + ", G=" + std::to_string(G));
-  return {dtype_of<Core>(op, dtype), N, C, HW, G, channels_last, training, eps, act_of(op, act, ACT_LEAKY_RELU), slope,
-          core.threads(op)};
-}
-
-template <class Core, class... Tail>
-int64_t bn_act_forward(int dtype, Address x, Address weight, Address bias, Address mean, Address var, Address y,
-                       int64_t N, int64_t C, int64_t HW, int64_t G, bool channels_last, bool training, float eps,
-                       int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "bn_act_forward";
-  const BnShape shape = bn_shape<Core>(op, dtype, N, C, HW, G, channels_last, training, eps, act, slope, core);
-  const BnActForwardArgs args{at(x), at<float>(weight), at<float>(bias), at<float>(mean), at<float>(var), at(y)};
-  return core.run(Core::table().bn_act_forward, shape, args);
-}
-
-template <class Core, class... Tail>
-int64_t bn_act_backward(int dtype, Address dy, Address x, Address weight, Address bias, Address mean, Address var,
-                        Address dx, Address dweight, Address dbias, int64_t N, int64_t C, int64_t HW, int64_t G,
-                        bool channels_last, bool training, float eps, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "bn_act_backward";
-  const BnShape shape = bn_shape<Core>(op, dtype, N, C, HW, G, channels_last, training, eps, act, slope, core);
-  const BnActBackwardArgs args{at(dy),         at(x),  at<float>(weight),  at<float>(bias), at<float>(mean),
-                               at<float>(var), at(dx), at<float>(dweight), at<float>(dbias)};
-  return core.run(Core::table().bn_act_backward, shape, args);
-}
-
-template <class Core, class... Tail>
-int64_t bn_act_double_backward(int dtype, Address ddx, Address ddweight, Address ddbias, Address dy, Address x,
-                               Address weight, Address bias, Address mean, Address var, Address d_dy, Address d_x,
-                               Address d_weight, int64_t N, int64_t C, int64_t HW, int64_t G, bool channels_last,
-                               bool training, float eps, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "bn_act_double_backward";
-  const BnShape shape = bn_shape<Core>(op, dtype, N, C, HW, G, channels_last, training, eps, act, slope, core);
-  const BnActDoubleBackwardArgs args{
-      at(ddx),         at<float>(ddweight), at<float>(ddbias), at(dy),   at(x),   at<float>(weight),
-      at<float>(bias), at<float>(mean),     at<float>(var),    at(d_dy), at(d_x), at<float>(d_weight)};
-  return core.run(Core::table().bn_act_double_backward, shape, args);
-}
-
-// ---------------------------------------------------------------------------------------------- gn_act
-
-template <class Core>
-GnShape gn_shape(const char* op, int dtype, int64_t N, int64_t C, int64_t HW, int64_t groups, bool channels_last,
-                 float eps, int act, float slope, const Core& core) {
-  if (N < 0 || C < 0 || HW < 0 || groups < 1 || C % groups)
-    refuse(std::string(op) + ": N, C and HW must not be negative and groups must divide C, got N=" + std::to_string(N) +
-           ", C=" + std::to_string(C) + ", HW=" + std::to_string(HW) + ", groups=" + std::to_string(groups));
-  return {dtype_of<Core>(op, dtype), N, C, HW, groups, channels_last, eps, act_of(op, act, ACT_LEAKY_RELU), slope,
-          core.threads(op)};
-}
-
-template <class Core, class... Tail>
-int64_t gn_act_forward(int dtype, Address x, Address weight, Address bias, Address mean, Address var, Address y,
-                       int64_t N, int64_t C, int64_t HW, int64_t groups, bool channels_last, float eps, int act,
-                       float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "gn_act_forward";
-  const GnShape shape = gn_shape<Core>(op, dtype, N, C, HW, groups, channels_last, eps, act, slope, core);
-  const GnActForwardArgs args{at(x), at<float>(weight), at<float>(bias), at<float>(mean), at<float>(var), at(y)};
-  return core.run(Core::table().gn_act_forward, shape, args);
-}
-
-template <class Core, class... Tail>
-int64_t gn_act_backward(int dtype, Address dy, Address x, Address weight, Address bias, Address mean, Address var,
-                        Address dx, Address dweight, Address dbias, int64_t N, int64_t C, int64_t HW, int64_t groups,
-                        bool channels_last, float eps, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "gn_act_backward";
-  const GnShape shape = gn_shape<Core>(op, dtype, N, C, HW, groups, channels_last, eps, act, slope, core);
-  const GnActBackwardArgs args{at(dy),         at(x),  at<float>(weight),  at<float>(bias), at<float>(mean),
-                               at<float>(var), at(dx), at<float>(dweight), at<float>(dbias)};
-  return core.run(Core::table().gn_act_backward, shape, args);
-}
-
-template <class Core, class... Tail>
-int64_t gn_act_double_backward(int dtype, Address ddx, Address ddweight, Address ddbias, Address dy, Address x,
-                               Address weight, Address bias, Address mean, Address var, Address d_dy, Address d_x,
-                               Address d_weight, int64_t N, int64_t C, int64_t HW, int64_t groups, bool channels_last,
-                               float eps, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "gn_act_double_backward";
-  const GnShape shape = gn_shape<Core>(op, dtype, N, C, HW, groups, channels_last, eps, act, slope, core);
-  const GnActDoubleBackwardArgs args{
-      at(ddx),         at<float>(ddweight), at<float>(ddbias), at(dy),   at(x),   at<float>(weight),
-      at<float>(bias), at<float>(mean),     at<float>(var),    at(d_dy), at(d_x), at<float>(d_weight)};
-  return core.run(Core::table().gn_act_double_backward, shape, args);
-}
-
-// ---------------------------------------------------------------------------------------------- bias_act
-
-template <class Core>
-BiasActShape bias_act_shape(const char* op, int dtype, int64_t N, int64_t C, int64_t HW, bool channels_last, int act,
-                            float slope, const Core& core) {
-  if (N < 0 || C < 0 || HW < 0)
-    refuse(std::string(op) + ": N, C and HW must not be negative, got N=" + std::to_string(N) +
-           ", C=" + std::to_string(C) + ", HW=" + std::to_string(HW));
-  return {dtype_of<Core>(op, dtype), N, C, HW, channels_last, act_of(op, act), slope, core.threads(op)};
-}
-
-template <class Core, class... Tail>
-int64_t bias_act_forward(int dtype, Address x, Address bias, Address y, int64_t N, int64_t C, int64_t HW,
-                         bool channels_last, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "bias_act_forward";
-  const BiasActShape shape = bias_act_shape<Core>(op, dtype, N, C, HW, channels_last, act, slope, core);
-  const BiasActForwardArgs args{at(x), at<float>(bias), at(y)};
-  return core.run(Core::table().bias_act_forward, shape, args);
-}
-
-template <class Core, class... Tail>
-int64_t bias_act_backward(int dtype, Address dy, Address y, Address dx, Address dbias, int64_t N, int64_t C, int64_t HW,
-                          bool channels_last, int act, float slope, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "bias_act_backward";
-  const BiasActShape shape = bias_act_shape<Core>(op, dtype, N, C, HW, channels_last, act, slope, core);
-  const BiasActBackwardArgs args{at(dy), at(y), at(dx), at<float>(dbias)};
-  return core.run(Core::table().bias_act_backward, shape, args);
-}
-
-// ---------------------------------------------------------------------------------------------- gan_loss
-
-template <class Core>
-GanLossArgs gan_loss_args(const char* op, int dtype, Address fake, int64_t n_fake, Address real, int64_t n_real,
-                          int kind, int side, float smoothing, const Core& core) {
-  if (kind < 0 || kind > LOSS_RELATIVISTIC)
-    refuse(std::string(op) + ": kind must be in 0..5, got " + std::to_string(kind));
-  if (side < 0 || side > SIDE_G) refuse(std::string(op) + ": side must be 0 (d) or 1 (g), got " + std::to_string(side));
-  if (n_fake < 1 || n_real < 0)
-    refuse(std::string(op) + ": n_fake must be at least 1 and n_real at least 0, got " + std::to_string(n_fake) +
-           " and " + std::to_string(n_real));
-  if (!n_real && (side == SIDE_D || kind == LOSS_RELATIVISTIC))
-    refuse(std::string(op) + ": the d side and the relativistic loss need real logits, got none");
-  if (kind == LOSS_RELATIVISTIC && n_real != n_fake)
-    refuse(std::string(op) + ": the relativistic loss pairs the logits, got " + std::to_string(n_fake) + " fake and " +
-           std::to_string(n_real) + " real");
-  GanLossArgs a{};
-  a.dtype = dtype_of<Core>(op, dtype);
-  a.fake = at(fake);
-  a.real = at(real);
-  a.n_fake = n_fake;
-  a.n_real = n_real;
-  a.kind = static_cast<Loss>(kind);
-  a.side = static_cast<Side>(side);
-  a.smoothing = smoothing;
-  a.threads = core.threads(op);
-  return a;
-}
-
-template <class Core, class... Tail>
-int64_t gan_loss_forward(int dtype, Address fake, int64_t n_fake, Address real, int64_t n_real, int kind, int side,
-                         float smoothing, Address loss, Address statistics, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "gan_loss_forward";
-  GanLossArgs args = gan_loss_args<Core>(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, core);
-  args.loss = at<float>(loss);
-  args.statistics = at<float>(statistics);
-  return core.run(Core::table().gan_loss_forward, args);
-}
-
-template <class Core, class... Tail>
-int64_t gan_loss_backward(int dtype, Address dloss, Address fake, int64_t n_fake, Address real, int64_t n_real,
-                          int kind, int side, float smoothing, Address dfake, Address dreal, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "gan_loss_backward";
-  GanLossArgs args = gan_loss_args<Core>(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, core);
-  args.dloss = at<float>(dloss);
-  args.dfake = at(dfake);
-  args.dreal = at(dreal);
-  return core.run(Core::table().gan_loss_backward, args);
-}
-
-template <class Core, class... Tail>
-int64_t gan_loss_double_backward(int dtype, Address ddfake, Address ddreal, Address dloss, Address fake, int64_t n_fake,
-                                 Address real, int64_t n_real, int kind, int side, float smoothing, Address d_dloss,
-                                 Address d_fake, Address d_real, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "gan_loss_double_backward";
-  GanLossArgs args = gan_loss_args<Core>(op, dtype, fake, n_fake, real, n_real, kind, side, smoothing, core);
-  args.dloss = at<float>(dloss);
-  args.ddfake = at(ddfake);
-  args.ddreal = at(ddreal);
-  args.d_dloss = at<float>(d_dloss);
-  args.dfake = at(d_fake);
-  args.dreal = at(d_real);
-  return core.run(Core::table().gan_loss_double_backward, args);
-}
-
-// ---------------------------------------------------------------------------------------------- penalties
-
-inline void samples_of(const char* op, int64_t N, int64_t E) {
-  if (N < 1 || E < 1)
-    refuse(std::string(op) + ": N and E must be at least 1, got " + std::to_string(N) + " and " + std::to_string(E));
-}
-
-template <class Core, class... Tail>
-int64_t interpolate_forward(int dtype, Address real, Address fake, Address epsilon, Address rest, Address y, int64_t N,
-                            int64_t E, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "interpolate_forward";
-  samples_of(op, N, E);
-  const InterpolateArgs args{dtype_of<Core>(op, dtype), at(real), at(fake), at<float>(epsilon),
-                             at<float>(rest),           at(y),    N,        E,
-                             core.threads(op)};
-  return core.run(Core::table().interpolate_forward, args);
-}
-
-template <class Core, class... Tail>
-int64_t sample_dot(int dtype, Address x, Address y, Address dot, int64_t N, int64_t E, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "sample_dot";
-  samples_of(op, N, E);
-  const SampleDotArgs args{dtype_of<Core>(op, dtype), at(x), at(y), at<float>(dot), N, E, core.threads(op)};
-  return core.run(Core::table().sample_dot, args);
-}
-
-template <class Core>
-GradNormPenaltyArgs grad_norm_penalty_args(const char* op, int dtype, Address gradient, Address norm, int64_t N,
-                                           int64_t E, float target, const Core& core) {
-  samples_of(op, N, E);
-  GradNormPenaltyArgs a{};
-  a.dtype = dtype_of<Core>(op, dtype);
-  a.gradient = at(gradient);
-  a.norm = at<float>(norm);
-  a.N = N;
-  a.E = E;
-  a.target = target;
-  a.threads = core.threads(op);
-  return a;
-}
-
-template <class Core, class... Tail>
-int64_t grad_norm_penalty_forward(int dtype, Address gradient, Address penalty, Address norm, int64_t N, int64_t E,
-                                  float target, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "grad_norm_penalty_forward";
-  GradNormPenaltyArgs args = grad_norm_penalty_args<Core>(op, dtype, gradient, norm, N, E, target, core);
-  args.penalty = at<float>(penalty);
-  return core.run(Core::table().grad_norm_penalty_forward, args);
-}
-
-template <class Core, class... Tail>
-int64_t grad_norm_penalty_backward(int dtype, Address dpenalty, Address gradient, Address norm, Address dgradient,
-                                   int64_t N, int64_t E, float target, Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "grad_norm_penalty_backward";
-  GradNormPenaltyArgs args = grad_norm_penalty_args<Core>(op, dtype, gradient, norm, N, E, target, core);
-  args.dpenalty = at<float>(dpenalty);
-  args.dgradient = at(dgradient);
-  return core.run(Core::table().grad_norm_penalty_backward, args);
-}
-
-// ---------------------------------------------------------------------------------------------- Adam
-
-// tensors: (parameter, gradient, exp_avg, exp_avg_sq, average or 0, step, elements) each.
-template <class Core, class... Tail>
-int64_t adam(const py::list& tensors, Address lr_at, float lr, double beta1, double beta2, double ln_beta1,
-             double ln_beta2, float eps, float weight_decay, bool decoupled, bool maximize, double weight,
-             Tail... tail) {
-  const Core core{tail...};
-  constexpr auto op = "adam";
-  std::vector<AdamTensor> all;
-  for (const auto& item : tensors) {
-    const auto t = item.cast<std::array<int64_t, 7>>();
-    if (t[6] < 1) refuse("adam: a tensor must have at least 1 element, got " + std::to_string(t[6]));
-    const auto floats = [&](int i) { return at<float>(static_cast<Address>(t[i])); };
-    all.push_back({floats(0), floats(1), floats(2), floats(3), floats(4), floats(5), t[6]});
+  static void describe(const char* name) {
+    constexpr bool conv = (std::is_same_v<Structs, ConvShape> || ...);
+    function = {name, {}, 0, 0, check, run};
+    Lister lister{function, Core::TAKES_THREADS, conv ? Core::LAST_CONV_DTYPE : Core::LAST_DTYPE};
+    constexpr size_t structs = sizeof...(Structs) - (Core::TAKES_THREADS ? 0 : 1);  // but for the target
+    (lister.append<Structs>(structs > 1 && function.bytes == 0), ...);
+    std::stable_sort(function.fields.begin(), function.fields.end(),
+                     [](const Field& a, const Field& b) { return a.place < b.place; });
   }
-  const AdamArgs args{all.data(),
-                      static_cast<int64_t>(all.size()),
-                      at<float>(lr_at),
-                      lr,
-                      beta1,
-                      beta2,
-                      ln_beta1,
-                      ln_beta2,
-                      eps,
-                      weight_decay,
-                      decoupled,
-                      maximize,
-                      weight,
-                      core.threads(op)};
-  return core.run(Core::table().adam, args);
+
+ private:
+  template <class F>
+  static int64_t with_structs(const std::byte* frame, const F& f) {
+    size_t next = 0;
+    const std::byte* const places[] = {frame + std::exchange(next, next + sizeof(Structs))...};
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      return f(*reinterpret_cast<const Structs*>(places[I])...);
+    }(std::index_sequence_for<Structs...>());
+  }
+  static void check(const char* name, const std::byte* frame) {
+    with_structs(frame, [&](const auto&... structs) { return check_call(name, structs...), 0; });
+  }
+  static int64_t run(const std::byte* frame) {
+    return with_structs(frame, [](const auto&... structs) -> int64_t {
+      if constexpr (std::is_void_v<Result>)
+        return (Core::table().*MEMBER)(structs...), 0;
+      else
+        return (Core::table().*MEMBER)(structs...);
+    });
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- reading a call
+
+[[noreturn]] inline void refuse_type(const char* op, const char* name, const char* wanted, PyObject* got) {
+  PyErr_Clear();
+  throw py::type_error(std::string(op) + ": " + name + " must be " + wanted + ", got " + Py_TYPE(got)->tp_name);
+}
+
+inline int64_t integer(const char* op, const char* name, PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) refuse_type(op, name, "an integer of 64 bits", object);
+  return value;
+}
+
+inline double real(const char* op, const char* name, PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) refuse_type(op, name, "a number", object);
+  return value;
+}
+
+inline void* address(const char* op, const char* name, PyObject* object) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  if (object == Py_None) return nullptr;
+  if (PyLong_CheckExact(object)) {
+    void* value = PyLong_AsVoidPtr(object);
+    if (!value && PyErr_Occurred()) refuse_type(op, name, "an address", object);
+    return value;
+  }
+  const auto number = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, data_ptr));
+  if (!number) refuse_type(op, name, "a tensor, an address or None", object);
+  return PyLong_AsVoidPtr(number.ptr());
+}
+
+// (parameter, gradient, exp_avg, exp_avg_sq, average, step, elements) each, in the list's memory.
+inline AdamTensors adam_tensors(const char* op, PyObject* list, std::vector<AdamTensor>* kept) {
+  if (!PyList_Check(list)) refuse_type(op, "tensors", "a list of tuples", list);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    PyObject* row = PyList_GET_ITEM(list, i);
+    if (!PyTuple_Check(row) || PyTuple_GET_SIZE(row) != 7) refuse_type(op, "tensors", "a list of 7-tuples", row);
+    void* p[6];
+    for (int k = 0; k < 6; ++k) p[k] = address(op, "tensors", PyTuple_GET_ITEM(row, k));
+    const auto floats = [&](int k) { return static_cast<float*>(p[k]); };
+    kept->push_back({floats(0), floats(1), floats(2), floats(3), floats(4), floats(5),
+                     integer(op, "elements", PyTuple_GET_ITEM(row, 6))});
+  }
+  return {kept->data(), static_cast<int64_t>(kept->size())};
+}
+
+inline void read_strides(const char* op, const char* name, PyObject* tuple, std::byte* to) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) refuse_type(op, name, "a tuple of 4 strides", tuple);
+  Strides strides;
+  for (int i = 0; i < 4; ++i) strides[i] = integer(op, name, PyTuple_GET_ITEM(tuple, i));
+  std::memcpy(to, strides, sizeof strides);
+}
+
+template <class T>
+void put(std::byte* to, T value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// Everything but pointers and lists of tensors, whose meaning is the reader's: pointer(field, object, to).
+template <class Pointer>
+void read(const Function& f, const Field& field, PyObject* object, std::byte* frame, const Pointer& pointer) {
+  std::byte* to = frame + field.offset;
+  switch (field.kind) {
+    case Kind::SIZE:
+      return put(to, integer(f.name, field.name, object));
+    case Kind::FLAG: {
+      const int truth = PyObject_IsTrue(object);
+      if (truth < 0) refuse_type(f.name, field.name, "True or False", object);
+      return put(to, truth != 0);
+    }
+    case Kind::FLOAT:
+      return put(to, static_cast<float>(real(f.name, field.name, object)));
+    case Kind::DOUBLE:
+      return put(to, real(f.name, field.name, object));
+    case Kind::CODE: {
+      const int64_t code = integer(f.name, field.name, object);
+      within(f.name, field.name, code, 0, field.last);
+      return put(to, static_cast<int>(code));
+    }
+    case Kind::THREADS: {
+      const int64_t count = integer(f.name, field.name, object);
+      within(f.name, field.name, count, 1, LAST_THREADS);
+      return put(to, static_cast<int>(count));
+    }
+    case Kind::STRIDES:
+      return read_strides(f.name, field.name, object, to);
+    case Kind::CONV:
+      if (!PyBytes_Check(object) || PyBytes_GET_SIZE(object) != sizeof(ConvShape))
+        refuse_type(f.name, field.name, "what Conv(...) gives", object);
+      std::memcpy(to, PyBytes_AS_STRING(object), sizeof(ConvShape));
+      return;
+    case Kind::POINTER:
+    case Kind::TENSORS:
+      return pointer(field, object, to);
+  }
+}
+
+inline void refuse_count(const Function& f, size_t wanted, size_t got) {
+  std::string names;
+  for (size_t i = 0; i < wanted; ++i) names += (i ? ", " : "") + std::string(f.fields[i].name);
+  throw py::type_error(std::string(f.name) + " takes " + std::to_string(wanted) + " arguments, got " +
+                       std::to_string(got) + ": " + names);
+}
+
+// ---------------------------------------------------------------------------------------------- a call
+
+struct Unlocked {  // the GIL is free
+  PyThreadState* state = PyEval_SaveThread();
+  ~Unlocked() { PyEval_RestoreThread(state); }
+};
+
+// What body() returns, its exceptions as Python's.
+template <class Body>
+PyObject* translated(const Body& body) noexcept {
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::type_error& error) {
+    error.set_error();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+inline PyObject* call(const Function& f, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&] {
+    if (static_cast<size_t>(count) != f.fields.size()) refuse_count(f, f.fields.size(), static_cast<size_t>(count));
+    Frame frame;
+    std::vector<AdamTensor> tensors;
+    put(frame.bytes + f.threads, 1);  // of a core that takes none
+    for (size_t i = 0; i < f.fields.size(); ++i)
+      read(f, f.fields[i], arguments[i], frame.bytes, [&](const Field& field, PyObject* object, std::byte* to) {
+        if (field.kind == Kind::POINTER)
+          put(to, address(f.name, field.name, object));
+        else
+          put(to, adam_tensors(f.name, object, &tensors));
+      });
+    f.check(f.name, frame.bytes);
+    int64_t answer = 0;
+    {
+      const Unlocked gil;
+      answer = f.run(frame.bytes);
+    }
+    return PyLong_FromLongLong(answer);
+  });
+}
+
+// Conv(N, C, ...): a checked ConvShape as bytes.
+inline PyObject* pack_conv(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  static const Function f = [] {
+    Function conv{"Conv", {}, 0, 0};
+    Lister lister{conv, true, 0};
+    ConvShape::each_field(lister);
+    return conv;
+  }();
+  return translated([&] {
+    if (static_cast<size_t>(count) != f.fields.size()) refuse_count(f, f.fields.size(), static_cast<size_t>(count));
+    ConvShape shape;
+    auto* bytes = reinterpret_cast<std::byte*>(&shape);
+    for (size_t i = 0; i < f.fields.size(); ++i)
+      read(f, f.fields[i], arguments[i], bytes, [](const Field&, PyObject*, std::byte*) {});
+    check("Conv", shape);
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(bytes), sizeof shape);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------- the module
 
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// `method` lives as long as the module does.
+inline PyMethodDef* filled(PyMethodDef* method, const char* name, Fast function, const char* text) {
+  *method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
+  return method;
+}
+
+inline void define(py::module_& m, PyMethodDef* method, const char* name, Fast function, const char* text) {
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(filled(method, name, function, text), nullptr));
+}
+
+// Python sees to it that `self` is of the type.
+inline void define_method(py::handle type, PyMethodDef* method, const char* name, Fast function, const char* text) {
+  auto* of = reinterpret_cast<PyTypeObject*>(type.ptr());
+  type.attr(name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(of, filled(method, name, function, text)));
+}
+
+template <class Core, auto MEMBER>
+void bind(py::module_& m, const char* name) {
+  using K = Bound<Core, MEMBER>;
+  static PyMethodDef method;
+  static std::string signature;
+  K::describe(name);
+  for (const Field& field : K::function.fields) signature += (signature.empty() ? "(" : ", ") + std::string(field.name);
+  signature = name + signature + ")";
+  define(
+      m, &method, name,
+      [](PyObject*, PyObject* const* arguments, Py_ssize_t count) { return call(K::function, arguments, count); },
+      signature.c_str());
+}
+
 inline void bind_conv_shape(py::module_& m) {
-  using py::arg;
-  py::class_<ConvShape>(m, "Conv", py::module_local(), "Geometry of a forward convolution x[N,C,H,W] -> y[N,K,OH,OW].")
-      .def(py::init(&make_conv), arg("N"), arg("C"), arg("H"), arg("W"), arg("K"), arg("OH"), arg("OW"), arg("R"),
-           arg("S"), arg("stride_h"), arg("stride_w"), arg("pad_h"), arg("pad_w"), arg("dil_h"), arg("dil_w"),
-           arg("groups"));
+  static PyMethodDef method;
+  define(
+      m, &method, "Conv", pack_conv,
+      "Geometry of a forward convolution x[N,C,H,W] -> y[N,K,OH,OW], packed: (N, C, H, W, K, OH, OW, R, S, stride_h, "
+      "stride_w, pad_h, pad_w, dil_h, dil_w, groups)");
 }
 
-// The functions of one core; `tail` names the arguments that it takes last.
-template <class Core, class... Tail, class... Names>
-void bind_kernels(py::module_& m, const Names&... tail) {
-  using py::arg;
-  m.def("conv2d", &conv2d<Core, Tail...>, arg("conv"), arg("dtype"), arg("x"), arg("w"), arg("w_dtype"),
-        arg("w_strides"), arg("bias"), arg("y"), arg("act"), arg("slope"), tail...);
-  m.def("conv_transpose2d", &conv_transpose2d<Core, Tail...>, arg("conv"), arg("dtype"), arg("y"), arg("w"),
-        arg("w_dtype"), arg("w_strides"), arg("bias"), arg("x"), arg("act"), arg("slope"), tail...);
-  m.def("conv2d_weight", &conv2d_weight<Core, Tail...>, arg("conv"), arg("dtype"), arg("x"), arg("dy"), arg("dw"),
-        arg("dw_dtype"), arg("dw_strides"), tail...);
-
-  m.def("bn_act_forward", &bn_act_forward<Core, Tail...>, arg("dtype"), arg("x"), arg("weight"), arg("bias"),
-        arg("mean"), arg("var"), arg("y"), arg("N"), arg("C"), arg("HW"), arg("G"), arg("channels_last"),
-        arg("training"), arg("eps"), arg("act"), arg("slope"), tail...);
-  m.def("bn_act_backward", &bn_act_backward<Core, Tail...>, arg("dtype"), arg("dy"), arg("x"), arg("weight"),
-        arg("bias"), arg("mean"), arg("var"), arg("dx"), arg("dweight"), arg("dbias"), arg("N"), arg("C"), arg("HW"),
-        arg("G"), arg("channels_last"), arg("training"), arg("eps"), arg("act"), arg("slope"), tail...);
-  m.def("bn_act_double_backward", &bn_act_double_backward<Core, Tail...>, arg("dtype"), arg("ddx"), arg("ddweight"),
-        arg("ddbias"), arg("dy"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("d_dy"),
-        arg("d_x"), arg("d_weight"), arg("N"), arg("C"), arg("HW"), arg("G"), arg("channels_last"), arg("training"),
-        arg("eps"), arg("act"), arg("slope"), tail...);
-
-  m.def("gn_act_forward", &gn_act_forward<Core, Tail...>, arg("dtype"), arg("x"), arg("weight"), arg("bias"),
-        arg("mean"), arg("var"), arg("y"), arg("N"), arg("C"), arg("HW"), arg("groups"), arg("channels_last"),
-        arg("eps"), arg("act"), arg("slope"), tail...);
-  m.def("gn_act_backward", &gn_act_backward<Core, Tail...>, arg("dtype"), arg("dy"), arg("x"), arg("weight"),
-        arg("bias"), arg("mean"), arg("var"), arg("dx"), arg("dweight"), arg("dbias"), arg("N"), arg("C"), arg("HW"),
-        arg("groups"), arg("channels_last"), arg("eps"), arg("act"), arg("slope"), tail...);
-  m.def("gn_act_double_backward", &gn_act_double_backward<Core, Tail...>, arg("dtype"), arg("ddx"), arg("ddweight"),
-        arg("ddbias"), arg("dy"), arg("x"), arg("weight"), arg("bias"), arg("mean"), arg("var"), arg("d_dy"),
-        arg("d_x"), arg("d_weight"), arg("N"), arg("C"), arg("HW"), arg("groups"), arg("channels_last"), arg("eps"),
-        arg("act"), arg("slope"), tail...);
-
-  m.def("bias_act_forward", &bias_act_forward<Core, Tail...>, arg("dtype"), arg("x"), arg("bias"), arg("y"), arg("N"),
-        arg("C"), arg("HW"), arg("channels_last"), arg("act"), arg("slope"), tail...);
-  m.def("bias_act_backward", &bias_act_backward<Core, Tail...>, arg("dtype"), arg("dy"), arg("y"), arg("dx"),
-        arg("dbias"), arg("N"), arg("C"), arg("HW"), arg("channels_last"), arg("act"), arg("slope"), tail...);
-
-  m.def("gan_loss_forward", &gan_loss_forward<Core, Tail...>, arg("dtype"), arg("fake"), arg("n_fake"), arg("real"),
-        arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("loss"), arg("statistics"), tail...);
-  m.def("gan_loss_backward", &gan_loss_backward<Core, Tail...>, arg("dtype"), arg("dloss"), arg("fake"), arg("n_fake"),
-        arg("real"), arg("n_real"), arg("kind"), arg("side"), arg("smoothing"), arg("dfake"), arg("dreal"), tail...);
-  m.def("gan_loss_double_backward", &gan_loss_double_backward<Core, Tail...>, arg("dtype"), arg("ddfake"),
-        arg("ddreal"), arg("dloss"), arg("fake"), arg("n_fake"), arg("real"), arg("n_real"), arg("kind"), arg("side"),
-        arg("smoothing"), arg("d_dloss"), arg("d_fake"), arg("d_real"), tail...);
-
-  m.def("interpolate_forward", &interpolate_forward<Core, Tail...>, arg("dtype"), arg("real"), arg("fake"),
-        arg("epsilon"), arg("rest"), arg("y"), arg("N"), arg("E"), tail...);
-  m.def("sample_dot", &sample_dot<Core, Tail...>, arg("dtype"), arg("x"), arg("y"), arg("dot"), arg("N"), arg("E"),
-        tail...);
-  m.def("grad_norm_penalty_forward", &grad_norm_penalty_forward<Core, Tail...>, arg("dtype"), arg("gradient"),
-        arg("penalty"), arg("norm"), arg("N"), arg("E"), arg("target"), tail...);
-  m.def("grad_norm_penalty_backward", &grad_norm_penalty_backward<Core, Tail...>, arg("dtype"), arg("dpenalty"),
-        arg("gradient"), arg("norm"), arg("dgradient"), arg("N"), arg("E"), arg("target"), tail...);
-  m.def("adam", &adam<Core, Tail...>, arg("tensors"), arg("lr_at"), arg("lr"), arg("beta1"), arg("beta2"),
-        arg("ln_beta1"), arg("ln_beta2"), arg("eps"), arg("weight_decay"), arg("decoupled"), arg("maximize"),
-        arg("weight"), tail...);
-}
-
+#define FG_BIND_CPU(kernel, ...) bind<Cpu, &Table::kernel>(m, #kernel);
+inline void bind_cpu(py::module_& m){FG_KERNELS(FG_BIND_CPU)}
 #ifdef FG_CUDA
+#define FG_BIND_CUDA(kernel, ...) bind<Cuda, &cuda::Table::kernel>(m, #kernel);
 inline void bind_cuda(py::module_& m) {
-  using py::arg;
-  bind_kernels<Cuda, Address, Address>(m, arg("workspace"), arg("stream"));
-  m.def("conv2d_statistics", &conv2d_statistics, arg("conv"), arg("dtype"), arg("x"), arg("w"), arg("w_dtype"),
-        arg("w_strides"), arg("bias"), arg("y"), arg("stat_groups"), arg("mean"), arg("var"), arg("workspace"),
-        arg("stream"));
-  m.def("conv_transpose2d_statistics", &conv_transpose2d_statistics, arg("conv"), arg("dtype"), arg("y"), arg("w"),
-        arg("w_dtype"), arg("w_strides"), arg("bias"), arg("x"), arg("stat_groups"), arg("mean"), arg("var"),
-        arg("workspace"), arg("stream"));
+  FG_CUDA_KERNELS(FG_BIND_CUDA)
 }
 #endif
 

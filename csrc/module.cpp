@@ -8,6 +8,7 @@
 #include "binding.hpp"
 #include "build_config.hpp"  // written by setup.py
 #include "dispatch.hpp"
+#include "program.hpp"
 #ifdef FG_CUDA
 #include "cuda/device.hpp"
 #endif
@@ -114,7 +115,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   binding::bind_conv_shape(m);
-  binding::bind_kernels<binding::Cpu, int>(m, arg("threads"));
+  binding::bind_cpu(m);
+  binding::bind_program(m);
 #ifdef FG_CUDA
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, under the names of the CPU's.");
   cuda.attr("Conv") = m.attr("Conv");

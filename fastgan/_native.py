@@ -43,8 +43,8 @@ class Core:
         return [t.data_ptr() for t in tensors]
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> None:
-        """module().<kernel>(*args) on x's device; a tensor (or None) among args goes as its address."""
-        getattr(self.module(), kernel)(*self._plain(args), torch.get_num_threads())
+        """module().<kernel>(*args) on x's device; the kernel asks a tensor among args for its address."""
+        getattr(self.module(), kernel)(*args, torch.get_num_threads())
 
     def declines(self, first: Tensor, *rest: Tensor | None) -> str:
         """Why the kernels leave these activations to the reference, or ""."""
@@ -54,9 +54,6 @@ class Core:
         if any(t is not None and (t.dtype != first.dtype or t.device != first.device) for t in rest):
             return f"{self.name} kernels take activations of one dtype and one device"
         return "an empty tensor" if any(t is not None and t.numel() == 0 for t in (first, *rest)) else ""
-
-    def _plain(self, args: tuple) -> list:
-        return [self.address(a) if a is None or isinstance(a, Tensor) else a for a in args]
 
 
 class CudaCore(Core):
@@ -83,13 +80,20 @@ class CudaCore(Core):
         The memory comes from torch's caching allocator and is given back at once: what the allocator gives out next on
         this stream is used after the kernel, and a captured graph keeps its own.
         """
-        function, plain = getattr(self.module(), kernel), self._plain(args)
+        function, plain = getattr(self.module(), kernel), self._declared(args)
         with self._device(x) if self.emulator is None else self.emulator.running(kernel):
             stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
             wanted = function(*plain, 0, stream)
             if wanted:
                 workspace = torch.empty(wanted, dtype=torch.uint8, device=x.device)
                 function(*plain, self.address(workspace), stream)
+
+    def _declared(self, args: tuple) -> tuple:
+        """args, of whose tensors an emulator has been told."""
+        if self.emulator is not None:
+            for a in args:
+                self.address(a) if isinstance(a, Tensor) else None
+        return args
 
     def _device(self, x: Tensor) -> contextlib.AbstractContextManager:
         """x's device as the current one: a stream belongs to a device."""

@@ -635,16 +635,16 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
     n_fake, n_real = counts
     if (kind == "relativistic" and n_fake != n_real) or (side == D and not n_real):
         with pytest.raises(ValueError, match="gan_loss_forward"):
-            _C.gan_loss_forward(dtype, 8, n_fake, 8, n_real, KINDS.index(kind), side, smoothing, 8, 8, 1)
+            _C.gan_loss_forward(dtype, 8, 8, 8, 8, n_fake, n_real, KINDS.index(kind), side, smoothing, 1)
         return
     gen = torch.Generator().manual_seed(4)
     fake, real = ((torch.randn(n, generator=gen) * 3).to(DTYPES[dtype]) for n in counts)
     fake64, real64 = fake.double().requires_grad_(), real.double().requires_grad_()
     loss = loss_reference(fake64, real64, kind, side, smoothing)
-    head = (KINDS.index(kind), side, smoothing)
+    tail = (n_fake, n_real, KINDS.index(kind), side, smoothing)
     loss_out, statistics = Guarded(1), Guarded(6)
-    logits = (pointer(fake), n_fake, pointer(real) if n_real else 0, n_real)
-    _C.gan_loss_forward(dtype, *logits, *head, pointer(loss_out), pointer(statistics), 2)
+    logits = (pointer(fake), pointer(real) if n_real else 0)
+    _C.gan_loss_forward(dtype, *logits, pointer(loss_out), pointer(statistics), *tail, 2)
     r, f = (real64.detach(), fake64.detach()) if n_real else (torch.zeros(1).double() - 1e30, fake64.detach())
     want = [loss, r.mean(), f.mean(), r.sigmoid().mean(), f.sigmoid().mean(), (r > 0).double().mean()]
     want.append((f < 0).double().mean())
@@ -656,11 +656,11 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
     dloss = torch.tensor([1.75])
     dfake, dreal = torch.autograd.grad(loss, [fake64, real64], dloss.double()[0], allow_unused=True)
     got_fake, got_real = Guarded(n_fake, DTYPES[dtype]), Guarded(n_real, DTYPES[dtype])
-    _C.gan_loss_backward(dtype, pointer(dloss), *logits, *head, pointer(got_fake), pointer(got_real), 2)
+    _C.gan_loss_backward(dtype, pointer(dloss), *logits, pointer(got_fake), pointer(got_real), *tail, 2)
     check(got_fake.get(), dfake, dtype, "dfake")
     if n_real:
         check(got_real.get(), torch.zeros_like(real64) if dreal is None else dreal, dtype, "dreal")
-    _C.gan_loss_backward(dtype, pointer(dloss), *logits, *head, 0, 0, 3)  # neither gradient wanted
+    _C.gan_loss_backward(dtype, pointer(dloss), *logits, 0, 0, *tail, 3)  # neither gradient wanted
 
 
 def test_softplus_over_the_whole_range(table):
@@ -668,7 +668,7 @@ def test_softplus_over_the_whole_range(table):
     for x in [-1e4, -104.0, -88.0, -30.0, -5.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 17.0, 88.0, 1e4, math.inf, -math.inf]:
         logit, out, statistics = torch.tensor([x]), Guarded(1), Guarded(6)
         _C.gan_loss_forward(
-            F32, pointer(logit), 1, 0, 0, KINDS.index("minimax"), G, 0.0, pointer(out), pointer(statistics), 1
+            F32, pointer(logit), 0, pointer(out), pointer(statistics), 1, 0, KINDS.index("minimax"), G, 0.0, 1
         )
         want = -torch.logaddexp(torch.zeros(1).double(), logit.double())
         torch.testing.assert_close(out.get().double(), want, rtol=5e-7, atol=1e-44)
@@ -800,8 +800,8 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 5, 0.0, 1), "act must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 0, 0.0, 0), "threads must be"),
         (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
-        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 6, 0, 0.0, 8, 8, 1), "kind must be"),
-        (lambda: _C.gan_loss_forward(0, 8, 2, 8, 2, 0, 2, 0.0, 8, 8, 1), "side must be"),
+        (lambda: _C.gan_loss_forward(0, 8, 8, 8, 8, 2, 2, 6, 0, 0.0, 1), "kind must be"),
+        (lambda: _C.gan_loss_forward(0, 8, 8, 8, 8, 2, 2, 0, 2, 0.0, 1), "side must be"),
         (lambda: _C.interpolate_forward(0, 8, 8, 8, 0, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),
         (lambda: _C.grad_norm_penalty_forward(0, 8, 8, 8, -1, 4, 1.0, 1), "N and E must be at least 1"),
         (lambda: _C.use_table("sse9"), "sse9"),

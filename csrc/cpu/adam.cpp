@@ -56,17 +56,17 @@ void update(const AdamTensor& t, const Coefficients& k, int64_t begin, int64_t e
 void adam(const AdamArgs& a) {
   constexpr int64_t BLOCK = 16384;  // five streams of 64 KB: a tensor's coefficients cost nothing beside them
   int64_t elements = 0, blocks = 0;
-  for (int64_t i = 0; i < a.N; ++i) {
-    elements += a.tensors[i].count;
-    blocks += (a.tensors[i].count + BLOCK - 1) / BLOCK;
+  for (int64_t i = 0; i < a.tensors.count; ++i) {
+    elements += a.tensors.first[i].count;
+    blocks += (a.tensors.first[i].count + BLOCK - 1) / BLOCK;
   }
 #pragma omp parallel num_threads(team_for(elements, a.threads))
   {
     int64_t block = 0;
     const int64_t first = part_begin(blocks, thread_index(), team_size());
     const int64_t last = part_begin(blocks, thread_index() + 1, team_size());
-    for (int64_t i = 0; i < a.N; ++i) {
-      const AdamTensor& t = a.tensors[i];
+    for (int64_t i = 0; i < a.tensors.count; ++i) {
+      const AdamTensor& t = a.tensors.first[i];
       const int64_t own = (t.count + BLOCK - 1) / BLOCK;
       const int64_t begin = first > block ? first - block : 0, end = last < block + own ? last - block : own;
       if (begin < end) {

@@ -40,7 +40,7 @@ void put_affine(const Grid& grid, float* coef, int64_t c, const Channel& ch) {
 // ------------------------------------------------------------------------------------------------ forward
 
 template <class T, bool RELU>
-void forward(const BnShape& shape, const BnActForwardArgs& args) {
+void forward(const BnShape& shape, const NormForwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, shape.G, shape.channels_last);
   if (grid.empty()) return;
   using Body = NormForwardBody<T, RELU>;
@@ -82,7 +82,7 @@ void forward(const BnShape& shape, const BnActForwardArgs& args) {
 
 // Coefficients of channel c in all groups, and the parameters' gradients, which add up over the groups.
 template <class Body>
-void finish_backward(const Grid& grid, const BnShape& shape, const BnActBackwardArgs& args, int64_t c, bool summed,
+void finish_backward(const Grid& grid, const BnShape& shape, const NormBackwardArgs& args, int64_t c, bool summed,
                      const Partials<2>& partials, float* coefs) {
   double dweight = 0.0, dbias = 0.0;
   for (int64_t g = 0; g < grid.G; ++g) {
@@ -103,7 +103,7 @@ void finish_backward(const Grid& grid, const BnShape& shape, const BnActBackward
 }
 
 template <class T, bool RELU>
-void backward(const BnShape& shape, const BnActBackwardArgs& args) {
+void backward(const BnShape& shape, const NormBackwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, shape.G, shape.channels_last);
   if (grid.empty()) {
     for (int64_t c = 0; c < shape.C; ++c) {
@@ -160,7 +160,7 @@ void backward(const BnShape& shape, const BnActBackwardArgs& args) {
 //   q      = -(γ r / n)(w s2 + W2 dt) + v_γ dt, with Σq and Σ q x̂ in closed form
 //   d_x    = r (q - Σq/n - x̂ Σ(q x̂)/n) - γ A r² x̂ / n
 template <class Body>
-void finish_double_backward(const Grid& grid, const BnShape& shape, const BnActDoubleBackwardArgs& args, int64_t c,
+void finish_double_backward(const Grid& grid, const BnShape& shape, const NormDoubleBackwardArgs& args, int64_t c,
                             const Partials<5>& partials, float* coefs) {
   const double v_weight = args.ddweight ? args.ddweight[c] : 0.0, v_bias = args.ddbias ? args.ddbias[c] : 0.0;
   double d_weight = 0.0;
@@ -186,7 +186,7 @@ void finish_double_backward(const Grid& grid, const BnShape& shape, const BnActD
 }
 
 template <class T, bool RELU>
-void double_backward(const BnShape& shape, const BnActDoubleBackwardArgs& args) {
+void double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, shape.G, shape.channels_last);
   if (grid.empty()) {
     if (args.d_weight)
@@ -241,8 +241,8 @@ void double_backward(const BnShape& shape, const BnActDoubleBackwardArgs& args) 
   else                                                                                          \
     shape.act == ACT_RELU ? kernel<float, true>(shape, args) : kernel<float, false>(shape, args)
 
-void bn_act_forward(const BnShape& shape, const BnActForwardArgs& args) { FG_BY_TYPE(forward); }
-void bn_act_backward(const BnShape& shape, const BnActBackwardArgs& args) { FG_BY_TYPE(backward); }
-void bn_act_double_backward(const BnShape& shape, const BnActDoubleBackwardArgs& args) { FG_BY_TYPE(double_backward); }
+void bn_act_forward(const BnShape& shape, const NormForwardArgs& args) { FG_BY_TYPE(forward); }
+void bn_act_backward(const BnShape& shape, const NormBackwardArgs& args) { FG_BY_TYPE(backward); }
+void bn_act_double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) { FG_BY_TYPE(double_backward); }
 
 }  // namespace fg::ISA

@@ -119,9 +119,9 @@ static void add_up(const T* logits, int64_t begin, int64_t end, bool real, const
 }
 
 template <class T>
-static void forward(const GanLossArgs& a) {
+static void forward(const GanLossShape& s, const GanLossForwardArgs& a) {
   const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
-  const int threads = team_for(8 * (a.n_fake + a.n_real), a.threads);  // an exp or two: dearer than a plain sweep
+  const int threads = team_for(8 * (s.n_fake + s.n_real), s.threads);  // an exp or two: dearer than a plain sweep
   constexpr int PITCH = 2 * SUMS;                                      // doubles of one thread: 64 bytes, a cache line
   Scratch scratch(Scratch::bytes_for<double>(threads * PITCH));
   double* partial = scratch.cut<double>(threads * PITCH);
@@ -133,21 +133,21 @@ static void forward(const GanLossArgs& a) {
     double *f = partial + t * PITCH, *r = f + SUMS;
     for (int k = 0; k < PITCH; ++k) f[k] = 0.0;
     const auto none = [](vf, int64_t, int) { return zero(); };
-    const int64_t f0 = part_begin(a.n_fake, t, parts), f1 = part_begin(a.n_fake, t + 1, parts);
-    const int64_t r0 = part_begin(a.n_real, t, parts), r1 = part_begin(a.n_real, t + 1, parts);
-    if (a.kind == LOSS_RELATIVISTIC) {
+    const int64_t f0 = part_begin(s.n_fake, t, parts), f1 = part_begin(s.n_fake, t + 1, parts);
+    const int64_t r0 = part_begin(s.n_real, t, parts), r1 = part_begin(s.n_real, t + 1, parts);
+    if (s.kind == LOSS_RELATIVISTIC) {
       add_up(
           fake, f0, f1, false,
           [&](vf v, int64_t i, int n) {
             const vf z = v - load_some(real + i, n);
-            return softplus(a.side == SIDE_D ? z : negative(z));
+            return softplus(s.side == SIDE_D ? z : negative(z));
           },
           f);
       add_up(real, r0, r1, true, none, r);
     } else {
-      add_up(fake, f0, f1, false, [&](vf v, int64_t, int) { return loss_fake(v, a.kind, a.side); }, f);
-      if (a.side == SIDE_D)
-        add_up(real, r0, r1, true, [&](vf v, int64_t, int) { return loss_real(v, a.kind, a.smoothing); }, r);
+      add_up(fake, f0, f1, false, [&](vf v, int64_t, int) { return loss_fake(v, s.kind, s.side); }, f);
+      if (s.side == SIDE_D)
+        add_up(real, r0, r1, true, [&](vf v, int64_t, int) { return loss_real(v, s.kind, s.smoothing); }, r);
       else
         add_up(real, r0, r1, true, none, r);
     }
@@ -158,8 +158,8 @@ static void forward(const GanLossArgs& a) {
       f[k] += partial[t * PITCH + k];
       r[k] += partial[t * PITCH + SUMS + k];
     }
-  const double inv_f = 1.0 / static_cast<double>(a.n_fake),
-               inv_r = a.n_real ? 1.0 / static_cast<double>(a.n_real) : 0.0;
+  const double inv_f = 1.0 / static_cast<double>(s.n_fake),
+               inv_r = s.n_real ? 1.0 / static_cast<double>(s.n_real) : 0.0;
   const double statistics[6] = {r[SUM_LOGIT] * inv_r,   f[SUM_LOGIT] * inv_f, r[SUM_SIGMOID] * inv_r,
                                 f[SUM_SIGMOID] * inv_f, r[SUM_RIGHT] * inv_r, f[SUM_RIGHT] * inv_f};
   *a.loss = static_cast<float>(f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r);
@@ -169,40 +169,40 @@ static void forward(const GanLossArgs& a) {
 // ------------------------------------------------------------------------------------------------ backward
 
 template <class T>
-static void backward_pairs(const GanLossArgs& a, int64_t begin, int64_t end, vf scale) {
+static void backward_pairs(const GanLossShape& s, const GanLossBackwardArgs& a, int64_t begin, int64_t end, vf scale) {
   const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
   T *dfake = static_cast<T*>(a.dfake), *dreal = static_cast<T*>(a.dreal);
   each(begin, end, [&](int64_t i, int n) {
     const vf z = load_some(fake + i, n) - load_some(real + i, n);
-    const vf d = scale * (a.side == SIDE_D ? sigmoid(z) : negative(sigmoid(negative(z))));
+    const vf d = scale * (s.side == SIDE_D ? sigmoid(z) : negative(sigmoid(negative(z))));
     if (dfake) store_some(dfake + i, d, n);
     if (dreal) store_some(dreal + i, negative(d), n);
   });
 }
 
 template <class T>
-static void backward(const GanLossArgs& a) {
+static void backward(const GanLossShape& s, const GanLossBackwardArgs& a) {
   const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
   T *dfake = static_cast<T*>(a.dfake), *dreal = static_cast<T*>(a.dreal);
-  const int threads = team_for(8 * (a.n_fake + a.n_real), a.threads);
+  const int threads = team_for(8 * (s.n_fake + s.n_real), s.threads);
   const float dloss = *a.dloss;
 #pragma omp parallel num_threads(threads)
   {
     const int t = thread_index(), parts = team_size();
-    const int64_t f0 = part_begin(a.n_fake, t, parts), f1 = part_begin(a.n_fake, t + 1, parts);
-    const int64_t r0 = part_begin(a.n_real, t, parts), r1 = part_begin(a.n_real, t + 1, parts);
-    const vf scale_f = set1(static_cast<float>(static_cast<double>(dloss) / static_cast<double>(a.n_fake)));
-    if (a.kind == LOSS_RELATIVISTIC) {
-      backward_pairs<T>(a, f0, f1, scale_f);
+    const int64_t f0 = part_begin(s.n_fake, t, parts), f1 = part_begin(s.n_fake, t + 1, parts);
+    const int64_t r0 = part_begin(s.n_real, t, parts), r1 = part_begin(s.n_real, t + 1, parts);
+    const vf scale_f = set1(static_cast<float>(static_cast<double>(dloss) / static_cast<double>(s.n_fake)));
+    if (s.kind == LOSS_RELATIVISTIC) {
+      backward_pairs<T>(s, a, f0, f1, scale_f);
     } else {
       if (dfake)
         each(f0, f1, [&](int64_t i, int n) {
-          store_some(dfake + i, scale_f * slope_fake(load_some(fake + i, n), a.kind, a.side), n);
+          store_some(dfake + i, scale_f * slope_fake(load_some(fake + i, n), s.kind, s.side), n);
         });
-      if (dreal && a.side == SIDE_D) {
-        const vf scale_r = set1(static_cast<float>(static_cast<double>(dloss) / static_cast<double>(a.n_real)));
+      if (dreal && s.side == SIDE_D) {
+        const vf scale_r = set1(static_cast<float>(static_cast<double>(dloss) / static_cast<double>(s.n_real)));
         each(r0, r1, [&](int64_t i, int n) {
-          store_some(dreal + i, scale_r * slope_real(load_some(real + i, n), a.kind, a.smoothing), n);
+          store_some(dreal + i, scale_r * slope_real(load_some(real + i, n), s.kind, s.smoothing), n);
         });
       } else if (dreal) {
         each(r0, r1, [&](int64_t i, int n) { store_some(dreal + i, zero(), n); });
@@ -234,48 +234,48 @@ static double bend(int64_t begin, int64_t end, vf scale, T* out, T* negated, con
 }
 
 template <class T>
-static void double_backward(const GanLossArgs& a) {
+static void double_backward(const GanLossShape& s, const GanLossDoubleBackwardArgs& a) {
   const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
   const T *ddfake = static_cast<const T*>(a.ddfake), *ddreal = static_cast<const T*>(a.ddreal);
-  T *dfake = static_cast<T*>(a.dfake), *dreal = static_cast<T*>(a.dreal);
-  const int threads = team_for(8 * (a.n_fake + a.n_real), a.threads);
+  T *d_fake = static_cast<T*>(a.d_fake), *d_real = static_cast<T*>(a.d_real);
+  const int threads = team_for(8 * (s.n_fake + s.n_real), s.threads);
   constexpr int PITCH = 8;  // doubles of one thread: a cache line
   Scratch scratch(Scratch::bytes_for<double>(threads * PITCH));
   double* partial = scratch.cut<double>(threads * PITCH);
-  const double inv_f = 1.0 / static_cast<double>(a.n_fake),
-               inv_r = a.n_real ? 1.0 / static_cast<double>(a.n_real) : 0.0;
+  const double inv_f = 1.0 / static_cast<double>(s.n_fake),
+               inv_r = s.n_real ? 1.0 / static_cast<double>(s.n_real) : 0.0;
   const vf scale_f = set1(static_cast<float>(*a.dloss * inv_f)), scale_r = set1(static_cast<float>(*a.dloss * inv_r));
   int team = 1;
 #pragma omp parallel num_threads(threads)
   {
     const int t = thread_index(), parts = team_size();
     if (t == 0) team = parts;
-    const int64_t f0 = part_begin(a.n_fake, t, parts), f1 = part_begin(a.n_fake, t + 1, parts);
-    const int64_t r0 = part_begin(a.n_real, t, parts), r1 = part_begin(a.n_real, t + 1, parts);
+    const int64_t f0 = part_begin(s.n_fake, t, parts), f1 = part_begin(s.n_fake, t + 1, parts);
+    const int64_t r0 = part_begin(s.n_real, t, parts), r1 = part_begin(s.n_real, t + 1, parts);
     double sum_f = 0.0, sum_r = 0.0;
-    if (a.kind == LOSS_RELATIVISTIC) {
-      sum_f = bend<T>(f0, f1, scale_f, dfake, dreal, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
+    if (s.kind == LOSS_RELATIVISTIC) {
+      sum_f = bend<T>(f0, f1, scale_f, d_fake, d_real, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
         const vf z = load_some(fake + i, n) - load_some(real + i, n);
         u = load_some(ddfake + i, n) - load_some(ddreal + i, n);
-        slope = a.side == SIDE_D ? sigmoid(z) : negative(sigmoid(negative(z)));
-        second = curve(z, a.kind, a.side);
+        slope = s.side == SIDE_D ? sigmoid(z) : negative(sigmoid(negative(z)));
+        second = curve(z, s.kind, s.side);
       });
     } else {
-      sum_f = bend<T>(f0, f1, scale_f, dfake, nullptr, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
+      sum_f = bend<T>(f0, f1, scale_f, d_fake, nullptr, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
         const vf f = load_some(fake + i, n);
         u = load_some(ddfake + i, n);
-        slope = slope_fake(f, a.kind, a.side);
-        second = curve(f, a.kind, a.side);
+        slope = slope_fake(f, s.kind, s.side);
+        second = curve(f, s.kind, s.side);
       });
-      if (a.side == SIDE_D)
-        sum_r = bend<T>(r0, r1, scale_r, dreal, nullptr, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
+      if (s.side == SIDE_D)
+        sum_r = bend<T>(r0, r1, scale_r, d_real, nullptr, [&](int64_t i, int n, vf& u, vf& slope, vf& second) {
           const vf r = load_some(real + i, n);
           u = load_some(ddreal + i, n);
-          slope = slope_real(r, a.kind, a.smoothing);
-          second = curve(r, a.kind, a.side);
+          slope = slope_real(r, s.kind, s.smoothing);
+          second = curve(r, s.kind, s.side);
         });
-      else if (dreal)
-        each(r0, r1, [&](int64_t i, int n) { store_some(dreal + i, zero(), n); });
+      else if (d_real)
+        each(r0, r1, [&](int64_t i, int n) { store_some(d_real + i, zero(), n); });
     }
     partial[t * PITCH] = sum_f * inv_f + sum_r * inv_r;
   }
@@ -286,10 +286,14 @@ static void double_backward(const GanLossArgs& a) {
 
 }  // namespace
 
-void gan_loss_forward(const GanLossArgs& args) { args.dtype == BF16 ? forward<bf16>(args) : forward<float>(args); }
-void gan_loss_backward(const GanLossArgs& args) { args.dtype == BF16 ? backward<bf16>(args) : backward<float>(args); }
-void gan_loss_double_backward(const GanLossArgs& args) {
-  args.dtype == BF16 ? double_backward<bf16>(args) : double_backward<float>(args);
+void gan_loss_forward(const GanLossShape& shape, const GanLossForwardArgs& args) {
+  shape.dtype == BF16 ? forward<bf16>(shape, args) : forward<float>(shape, args);
+}
+void gan_loss_backward(const GanLossShape& shape, const GanLossBackwardArgs& args) {
+  shape.dtype == BF16 ? backward<bf16>(shape, args) : backward<float>(shape, args);
+}
+void gan_loss_double_backward(const GanLossShape& shape, const GanLossDoubleBackwardArgs& args) {
+  shape.dtype == BF16 ? double_backward<bf16>(shape, args) : double_backward<float>(shape, args);
 }
 
 }  // namespace fg::ISA

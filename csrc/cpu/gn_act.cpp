@@ -206,7 +206,7 @@ void fill_zero(float* p, int64_t n) {
 // ------------------------------------------------------------------------------------------------ forward
 
 template <class T, bool RELU>
-void forward(const GnShape& shape, const GnActForwardArgs& args) {
+void forward(const GnShape& shape, const NormForwardArgs& args) {
   const Cut cut(shape);
   if (cut.empty()) return;
   using Body = NormForwardBody<T, RELU>;
@@ -318,7 +318,7 @@ void backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row&
 }
 
 template <class T, bool RELU>
-void backward(const GnShape& shape, const GnActBackwardArgs& args) {
+void backward(const GnShape& shape, const NormBackwardArgs& args) {
   const Cut cut(shape);
   if (cut.empty()) {
     fill_zero(args.dweight, shape.C);
@@ -407,7 +407,7 @@ struct SecondOrder {
 // x̂)/M)
 template <class Body>
 void finish_double_backward(const Cut& cut, const Grid& grid, const Partials<5>& partials, int64_t first, int64_t j,
-                            const Group& group, const GnActDoubleBackwardArgs& args, float* coef,
+                            const Group& group, const NormDoubleBackwardArgs& args, float* coef,
                             ParameterSums<1>& gradients) {
   const double r = group.r;
   SecondOrder o{};
@@ -439,7 +439,7 @@ void finish_double_backward(const Cut& cut, const Grid& grid, const Partials<5>&
 
 template <class Sums, class Body>
 void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row& row, const Group& group,
-                         int64_t first, const GnActDoubleBackwardArgs& args, ParameterSums<1>& gradients) {
+                         int64_t first, const NormDoubleBackwardArgs& args, ParameterSums<1>& gradients) {
   const float* v_weight = args.ddweight ? args.ddweight + first : nullptr;
   const float* v_bias = args.ddbias ? args.ddbias + first : nullptr;
   float* d_weight = gradients.recent + first;
@@ -489,7 +489,7 @@ void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, con
 }
 
 template <class T, bool RELU>
-void double_backward(const GnShape& shape, const GnActDoubleBackwardArgs& args) {
+void double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) {
   const Cut cut(shape);
   if (cut.empty()) {
     fill_zero(args.d_weight, shape.C);
@@ -564,8 +564,8 @@ void double_backward(const GnShape& shape, const GnActDoubleBackwardArgs& args) 
   else                                                                                          \
     shape.act == ACT_RELU ? kernel<float, true>(shape, args) : kernel<float, false>(shape, args)
 
-void gn_act_forward(const GnShape& shape, const GnActForwardArgs& args) { FG_BY_TYPE(forward); }
-void gn_act_backward(const GnShape& shape, const GnActBackwardArgs& args) { FG_BY_TYPE(backward); }
-void gn_act_double_backward(const GnShape& shape, const GnActDoubleBackwardArgs& args) { FG_BY_TYPE(double_backward); }
+void gn_act_forward(const GnShape& shape, const NormForwardArgs& args) { FG_BY_TYPE(forward); }
+void gn_act_backward(const GnShape& shape, const NormBackwardArgs& args) { FG_BY_TYPE(backward); }
+void gn_act_double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) { FG_BY_TYPE(double_backward); }
 
 }  // namespace fg::ISA

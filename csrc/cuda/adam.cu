@@ -38,12 +38,12 @@ int64_t adam(const AdamArgs& args, const Target& target) {
   a.sign = args.maximize ? -1.0f : 1.0f;
   a.first_moment = lerp_by(1.0 - args.beta1);
   a.average = lerp_by(args.weight);
-  for (int64_t from = 0; from < args.N; from += ADAM_TENSORS) {
-    const int count = static_cast<int>(std::min<int64_t>(ADAM_TENSORS, args.N - from));
+  for (int64_t from = 0; from < args.tensors.count; from += ADAM_TENSORS) {
+    const int count = static_cast<int>(std::min<int64_t>(ADAM_TENSORS, args.tensors.count - from));
     bool whole = true;
     int64_t blocks = 0;
     for (int i = 0; i < count; ++i) {
-      const AdamTensor& t = args.tensors[from + i];
+      const AdamTensor& t = args.tensors.first[from + i];
       a.tensors[i] = {t.parameter, t.gradient, t.exp_avg, t.exp_avg_sq, t.average, t.step, t.count};
       blocks += divide_up(t.count, ADAM_BLOCK);
       a.first[i + 1] = static_cast<int>(grid_of(op, blocks));

@@ -29,7 +29,7 @@ BnFinish finish_of(const BnShape& s, const Norm& norm, const Reduction& plan, co
 }
 
 std::optional<int64_t> forward_in_one(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm,
-                                      const BnActForwardArgs& a, const Target& target) {
+                                      const NormForwardArgs& a, const Target& target) {
   return by_dtype(t.dtype, [&](auto zero) {
     using T = decltype(zero);
     const NormForward<T> map{{static_cast<const T*>(t.x)}, {static_cast<T*>(t.y)}, norm};
@@ -38,7 +38,7 @@ std::optional<int64_t> forward_in_one(const char* op, const Walk& walk, const No
 }
 
 std::optional<int64_t> backward_in_one(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm,
-                                       double inv_n, const BnActBackwardArgs& a, const Target& target) {
+                                       double inv_n, const NormBackwardArgs& a, const Target& target) {
   return by_dtype(t.dtype, [&](auto zero) {
     using T = decltype(zero);
     const NormBackward<T> map{
@@ -48,7 +48,7 @@ std::optional<int64_t> backward_in_one(const char* op, const Walk& walk, const N
 }
 
 std::optional<int64_t> double_backward_in_one(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm,
-                                              double inv_n, const BnActDoubleBackwardArgs& a, const Target& target) {
+                                              double inv_n, const NormDoubleBackwardArgs& a, const Target& target) {
   return by_dtype(t.dtype, [&](auto zero) {
     using T = decltype(zero);
     const NormDouble<T> map{{static_cast<const T*>(t.ddx), static_cast<const T*>(t.dy), static_cast<const T*>(t.x)},
@@ -63,7 +63,7 @@ std::optional<int64_t> double_backward_in_one(const char* op, const Walk& walk, 
 
 }  // namespace
 
-int64_t bn_act_forward(const BnShape& s, const BnActForwardArgs& a, const Target& target) {
+int64_t bn_act_forward(const BnShape& s, const NormForwardArgs& a, const Target& target) {
   constexpr auto op = "bn_act_forward";
   const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
   NormTensors t{};
@@ -85,7 +85,7 @@ int64_t bn_act_forward(const BnShape& s, const BnActForwardArgs& a, const Target
   return 0;
 }
 
-int64_t bn_act_backward(const BnShape& s, const BnActBackwardArgs& a, const Target& target) {
+int64_t bn_act_backward(const BnShape& s, const NormBackwardArgs& a, const Target& target) {
   constexpr auto op = "bn_act_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
   NormTensors t{};
@@ -109,7 +109,7 @@ int64_t bn_act_backward(const BnShape& s, const BnActBackwardArgs& a, const Targ
   return 0;
 }
 
-int64_t bn_act_double_backward(const BnShape& s, const BnActDoubleBackwardArgs& a, const Target& target) {
+int64_t bn_act_double_backward(const BnShape& s, const NormDoubleBackwardArgs& a, const Target& target) {
   constexpr auto op = "bn_act_double_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
   NormTensors t{};

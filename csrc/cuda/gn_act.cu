@@ -26,7 +26,7 @@ GnFinish finish_of(const GnShape& s, const Norm& norm, const Reduction& plan, co
 
 }  // namespace
 
-int64_t gn_act_forward(const GnShape& s, const GnActForwardArgs& a, const Target& target) {
+int64_t gn_act_forward(const GnShape& s, const NormForwardArgs& a, const Target& target) {
   if (s.HW < FEW_PIXELS) return gn_rows_forward(s, a, target);
   constexpr auto op = "gn_act_forward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
@@ -47,7 +47,7 @@ int64_t gn_act_forward(const GnShape& s, const GnActForwardArgs& a, const Target
   return 0;
 }
 
-int64_t gn_act_backward(const GnShape& s, const GnActBackwardArgs& a, const Target& target) {
+int64_t gn_act_backward(const GnShape& s, const NormBackwardArgs& a, const Target& target) {
   if (s.HW < FEW_PIXELS) return gn_rows_backward(s, a, target);
   constexpr auto op = "gn_act_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
@@ -76,7 +76,7 @@ int64_t gn_act_backward(const GnShape& s, const GnActBackwardArgs& a, const Targ
   return 0;
 }
 
-int64_t gn_act_double_backward(const GnShape& s, const GnActDoubleBackwardArgs& a, const Target& target) {
+int64_t gn_act_double_backward(const GnShape& s, const NormDoubleBackwardArgs& a, const Target& target) {
   if (s.HW < FEW_PIXELS) return gn_rows_double_backward(s, a, target);
   constexpr auto op = "gn_act_double_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);

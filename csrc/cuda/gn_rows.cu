@@ -47,7 +47,7 @@ struct Workspace {
 
 }  // namespace
 
-int64_t gn_rows_forward(const GnShape& s, const GnActForwardArgs& a, const Target& target) {
+int64_t gn_rows_forward(const GnShape& s, const NormForwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_forward";
   const Views views(op, s);
   NormTensors t{};
@@ -71,7 +71,7 @@ int64_t gn_rows_forward(const GnShape& s, const GnActForwardArgs& a, const Targe
   return 0;
 }
 
-int64_t gn_rows_backward(const GnShape& s, const GnActBackwardArgs& a, const Target& target) {
+int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_backward";
   const Views views(op, s);
   const RowNorm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
@@ -103,7 +103,7 @@ int64_t gn_rows_backward(const GnShape& s, const GnActBackwardArgs& a, const Tar
   });
 }
 
-int64_t gn_rows_double_backward(const GnShape& s, const GnActDoubleBackwardArgs& a, const Target& target) {
+int64_t gn_rows_double_backward(const GnShape& s, const NormDoubleBackwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_double_backward";
   const Views views(op, s);
   const RowNorm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);

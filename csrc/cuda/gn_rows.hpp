@@ -8,8 +8,8 @@ namespace fg::cuda {
 // Sums per sample and channel pay from here on: they are then 3/16 of x's elements at most, in float32.
 constexpr int64_t FEW_PIXELS = 16;
 
-int64_t gn_rows_forward(const GnShape&, const GnActForwardArgs&, const Target&);
-int64_t gn_rows_backward(const GnShape&, const GnActBackwardArgs&, const Target&);
-int64_t gn_rows_double_backward(const GnShape&, const GnActDoubleBackwardArgs&, const Target&);
+int64_t gn_rows_forward(const GnShape&, const NormForwardArgs&, const Target&);
+int64_t gn_rows_backward(const GnShape&, const NormBackwardArgs&, const Target&);
+int64_t gn_rows_double_backward(const GnShape&, const NormDoubleBackwardArgs&, const Target&);
 
 }  // namespace fg::cuda

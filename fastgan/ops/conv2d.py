@@ -222,6 +222,8 @@ op.differentiate(_save, _backward)
 # of a 16-bit type, and reads them once anyway, in one launch.
 LEAST_PIXELS = 512
 
+NO_EPILOGUE = _activation.CODES["identity"], 0.0
+
 
 def statistics_pay(y: tuple, device: str, name: str, stat_groups: int) -> bool:
     """Whether the op `name` with statistics beats the convolution and bn_act's own: on a GPU, for y's shape [N,K,H,W].
@@ -261,7 +263,8 @@ def statistics_backends(launch: Callable[..., tuple], declines: Callable[..., st
 def launch_statistics(core, x, weight, bias, stride, padding, dilation, groups, stat_groups):
     mean, var = (x.new_empty(stat_groups, weight.shape[0], dtype=torch.float32) for _ in range(2))
     geometry = stride, padding, dilation, groups
-    return run(core, "conv2d_statistics", x, weight, bias, *geometry, stat_groups, mean, var), mean, var
+    tail = *NO_EPILOGUE, stat_groups, mean, var
+    return run(core, "conv2d_statistics", x, weight, bias, *geometry, *tail), mean, var
 
 
 def reference_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):

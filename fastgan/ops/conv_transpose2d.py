@@ -33,6 +33,7 @@ from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import triton
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.conv2d import (
+    NO_EPILOGUE,
     backends,
     backward_statistics,
     channels_last,
@@ -164,7 +165,8 @@ op.differentiate(_save, _backward)
 def launch_statistics(core, x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):
     mean, var = (x.new_empty(stat_groups, weight.shape[1] * groups, dtype=torch.float32) for _ in range(2))
     geometry = stride, padding, output_padding, groups, dilation
-    return run(core, "conv_transpose2d_statistics", x, weight, bias, *geometry, stat_groups, mean, var), mean, var
+    tail = *NO_EPILOGUE, stat_groups, mean, var
+    return run(core, "conv_transpose2d_statistics", x, weight, bias, *geometry, *tail), mean, var
 
 
 def reference_statistics(x, weight, bias, stride, padding, output_padding, groups, dilation, stat_groups):

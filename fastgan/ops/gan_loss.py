@@ -139,12 +139,16 @@ def reference(fake, real, kind, side, smoothing):
     return formula(f, r, kind, side, smoothing).to(fake.dtype), torch.stack(statistics)
 
 
+def _shape(fake, real, kind, side, smoothing):
+    """The kernels' GanLossShape behind the dtype."""
+    return fake.numel(), 0 if real is None else real.numel(), KINDS.index(kind), SIDES.index(side), smoothing
+
+
 def launch(core, fake, real, kind, side, smoothing):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
     loss, statistics = fake.new_empty((), dtype=torch.float32), fake.new_empty(6, dtype=torch.float32)
-    logits = fake, fake.numel(), real, 0 if real is None else real.numel()
-    formula = KINDS.index(kind), SIDES.index(side), smoothing
-    core.call("gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], *logits, *formula, loss, statistics)
+    shape = _shape(fake, real, kind, side, smoothing)
+    core.call("gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], fake, real, loss, statistics, *shape)
     return loss.to(fake.dtype), statistics
 
 
@@ -193,10 +197,9 @@ def launch_backward(core, dloss, fake, real, kind, side, smoothing):
     dloss = dloss.to(torch.float32)
     dfake = torch.empty_like(fake)
     dreal = fake.new_empty(0) if real is None else torch.empty_like(real)
-    logits = fake, fake.numel(), real, 0 if real is None else real.numel()
-    formula = KINDS.index(kind), SIDES.index(side), smoothing
-    made = dfake, None if real is None else dreal
-    core.call("gan_loss_backward", fake, _native.DTYPE_CODES[fake.dtype], dloss, *logits, *formula, *made)
+    tensors = dloss, fake, real, dfake, None if real is None else dreal
+    shape = _shape(fake, real, kind, side, smoothing)
+    core.call("gan_loss_backward", fake, _native.DTYPE_CODES[fake.dtype], *tensors, *shape)
     return dfake, dreal
 
 
@@ -263,11 +266,10 @@ def launch_double_backward(core, ddfake, ddreal, dloss, fake, real, kind, side, 
     ddfake, fake = ddfake.contiguous(), fake.contiguous()
     ddreal, real = (None if t is None else t.contiguous() for t in (ddreal, real))
     d_dloss, d_fake, d_real = fake_double_backward_shapes(ddfake, ddreal, dloss, fake, real, kind, side, smoothing)
-    given = _native.DTYPE_CODES[fake.dtype], ddfake, ddreal, dloss.to(torch.float32)
-    logits = fake, fake.numel(), real, 0 if real is None else real.numel()
-    formula = KINDS.index(kind), SIDES.index(side), smoothing
+    given = ddfake, ddreal, dloss.to(torch.float32), fake, real
     made = d_dloss, d_fake, None if real is None else d_real
-    core.call("gan_loss_double_backward", fake, *given, *logits, *formula, *made)
+    shape = _shape(fake, real, kind, side, smoothing)
+    core.call("gan_loss_double_backward", fake, _native.DTYPE_CODES[fake.dtype], *given, *made, *shape)
     return d_dloss, d_fake, d_real
 
 

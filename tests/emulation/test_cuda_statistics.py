@@ -178,7 +178,7 @@ def test_what_is_declined_says_why():
         with testing.emulate("cuda") as record, pytest.raises(ValueError, match=f"^{name}: stat_groups must divide N"):
             module, zeros = record.module, (0,) * 4
             conv = module.Conv(4, 3, 8, 8, 5, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-            getattr(module, name)(conv, 0, 0, 0, 0, zeros, 0, 0, 3, 0, 0, 0, 0)
+            getattr(module, name)(conv, 0, 0, 0, 0, zeros, 0, 0, 0, 0.0, 3, 0, 0, 0, 0)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------

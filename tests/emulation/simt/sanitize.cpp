@@ -14,30 +14,9 @@
 #include "simt.hpp"
 
 // A program may be linked with some of the kernels only: the others are null.
-#define WEAK __attribute__((weak))
+#define FG_WEAK(kernel, ...) Launcher<__VA_ARGS__> kernel __attribute__((weak));
 namespace fg::cuda {
-int64_t bn_act_forward(const BnShape&, const BnActForwardArgs&, const Target&) WEAK;
-int64_t bn_act_backward(const BnShape&, const BnActBackwardArgs&, const Target&) WEAK;
-int64_t bn_act_double_backward(const BnShape&, const BnActDoubleBackwardArgs&, const Target&) WEAK;
-int64_t gn_act_forward(const GnShape&, const GnActForwardArgs&, const Target&) WEAK;
-int64_t gn_act_backward(const GnShape&, const GnActBackwardArgs&, const Target&) WEAK;
-int64_t gn_act_double_backward(const GnShape&, const GnActDoubleBackwardArgs&, const Target&) WEAK;
-int64_t bias_act_forward(const BiasActShape&, const BiasActForwardArgs&, const Target&) WEAK;
-int64_t bias_act_backward(const BiasActShape&, const BiasActBackwardArgs&, const Target&) WEAK;
-int64_t gan_loss_forward(const GanLossArgs&, const Target&) WEAK;
-int64_t gan_loss_backward(const GanLossArgs&, const Target&) WEAK;
-int64_t gan_loss_double_backward(const GanLossArgs&, const Target&) WEAK;
-int64_t interpolate_forward(const InterpolateArgs&, const Target&) WEAK;
-int64_t sample_dot(const SampleDotArgs&, const Target&) WEAK;
-int64_t grad_norm_penalty_forward(const GradNormPenaltyArgs&, const Target&) WEAK;
-int64_t grad_norm_penalty_backward(const GradNormPenaltyArgs&, const Target&) WEAK;
-int64_t adam(const AdamArgs&, const Target&) WEAK;
-int64_t conv2d(const ConvShape&, const Conv2dArgs&, const Target&) WEAK;
-int64_t conv_transpose2d(const ConvShape&, const ConvTranspose2dArgs&, const Target&) WEAK;
-int64_t conv2d_weight(const ConvShape&, const Conv2dWeightArgs&, const Target&) WEAK;
-int64_t conv2d_statistics(const ConvShape&, const Conv2dArgs&, const StatisticsArgs&, const Target&) WEAK;
-int64_t conv_transpose2d_statistics(const ConvShape&, const ConvTranspose2dArgs&, const StatisticsArgs&,
-                                    const Target&) WEAK;
+FG_CUDA_KERNELS(FG_WEAK)
 }  // namespace fg::cuda
 
 using namespace fg;
@@ -184,23 +163,19 @@ void gan_loss(DType d, const Size& s) {
   const Array fake(d, n), real(d, n), dfake(d, n, true), dreal(d, n, true), dloss(F32, 1);
   const Array loss(F32, 1, true), statistics(F32, 6, true), d_dloss(F32, 1, true);
   for (const Loss kind : {LOSS_BCE, LOSS_HINGE, LOSS_RELATIVISTIC}) {
-    GanLossArgs a{};
-    a.dtype = d;
-    a.fake = fake.get();
-    a.real = real.get();
-    a.n_fake = a.n_real = n;
-    a.kind = kind;
-    a.loss = loss.floats();
-    a.statistics = statistics.floats();
-    a.d_dloss = d_dloss.floats();
-    a.dloss = dloss.floats();
-    a.dfake = dfake.get();
-    a.dreal = dreal.get();
-    call([&](const auto& t) { return cuda::gan_loss_forward(a, t); });
-    call([&](const auto& t) { return cuda::gan_loss_backward(a, t); });
-    a.ddfake = real.get();
-    a.ddreal = fake.get();
-    call([&](const auto& t) { return cuda::gan_loss_double_backward(a, t); });
+    const GanLossShape shape{d, n, n, kind, SIDE_D, 0.0f, 1};
+    call([&](const auto& t) {
+      return cuda::gan_loss_forward(shape, {fake.get(), real.get(), loss.floats(), statistics.floats()}, t);
+    });
+    call([&](const auto& t) {
+      return cuda::gan_loss_backward(shape, {dloss.floats(), fake.get(), real.get(), dfake.get(), dreal.get()}, t);
+    });
+    call([&](const auto& t) {
+      return cuda::gan_loss_double_backward(
+          shape,
+          {real.get(), fake.get(), dloss.floats(), fake.get(), real.get(), d_dloss.floats(), dfake.get(), dreal.get()},
+          t);
+    });
   }
   written("gan_loss", d, dfake);
   written("gan_loss", d, dreal);
@@ -214,10 +189,13 @@ void penalties(DType d, const Size& s) {
   call([&](const auto& t) {
     return cuda::interpolate_forward({d, real.get(), fake.get(), epsilon.floats(), nullptr, y.get(), s.N, E, 1}, t);
   });
-  const GradNormPenaltyArgs a{
-      d, real.get(), epsilon.floats(), penalty.floats(), norm.floats(), dgradient.get(), s.N, E, 1.0f, 1};
-  call([&](const auto& t) { return cuda::grad_norm_penalty_forward(a, t); });
-  call([&](const auto& t) { return cuda::grad_norm_penalty_backward(a, t); });
+  const GradNormPenaltyShape shape{d, s.N, E, 1.0f, 1};
+  call([&](const auto& t) {
+    return cuda::grad_norm_penalty_forward(shape, {real.get(), penalty.floats(), norm.floats()}, t);
+  });
+  call([&](const auto& t) {
+    return cuda::grad_norm_penalty_backward(shape, {epsilon.floats(), real.get(), norm.floats(), dgradient.get()}, t);
+  });
   call([&](const auto& t) { return cuda::sample_dot({d, real.get(), fake.get(), dot.floats(), s.N, E, 1}, t); });
   for (const Array* p : {&y, &dgradient}) written("penalties", d, *p);
   for (const Array* p : {&penalty, &norm, &dot}) written("penalties", F32, *p);
@@ -240,8 +218,7 @@ void adam(DType, const Size& s) {
     tensors.push_back({of[0], of[1], of[2], of[3], tensors.empty() ? nullptr : of[4], of[5], count});
   }
   AdamArgs a{};
-  a.tensors = tensors.data();
-  a.N = 3;
+  a.tensors = {tensors.data(), 3};
   a.lr = 0.1f;
   a.beta1 = a.beta2 = 0.5;
   a.ln_beta1 = a.ln_beta2 = std::log(0.5);

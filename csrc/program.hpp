@@ -1,0 +1,116 @@
+// A program: a list of kernels with their structs filled in, which one call runs. The shapes and the numbers are in the
+// frames of its steps; a pointer is a slot, an index into the addresses that run() is given, or such a slot and bytes
+// behind it. So one program serves every call of its shapes, whatever the tensors' addresses, and memory that only the
+// steps use (outputs between them, their scratch) may lie in one tensor.
+//
+// This file is the CPU's: the launchers of CUDA ask for a workspace, step by step.
+#pragma once
+
+#include "binding.hpp"
+
+namespace fg::binding {
+
+class Program {
+ public:
+  // `function` with its arguments as a call has them, but for pointers, which are slots (an integer, a pair of a slot
+  // and bytes, or None for "absent"), and for the threads, which run() is given.
+  void append(const Function& function, PyObject* const* arguments, size_t count) {
+    const size_t wanted = function.fields.size() - 1;
+    if (count != wanted) refuse_count(function, wanted, count);
+    Step step{&function, std::vector<std::byte>(function.bytes), {}};
+    for (size_t i = 0; i < wanted; ++i)
+      read(function, function.fields[i], arguments[i], step.frame.data(),
+           [&](const Field& field, PyObject* object, std::byte* to) {
+             if (field.kind != Kind::POINTER) refuse(std::string(function.name) + " cannot be a step of a program");
+             put(to, static_cast<void*>(nullptr));
+             if (object != Py_None) step.pointers.push_back(pointer(function.name, field, object));
+           });
+    put(step.frame.data() + function.threads, 1);
+    function.check(function.name, step.frame.data());
+    for (const Pointer& p : step.pointers) slots = std::max(slots, p.slot + 1);
+    steps.push_back(std::move(step));
+  }
+
+  // Every step in order, without the GIL.
+  void run(int threads, const std::vector<void*>& addresses) const {
+    if (addresses.size() != slots)
+      refuse("Program: run() must be given an address for each of its " + text(static_cast<int64_t>(slots)) +
+             " slots, got " + text(static_cast<int64_t>(addresses.size())));
+    const Unlocked gil;
+    for (const Step& step : steps) {
+      Frame frame;  // of this call: another thread may run the program, too
+      std::memcpy(frame.bytes, step.frame.data(), step.frame.size());
+      put(frame.bytes + step.function->threads, threads);
+      for (const Pointer& p : step.pointers)
+        if (void* base = addresses[p.slot]) put(frame.bytes + p.offset, static_cast<char*>(base) + p.bytes);
+      step.function->run(frame.bytes);
+    }
+  }
+
+ private:
+  struct Pointer {
+    size_t offset;  // in the frame
+    size_t slot;
+    int64_t bytes;
+  };
+  struct Step {
+    const Function* function;
+    std::vector<std::byte> frame;
+    std::vector<Pointer> pointers;
+  };
+  std::vector<Step> steps;
+  size_t slots = 0;
+
+  static Pointer pointer(const char* op, const Field& field, PyObject* object) {
+    PyObject *slot = object, *bytes = nullptr;
+    if (PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 2) {
+      slot = PyTuple_GET_ITEM(object, 0);
+      bytes = PyTuple_GET_ITEM(object, 1);
+    }
+    const int64_t index = integer(op, field.name, slot), behind = bytes ? integer(op, field.name, bytes) : 0;
+    within(op, field.name, index, 0, 1 << 20);
+    return {field.offset, static_cast<size_t>(index), behind};
+  }
+};
+
+inline const Function& cpu_function(const std::string& name) {
+#define FG_FIND(kernel, ...) \
+  if (name == #kernel) return Bound<Cpu, &Table::kernel>::function;
+  FG_KERNELS(FG_FIND)
+  refuse("Program: a step must be a kernel of this module, got " + name);
+}
+
+// program.append("conv2d", ...)
+inline PyObject* append_step(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> PyObject* {
+    if (count < 1) throw py::type_error("Program: append() must be given the name of a kernel, got nothing");
+    const auto name = py::cast<std::string>(py::handle(arguments[0]));
+    py::cast<Program&>(py::handle(self)).append(cpu_function(name), arguments + 1, static_cast<size_t>(count) - 1);
+    Py_RETURN_NONE;
+  });
+}
+
+// program.run(threads, *addresses)
+inline PyObject* run_program(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> PyObject* {
+    if (count < 1) throw py::type_error("Program: run() must be given the number of threads, got nothing");
+    const int64_t threads = integer("Program", "threads", arguments[0]);
+    within("Program", "threads", threads, 1, LAST_THREADS);
+    std::vector<void*> addresses;
+    addresses.reserve(static_cast<size_t>(count));
+    for (Py_ssize_t i = 1; i < count; ++i) addresses.push_back(address("Program", "an address", arguments[i]));
+    py::cast<const Program&>(py::handle(self)).run(static_cast<int>(threads), addresses);
+    Py_RETURN_NONE;
+  });
+}
+
+inline void bind_program(py::module_& m) {
+  static PyMethodDef append, run;
+  py::class_<Program> type(m, "Program", "Kernels of this module that one call runs.");
+  type.def(py::init<>());
+  define_method(type, &append, "append", append_step,
+                "(kernel, *arguments): one step; pointers are slots, (slot, bytes) or None, and there are no threads.");
+  define_method(type, &run, "run", run_program, "(threads, *addresses): every step, with an address for each slot.");
+}
+
+}  // namespace fg::binding
