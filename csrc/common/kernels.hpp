@@ -37,11 +37,14 @@ FG_STRUCT(Conv2dArgs,            //
           (void*, y),            // [N][OH][OW][K], written in full
           (Act, act), (float, slope), (Threads, threads));
 
-FG_STRUCT(ConvTranspose2dArgs,                                                             //
-          (DType, dtype),                                                                  // of y and x
-          (const void*, y),                                                                // [N][OH][OW][K], read
-          (const void*, w), (DType, w_dtype), (Strides, w_strides), (const float*, bias),  // [C] or null
-          (void*, x),  // [N][H][W][C], written in full
+FG_STRUCT(ConvTranspose2dArgs,   //
+          (DType, dtype),        // of y and x
+          (const void*, y),      // [N][OH][OW][K], read
+          (const void*, w),      // w, w_dtype, w_strides: as in Conv2dArgs
+          (DType, w_dtype),      //
+          (Strides, w_strides),  //
+          (const float*, bias),  // [C] or null
+          (void*, x),            // [N][H][W][C], written in full
           (Act, act), (float, slope), (Threads, threads));
 
 FG_STRUCT(Conv2dWeightArgs,   //
@@ -52,80 +55,58 @@ FG_STRUCT(Conv2dWeightArgs,   //
           (DType, dw_dtype), (Strides, dw_strides), (Threads, threads));
 
 // What bn_act's three directions share. x is [N][HW][C] (channels_last) or [N][C][HW]; group g of G holds the samples
-// [g N/G, (g+1) N/G). mean and var are float32 [G][C]; var is biased.
+// [g N/G, (g+1) N/G). mean and var are float32 [G][C]; var is biased. Without training both are constants, so that
+// every 1/n of the derivatives is 0. act is identity, relu or leaky_relu.
 FG_STRUCT(BnShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW), (int64_t, G), (bool, channels_last),
-          (bool, training),  // false: mean and var are constants, so every 1/n of the derivatives is 0
-          (float, eps),      //
-          (Act, act),        // identity, relu or leaky_relu
-          (float, slope), (Threads, threads));
+          (bool, training), (float, eps), (Act, act), (float, slope), (Threads, threads));
 
 // What gn_act's three directions share. x as for bn_act; mean and var are float32 [N][groups], always of x itself.
 FG_STRUCT(GnShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW), (int64_t, groups), (bool, channels_last),
-          (float, eps),  //
-          (Act, act),    // identity, relu or leaky_relu
-          (float, slope), (Threads, threads));
+          (float, eps), (Act, act), (float, slope), (Threads, threads));
 
 // The arguments of both norms.
-FG_STRUCT(NormForwardArgs,         //
-          (const void*, x),        //
-          (const float*, weight),  // [C] or null (1)
-          (const float*, bias),    // [C] or null (0)
-          (float*, mean),          // as var: written; bn_act in eval reads both
+// weight and bias are [C] or null (1 and 0); mean and var are written forward, but in bn_act's eval mode.
+FG_STRUCT(NormForwardArgs, (const void*, x), (const float*, weight), (const float*, bias), (float*, mean),
           (float*, var), (void*, y));
 
-FG_STRUCT(NormBackwardArgs,  //
-          (const void*, dy), (const void*, x), (const float*, weight), (const float*, bias), (const float*, mean),
-          (const float*, var),  //
-          (void*, dx),          // null: not wanted
-          (float*, dweight),    // [C], summed over samples or groups; null: not wanted
-          (float*, dbias));     // as dweight
+// Any output may be null: not wanted. dweight and dbias are [C], summed over samples or groups.
+FG_STRUCT(NormBackwardArgs, (const void*, dy), (const void*, x), (const float*, weight), (const float*, bias),
+          (const float*, mean), (const float*, var), (void*, dx), (float*, dweight), (float*, dbias));
 
-FG_STRUCT(NormDoubleBackwardArgs,                            //
-          (const void*, ddx),                                // null: zero
-          (const float*, ddweight), (const float*, ddbias),  // [C] or null (zero)
+// ddx, ddweight and ddbias may be null (zero), and any output: not wanted.
+FG_STRUCT(NormDoubleBackwardArgs, (const void*, ddx), (const float*, ddweight), (const float*, ddbias),
           (const void*, dy), (const void*, x), (const float*, weight), (const float*, bias), (const float*, mean),
-          (const float*, var), (void*, d_dy), (void*, d_x),  // null: not wanted
-          (float*, d_weight));                               // [C]; null: not wanted
+          (const float*, var), (void*, d_dy), (void*, d_x), (float*, d_weight));
 
 FG_STRUCT(BiasActShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW), (bool, channels_last), (Act, act),
           (float, slope), (Threads, threads));
 
-FG_STRUCT(BiasActForwardArgs,    //
-          (const void*, x),      //
-          (const float*, bias),  // [C] or null
-          (void*, y));
+// bias and dbias are [C] or null. The derivative is taken from the output y.
+FG_STRUCT(BiasActForwardArgs, (const void*, x), (const float*, bias), (void*, y));
 
-FG_STRUCT(BiasActBackwardArgs,  //
-          (const void*, dy),    //
-          (const void*, y),     // the derivative is taken from the output y
-          (void*, dx),          // null: not wanted
-          (float*, dbias));     // [C] or null
+FG_STRUCT(BiasActBackwardArgs, (const void*, dy), (const void*, y), (void*, dx), (float*, dbias));
 
-// fake [n_fake], real [n_real]; real is null where n_real is 0.
+// fake, dfake, d_fake, ddfake are [n_fake], their kin of real [n_real], null where n_real is 0. loss, dloss and d_dloss
+// are one value, statistics are 6. Gradients of the logits may be null: not wanted.
 FG_STRUCT(GanLossShape, (DType, dtype), (int64_t, n_fake), (int64_t, n_real), (Loss, kind), (Side, side),
           (float, smoothing), (Threads, threads));
 
-FG_STRUCT(GanLossForwardArgs, (const void*, fake), (const void*, real), (float*, loss),  // one value
-          (float*, statistics));                                                         // [6]
+FG_STRUCT(GanLossForwardArgs, (const void*, fake), (const void*, real), (float*, loss), (float*, statistics));
 
-FG_STRUCT(GanLossBackwardArgs,                                                        //
-          (const float*, dloss),                                                      // one value
-          (const void*, fake), (const void*, real), (void*, dfake), (void*, dreal));  // null: not wanted
+FG_STRUCT(GanLossBackwardArgs, (const float*, dloss), (const void*, fake), (const void*, real), (void*, dfake),
+          (void*, dreal));
 
-FG_STRUCT(GanLossDoubleBackwardArgs, (const void*, ddfake), (const void*, ddreal),
-          (const float*, dloss),  // one value, as d_dloss
+FG_STRUCT(GanLossDoubleBackwardArgs, (const void*, ddfake), (const void*, ddreal), (const float*, dloss),
           (const void*, fake), (const void*, real), (float*, d_dloss), (void*, d_fake), (void*, d_real));
 
-// N samples of E elements each, dense, all in one layout.
-FG_STRUCT(InterpolateArgs,                                           //
-          (DType, dtype), (const void*, real), (const void*, fake),  // null: absent
-          (const float*, epsilon),                                   // [N]
-          (const float*, rest),                                      // [N]; null: 1 - epsilon
-          (void*, y), (int64_t, N), (int64_t, E), (Threads, threads));
+// N samples of E elements each, dense, all in one layout. fake is null where it is absent; epsilon and rest are [N],
+// rest null: 1 - epsilon.
+FG_STRUCT(InterpolateArgs, (DType, dtype), (const void*, real), (const void*, fake), (const float*, epsilon),
+          (const float*, rest), (void*, y), (int64_t, N), (int64_t, E), (Threads, threads));
 
-FG_STRUCT(SampleDotArgs, (DType, dtype), (const void*, x), (const void*, y),  // [N][E]
-          (float*, dot),                                                      // [N]
-          (int64_t, N), (int64_t, E), (Threads, threads));
+// x, y [N][E], dot [N].
+FG_STRUCT(SampleDotArgs, (DType, dtype), (const void*, x), (const void*, y), (float*, dot), (int64_t, N), (int64_t, E),
+          (Threads, threads));
 
 // gradient and dgradient [N][E], penalty, dpenalty and norm [N].
 FG_STRUCT(GradNormPenaltyShape, (DType, dtype), (int64_t, N), (int64_t, E), (float, target), (Threads, threads));
@@ -145,11 +126,10 @@ struct AdamTensors {
   int64_t count;
 };
 
-FG_STRUCT(AdamArgs, (AdamTensors, tensors), (const float*, lr_at),  // null: lr
-          (float, lr), (double, beta1), (double, beta2), (double, ln_beta1), (double, ln_beta2), (float, eps),
-          (float, weight_decay), (bool, decoupled), (bool, maximize),
-          (double, weight),  // of the parameter in the average: 1 - decay
-          (Threads, threads));
+// lr_at null: lr. weight: of the parameter in the average, 1 - decay.
+FG_STRUCT(AdamArgs, (AdamTensors, tensors), (const float*, lr_at), (float, lr), (double, beta1), (double, beta2),
+          (double, ln_beta1), (double, ln_beta2), (float, eps), (float, weight_decay), (bool, decoupled),
+          (bool, maximize), (double, weight), (Threads, threads));
 
 // Every kernel with its structs, a shape first: those that use each table's instructions to the full, and those that
 // gain nothing from AVX512_BF16 or AMX (as setup.py knows).
