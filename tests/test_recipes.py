@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastgan
+from fastgan.functional.losses import KINDS
 from fastgan.training.recipes import recipes
 
 NARROW = {
@@ -29,3 +30,8 @@ def test_twenty_steps(name, tmp_path):
     assert all(torch.tensor(v).isfinite() for v in result.metrics.values())
     assert ("penalty" in result.metrics) == (recipe.penalty is not None)
     assert any(not torch.equal(p, q) for p, q in zip(before, trainer.generator.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_every_loss_of_the_step_is_a_recipe_s(loss):
+    assert recipes()["dcgan-28"].with_settings([f"loss={loss}"]).loss == loss

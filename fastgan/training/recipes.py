@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastgan import models
+from fastgan.functional.losses import KINDS as LOSSES
 
 __all__ = ["Recipe", "recipes"]
 
-LOSSES = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic")
 PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
