@@ -17,6 +17,17 @@ BOOST = {"troubleshooting.md": 4, "penalties.md": 2, "train-on-a-folder.md": 2, 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def on_config(config: Any) -> Any:
+    """mkdocs calls this first. Evidence pages that nav does not name, such as those of another machine, are added."""
+    for section in config.nav:
+        pages = section.get("Evidence", [])
+        listed = {path for page in pages for path in ([page] if isinstance(page, str) else page.values())}
+        for path in sorted((ROOT / "docs" / "evidence").glob("*.md")) if pages else ():
+            if f"evidence/{path.name}" not in listed:
+                pages.append({path.read_text().partition("\n")[0].lstrip("# "): f"evidence/{path.name}"})
+    return config
+
+
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """mkdocs calls this for every page before it is rendered."""
     source = page.file.src_uri
