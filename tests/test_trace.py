@@ -22,9 +22,9 @@ FUSED = {
     "sngan g": 12,
     "unet": 8,
     "patchgan": 6,
-    "vocoder": 0,
-    "vocoder, hook": 0,
-    "vocoder d": 6,
+    "vocoder": 12,
+    "vocoder, hook": 12,
+    "vocoder d": 12,
     "stylegan g": 4,
     "stylegan d": 5,
 }

@@ -5,7 +5,14 @@ of x's dtype and layout. Forward-mode AD and torch.func transforms raise NotImpl
 """
 
 from fastgan.functional.blocks import conv2d_bias_act, conv2d_bn_act, conv_transpose2d_bn_act
-from fastgan.functional.convolution import conv2d, conv2d_statistics, conv_transpose2d, conv_transpose2d_statistics
+from fastgan.functional.convolution import (
+    conv1d,
+    conv2d,
+    conv2d_statistics,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose2d_statistics,
+)
 from fastgan.functional.elementwise import bias_act
 from fastgan.functional.losses import gan_loss, gan_loss_statistics
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
@@ -15,10 +22,12 @@ from fastgan.penalties import gradient_penalty
 __all__ = [
     "bias_act",
     "bn_act",
+    "conv1d",
     "conv2d",
     "conv2d_bias_act",
     "conv2d_bn_act",
     "conv2d_statistics",
+    "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_bn_act",
     "conv_transpose2d_statistics",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,8 @@ from fastgan.functional.checks import Size2, check_bias, pair
 from fastgan.functional.norm import Statistics
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
+
+Size1 = int | Sequence[int]
 
 
 def conv2d(
@@ -130,6 +134,110 @@ def conv_transpose2d_statistics(
         return y, (mean, var)
     y = _conv_transpose2d.op(*args, "identity", 0.0)
     return y if x.dim() == 4 else y.squeeze(0), None
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size1 = 1,
+    padding: Size1 | str = 0,
+    dilation: Size1 = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """1-D convolution: `conv2d` of images one pixel high, which are views of x and weight.
+
+    Args:
+        x: [N, C, L] or [C, L], floating.
+        weight: [K, C/groups, R], x's dtype and device.
+        bias: [K] or None.
+        stride, padding, dilation, groups: as `torch.nn.functional.conv1d`; padding may be "same" or "valid".
+        activation, negative_slope: as `conv2d`.
+
+    Returns:
+        [N, K, OL], x's dtype; with the channels innermost where x has them there.
+
+    Raises:
+        ValueError, TypeError: as `conv2d`.
+    """
+    _check_signal("conv1d", x, weight)
+    pads = padding if isinstance(padding, str) else _line("conv1d", "padding", padding, 0)
+    y = conv2d(
+        x.unsqueeze(-2),
+        weight.unsqueeze(2),
+        bias,
+        _line("conv1d", "stride", stride, 1),
+        pads,
+        _line("conv1d", "dilation", dilation, 1),
+        groups,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+    return y.squeeze(-2)
+
+
+def conv_transpose1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size1 = 1,
+    padding: Size1 = 0,
+    output_padding: Size1 = 0,
+    groups: int = 1,
+    dilation: Size1 = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """1-D transposed convolution: `conv_transpose2d` of images one pixel high; see `conv1d`.
+
+    Args:
+        x: [N, C, L] or [C, L], floating.
+        weight: [C, K/groups, R], x's dtype and device.
+        bias: [K] or None.
+        stride, padding, output_padding, groups, dilation: as `torch.nn.functional.conv_transpose1d`.
+        activation, negative_slope: as `conv2d`.
+
+    Returns:
+        [N, K, OL], x's dtype.
+
+    Raises:
+        ValueError, TypeError: as `conv_transpose2d`.
+    """
+    name = "conv_transpose1d"
+    _check_signal(name, x, weight)
+    y = conv_transpose2d(
+        x.unsqueeze(-2),
+        weight.unsqueeze(2),
+        bias,
+        _line(name, "stride", stride, 1),
+        _line(name, "padding", padding, 0),
+        _line(name, "output_padding", output_padding, 0),
+        groups,
+        _line(name, "dilation", dilation, 1),
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+    return y.squeeze(-2)
+
+
+def _line(op: str, name: str, value: Size1, least: int) -> list[int]:
+    """A number along L as the pair (H, W) of an image one pixel high."""
+    given = list(value) if isinstance(value, Sequence) else [value]
+    if len(given) != 1 or given[0] < least:
+        raise ValueError(f"{op}: {name} must be an int >= {least} or a sequence of one, got {value!r}")
+    return [least, int(given[0])]
+
+
+def _check_signal(op: str, x: Tensor, weight: Tensor) -> None:
+    if x.dim() not in (2, 3) or weight.dim() != 3:
+        raise ValueError(
+            f"{op}: x must be [N,C,L] or [C,L] and weight must have 3 dimensions, got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
 
 
 def _conv2d_arguments(

@@ -43,7 +43,7 @@ class Graph:
             if isinstance(a, Tensor)
         )
         threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
-        key = ("trace", self.digest, case, tensors, threads, grad, torch.is_autocast_enabled("cpu"))
+        key = ("trace", self.digest, tuple(self.ways), case, tensors, threads, grad, torch.is_autocast_enabled("cpu"))
         return fastest(key, self.ways, arguments)
 
 

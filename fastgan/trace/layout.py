@@ -17,6 +17,8 @@ from fastgan._layout import dense, is_channels_last, laid_out, memory_format
 from fastgan.trace.rewrite import writers
 
 CONVOLUTIONS = (
+    functional.conv1d,
+    functional.conv_transpose1d,
     functional.conv2d,
     functional.conv_transpose2d,
     functional.conv2d_bn_act,
@@ -40,7 +42,11 @@ class Turned(torch.autograd.Function):
 
 
 def turned(x: Tensor, channels_last: bool) -> Tensor:
-    """x itself where it has the layout already."""
+    """x itself where it has the layout already; [N, C, L] counts as an image one pixel high."""
+    if x.dim() == 3:
+        image = x.unsqueeze(2)
+        found = turned(image, channels_last)
+        return x if found is image else found.squeeze(2)
     if x.dim() != 4 or is_channels_last(x) == channels_last:
         return x
     if x.is_contiguous(memory_format=memory_format(channels_last)):  # one channel or one pixel: the same memory
@@ -77,7 +83,9 @@ def _turn(graph: fx.Graph, reader: fx.Node, images: list[Any], channels_last: bo
 
 def _is_nchw(node: Any) -> bool:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return isinstance(value, Tensor) and value.dim() == 4 and not is_channels_last(value)
+    if not isinstance(value, Tensor) or value.dim() not in (3, 4):
+        return False
+    return not is_channels_last(value if value.dim() == 4 else value.unsqueeze(2))
 
 
 def _is_convolution_of_nchw(node: fx.Node) -> bool:

@@ -161,7 +161,8 @@ def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # ---- which modules become parts -------------------------------------------------------------------------------------
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, *NORMS)
+SIGNALS = (nn.Conv1d, nn.ConvTranspose1d)  # chains know images only
+LAYERS = (*SIGNALS, nn.Conv2d, nn.ConvTranspose2d, *NORMS)
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:
@@ -183,7 +184,7 @@ def has_own_forward(m: nn.Module) -> bool:
 def _has_unseen_layers(m: nn.Module) -> bool:
     children = list(m.children())
     if isinstance(m, nn.Sequential) and not has_own_forward(m):
-        return any(isinstance(c, LAYERS) and _makes_its_weight(c) for c in children)
+        return any(isinstance(c, SIGNALS) or (isinstance(c, LAYERS) and _makes_its_weight(c)) for c in children)
     if not has_own_forward(m) and not isinstance(m, nn.ModuleList | nn.ModuleDict):
         return False
     layers = any(isinstance(c, LAYERS) for c in children) or sum(isinstance(c, nn.Linear) for c in children) > 1

@@ -92,6 +92,11 @@ def _image(arguments: dict[str, Any]) -> str:
     return "" if x.dtype in FLOATING and isinstance(weight, Tensor) else f"{x.dtype}"
 
 
+def _signal(arguments: dict[str, Any]) -> str:
+    x = _value(arguments["x"])
+    return "" if isinstance(x, Tensor) and x.dim() == 3 and x.dtype in FLOATING else "not a batch of signals"
+
+
 def _rows(arguments: dict[str, Any]) -> str:
     x = _value(arguments["x"])
     return "" if isinstance(x, Tensor) and x.dim() == 2 and x.dtype in FLOATING else "not [N, F]"
@@ -123,6 +128,16 @@ PATTERNS: dict[Any, Pattern] = {
         functional.conv_transpose2d,
         EVERY,
         fits=_image,
+    ),
+    torch.conv1d: Pattern(
+        "conv1d", {**CONVOLUTION, "dilation": 1, "groups": 1}, functional.conv1d, EVERY, fits=_signal
+    ),
+    torch.conv_transpose1d: Pattern(
+        "conv_transpose1d",
+        {**CONVOLUTION, "output_padding": 0, "groups": 1, "dilation": 1},
+        functional.conv_transpose1d,
+        EVERY,
+        fits=_signal,
     ),
     F.linear: Pattern("linear", {"x": REQUIRED, "weight": REQUIRED, "bias": None}, linear_act, EVERY, False, _rows),
     F.batch_norm: Pattern(
@@ -163,7 +178,7 @@ ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
 }
 INPLACE = (F.relu_, F.leaky_relu_, torch.relu_, torch.tanh_, torch.sigmoid_, operator.setitem, torch.dropout_)
-FRESH = (*PATTERNS, *ACTIVATIONS, torch.conv1d, torch.conv_transpose1d, operator.mul, torch.mul, F.avg_pool2d)
+FRESH = (*PATTERNS, *ACTIVATIONS, operator.mul, torch.mul, F.avg_pool2d)
 
 
 # ---- reading a graph ------------------------------------------------------------------------------------------------
