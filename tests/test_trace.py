@@ -24,7 +24,7 @@ FUSED = {
     "patchgan": 6,
     "vocoder": 12,
     "vocoder, hook": 12,
-    "vocoder d": 12,
+    "vocoder d": 10,
     "stylegan g": 4,
     "stylegan d": 5,
 }
