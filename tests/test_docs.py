@@ -5,6 +5,7 @@ names. Of a shell block each command is checked against its parser, and the quic
 settings. A comment before a block changes that:
 
     <!-- test: needs a gpu -->       the block is only compiled or parsed
+    <!-- test: output -->            the block is what the Python block before it prints
     <!-- test: not run: REASON -->   the block is not touched
     <!-- test: first                 code that runs before the next Python block, for names that a reader has
     CODE -->
@@ -192,7 +193,10 @@ def test_every_block_runs(page, folder, trained, capsys):
                 if block.mark.startswith("first"):
                     exec(block.mark.removeprefix("first"), names)
                 if block.language == "python":
+                    capsys.readouterr()
                     run_python(block, page, names)
+                elif block.mark == "output":
+                    assert capsys.readouterr().out == block.code
                 elif block.language == "sh":
                     for words in commands(block.code):
                         if block.mark == "needs a gpu" and words[0] == "fastgan":
@@ -209,7 +213,7 @@ def test_every_block_runs(page, folder, trained, capsys):
 def test_marks_are_known():
     for page in PAGES:
         for mark in re.findall(r"<!-- test: (.*?)(?:-->|\n)", page.read_text()):
-            assert re.match(r"needs a gpu|not run: \w+|first", mark), f"{page.name}: {mark}"
+            assert re.match(r"needs a gpu|output|not run: \w+|first", mark), f"{page.name}: {mark}"
 
 
 @pytest.mark.parametrize(
