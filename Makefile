@@ -26,7 +26,7 @@ $(VENV)/ready: EXTRAS := [dev]
 
 demo: $(RUNTIME)  ## train a GAN on bundled photographs of garments, a few minutes on 2 cores, into runs/demo
 	$(BIN)/fastgan train --recipe dcgan-28 --data fashion-mnist --out runs/demo --overwrite \
-		--precision bf16 --batch-size 32 --steps 3000 --time-limit 240 \
+		--batch-size 32 --steps 3000 --time-limit 240 \
 		--set g_lr=5e-4 --set d_lr=5e-4 --set betas=0.5,0.999 --set ema=0.995 --set sample_every=500
 
 # What runs/recipes trains: recipe, options that make it small enough for minutes on 2 cores, further settings.

@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastgan._forward import is_exported
-from fastgan.choice import REGISTERED, Backend, Routine, choose
+from fastgan.choice import Backend, Routine, choose
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -59,6 +59,7 @@ class Op(Chosen):
     ):
         super().__init__(schema.partition("(")[0], reference, backends or {})
         self.example, self.autocast = example, autocast
+        self.products = autocast == "lower"  # as torch's own list of what runs in lower precision
         self._save: Callable[..., None] | None = None
         self._backward: Callable[..., Any] = self._refuse
         LIBRARY.define(schema)
@@ -67,7 +68,7 @@ class Op(Chosen):
         self.overload = getattr(torch.ops.fastgan, self.name).default
         self._register_autocast(autocast)
         self._thin = self._thin_function()
-        OPS[self.name] = REGISTERED[self.name] = self
+        OPS[self.name] = self
 
     # ---- calling ------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,12 @@ class Op(Chosen):
             return noise.abs_().add_(0.5) if name.endswith("var") else noise
 
         return tuple(draw(name, a) for name, a in zip(self.names, args, strict=True))
+
+    def one_sample(self, args: tuple) -> tuple | None:
+        if not self.products or len(self.first(args)) == 1:
+            return None
+        batched = zip(self.names, args, strict=True)
+        return tuple(a[:1] if name in ("x", "dy") else a for name, a in batched)
 
     def _refuse_transforms(self, args: tuple) -> None:
         """torch.func and forward mode would silently see derivatives of zero: raise instead."""

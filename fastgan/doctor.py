@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgan._op import OPS, Op
 from fastgan._version import __version__
-from fastgan.choice import STATE, absent, backends, cache_dir, missing, native, proof_error, refusal, winners
+from fastgan.choice import STATE, absent, backends, cache_dir, missing, native, proof_error, refusal, settle
 
 __all__ = ["doctor", "machine"]
 
@@ -147,7 +147,12 @@ def _backends() -> dict[str, dict[str, dict[str, Any]]]:
 def _cache() -> dict[str, Any]:
     folder = cache_dir()
     parent = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    return {"path": str(folder), "writable": os.access(parent, os.W_OK), "races_won": len(winners())}
+    return {
+        "path": str(folder),
+        "writable": os.access(parent, os.W_OK),
+        "races_won": len(STATE.cache.winners),
+        "open": len(STATE.cache.open_cases()),
+    }
 
 
 def _data() -> Any:
@@ -183,11 +188,19 @@ def _example(a: Any, op: Op, name: str, dtype: torch.dtype, layout: torch.memory
     return a if op.autocast == "first" and a.dim() < 4 else a.to(dtype)
 
 
-def doctor(prove: bool = False) -> dict[str, Any]:
+def _race_open() -> dict[str, Any]:
+    cases = STATE.cache.open_cases()
+    settled = settle(cases, seconds=float("inf"))
+    return {**settled, "open": len(cases) - len(settled)}
+
+
+def doctor(prove: bool = False, race: bool = False) -> dict[str, Any]:
     """Facts about this installation by topic; see the module's text.
 
     prove: also run every available backend of every op against its reference on small random inputs; the rows under
         "proofs" have the keys op, backend, dtype, layout and error, which is "" where they agree.
+    race: also race the cases that earlier runs had no time for; "races" holds {case: winner} and "open", how many the
+        machine was too busy to settle.
     """
     found = {
         "versions": {
@@ -208,4 +221,6 @@ def doctor(prove: bool = False) -> dict[str, Any]:
     }
     if prove:
         found["proofs"] = _guarded(prove_all)
+    if race:
+        found["races"] = _guarded(_race_open)
     return found

@@ -11,8 +11,6 @@ encloses it, so the rows part the time and none is counted twice.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._op import Routine, around
+from fastgan._op import around
 from fastgan._writing import atomic_path
+from fastgan.choice import Routine, cost_of
+from fastgan.training.precision import resolve
 from fastgan.training.recipes import Recipe
 from fastgan.training.step import GANStep
 from fastgan.training.trainer import assemble
@@ -36,23 +36,7 @@ COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # beyond any cache
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
-# ---- what an op needs ------------------------------------------------------------------------------------------------
-
-
-def cost_of(op: Routine, args: tuple) -> dict[str, int] | None:
-    """{"bytes", "flops"} by the op's own cost(), or cost_statistics(), cost_backward() or cost_double_backward(); None
-    where it has none."""
-    stem, suffix = op.name, ""
-    for ending in ("_double_backward", "_backward", "_statistics"):
-        if op.name.endswith(ending):
-            stem, suffix = op.name.removesuffix(ending), ending
-            break
-    cost = getattr(importlib.import_module(f"fastgan.ops.{stem}"), f"cost{suffix}", None)
-    if cost is None:
-        return None
-    named = dict(zip(op.names, args, strict=True))
-    found: dict[str, int] = cost(*(named[name] for name in inspect.signature(cost).parameters))
-    return found
+# ---- what ops are asked to do ----------------------------------------------------------------------------------------
 
 
 class Counts:
@@ -151,6 +135,7 @@ def profile(
         share_of_roofline), "other_ms" (outside every row: Python, waiting), "ceilings"; on a GPU "kernels" and "gaps".
     """
     place = torch.device(device)
+    recipe = recipe.replace(precision=resolve(recipe.precision, place).name)
     following = _batches(recipe, place, images)
     _, _, step = assemble(recipe, place)
     timed = _timed(step, following, steps, place)

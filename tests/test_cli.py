@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_train_shows_lines_without_a_terminal(tmp_path, data, capsys):
     shown = capsys.readouterr()
     assert code == 0 and shown.err == ""
     lines = shown.out.splitlines()
-    assert lines[0] == f"dcgan-28 on noise (10 images), cpu, fp32: step 0 to 2, writing to {out}"
+    first = re.escape("dcgan-28 on noise (10 images), cpu, ") + r"(fp32|bf16) \(auto: .+\): step 0 to 2, writing to "
+    assert re.fullmatch(first + re.escape(str(out)), lines[0])
     assert lines[1].startswith("step 1/2  images/s ") and "D(G(z))" in lines[1]
     assert lines[2].startswith("step 2/2  ") and lines[2].endswith("left 0:00")
     assert lines[3].startswith("all steps done: step 2, ") and lines[3].endswith(f"report: {out}/report.html")
@@ -287,7 +289,7 @@ def test_durations_and_memory():
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["threads"] == 2
+    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["threads"] == torch.get_num_threads()
     assert found["native"]["available"] and found["native"]["tables"]["portable"] == "usable"
     assert found["cuda"]["available"] == torch.cuda.is_available()
     assert found["cuda"]["available"] or found["cuda"]["reason"]

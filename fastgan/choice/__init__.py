@@ -2,16 +2,28 @@
 
 A call is decided once per (op, shapes, strides, dtypes, arguments, thread count) and then looked up. Among the backends
 that are available and do not decline the case, each is first proved against the reference on random data of that case,
-then raced against it; the winner is remembered on disk (FASTGAN_CACHE, default ~/.cache/fastgan), per machine and
-version. Nothing is proved or raced during the capture of a CUDA graph.
+then raced against it. The verdict is remembered on disk (FASTGAN_CACHE, default ~/.cache/fastgan), per machine and
+version. Proofs and races have a budget (`budget`); a case that it leaves open runs on our kernel for the whole run and
+is settled after it. Nothing is proved or raced during the capture of a CUDA graph.
 
-One file a job: `routine` the types, `native` and `availability` what exists, `state` what was chosen so far, `cache`
-what the disk knows, `proof`, `race`, `choosing`, and `forcing` for what users ask.
+One file a job: `routine` the types, `native`, `hardware` and `availability` what exists, `state` what was chosen so
+far, `cache` and `sketch` what the disk knows, `budget`, `proof`, `race`, `choosing`, and `forcing` for what users ask.
 """
 
 from fastgan.choice.availability import absent, backends, has_kernel, missing, refusal
+from fastgan.choice.budget import bound, cost_of
 from fastgan.choice.cache import cache_dir, fingerprint
-from fastgan.choice.choosing import choose, load_winners, may_race, remember, remembered, winners
+from fastgan.choice.choosing import (
+    begin_run,
+    choose,
+    may_race,
+    remember,
+    remember_fact,
+    remembered,
+    remembered_fact,
+    settle,
+    winners,
+)
 from fastgan.choice.forcing import backend, emulated, forced, racing, watching
 from fastgan.choice.native import native
 from fastgan.choice.proof import proof_error, timing
@@ -27,13 +39,15 @@ __all__ = [
     "absent",
     "backend",
     "backends",
+    "begin_run",
+    "bound",
     "cache_dir",
     "choose",
+    "cost_of",
     "emulated",
     "fingerprint",
     "forced",
     "has_kernel",
-    "load_winners",
     "may_race",
     "missing",
     "native",
@@ -41,7 +55,10 @@ __all__ = [
     "racing",
     "refusal",
     "remember",
+    "remember_fact",
     "remembered",
+    "remembered_fact",
+    "settle",
     "timing",
     "triton",
     "watching",

@@ -11,7 +11,9 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,35 +28,69 @@ def cache_dir() -> Path:
 
 
 class Cache:
-    """Winners: {digest of (op, case): backend, or "config ..." of a kernel}, read from disk at the first question."""
+    """What is known of this machine, read from disk at the first question.
+
+    winners.json  {digest of (op, case): {"winner", "ahead", "spread"}, or "config ..." of a kernel}
+    open.json     {digest: sketch of a case that a run had no time to race}, for `fastgan doctor --race`
+    """
 
     def __init__(self) -> None:
-        self._winners: dict[str, str] | None = None
+        self._winners: dict[str, Any] | None = None
 
     @property
-    def winners(self) -> dict[str, str]:
+    def winners(self) -> dict[str, Any]:
         if self._winners is None:
-            self._winners = _read()
+            self._winners = _read("winners.json", _is_verdict)
         return self._winners
 
-    def remember(self, digest: str, winner: str) -> None:
-        """Add a winner to the file: merged with what other processes wrote, replaced in one step."""
-        self.winners[digest] = winner
-        folder = cache_dir()
-        with contextlib.suppress(OSError):  # a read-only home costs a race per process, nothing else
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-                json.dump({**_read(), **self.winners}, file)
-            os.replace(file.name, folder / "winners.json")
+    def winner(self, digest: str) -> str | None:
+        """A backend, or a kernel's "config ..."."""
+        found = self.winners.get(digest)
+        return found["winner"] if isinstance(found, dict) else found
+
+    def remember(self, digest: str, verdict: dict[str, Any] | str) -> None:
+        """Add a verdict to the file."""
+        self.winners[digest] = verdict
+        _write("winners.json", {**_read("winners.json", _is_verdict), **self.winners})
+
+    def open_cases(self) -> dict[str, dict[str, Any]]:
+        """Those of this machine and version."""
+        found = _read("open.json", lambda v: isinstance(v, dict) and "op" in v)
+        return {digest: case for digest, case in found.items() if case.get("machine") == fingerprint()}
+
+    def note_open(self, cases: dict[str, dict[str, Any]], closed: Iterable[str] = ()) -> None:
+        """Add open cases to the file, and take away those that are closed."""
+        found = _read("open.json", lambda v: isinstance(v, dict) and "op" in v)
+        new = {digest: {**case, "machine": fingerprint()} for digest, case in cases.items()}
+        gone = set(closed)
+        left = {digest: case for digest, case in {**found, **new}.items() if digest not in gone}
+        if left != found:
+            _write("open.json", left)
 
 
-def _read() -> dict[str, str]:
-    """The cache file; one that is missing, unreadable or damaged counts as empty (the races are run again)."""
+def _is_verdict(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("winner") in NAMES
+    return str(value).startswith("config ")
+
+
+def _read(name: str, valid: Callable[[Any], bool]) -> dict[str, Any]:
+    """A cache file; one that is missing, unreadable or damaged counts as empty (the races are run again)."""
     try:
-        read = json.loads((cache_dir() / "winners.json").read_text())
-        return {str(k): v for k, v in read.items() if v in NAMES or str(v).startswith("config ")}
+        read = json.loads((cache_dir() / name).read_text())
+        return {str(k): v for k, v in read.items() if valid(v)}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def _write(name: str, values: dict[str, Any]) -> None:
+    """Replace a cache file in one step, merged by the caller with what other processes wrote."""
+    folder = cache_dir()
+    with contextlib.suppress(OSError):  # a read-only home costs a race per process, nothing else
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            json.dump(values, file)
+        os.replace(file.name, folder / name)
 
 
 def digest(key: tuple) -> str:

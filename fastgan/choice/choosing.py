@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastgan.choice.availability import refusal
+from fastgan.choice.budget import unlimited
 from fastgan.choice.cache import digest
 from fastgan.choice.proof import is_due, prove
-from fastgan.choice.race import race
-from fastgan.choice.routine import NAMES, Routine
+from fastgan.choice.race import Verdict, race
+from fastgan.choice.routine import NAMES, REGISTERED, Routine
+from fastgan.choice.sketch import drawn_from, sketch
 from fastgan.choice.state import STATE, State
 
 
@@ -43,17 +46,34 @@ def _decide(state: State, op: Routine, args: tuple, key: tuple) -> tuple[str, st
     if len(able) == 1 or not state.racing:
         return _proved_or_reference(state, op, able[0], args, told)
     case = digest(key)
-    winner = state.cache.winners.get(case)
+    winner = state.verdicts.get(case) or state.cache.winner(case)
+    if case in state.open:
+        told = state.open[case]["why"]
     if winner not in able:
-        told = ""
         if capturing():
             return "reference", "a CUDA graph is being captured, and this case has not been raced before"
         try:
-            winner = race(state, op, args, able)
+            verdict = race(state, op, args, able, state.account)
         except torch.OutOfMemoryError:
             return "reference", "there is too little memory to race on this case"
-        state.cache.remember(case, winner)
+        _keep(state, op, args, case, verdict)
+        winner, told = verdict.winner, verdict.why if verdict.why != "raced" else ""
+    state.verdicts[case] = winner
     return winner, told or ("raced" if winner != "reference" else "PyTorch's own op won the race")
+
+
+def _keep(state: State, op: Routine, args: tuple, case: str, verdict: Verdict) -> None:
+    """Remember what is settled; write down what is open, to be settled at the end of the run."""
+    if verdict.settled:
+        return _remember(state, case, verdict)
+    found = {"op": op.name, "threads": torch.get_num_threads(), "args": sketch(args), "why": verdict.why}
+    state.open[case] = found
+    state.cache.note_open({case: found})
+
+
+def _remember(state: State, case: str, verdict: Verdict) -> None:
+    numbers = {"ahead": round(verdict.ahead, 3), "spread": round(verdict.spread, 3)}
+    state.cache.remember(case, {"winner": verdict.winner, **numbers})
 
 
 def _proved_or_reference(state: State, op: Routine, name: str, args: tuple, told: str) -> tuple[str, str]:
@@ -74,6 +94,68 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def remembered_fact(case: tuple) -> str | None:
+    """A measured fact about this machine that is no choice of a run: it goes into no checkpoint."""
+    found = STATE.cache.winner(digest(case))
+    return found.removeprefix("config ") if found else None
+
+
+def remember_fact(case: tuple, fact: str) -> None:
+    """Keep it beside the winners."""
+    STATE.cache.remember(digest(case), f"config {fact}")
+
+
+def winners() -> dict[str, str]:
+    """The verdicts of this run: {digest of (op, case): backend, or configuration of a kernel}; put into checkpoints."""
+    return STATE.verdicts
+
+
+def begin_run(verdicts: dict[str, str] | None = None) -> None:
+    """Start a run with the verdicts of the cache, or go on with one that had these: it takes the same kernels.
+
+    A verdict never changes within a run, so equal seeds and equal caches give equal bits.
+    """
+    STATE.begin_run(verdicts or {})
+
+
+def settle(cases: dict[str, dict[str, Any]] | None = None, seconds: float = 30.0) -> dict[str, str]:
+    """Race the open cases of this run, or the given ones, without a budget; {digest: winner} of those settled.
+
+    What is settled counts from the next run on. No further case is begun after `seconds`; what is still open then stays
+    written down for `fastgan doctor --race`.
+    """
+    settled: dict[str, str] = {}
+    end = time.perf_counter() + seconds
+    for case, found in dict(STATE.open if cases is None else cases).items():
+        verdict = _settled(STATE, found) if time.perf_counter() < end else None
+        if verdict is not None:
+            _remember(STATE, case, verdict)
+            settled[case] = verdict.winner
+    STATE.cache.note_open({}, closed=settled)
+    STATE.open = {case: found for case, found in STATE.open.items() if case not in settled}
+    return settled
+
+
+def _settled(state: State, found: dict[str, Any]) -> Verdict | None:
+    """The verdict of an open case, or None where it stays open: another thread count, no memory, a noisy machine."""
+    op = REGISTERED.get(found["op"])
+    if op is None or found["threads"] != torch.get_num_threads():
+        return None
+    args = op.restored(drawn_from(found["args"]))
+    able = [name for name in NAMES if name in op.backends and not refusal(state, op, name, args)]
+    for _ in range(3):  # a noisy moment passes
+        try:
+            verdict = race(state, op, args, able, unlimited())
+        except torch.OutOfMemoryError:
+            return None
+        if verdict.settled:
+            return verdict
+    return None
+
+
 # ---- for what is raced elsewhere ------------------------------------------------------------------------------------
 
 
@@ -84,21 +166,14 @@ def may_race(device: torch.device) -> bool:
 
 def remembered(case: tuple) -> str | None:
     """What won a kernel's own race, over its configurations: "config ...", as `remember` was given it."""
-    return STATE.cache.winners.get(digest(case))
+    key = digest(case)
+    found = STATE.verdicts.get(key) or STATE.cache.winner(key)
+    if found:
+        STATE.verdicts[key] = found
+    return found
 
 
 def remember(case: tuple, config: str) -> None:
     """Keep the winner of a kernel's own race; it starts with "config "."""
+    STATE.verdicts[digest(case)] = config
     STATE.cache.remember(digest(case), config)
-
-
-def winners() -> dict[str, str]:
-    """Races won so far on this machine and version: {digest of (op, case): backend, or configuration of a kernel}; put
-    into checkpoints."""
-    return STATE.cache.winners
-
-
-def load_winners(known: dict[str, str]) -> None:
-    """Take over the winners of an earlier run, so that a resumed run takes the same kernels."""
-    STATE.cache.winners.update(known)
-    STATE.chosen.clear()

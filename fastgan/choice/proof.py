@@ -1,20 +1,22 @@
 """The proof: a backend's outputs beside the reference's, on random data of the case.
 
-On a GPU nothing runs unproved, not even where a backend is forced or racing is off: its kernels have never run on the
-user's card before. On a CPU the race proves, and the tests have run the same instruction tables. A kernel that fails
-is switched off with one warning, and the reference takes over.
+On a GPU nothing runs unproved, not even where a backend is forced, racing is off or the account is empty: its kernels
+have never run on the user's card before. On a CPU the tests have run the same instruction tables, so a proof waits for
+the account. A kernel that fails is switched off with one warning, and the reference takes over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgan.choice.hardware import lacks_products
 from fastgan.choice.routine import Routine
 from fastgan.choice.state import State
 
@@ -23,16 +25,18 @@ PROVED_ON = {"cuda"}  # device types on which every case is proved at its first 
 # tensor at most) passes and a wrong tap, mask or statistic does not.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
+Timed = Callable[[str, Callable[[], Any]], Any]  # (backend, run) -> what run() returns
 
-def prove(state: State, op: Routine, name: str, case: tuple, args: tuple) -> bool:
+
+def prove(state: State, op: Routine, name: str, case: tuple, args: tuple, timed: Timed = lambda _, run: run()) -> bool:
     """Whether `name` agrees with the reference on `args`, random numbers for `case`; where not, it is switched off."""
-    error = proof_error(op, name, args)
+    error = proof_error(op, name, args, timed)
     if not error:
         state.proved.add((op.name, name, *op.case(case)))
         return True
     state.disabled[op.name, name] = error
     state.chosen.clear()
-    warnings.warn(f"fastgan: {op.name} on {name} is switched off: {error}", RuntimeWarning, stacklevel=7)
+    warnings.warn(f"fastgan: {op.name} on {name} is switched off: {error}", RuntimeWarning, stacklevel=8)
     return False
 
 
@@ -66,12 +70,12 @@ def timing() -> Iterator[None]:
         _Poisoned.paused = before
 
 
-def proof_error(op: Routine, name: str, args: tuple) -> str:
+def proof_error(op: Routine, name: str, args: tuple, timed: Timed = lambda _, run: run()) -> str:
     """Compare a backend with the reference on `args`; the sentence that says how it failed, or ""."""
     try:
-        want = op.reference(*op.copies(args))
         with _Poisoned():
-            got = op.backends[name].run(*op.copies(args))
+            got = timed(name, lambda: op.backends[name].run(*op.copies(args)))
+        want = _wanted(op, args, timed)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -80,8 +84,19 @@ def proof_error(op: Routine, name: str, args: tuple) -> str:
     for index, (g, w) in enumerate(pairs):
         if g.shape != w.shape or g.dtype != w.dtype:
             return f"output {index} must be {tuple(w.shape)} {w.dtype}, got {tuple(g.shape)} {g.dtype}"
-        distance = (g.double() - w.double()).norm().item()
-        limit = TOLERANCE.get(op.first(args).dtype, 1e-9) * w.double().norm().item()
+        g, w = (t if t.dtype == torch.float64 else t.float() for t in (g, w))
+        distance = torch.dist(g, w).item()
+        limit = TOLERANCE.get(op.first(args).dtype, 1e-9) * w.norm().item()
         if not distance <= limit:
             return f"output {index} must be within {limit:.3g} of the reference, got an error of {distance:.3g}"
     return ""
+
+
+def _wanted(op: Routine, args: tuple, timed: Timed) -> Any:
+    """The reference's outputs; in float32, rounded at the end, where PyTorch has no instructions for the dtype."""
+    if not lacks_products(op, args):
+        return timed("reference", lambda: op.reference(*op.copies(args)))
+    dtype = op.first(args).dtype
+    wide = tuple(a.float() if isinstance(a, Tensor) and a.dtype == dtype else a for a in args)
+    y = op.reference(*wide)
+    return tuple(t.to(dtype) if t.dim() > 2 else t for t in y) if isinstance(y, tuple) else y.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastgan.choice.budget import Account
 from fastgan.choice.cache import Cache
 from fastgan.choice.routine import Routine
 
@@ -20,6 +21,10 @@ class State:
     proved     (op, backend, case) that passed it
     emulated   GPU backends that run on CPU tensors just now
     watchers   called at every op that runs
+    verdicts   of this run: {digest of a case: backend}; a checkpoint carries them
+    open       cases of this run that its verdicts leave open: {digest: (op, sketch of the arguments)}
+    families   (op, family) -> (bound, verdict) of the last clear race in it
+    account    what proofs and races may take
     cache      races won on this machine
     """
 
@@ -32,7 +37,16 @@ class State:
         self.proved: set[tuple] = set()
         self.emulated: set[str] = set()
         self.watchers: list[Watch] = []
+        self.verdicts: dict[str, str] = {}
+        self.open: dict[str, dict[str, Any]] = {}
+        self.families: dict[tuple, tuple[float, Any]] = {}
+        self.account = Account()
         self.cache = Cache()
+
+    def begin_run(self, verdicts: dict[str, str]) -> None:
+        """Start a run, or go on with one that had these verdicts; nothing changes them before the next."""
+        self.verdicts, self.open = dict(verdicts), {}
+        self.chosen.clear()
 
 
 STATE = State()  # of this process; autograd runs backwards in other threads, so it is not a thread's

@@ -20,13 +20,14 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         description="Report what this installation can do, and where it cannot, why not.",
     )
     parser.add_argument("--prove", action="store_true", help="run every backend of every op against its reference")
+    parser.add_argument("--race", action="store_true", help="race the kernels that earlier runs had no time for")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if a proof failed."""
-    found = doctor(prove=args.prove)
+    found = doctor(prove=args.prove, race=args.race)
     if args.json:
         print(json.dumps(found, indent=2, default=str))
     else:
@@ -66,6 +67,8 @@ def _print(found: Mapping[str, Any]) -> None:
         if state["reason"]
     }
     console.print(_facts("why not", _joined(reasons)))
+    if "races" in found:
+        console.print(_facts("races", found["races"]))
     if "proofs" in found:
         _print_proofs(console, found["proofs"])
 

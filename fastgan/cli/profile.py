@@ -11,6 +11,7 @@ import torch
 
 import fastgan
 from fastgan._writing import target_of
+from fastgan.training.precision import NAMES
 from fastgan.training.recipes import recipes
 from fastgan.training.trainer import resolve_device
 
@@ -31,7 +32,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace (chrome://tracing, ui.perfetto.dev)")
     parser.add_argument("--data", metavar="NAME|PATH", help="images to train on (default: random ones)")
     parser.add_argument("--batch-size", type=positive_int)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--precision", choices=NAMES)
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument("--backend", metavar="B", help="force one: reference, native, triton, cuda")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastgan.training.plan import plan
+from fastgan.training.precision import NAMES
 from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.rundir import RunDirectory
 from fastgan.training.trainer import Trainer
@@ -41,7 +42,9 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
     parser.add_argument("--steps", type=positive_int, help="generator updates in all")
     parser.add_argument("--batch-size", type=positive_int)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument(
+        "--precision", choices=NAMES, help="auto (default): bf16 where this machine is faster in it, else fp32"
+    )
     parser.add_argument("--seed", type=nonnegative_int)
     parser.add_argument("--device", metavar="D", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument(
@@ -68,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, or print the plan; 130 when interrupted."""
     fields = ("data", "steps", "batch_size", "precision", "seed")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    if not args.resume:
+        given.setdefault("precision", "auto")
     recipe = _recipe(args).replace(**given).with_settings(args.settings)
     if args.dry_run:
         print(plan(recipe, device=args.device or "auto", backend=args.backend))

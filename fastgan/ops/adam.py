@@ -76,6 +76,9 @@ class Adam(Chosen):
         torch._foreach_abs_([*noise[3], *noise[4]])  # squares, counts
         return *noise, args[6]
 
+    def restored(self, args):
+        return *args[:6], Numbers(*args[6])
+
     def copies(self, args):
         return *([t.clone() for t in column] for column in args[:6]), args[6]
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastgan.choice import backend as force_backend
 
+from .precision import resolve
 from .progress import duration, memory_mb
 from .recipes import Recipe
 from .trainer import assemble, resolve_device
@@ -55,6 +56,7 @@ def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) ->
     with force_backend(backend) if backend else contextlib.nullcontext():
         found = measure(recipe, place)
     rows = {key: str(value) for key, value in recipe.to_dict().items()}
+    rows["precision"] = str(resolve(recipe.precision, place))
     rows["device"] = f"{place}, backend {backend or 'auto'}"
     rows["parameters"] = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
     rows["images seen"] = f"{recipe.steps * recipe.batch_size * recipe.d_steps:,}"

@@ -20,7 +20,7 @@ from fastgan.functional.losses import KINDS as LOSSES
 __all__ = ["Recipe", "recipes"]
 
 PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Recipe:
     #: Adam's betas, for both optimisers
     betas: tuple[float, float] = (0.5, 0.999)
     adam_eps: float = 1e-8
-    #: of the networks; master weights and optimiser state stay fp32
+    #: of the networks; master weights and optimiser state stay fp32. auto: bf16 where the machine is faster in it
     precision: str = "fp32"
     penalty: str | None = None
     #: None: the customary one, 10 (1 for r1r2)

@@ -23,6 +23,8 @@ from fastgan.nn.norm import stat_groups
 from fastgan.training.adam import Adam
 from fastgan.training.capture import Capture, capturable_device, graphs_of, not_capturable
 from fastgan.training.ema import EMA
+from fastgan.training.precision import NAMES as PRECISION_NAMES
+from fastgan.training.precision import resolve, warn
 from fastgan.training.probabilities import Watch
 
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Tensor]
@@ -96,7 +98,8 @@ class GANStep:
         penalty_every: apply it on every k-th D update with k times the weight (lazy regularisation).
         d_steps: D updates a step; `real` may then be a sequence of that many batches, else one batch serves all.
         ema: decay of an average of the generator (`step.ema`), or None.
-        precision: "fp32", "bf16" or "fp16" (autocast; parameters, statistics and losses stay float32).
+        precision: "fp32", "bf16" or "fp16" (autocast; parameters, statistics and losses stay float32), or "auto": bf16
+            where this machine is faster in it, fp32 elsewhere (`fastgan.training.precision`).
         augment: callable on the discriminator's images, real and fake alike, differentiable.
         label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan).
         capture: "auto" replays CUDA graphs on a GPU (`fastgan.training.capture`) and runs eagerly where that is
@@ -131,7 +134,7 @@ class GANStep:
         rng: torch.Generator | None = None,
     ):
         _one_of("loss", loss, KINDS)
-        _one_of("precision", precision, tuple(PRECISIONS))
+        _one_of("precision", precision, PRECISION_NAMES)
         _one_of("capture", capture, ("auto", "on", "off"))
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
@@ -143,11 +146,14 @@ class GANStep:
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
         self.penalty_weight = default if penalty_weight is None else penalty_weight
-        self.precision, self.rng = precision, rng
         self._average = None if ema is None else EMA(generator, ema)
         first = next(generator.parameters())
         self.device, self.dtype = first.device, first.dtype
-        scaled = precision == "fp16"
+        self._resolved = resolve(precision, self.device)
+        self.precision, self.rng = self._resolved.name, rng
+        if self._resolved.slower:
+            warn(self._resolved.slower)
+        scaled = self.precision == "fp16"
         self._g_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.d_updates = 0
@@ -296,7 +302,7 @@ class GANStep:
         """How the step runs: one line, and one for the penalty."""
         reason = mixes_samples(self.discriminator)
         passes = f"two passes: {reason}" if reason else "one batch of 2N, statistics per half"
-        said = f"D(real) and D(fake): {passes}; precision {self.precision}; {self._runs_as()}"
+        said = f"D(real) and D(fake): {passes}; precision {self._resolved}; {self._runs_as()}"
         if self.penalty is None:
             return said
         route = penalties.verdict(self.discriminator) or "decided at its first step"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastgan import data
 from fastgan._version import __version__
-from fastgan.choice import backend, load_winners, winners
+from fastgan.choice import backend, begin_run, settle, winners
 from fastgan.convert import convert, explain
 from fastgan.data.fingerprint import difference, fingerprint
 from fastgan.doctor import machine
@@ -33,6 +33,7 @@ from fastgan.doctor import machine
 from . import checkpoint, report
 from .adam import Adam
 from .guard import DivergedError, Guard
+from .precision import resolve
 from .progress import memory_mb, progress_for
 from .recipes import Recipe, recipes
 from .rundir import RunDirectory
@@ -158,6 +159,8 @@ class Trainer:
         self.out = self.directory.path
         self.recipe = _recipe_of(config, saved)
         self.device = resolve_device(device if device is not None else (saved["device"] if saved else "auto"))
+        self._precision = resolve(self.recipe.precision, self.device)
+        self.recipe = self.recipe.replace(precision=self._precision.name)  # what config.json holds
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         if time_limit is not None and not time_limit > 0:
             raise ValueError(f"training: time_limit must be positive, got {time_limit}")
@@ -175,6 +178,7 @@ class Trainer:
         self._guard = Guard(scores=self.recipe.loss != "wasserstein")
         self._between_steps = True  # only then is the state one that a run could go on from
         self._damaged = list(start.damaged) if start else []
+        begin_run()
         with self._placed():
             self.images = self._load_images(images, saved)
             changed = _check_images(self.images, saved, allow_changed_data)
@@ -284,7 +288,7 @@ class Trainer:
         self._train_step.load_state_dict(state["training"])
         self._batches.load_state_dict(state["data"], changed=changed)
         self.noise = state["noise"]
-        load_winners(state["winners"])
+        begin_run(state["winners"])
         self._rng = state["rng"]
 
     def save(self) -> Path:
@@ -356,7 +360,7 @@ class Trainer:
         recipe = self.recipe
         self.progress.note(
             f"{recipe.name} on {self.images.name} ({len(self.images.images):,} images), {self.device}, "
-            f"{recipe.precision}: step {self.step} to {recipe.steps}, writing to {self.out}"
+            f"{self._precision}: step {self.step} to {recipe.steps}, writing to {self.out}"
         )
         if self.step == 0:
             self._draw()
@@ -471,12 +475,18 @@ class Trainer:
         except Exception as error:  # the run is saved; its report can be made again
             page = None
             self.progress.warn(f"the report could not be written: {error}")
+        self._settle(reason)
         self.progress.stop()
         where = f"; report: {page}" if page else ""
         self.progress.note(f"{words[reason]}: step {self.step}, {self.seconds:.0f} s of training{where}")
         if reason in ("interrupted", "time"):
             self.progress.note(f"go on with: fastgan train --resume {self.out}")
         return Result(self.out, self.step, reason, self.seconds, dict(self.metrics), path)
+
+    def _settle(self, reason: str) -> None:
+        """Race what the first steps had no time for; it counts from the next run on."""
+        if reason != "interrupted" and (settled := settle()):
+            self.progress.note(f"kernels chosen for the next run: {len(settled)} cases that the first steps left open")
 
     def _explanation(self) -> str:
         lines = [self._train_step.explain()]
@@ -529,6 +539,8 @@ def _recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: dict[str,
             raise ValueError(f"recipe: there is no recipe {config!r}, choose one of {', '.join(named)}")
         config = named[config]
     recipe = config if isinstance(config, Recipe) else Recipe.from_dict(config)
+    if before is not None and recipe.precision == "auto":
+        recipe = recipe.replace(precision=before.precision)
     if before is not None:
         for name, value in before.to_dict().items():
             if name not in (*MAY_CHANGE, "data") and getattr(recipe, name) != value:

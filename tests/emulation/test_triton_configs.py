@@ -97,6 +97,7 @@ def bench(monkeypatch, tmp_path):
     def start(speed, compiling=0.0, may_race=True):
         bench = Bench(speed, compiling)
         monkeypatch.setattr(STATE, "cache", cache.Cache())
+        STATE.begin_run({})
         for name, value in {
             "_first": {},
             "_raced": {},
