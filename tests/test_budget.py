@@ -1,6 +1,7 @@
 """Proofs and races have a budget: on a fake clock, with fake kernels, nothing is left to the machine's mood."""
 
 import json
+import time
 import types
 
 import pytest
@@ -14,6 +15,8 @@ from fastgan.choice.budget import HELD, RATE, Account
 from fastgan.choice.routine import REGISTERED
 from fastgan.choice.state import State
 from fastgan.cli import main
+from fastgan.training.recipes import recipes
+from fastgan.training.trainer import assemble
 
 
 class Clock:
@@ -222,3 +225,23 @@ def test_doctor_races_what_other_processes_left_open(state, capsys):
             break
     assert found["races"]["open"] == 0 and set(found["races"].values()) & {"native", "reference"}
     assert state.cache.open_cases() == {} and len(state.cache.winners) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.threads(2)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_step_of_dcgan_64_keeps_to_the_budget(state, precision):
+    """Real kernels and the real clock; benchmarks/first_step.py compares the whole step with PyTorch's."""
+    recipe = recipes()["dcgan-64"].replace(batch_size=16, precision=precision)
+    step = assemble(recipe, torch.device("cpu"))[2]
+    images = torch.rand(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    state.account = Account()
+    begin = time.perf_counter()
+    step(images)
+    took = time.perf_counter() - begin
+    assert len(state.verdicts) > 30
+    # The last proof or race may take longer than expected: a tenth of a second on a quiet machine.
+    assert state.account.spent <= HELD + RATE * took + 0.5
+    before = dict(state.verdicts)
+    step(images)
+    assert before.items() <= state.verdicts.items()  # a verdict never changes within a run

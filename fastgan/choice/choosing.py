@@ -21,7 +21,7 @@ from fastgan.choice.state import STATE, State
 def choose(op: Routine, args: tuple) -> Callable[..., Any]:
     """The launcher that runs this call."""
     state = STATE
-    key = (op.name, state.forced, state.racing, torch.get_num_threads(), *op.case(args))
+    key = (op.name, state.mode, torch.get_num_threads(), *op.case(args))
     run = state.chosen.get(key)
     if run is None or state.watchers:
         name, reason = _decide(state, op, args, key)

@@ -16,6 +16,7 @@ class State:
     """The choices of a process.
 
     forced     the backend forced, or "auto"; racing: whether backends race
+    mode       both in one text, whose hash Python keeps: `choose` looks up by it at each call
     chosen     (mode, case) -> launcher; bounded by MAX_CHOSEN
     disabled   (op, backend) that failed its proof -> the reason
     proved     (op, backend, case) that passed it
@@ -31,7 +32,7 @@ class State:
     MAX_CHOSEN = 4096
 
     def __init__(self) -> None:
-        self.forced, self.racing = "auto", True
+        self._forced, self._racing, self.mode = "auto", True, "auto True"
         self.chosen: dict[tuple, Callable[..., Any]] = {}
         self.disabled: dict[tuple[str, str], str] = {}
         self.proved: set[tuple] = set()
@@ -42,6 +43,22 @@ class State:
         self.families: dict[tuple, tuple[float, Any]] = {}
         self.account = Account()
         self.cache = Cache()
+
+    @property
+    def forced(self) -> str:
+        return self._forced
+
+    @forced.setter
+    def forced(self, name: str) -> None:
+        self._forced, self.mode = name, f"{name} {self._racing}"
+
+    @property
+    def racing(self) -> bool:
+        return self._racing
+
+    @racing.setter
+    def racing(self, enabled: bool) -> None:
+        self._racing, self.mode = enabled, f"{self._forced} {enabled}"
 
     def begin_run(self, verdicts: dict[str, str]) -> None:
         """Start a run, or go on with one that had these verdicts; nothing changes them before the next."""
