@@ -52,7 +52,17 @@ if X86:
     }
 
 # These stems use nothing that the last two tables have beyond AVX-512: cpu/table.cpp gives them avx512's.
-ELEMENTWISE = ("bn_act", "gn_act", "bias_act", "gan_loss", "interpolate", "grad_norm_penalty", "sample_dot", "adam")
+ELEMENTWISE = (
+    "bn_act",
+    "gn_act",
+    "bias_act",
+    "gan_loss",
+    "interpolate",
+    "grad_norm_penalty",
+    "sample_dot",
+    "adam",
+    "program",
+)
 
 
 class BuildError(RuntimeError):

@@ -238,7 +238,7 @@ inline void bind_conv_shape(py::module_& m) {
 }
 
 #define FG_BIND_CPU(kernel, ...) bind<Cpu, &Table::kernel>(m, #kernel);
-inline void bind_cpu(py::module_& m){FG_KERNELS(FG_BIND_CPU)}
+inline void bind_cpu(py::module_& m){FG_CPU_KERNELS(FG_BIND_CPU)}
 #ifdef FG_CUDA
 #define FG_BIND_CUDA(kernel, ...) bind<Cuda, &cuda::Table::kernel>(m, #kernel);
 inline void bind_cuda(py::module_& m) {

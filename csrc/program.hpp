@@ -33,7 +33,7 @@ class Program {
 
   // Every step in order, without the GIL.
   void run(int threads, const std::vector<void*>& addresses) const {
-    if (addresses.size() != slots)
+    if (addresses.size() < slots)
       refuse("Program: run() must be given an address for each of its " + text(static_cast<int64_t>(slots)) +
              " slots, got " + text(static_cast<int64_t>(addresses.size())));
     const Unlocked gil;
@@ -76,7 +76,7 @@ class Program {
 inline const Function& cpu_function(const std::string& name) {
 #define FG_FIND(kernel, ...) \
   if (name == #kernel) return Bound<Cpu, &Table::kernel>::function;
-  FG_KERNELS(FG_FIND)
+  FG_CPU_KERNELS(FG_FIND)
   refuse("Program: a step must be a kernel of this module, got " + name);
 }
 

@@ -179,8 +179,9 @@ def around(wrap: Callable[[Routine, Launcher], Launcher]) -> Iterator[None]:
         _around = before
 
 
-def wanted(ctx: Any, index: int) -> bool:
-    """Whether the running backward pass uses the gradient of input `index` (the inputs before it are tensors too).
+def wanted(ctx: Any, index: int, edge: int | None = None) -> bool:
+    """Whether the running backward pass uses the gradient of input `index`, which is tensor number `edge` among the
+    inputs (None: all inputs before it are tensors).
 
     autograd asks this of its own nodes before they compute, of Python's nodes it does not: in `autograd.grad(y, x)`
     each convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
@@ -188,7 +189,7 @@ def wanted(ctx: Any, index: int) -> bool:
     if not ctx.needs_input_grad[index]:
         return False
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+        return torch._C._will_engine_execute_node(ctx.next_functions[index if edge is None else edge][0])
     except RuntimeError:  # refused for a leaf that the pass is asked for itself, and where no engine runs
         return True
 
@@ -196,6 +197,18 @@ def wanted(ctx: Any, index: int) -> bool:
 def is_traced() -> bool:
     """Whether torch.compile or a dispatch mode (fake tensors, a recorder) looks on."""
     return bool(_is_compiling() or _dispatch_modes() > 0)
+
+
+def is_observed() -> bool:
+    """Whether anybody looks at single ops: what is_traced names, torch.jit's tracer, torch.func, forward mode, or
+    `around`."""
+    return bool(
+        is_traced()
+        or _around is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or _functorch_level() is not None
+    )
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:

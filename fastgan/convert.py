@@ -10,13 +10,14 @@ runs as it then is, and a slice of a chain, or a child called alone, gives plain
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgan import program
 from fastgan._forward import Forward, is_exported
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan.choice import has_kernel, watching
@@ -124,8 +125,20 @@ class Group:
         layer, norm = self.layer, self.norm
         if norm is not None and (not isinstance(input, Tensor) or input.dim() != 4):
             input, layer, norm = layer(input), norm, None  # nn.BatchNorm2d refuses [C, H, W]: let it
-        name = "identity" if self.activation is None else ACTIVATIONS[type(self.activation)]
-        return layer.fused(input, norm, name, getattr(self.activation, "negative_slope", 0.0))
+        return layer.fused(input, norm, self.act, getattr(self.activation, "negative_slope", 0.0))
+
+    @property
+    def act(self) -> str:
+        """The activation's name."""
+        return "identity" if self.activation is None else ACTIVATIONS[type(self.activation)]
+
+    def suits_programs(self) -> bool:
+        """Whether a program has kernels for the layer."""
+        return type(self.layer) in (FusedConv2d, FusedConvTranspose2d, FusedBatchNorm2d) and not has_hooks(self.layer)
+
+    def program_layer(self) -> program.Layer:
+        conv, norm = (None, self.layer) if isinstance(self.layer, FusedBatchNorm2d) else (self.layer, self.norm)
+        return program.Layer(conv, norm, self.act, self.activation)
 
 
 def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
@@ -164,8 +177,46 @@ def _normed(conv: Any, norm: Any) -> bool:
     )
 
 
+class Stretch:
+    """Neighbouring groups that run as one program where that is known to be the same, else one after the other."""
+
+    def __init__(self, groups: list[Group]):
+        self.groups = groups
+        self.run = program.Run([group.program_layer() for group in groups])
+
+    def __call__(self, input: Any) -> Any:
+        if program.applies(input):
+            found = self.run(input)
+            if found is not None:
+                return found
+        for group in self.groups:
+            input = group(input)
+        return input
+
+
+def _stretches(parts: Iterable[Group | nn.Module]) -> list[Stretch | Group | nn.Module]:
+    """The parts of a chain with neighbours that a program can take put together."""
+    found: list[Any] = []
+    for part in parts:
+        group = part if isinstance(part, Group) else Group(part)
+        if not group.suits_programs():
+            found.append(part)
+        elif found and isinstance(found[-1], Stretch):
+            found[-1] = Stretch([*found[-1].groups, group])
+        else:
+            found.append(Stretch([group]))
+    return found
+
+
 class Chain(Forward):
-    """The forward of a converted nn.Sequential."""
+    """The forward of a converted nn.Sequential.
+
+    What it keeps besides its owner belongs to this process: copies and pickles start without.
+    """
+
+    seen: tuple = ()  # what `parts` were made from
+    parts: Sequence[Any] = ()
+    is_replica = False  # of nn.DataParallel: its parameters are attributes that no program looks at
 
     def __call__(self, input: Any) -> Any:
         if is_exported():
@@ -174,14 +225,28 @@ class Chain(Forward):
             return input
         if has_global_hooks():  # such hooks are called by modules, so every child is called as one
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
-        for part in _groups(self.owner):
+        for part in _groups(self.owner) if torch.compiler.is_compiling() else self._current():
             input = part(input)
         return input
+
+    def _current(self) -> Sequence[Any]:
+        """The parts, made anew where a child was replaced, hooked or compiled since."""
+        children: Any = self.owner._modules.values()
+        seen = (*children, *((type(m), has_hooks(m), m._compiled_call_impl) for m in children))
+        if seen != self.seen:
+            groups = _groups(self.owner)
+            self.seen, self.parts = seen, list(groups) if self.is_replica else _stretches(groups)
+        return self.parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner}
 
     def replicate(self) -> nn.Module:
         """nn.DataParallel's copy of the container, which gets other children: a forward for it."""
         replica = super().replicate()
-        Chain(replica).install()
+        chain = Chain(replica)
+        chain.is_replica = True
+        chain.install()
         return replica
 
 

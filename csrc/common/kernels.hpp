@@ -131,6 +131,21 @@ FG_STRUCT(AdamArgs, (AdamTensors, tensors), (const float*, lr_at), (float, lr), 
           (double, ln_beta1), (double, ln_beta2), (float, eps), (float, weight_decay), (bool, decoupled),
           (bool, maximize), (double, weight), (Threads, threads));
 
+// y[n][c][r] = x[n][r][c], and the type may change.
+FG_STRUCT(RelayoutArgs, (DType, x_dtype), (DType, y_dtype), (const void*, x), (void*, y), (int64_t, N), (int64_t, rows),
+          (int64_t, columns), (Threads, threads));
+
+// A convolution's weight [outer][K][inner] and bias with a batch norm of constant statistics folded in.
+FG_STRUCT(BnFoldArgs, (const float*, weight), (const float*, bias),  // [K] or null, as gamma and beta
+          (const float*, gamma), (const float*, beta), (const float*, mean), (const float*, var),
+          (float*, folded),  // as weight
+          (float*, shift),   // [K]
+          (int64_t, outer), (int64_t, K), (int64_t, inner), (float, eps), (Threads, threads));
+
+// Running statistics [C] after G batches with statistics [G][C] of `count` values each; batches: their number, or null.
+FG_STRUCT(BnUpdateArgs, (const float*, mean), (const float*, var), (float*, running_mean), (float*, running_var),
+          (int64_t*, batches), (int64_t, G), (int64_t, C), (int64_t, count), (float, momentum), (Threads, threads));
+
 // Every kernel with its structs, a shape first: those that use each table's instructions to the full, and those that
 // gain nothing from AVX512_BF16 or AMX (as setup.py knows).
 // clang-format off: a line each
@@ -156,9 +171,14 @@ FG_STRUCT(AdamArgs, (AdamTensors, tensors), (const float*, lr_at), (float, lr), 
   f(grad_norm_penalty_backward, GradNormPenaltyShape, GradNormPenaltyBackwardArgs) \
   f(adam, AdamArgs)
 // clang-format on
+// What a program needs besides, on a CPU.
+#define FG_PROGRAM_KERNELS(f) f(relayout, RelayoutArgs) f(bn_fold, BnFoldArgs) f(bn_update, BnUpdateArgs)
 #define FG_KERNELS(f)   \
   FG_PRODUCT_KERNELS(f) \
   FG_ELEMENTWISE_KERNELS(f)
+#define FG_CPU_KERNELS(f) \
+  FG_KERNELS(f)           \
+  FG_PROGRAM_KERNELS(f)
 
 template <class... Structs>
 using Kernel = void(const Structs&...);
@@ -167,7 +187,7 @@ using Kernel = void(const Structs&...);
 struct Table {
   const char* name;
 #define FG_TABLE_MEMBER(kernel, ...) Kernel<__VA_ARGS__>* kernel;
-  FG_KERNELS(FG_TABLE_MEMBER)
+  FG_CPU_KERNELS(FG_TABLE_MEMBER)
 };
 
 // Scratch memory, 64-byte aligned, uninitialised, recycled between calls: a fresh 16 MB malloc costs more in page

@@ -17,13 +17,15 @@ FG_PRODUCT_KERNELS(FG_DECLARE)
 }
 namespace fg::ELEMENTWISE {
 FG_ELEMENTWISE_KERNELS(FG_DECLARE)
-}
+FG_PROGRAM_KERNELS(FG_DECLARE)
+}  // namespace fg::ELEMENTWISE
 
 namespace fg::ISA {
 
 #define FG_PRODUCT(kernel, ...) kernel,
 #define FG_ELEMENTWISE(kernel, ...) ELEMENTWISE::kernel,
 extern const Table table;
-const Table table = {FG_STRING(ISA), FG_PRODUCT_KERNELS(FG_PRODUCT) FG_ELEMENTWISE_KERNELS(FG_ELEMENTWISE)};
+const Table table = {FG_STRING(ISA), FG_PRODUCT_KERNELS(FG_PRODUCT) FG_ELEMENTWISE_KERNELS(FG_ELEMENTWISE)
+                                         FG_PROGRAM_KERNELS(FG_ELEMENTWISE)};
 
 }  // namespace fg::ISA

@@ -29,6 +29,7 @@ from fastgan.choice.native import native
 from fastgan.choice.proof import proof_error, timing
 from fastgan.choice.routine import NAMES, REGISTERED, Backend, Routine, triton
 from fastgan.choice.state import STATE
+from fastgan.choice.whole import fastest
 
 __all__ = [
     "NAMES",
@@ -45,6 +46,7 @@ __all__ = [
     "choose",
     "cost_of",
     "emulated",
+    "fastest",
     "fingerprint",
     "forced",
     "has_kernel",

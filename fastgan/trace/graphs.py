@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastgan.choice import fastest
 from fastgan.trace.layout import in_channels_last
-from fastgan.trace.race import fastest
 from fastgan.trace.rewrite import Group, rewritten
 
 # Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's

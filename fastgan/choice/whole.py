@@ -1,8 +1,8 @@
-"""Ours, in the layout given or in channels_last, or plain PyTorch, judged whole.
+"""Parts of a model judged whole: ours in its ways, or plain PyTorch.
 
-A part of a model runs forward and backward on clones of its own inputs. Ops race singly (`fastgan.choice`); a part may
-lose what its ops have won, by a layout that is converted at each of them or by Python's time between them. So plain
-PyTorch is among a part's candidates, and the winner is remembered on disk as theirs are.
+A part runs forward and backward on clones of its own inputs. Ops race singly; a part may lose what its ops have won, by
+a layout that is converted at each of them or by Python's time between them. So plain PyTorch is among a part's
+candidates, and the winner is remembered on disk as theirs are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.choice import forced, remember, remembered
+from fastgan.choice.choosing import remember, remembered
+from fastgan.choice.forcing import forced
 
 Run = Callable[..., Any]
 SECONDS = 1.0  # after which a race ends; a part is run twice at least

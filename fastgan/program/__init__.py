@@ -1,0 +1,6 @@
+"""Programs: a run of fused layers as one native call, one autograd node and one backward call."""
+
+from fastgan.program.layer import Layer, plain
+from fastgan.program.run import Run, applies, switched_off
+
+__all__ = ["Layer", "Run", "applies", "plain", "switched_off"]

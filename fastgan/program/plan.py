@@ -1,0 +1,341 @@
+"""A run of layers as native steps: which kernels, on what, in which order, forward and backward.
+
+The steps call the kernels that the ops of the same layers call one by one (fastgan/ops), with the same arguments, so
+the numbers are theirs to the bit. What a program saves is the rest: a Python call, a dispatch, an autograd node, a
+layout conversion and an allocation for every layer.
+
+Inside, every activation is dense channels_last, as the kernels want it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgan import _activation, _native
+from fastgan._layout import is_channels_last
+from fastgan.ops import conv2d as _conv2d
+from fastgan.ops import conv_transpose2d as _conv_transpose2d
+from fastgan.program.layer import Layer
+from fastgan.program.memory import ARENA, Place, arrange
+
+FLOAT32 = _native.DTYPE_CODES[torch.float32]
+IDENTITY = _activation.CODES["identity"], 0.0
+Shape = tuple[int, ...]  # N, C, H, W
+
+
+def plain_order(shape: Shape) -> bool:
+    """Whether NCHW and channels_last are the same order of elements."""
+    return shape[1] == 1 or shape[2] * shape[3] == 1
+
+
+@dataclass
+class _Pass:
+    """What the backward of a layer needs to know of its forward."""
+
+    layer: Layer
+    x: Place
+    x_shape: Shape
+    y: Place
+    y_shape: Shape
+    epilogue: tuple[int, float]  # activation code, slope
+    parameters: dict[str, Place | None]
+    gradients: dict[str, Place | None]
+    first: int  # index of its first parameter among the gradients of the plan
+    conv: Any = None  # the packed ConvShape
+    weight_strides: tuple[int, ...] = ()
+    t: Place | None = None  # the norm's input
+    statistics: tuple[Place, ...] = ()  # mean, var of the batch
+    norm_shape: tuple = field(default=())
+
+
+def strides(shape: Shape, channels_last: bool) -> Shape:
+    """Those that torch gives a new tensor."""
+    _, c, h, w = shape
+    return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+
+
+class Unfit(ValueError):
+    """Shapes that do not fit the layers."""
+
+
+class Plan:
+    """Steps for one run of layers and one kind of input.
+
+    layers: none of which refuses; x: an input like those to come; dtype: what the layers compute in, float32 or, under
+    autocast, bfloat16; wanted: what gets a gradient: x first, then every parameter of every layer, absent ones
+    included. Parameters, their gradients and statistics are float32.
+
+    The slots of a run are: the arena, x, y, parameters, buffers, the cotangent of y, and the wanted gradients.
+    """
+
+    def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wanted: Sequence[bool]):
+        self.core = _native.CPU.module()
+        self.dtype, self.code, self.input_code = dtype, _native.DTYPE_CODES[dtype], _native.DTYPE_CODES[x.dtype]
+        self.layers, self.places, self.slots = layers, [Place(ARENA)], 1
+        self.steps: list[tuple[str, tuple, int | None]] = []  # kernel, fields, the one gradient that it is for
+        self.input, self.output = self._slot(), self._slot()
+        parameters = [[self._slot() for _ in layer.parameters()] for layer in layers]
+        self.buffers = [[self._slot() for _ in layer.buffers()] for layer in layers]
+        self.cotangent = self._slot()
+        self.gradients = {i: self._slot() for i, wants in enumerate(wanted) if wants}
+        self.input_channels_last = self.output_channels_last = is_channels_last(x)
+        self.passes: list[_Pass] = []
+
+        shape = tuple(x.shape)
+        h = self._enter(self.input, shape, self.input_channels_last, self.input_code)
+        first = 1  # index of a layer's first parameter among `wanted`
+        for i in range(len(layers)):
+            h, shape = self._layer(i, h, shape, parameters[i], first)
+            first += len(parameters[i])
+        self.shape = shape
+        self._leave(h, self.output, shape, self.output_channels_last, self.code)
+        self.forward_steps = len(self.steps)
+        # Where both layouts are one, torch's elementwise activation takes the contiguous strides.
+        elementwise = layers[-1].activation != "identity" and plain_order(shape)
+        self.strides = strides(shape, self.output_channels_last and not elementwise)
+        self.reads_output = self.passes[-1].y is self.output and self.passes[-1].t is None
+        if self.gradients:
+            self._backward()
+        self.arena_bytes = arrange(self.places)
+
+    def program(self, first: int, last: int, unwanted: frozenset[int] = frozenset()) -> Any:
+        """The steps [first, last) as a native program, without those that serve unwanted gradients alone."""
+        program = self.core.Program()
+        for kernel, fields, only in self.steps[first:last]:
+            if only is None or only not in unwanted:
+                program.append(kernel, *(f.pointer() if isinstance(f, Place) else f for f in fields))
+        return program
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    def _slot(self) -> Place:
+        self.slots += 1
+        return Place(self.slots - 1)
+
+    def _arena(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Place:
+        place = Place(ARENA, dtype.itemsize * math.prod(sizes))
+        self.places.append(place)
+        return place
+
+    def _image(self, shape: Shape) -> Place:
+        return self._arena(*shape, dtype=self.dtype)
+
+    def _step(self, kernel: str, *fields: Any, only: int | None = None) -> None:
+        for value in fields:
+            if isinstance(value, Place):
+                value.touch(len(self.steps))
+        self.steps.append((kernel, fields, only))
+
+    def _enter(self, place: Place, shape: Shape, channels_last: bool, code: int) -> Place:
+        """The outer tensor as the kernels want it: itself, or its copy in the arena."""
+        n, c, h, w = shape
+        same_order = channels_last or plain_order(shape)
+        if same_order and code == self.code:
+            return place
+        inside = self._image(shape)
+        sizes = (1, 1, math.prod(shape)) if same_order else (n, c, h * w)
+        self._step("relayout", code, self.code, place, inside, *sizes)
+        return inside
+
+    def _edge(self, place: Place, shape: Shape, channels_last: bool, code: int) -> Place:
+        """Where the step before `_leave` writes."""
+        return place if (channels_last or plain_order(shape)) and code == self.code else self._image(shape)
+
+    def _leave(self, inside: Place, place: Place, shape: Shape, channels_last: bool, code: int, **only: Any) -> None:
+        """To the outer tensor, unless the last step wrote there itself."""
+        if inside is place:
+            return
+        n, c, h, w = shape
+        sizes = (1, 1, math.prod(shape)) if channels_last or plain_order(shape) else (n, h * w, c)
+        self._step("relayout", self.code, code, inside, place, *sizes, **only)
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def _layer(self, i: int, x: Place, shape: Shape, slots: list[Place], first: int) -> tuple[Place, Shape]:
+        layer, last = self.layers[i], i == len(self.layers) - 1
+        names = [*(("weight", "bias") if layer.conv is not None else ())]
+        names += ["gamma", "beta"] if layer.norm is not None else []
+        tensors = dict(zip(names, layer.parameters(), strict=True))
+        epilogue = _activation.CODES[layer.activation], layer.slope
+        present = {name: slot if tensors[name] is not None else None for name, slot in zip(names, slots, strict=True)}
+        gradients = {name: self.gradients.get(first + j) for j, name in enumerate(names)}
+        found = _Pass(layer, x, shape, x, shape, epilogue, present, gradients, first)
+        self.passes.append(found)
+        if layer.conv is not None:
+            weight: Any = tensors["weight"]
+            self.output_channels_last |= is_channels_last(weight)
+            found.weight_strides = weight.stride()
+            found.conv, found.y_shape = self._geometry(layer.conv, weight, shape)
+        out = found.y_shape
+        found.y = self._edge(self.output, out, self.output_channels_last, self.code) if last else self._image(out)
+        if layer.norm is not None and layer.norm.num_features != found.y_shape[1]:
+            raise Unfit
+        if layer.norm is None:
+            self._convolve(found, found.parameters["weight"], found.parameters["bias"], found.y, found.epilogue)
+        elif layer.norm.training:
+            self._normalise(i, found)
+        else:
+            self._normalise_in_eval(i, found, tensors)
+        return found.y, found.y_shape
+
+    def _geometry(self, conv: Any, weight: Tensor, shape: Shape) -> tuple[Any, Shape]:
+        like = torch.empty(shape, device="meta")
+        kernel = tuple(weight.shape[2:])
+        small: Shape
+        large: Shape
+        if isinstance(conv, nn.ConvTranspose2d):
+            out = _conv_transpose2d.output_shape(
+                like, weight, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+            )
+            small, large = shape, tuple(out)
+        else:
+            out = _conv2d.output_shape(like, weight, conv.stride, conv.padding, conv.dilation)
+            small, large = tuple(out), shape
+        channels = weight.shape[0] if isinstance(conv, nn.ConvTranspose2d) else weight.shape[1] * conv.groups
+        if shape[1] != channels or min(out) < 1:
+            raise Unfit
+        geometry = kernel, tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation), conv.groups
+        return _conv2d.plan(self.core, large, small, *geometry), tuple(out)
+
+    def _convolve(self, p: _Pass, weight: Any, bias: Any, y: Place, epilogue: tuple) -> None:
+        kernel = "conv_transpose2d" if isinstance(p.layer.conv, nn.ConvTranspose2d) else "conv2d"
+        fields = p.x, weight, FLOAT32, p.weight_strides, self._rounded(bias, p.y_shape[1]), y
+        self._step(kernel, p.conv, self.code, *fields, *epilogue)
+
+    def _rounded(self, bias: Place | None, channels: int) -> Place | None:
+        """A bias as autocast's cast leaves it."""
+        if bias is None or self.code == FLOAT32:
+            return bias
+        narrow, wide = self._arena(channels, dtype=self.dtype), self._arena(channels)
+        self._step("relayout", FLOAT32, self.code, bias, narrow, 1, 1, channels)
+        self._step("relayout", self.code, FLOAT32, narrow, wide, 1, 1, channels)
+        return wide
+
+    def _norm_input(self, p: _Pass) -> Place:
+        """The norm's input: the layer's, or its convolution's output."""
+        if p.layer.conv is None:
+            return p.x
+        t = self._image(p.y_shape)
+        self._convolve(p, p.parameters["weight"], p.parameters["bias"], t, IDENTITY)
+        return t
+
+    def _norm_fields(self, p: _Pass, groups: int, training: bool) -> tuple:
+        n, c, h, w = p.y_shape
+        return n, c, h * w, groups, True, training, float(p.layer.norm.eps), *p.epilogue
+
+    def _normalise(self, i: int, p: _Pass) -> None:
+        norm, (n, c, h, w) = p.layer.norm, p.y_shape
+        groups = norm.stat_groups
+        if groups < 1 or n % groups or n // groups * h * w < 2:
+            raise Unfit
+        p.t = self._norm_input(p)
+        p.statistics = self._arena(groups, c), self._arena(groups, c)
+        p.norm_shape = self._norm_fields(p, groups, True)
+        vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
+        self._step("bn_act_forward", self.code, p.t, *vectors, p.y, *p.norm_shape)
+        if norm.track_running_stats and norm.running_mean is not None:
+            count = n // groups * h * w
+            self._step("bn_update", *p.statistics, *self.buffers[i], groups, c, count, float(norm.momentum))
+
+    def _normalise_in_eval(self, i: int, p: _Pass, tensors: dict[str, Any]) -> None:
+        layer, (mean, var, _) = p.layer, self.buffers[i]
+        vectors = p.parameters["gamma"], p.parameters["beta"], mean, var
+        if layer.conv is None or not _folds(layer.conv, tensors["weight"], p.x_shape):
+            t = self._norm_input(p)
+            self._step("bn_act_forward", self.code, t, *vectors, p.y, *self._norm_fields(p, 1, False))
+            return
+        weight = tensors["weight"]
+        folded, shift = self._arena(weight.numel()), self._arena(p.y_shape[1])
+        sizes = _channel_axis(layer.conv, weight)
+        self._step(
+            "bn_fold",
+            p.parameters["weight"],
+            p.parameters["bias"],
+            *vectors,
+            folded,
+            shift,
+            *sizes,
+            float(layer.norm.eps),
+        )
+        self._convolve(p, folded, shift, p.y, p.epilogue)
+
+    # ---- backward ---------------------------------------------------------------------------------------------------
+
+    def _backward(self) -> None:
+        bottom = 0 if 0 in self.gradients else self._lowest()
+        dy = self._enter(self.cotangent, self.shape, self.output_channels_last, self.code)
+        for i in range(len(self.passes) - 1, bottom - 1, -1):
+            p = self.passes[i]
+            dx: Place | None = None
+            if i > bottom:
+                dx = self._image(p.x_shape)
+            elif 0 in self.gradients:
+                dx = self._edge(self.gradients[0], p.x_shape, self.input_channels_last, self.input_code)
+            through = dx if p.layer.conv is None else None
+            dt = self._epilogue_backward(p, dy, through)
+            if p.layer.conv is not None:
+                self._convolution_backward(p, dt, dx, only=0 if i == bottom else None)
+            if dx is not None:
+                dy = dx
+        if 0 in self.gradients:
+            edge = self.passes[0].x_shape, self.input_channels_last, self.input_code
+            self._leave(dy, self.gradients[0], *edge, only=0)
+
+    def _lowest(self) -> int:
+        """The first layer that learns: nothing below it is differentiated."""
+        return next(i for i, p in enumerate(self.passes) if any(g is not None for g in p.gradients.values()))
+
+    def _epilogue_backward(self, p: _Pass, dy: Place, out: Place | None) -> Place:
+        """The gradient of what the convolution wrote, or of a lone norm's input, at `out` where that is given."""
+        n, c, h, w = p.y_shape
+        shape = n, c, h * w, True
+        dbias = p.gradients.get("bias")
+        if p.t is None:
+            if p.epilogue[0] == IDENTITY[0]:
+                dt = dy
+                fields: tuple[Place | None, ...] = dy, dy, None
+            else:
+                dt = self._image(p.y_shape)
+                fields = dy, p.y, dt
+            if dbias is not None or dt is not dy:
+                self._step("bias_act_backward", self.code, *fields, dbias, *shape, *p.epilogue)
+            return dt
+        dt = out or self._image(p.y_shape)
+        vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
+        found = p.gradients["gamma"], p.gradients["beta"]
+        self._step("bn_act_backward", self.code, dy, p.t, *vectors, dt, *found, *p.norm_shape)
+        if dbias is not None:
+            self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, only=p.first + 1)
+        return dt
+
+    def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, only: int | None) -> None:
+        transposed = isinstance(p.layer.conv, nn.ConvTranspose2d)
+        if (dw := p.gradients["weight"]) is not None:
+            images = (dt, p.x) if transposed else (p.x, dt)
+            self._step("conv2d_weight", p.conv, self.code, *images, dw, FLOAT32, p.weight_strides, only=p.first)
+        if dx is not None:
+            weight = p.parameters["weight"], FLOAT32, p.weight_strides
+            kernel = "conv2d" if transposed else "conv_transpose2d"
+            self._step(kernel, p.conv, self.code, dt, *weight, None, dx, *IDENTITY, only=only)
+
+
+def _folds(conv: Any, weight: Tensor, shape: Shape) -> bool:
+    """Whether `functional.conv2d_bn_act` and its sibling fold the norm in eval mode for an input of this shape."""
+    pixels, strides = shape[0] * shape[2] * shape[3], math.prod(conv.stride)
+    if isinstance(conv, nn.ConvTranspose2d):
+        return conv.groups == 1 and pixels * strides >= weight[:, 0].numel()
+    return pixels >= weight[0].numel() * strides
+
+
+def _channel_axis(conv: Any, weight: Tensor) -> tuple[int, int, int]:
+    """(outer, channels, inner): the weight in memory, seen as [outer, output channels, inner]."""
+    c, k, r, s = weight.shape
+    if not isinstance(conv, nn.ConvTranspose2d):
+        return 1, c, k * r * s
+    return (c, k, r * s) if weight.is_contiguous() else (c * r * s, k, 1)

@@ -1,0 +1,205 @@
+"""Calling programs: which plan serves a call, its autograd node, and when the layers run op by op instead.
+
+A program runs where it is known to give the ops' numbers: plain float32 tensors on a CPU, no tracing, no autocast. An
+input that is a leaf and wants a gradient (a penalty's images) is left to the ops, since second derivatives are wanted
+of it. A backward pass that must itself be differentiable (create_graph=True), or that runs a second time over the same
+forward (retain_graph=True), replays the layers op by op from what the node saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan._op import is_observed, wanted
+from fastgan.choice import STATE, absent, fastest, forced
+from fastgan.program.layer import Layer, dense, plain, replay
+from fastgan.program.plan import Plan, Unfit
+
+FLOATS = (torch.float32, torch.bfloat16)
+MAX_WAYS = 64  # of one run of layers: another batch size needs another
+
+Way = Callable[[Tensor, Sequence[Any], Sequence[Any]], Tensor]  # x, parameters, buffers -> y
+
+
+_off = False
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Within: every layer runs op by op, which is what a program must equal."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def applies(x: Any) -> bool:
+    """Whether a program may run on x at all: a plain CPU tensor, and nobody who looks on sees ops."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and STATE.forced in ("auto", "native")
+        and not (_off or STATE.emulated or STATE.watchers)
+        and not is_observed()
+        and not absent("native")
+    )
+
+
+class Compiled:
+    """A plan with its native programs."""
+
+    def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool]):
+        plan = Plan(layers, x, dtype, wants)
+        self.plan, self.layers = plan, layers
+        self.forward = plan.program(0, plan.forward_steps)
+        self.backwards: dict[frozenset[int], Any] = {}
+        self.updates = any(layer.norm is not None and layer.norm.training for layer in layers)
+
+    def backward(self, unwanted: frozenset[int]) -> Any:
+        program = self.backwards.get(unwanted)
+        if program is None:
+            plan = self.plan
+            program = self.backwards[unwanted] = plan.program(plan.forward_steps, len(plan.steps), unwanted)
+        return program
+
+    def run(self, x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """(y, arena)."""
+        plan = self.plan
+        y = torch.empty_strided(plan.shape, plan.strides, dtype=plan.dtype)
+        arena = torch.empty(plan.arena_bytes, dtype=torch.uint8)
+        self.forward.run(torch.get_num_threads(), arena, x, y, *parameters, *buffers)
+        return y, arena
+
+    def __call__(self, x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> Tensor:
+        if self.plan.gradients:
+            y = Node.apply(self, buffers, x, *parameters)
+        else:
+            y, _ = self.run(x, parameters, buffers)
+        if self.updates:
+            torch.autograd.graph.increment_version([b for b in buffers if b is not None])
+        return y
+
+
+class Node(torch.autograd.Function):
+    """The one autograd node of a program: apply(compiled, buffers, x, *parameters)."""
+
+    @staticmethod
+    def forward(ctx: Any, compiled: Compiled, buffers: list, x: Tensor, *parameters: Any) -> Tensor:
+        y, ctx.arena = compiled.run(x, parameters, buffers)
+        ctx.compiled, ctx.buffers = compiled, len(buffers)
+        ctx.save_for_backward(x, y if compiled.plan.reads_output else None, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, y, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled() or ctx.arena is None:
+            return None, None, *_replayed(ctx, dy, x, parameters)
+        compiled, plan = ctx.compiled, ctx.compiled.plan
+        arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
+        layout = torch.channels_last if plan.output_channels_last else torch.contiguous_format
+        dy = dy.contiguous(memory_format=layout)
+        tensors = [x, *parameters]
+        found: list[Tensor | None] = [None] * len(tensors)
+        for i in plan.gradients:
+            found[i] = torch.empty_like(tensors[i])
+        edges = {i: edge for edge, i in enumerate(i for i, t in enumerate(tensors) if t is not None)}
+        unwanted = frozenset(i for i in plan.gradients if not wanted(ctx, i + 2, edges[i]))
+        slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *(found[i] for i in plan.gradients)
+        compiled.backward(unwanted).run(torch.get_num_threads(), *slots)
+        for i in unwanted:
+            found[i] = None
+        return None, None, *found
+
+
+def _replayed(ctx: Any, dy: Tensor, x: Tensor, parameters: list) -> list[Tensor | None]:
+    """The gradients by the ops: differentiable where grad mode is on."""
+    again = torch.is_grad_enabled()
+    tensors = [x, *parameters]
+    wants = [needs and t is not None for needs, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
+    lowered = torch.autocast("cpu", ctx.compiled.plan.dtype, enabled=ctx.compiled.plan.dtype != torch.float32)
+    with torch.enable_grad(), lowered:
+        if not again:
+            tensors = [
+                t.detach().requires_grad_(w) if t is not None else None for t, w in zip(tensors, wants, strict=True)
+            ]
+        y = replay(ctx.compiled.layers, tensors[0], tensors[1:])
+        asked = [t for t, w in zip(tensors, wants, strict=True) if w]
+        found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))
+    return [next(found) if w else None for w in wants]
+
+
+class Run:
+    """Neighbouring layers of a chain, called as one."""
+
+    def __init__(self, layers: list[Layer]):
+        self.layers = layers
+        self.ways: dict[tuple, Way | None] = {}
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """y, or None: run the layers op by op."""
+        grad = torch.is_grad_enabled()
+        if grad and x.requires_grad and x.is_leaf:
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        parameters = [p for layer in self.layers for p in layer.parameters()]
+        key = (
+            x.shape,
+            x.stride(),
+            x.dtype,
+            dtype,
+            tuple(p is not None and p.requires_grad for p in (x, *parameters)) if grad else None,
+            tuple((p.stride(), p.dtype) if p is not None else None for p in parameters),
+            tuple(layer.facts() for layer in self.layers),
+            torch.get_num_threads(),
+            forced(),
+        )
+        buffers = [b for layer in self.layers for b in layer.buffers()]
+        try:
+            way = self.ways[key]
+        except KeyError:
+            way = self._chosen(key, x, dtype, parameters, buffers)
+        return None if way is None else way(x, parameters, buffers)
+
+    def _chosen(self, key: tuple, x: Tensor, dtype: torch.dtype, parameters: list, buffers: list) -> Way | None:
+        """The fastest of a program and plain PyTorch, or None where no program is known to give the ops' numbers."""
+        if len(self.ways) >= MAX_WAYS:
+            self.ways.clear()
+        wants = key[4] or (False,) * (1 + len(parameters))
+        compiled = self._compiled(x, dtype, wants)
+        self.ways[key] = compiled
+        if compiled is not None:
+            ways: dict[str, Way] = {
+                "program": compiled,
+                "plain": functools.partial(plain, self.layers),
+                "channels_last": functools.partial(_turned, self.layers, compiled.plan.output_channels_last),
+            }
+            count = len(parameters)
+            apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
+            self.ways[key] = ways[fastest(("program", *key), apart, [x, *parameters, *buffers])]
+        return self.ways[key]
+
+    def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
+        fits = x.dim() == 4 and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
+        if not torch.is_autocast_enabled("cpu"):  # float32 parameters take no other input
+            fits = fits and dtype == torch.float32
+        if self.layers[0].conv is None:  # a norm under autocast computes in its input's type
+            fits = fits and x.dtype == dtype
+        if fits and not any(layer.refusal(any(wants)) for layer in self.layers):
+            with contextlib.suppress(Unfit):  # the ops say what is wrong
+                return Compiled(self.layers, x, dtype, wants)
+        return None
+
+
+def _turned(layers: Sequence[Layer], channels_last: bool, x: Tensor, parameters: Any, buffers: Any) -> Tensor:
+    """Plain PyTorch in channels_last, whatever the input's layout."""
+    y = plain(layers, x.contiguous(memory_format=torch.channels_last), parameters, buffers)
+    return y if channels_last else y.contiguous()

@@ -1,0 +1,371 @@
+"""Programs: a run of layers as one native call. The ops of the layers, one by one, are the specification."""
+
+import contextlib
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import fastgan
+from fastgan import program
+from fastgan.program.memory import ARENA, Place, arrange
+from fastgan.program.run import Compiled
+
+native = pytest.mark.skipif(not fastgan.backends()["conv2d"]["native"][0], reason="fastgan._C is not built here")
+pytestmark = native
+
+
+@pytest.fixture(autouse=True)
+def _no_race():
+    with fastgan.racing(False):
+        yield
+
+
+def chain(kind: str, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = {
+        "conv": [nn.Conv2d(3, 5, 3, 1, 1, bias=bias)],
+        "conv+act": [nn.Conv2d(3, 5, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2), nn.Conv2d(5, 1, 3), nn.Tanh()],
+        "conv+bn+act": [
+            nn.Conv2d(3, 8, 4, 2, 1, bias=bias), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
+            nn.Conv2d(8, 4, 3, 1, 1, bias=bias, groups=2), nn.BatchNorm2d(4), nn.ReLU(),
+        ],
+        "discriminator": [
+            nn.Conv2d(3, 8, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2),
+            nn.Conv2d(8, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2),
+            nn.Conv2d(16, 1, 2), nn.Sigmoid(),
+        ],
+        "generator": [
+            nn.ConvTranspose2d(3, 8, 4, 1, 0, bias=bias), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, bias=bias), nn.BatchNorm2d(4, affine=False), nn.ReLU(),
+            nn.ConvTranspose2d(4, 3, 4, 2, 1), nn.Tanh(),
+        ],
+        "norm first": [
+            nn.BatchNorm2d(3), nn.ReLU(),
+            nn.Conv2d(3, 4, 1, bias=bias), nn.BatchNorm2d(4, track_running_stats=False),
+        ],
+    }  # fmt: skip  # a layer of a network a line
+    return nn.Sequential(*layers[kind])
+
+
+KINDS = ["conv", "conv+act", "conv+bn+act", "discriminator", "generator", "norm first"]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The converted model twice: as programs, and op by op."""
+    one, other = (fastgan.convert(copy.deepcopy(model)) for _ in range(2))
+    return one, other
+
+
+op_by_op = program.switched_off
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The programs that ran, in a list."""
+    found, run = [], Compiled.run
+    monkeypatch.setattr(Compiled, "run", lambda self, *args: (found.append(self), run(self, *args))[1])
+    return found
+
+
+def outcome(model, x, weights=None):
+    y = model(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if weights is None else weights
+    inputs = [*(t for t in (x,) if t.requires_grad), *(p for p in model.parameters() if p.requires_grad)]
+    return y, torch.autograd.grad((y * weights).sum(), inputs) if inputs else ()
+
+
+def assert_same(got, want, exact=True):
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == w.dtype
+        if exact:
+            assert torch.equal(g, w)
+        else:
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5 * w.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_gives_the_ops_numbers(kind, layout, ran):
+    model = chain(kind, bias=False)
+    a, b = both(model)
+    x = torch.randn(4, 3, 8, 8).to(memory_format=layout)
+    for _ in range(2):
+        ran.clear()
+        y, grads = outcome(a, x)
+        assert len(ran) == 1
+        with op_by_op():  # in the layout that a program has inside: the kernels of the other one sum in another order
+            want, want_grads = outcome(b, x.to(memory_format=torch.channels_last))
+        assert torch.equal(y, want) and y.stride() == model(x).stride()
+        assert_same(grads, want_grads)
+        assert_same(a.state_dict().values(), b.state_dict().values(), exact=False)
+    a.eval(), b.eval()
+    if kind == "norm first":  # its last norm has no running statistics, so the ops run, in the layout of x
+        return
+    with torch.no_grad():
+        y = a(x)
+        with op_by_op():
+            assert torch.equal(y, b(x.to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_gives_plain_torchs_numbers(kind):
+    model = chain(kind).double()
+    a = fastgan.convert(copy.deepcopy(model).float())
+    x = torch.randn(6, 3, 9, 8)
+    y, grads = outcome(a, x)
+    want, want_grads = outcome(
+        model, x.double(), torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
+    )
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    largest = max(g.abs().max().item() for g in want_grads)
+    for g, w in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-5 * largest)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(a.state_dict()[name].to(value.dtype), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv+bn+act", "discriminator", "generator"])
+def test_gradients_of_the_input_and_of_some_parameters(kind):
+    a, b = both(chain(kind, bias=False))
+    for model in (a, b):
+        for i, p in enumerate(model.parameters()):
+            p.requires_grad_(i % 2 == 0)
+    leaf = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    y, grads = outcome(a, leaf * 1)  # no leaf: what a generator gives
+    with op_by_op():
+        want, want_grads = outcome(b, leaf * 1)
+    assert_same([y, *grads], [want, *want_grads])
+
+
+@pytest.mark.parametrize("kind", ["conv+act", "discriminator", "generator"])
+def test_second_derivatives_are_the_ops(kind, ran):
+    a, b = both(chain(kind, bias=False))
+    x = torch.randn(4, 3, 8, 8)
+
+    def second(model):
+        h = x.clone().requires_grad_() * 1  # no leaf, so that the program runs
+        y = model(h)
+        (g,) = torch.autograd.grad(y.square().sum(), h, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), list(model.parameters()), allow_unused=True)
+
+    got = second(a)
+    assert ran
+    with op_by_op():
+        want = second(b)
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None:
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5 * w.abs().max().item() + 1e-9)
+
+
+# ---- what a chain may meet between two calls ------------------------------------------------------------------------
+
+
+def test_what_changes_between_calls_is_seen(ran):
+    model = chain("discriminator")
+    a = fastgan.convert(copy.deepcopy(model))
+    x = torch.randn(4, 3, 8, 8)
+
+    def agree():
+        a.load_state_dict(model.state_dict())
+        torch.testing.assert_close(a(x), model(x), rtol=1e-4, atol=1e-5)
+
+    agree()
+    with torch.no_grad():
+        for m in (a, model):
+            m[0].weight.mul_(1.5)
+            m[3].running_mean.add_(1)
+    agree()
+    for m in (a, model):
+        m.eval()
+    agree()
+    for m in (a, model):
+        m.train()
+        m[1].negative_slope = 0.5
+        m[3].eps, m[3].momentum = 0.1, 0.7
+        m[5].stride = (1, 2)
+    agree()
+    for m in (a, model):
+        m[2].register_forward_hook(lambda module, args, y: y * 2)
+    agree()
+    replacement = nn.Conv2d(3, 8, 4, 2, 1)
+    for m in (a, model):
+        m[0] = copy.deepcopy(replacement)
+    agree()
+    assert len(ran) > 4
+
+
+def test_copies_and_pickles_start_without_programs(ran):
+    a = fastgan.convert(chain("generator"))
+    x = torch.randn(4, 3, 8, 8)
+    y = a(x)
+    for again in (copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
+        again.load_state_dict(a.state_dict())
+        ran.clear()
+        torch.testing.assert_close(again.train()(x), y)
+        assert len(ran) == 1 and all(mine is not theirs for mine, theirs in zip(a, again, strict=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_statistics_of_parts_of_the_batch(groups, ran):
+    model = chain("conv+bn+act")
+    a = fastgan.convert(copy.deepcopy(model))
+    x = torch.randn(8, 3, 8, 8)
+    with fastgan.nn.norm.stat_groups(a, groups):
+        y = a(x)
+    want = torch.cat([model(part) for part in x.chunk(groups)])
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(a.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("kind", ["conv+act", "discriminator", "generator"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+def test_autocast(kind, layout, ran):
+    a, b = both(chain(kind, bias=False))
+    x = torch.randn(4, 3, 8, 8).to(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = a(x)
+        with op_by_op():
+            want = b(x.to(memory_format=torch.channels_last))
+    assert len(ran) == 1 and y.dtype == want.dtype == torch.bfloat16 and torch.equal(y, want)
+    y.float().square().sum().backward()
+    with op_by_op():
+        want.float().square().sum().backward()
+    for g, w in zip(a.parameters(), b.parameters(), strict=True):
+        # the ops round a weight's gradient to bfloat16 before autograd widens it; the program writes float32
+        got = g.grad.bfloat16().float() if g.dim() == 4 else g.grad
+        assert g.grad.dtype == torch.float32
+        torch.testing.assert_close(got, w.grad, rtol=1e-2, atol=2e-3 * w.grad.abs().max().item())
+
+
+def test_a_second_backward_over_one_forward(ran):
+    a, b = both(chain("discriminator", bias=False))
+    x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    for model, context in ((a, contextlib.nullcontext), (b, op_by_op)):
+        with context():
+            y = model(x).square().sum()
+            y.backward(retain_graph=True)
+            y.backward()
+    assert_same([p.grad for p in a.parameters()], [p.grad for p in b.parameters()], exact=False)
+
+
+def test_only_the_gradients_asked_for(ran):
+    a, b = both(chain("discriminator", bias=False))
+    x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    for wanted in ([0], [1], [0, 3], [2]):
+        got, want = [], []
+        for model, found, context in ((a, got, contextlib.nullcontext), (b, want, op_by_op)):
+            with context():
+                parameters = list(model.parameters())
+                found.extend(torch.autograd.grad(model(x).sum(), [parameters[i] for i in wanted]))
+        assert_same(got, want)
+    compiled = ran[0]
+    assert len(compiled.backwards) == 4  # a program for each pattern
+
+
+def test_a_graph_outlives_its_model():
+    a = fastgan.convert(chain("discriminator"))
+    weight = a[0].weight
+    y = a(torch.randn(2, 3, 8, 8)).sum()
+    del a
+    y.backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_a_parameter_changed_before_backward_is_an_error():
+    a = fastgan.convert(chain("conv+act"))
+    y = a(torch.randn(2, 3, 8, 8)).sum()
+    with torch.no_grad():
+        a[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_running_statistics_tell_autograd_that_they_changed():
+    a = fastgan.convert(chain("conv+bn+act"))
+    before = [b._version for b in a.buffers()]
+    a(torch.randn(4, 3, 8, 8))
+    assert all(b._version > v for b, v in zip(a.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", ["leaf", "unbatched", "double", "reflect", "cumulative", "frozen norm", "no pixels", "reference"]
+)
+def test_what_a_program_does_not_know_runs_on_the_ops(case, ran):
+    model = chain("conv+bn+act")
+    x = torch.randn(4, 3, 8, 8)
+    context = contextlib.nullcontext()
+    if case == "leaf":
+        x.requires_grad_()
+    elif case == "unbatched":
+        model, x = model[3:4], torch.randn(8, 5, 5)
+    elif case == "double":
+        model, x = model.double(), x.double()
+    elif case == "reflect":
+        model[0] = nn.Conv2d(3, 8, 4, 2, 1, padding_mode="reflect")
+    elif case == "cumulative":
+        model[1].momentum = None
+    elif case == "frozen norm":
+        model[1].eval()
+    elif case == "no pixels":
+        x = x[:0]
+    else:
+        context = fastgan.backend("reference")
+    a = fastgan.convert(copy.deepcopy(model))
+    with context:
+        y = a(x)
+    if case in ("leaf", "unbatched", "double", "no pixels", "reference", "reflect", "frozen norm", "cumulative"):
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+    assert not ran or case in ("reflect", "cumulative", "frozen norm")  # a neighbour may run as a program
+
+
+def test_wrong_shapes_get_the_ops_sentences():
+    a = fastgan.convert(chain("discriminator"))
+    with pytest.raises(ValueError, match="conv2d: "):
+        a(torch.randn(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="conv2d: the kernel must fit"):
+        a(torch.randn(2, 3, 2, 2))
+    b = fastgan.convert(nn.Sequential(nn.Conv2d(3, 4, 4), nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        b(torch.randn(1, 3, 4, 4))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_that_live_at_once_do_not_overlap():
+    rng = random.Random(0)
+    for _ in range(200):
+        places = []
+        for _ in range(rng.randrange(1, 30)):
+            place = Place(ARENA, rng.choice([1, 64, 100, 4096, 70000]))
+            first = rng.randrange(40)
+            place.touch(first)
+            place.touch(first + rng.randrange(10))
+            places.append(place)
+        size = arrange(places)
+        for i, a in enumerate(places):
+            assert a.offset % 64 == 0 and a.offset + a.bytes <= size
+            for b in places[:i]:
+                assert not a.meets(b) or a.offset + a.bytes <= b.offset or b.offset + b.bytes <= a.offset
+
+
+def test_gradients_lie_where_activations_lay():
+    """The arena of forward and backward together is little more than what forward must keep."""
+    torch.manual_seed(0)
+    layers = []
+    for c, k in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(c, k, 4, 2, 1, bias=False), nn.BatchNorm2d(k), nn.LeakyReLU(0.2)]
+    a = fastgan.convert(nn.Sequential(*layers))
+    a(torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last))
+    (compiled,) = next(iter(a.__dict__["forward"].parts)).run.ways.values()
+    kept = 4 * 8 * sum(2 * k * (32 // s) ** 2 for k, s in ((32, 2), (64, 4))) + 4 * 8 * 128 * 16
+    first_gradient = 4 * 8 * 128 * 16  # when it is written, everything kept is still needed
+    assert kept + first_gradient < compiled.plan.arena_bytes < 1.01 * (kept + first_gradient)
