@@ -7,49 +7,74 @@ candidates, and the winner is remembered on disk as theirs are.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgan.choice.budget import Account
 from fastgan.choice.choosing import remember, remembered
 from fastgan.choice.forcing import forced
+from fastgan.choice.hardware import torch_multiplies_bfloat16
+from fastgan.choice.race import BEHIND, CLEAR, FIRST_CALL, ROUNDS
+from fastgan.choice.state import STATE
 
 Run = Callable[..., Any]
-SECONDS = 1.0  # after which a race ends; a part is run twice at least
-CLEAR = 1.25  # a ratio that ends it at once
 
 
-def fastest(case: tuple, ways: dict[str, Run], arguments: Sequence[Any]) -> str:
-    """The name of the way that is fastest on these arguments; the first one where racing is off or a backend forced."""
+def fastest(case: tuple, ways: dict[str, Run], arguments: Sequence[Any], plain: Collection[str] = ("plain",)) -> str:
+    """The name of the way that is fastest on these arguments; the first one where racing is off or a backend forced.
+
+    plain: the ways that are PyTorch's own. They do not run where the CPU lacks the instructions for their products. A
+    race that the account cannot pay for leaves the first way, for as long as the caller keeps the answer.
+    """
     first = next(iter(ways))
     backend, racing = forced()
     device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
     if backend != "auto" or not racing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return first
+    if device.type == "cpu" and _bfloat16(arguments) and not torch_multiplies_bfloat16():
+        ways = {name: run for name, run in ways.items() if name not in plain}
     known = (remembered(case) or "").removeprefix("config ")
-    if known not in ways:
-        known = _race(ways, arguments, device)
-        remember(case, f"config {known}")
-    return known
+    if known in ways or len(ways) == 1:
+        return known if known in ways else first
+    with STATE.account.paying():
+        winner, settled = _race(ways, arguments, device, STATE.account)
+    if settled:
+        remember(case, f"config {winner}")
+    return winner
 
 
-def _race(ways: dict[str, Run], arguments: Sequence[Any], device: torch.device) -> str:
-    best = dict.fromkeys(ways, float("inf"))
+def _bfloat16(arguments: Sequence[Any]) -> bool:
+    lowered = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return lowered or any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in arguments)
+
+
+def _race(ways: dict[str, Run], arguments: Sequence[Any], device: torch.device, account: Account) -> tuple[str, bool]:
+    """(the winner, whether that is settled); `fastgan.choice.race` has the rules."""
+    begin = account.clock()
+    left = lambda: account.balance - (account.clock() - begin)
+    ours, seconds = next(iter(ways)), dict[str, float]()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=True):
-        for run in ways.values():
-            _seconds(run, arguments, device)  # the ops' own races, and the first touch of memory
-        begin = time.perf_counter()
-        for _ in range(5):
-            for name, run in ways.items():
-                best[name] = min(best[name], _seconds(run, arguments, device))
-            low, second = sorted(best.values())[:2]
-            if second > CLEAR * low or time.perf_counter() - begin > SECONDS:
+        for name, run in ways.items():  # the ops' own races, and the first touch of memory
+            if left() < BEHIND * min(seconds.values(), default=0.0):
+                return ours, False
+            seconds[name] = _seconds(run, arguments, device)
+        alive = [name for name in ways if seconds[name] < max(BEHIND * min(seconds.values()), FIRST_CALL)]
+        best = dict.fromkeys(alive, float("inf"))
+        for _ in range(ROUNDS if len(alive) > 1 else 0):
+            if left() < sum(seconds[name] for name in alive):
                 break
-    return min(best, key=best.__getitem__)
+            for name in alive:
+                best[name] = min(best[name], _seconds(ways[name], arguments, device))
+            low, second = sorted(best.values())[:2]
+            if second > CLEAR * low:
+                break
+    if len(alive) > 1 and best[ours if ours in best else alive[0]] == float("inf"):
+        return ours, False
+    return min(best, key=best.__getitem__), True
 
 
 def _seconds(run: Run, arguments: Sequence[Any], device: torch.device) -> float:
@@ -58,10 +83,10 @@ def _seconds(run: Run, arguments: Sequence[Any], device: torch.device) -> float:
     leaves = [a for a in copies if isinstance(a, Tensor) and a.requires_grad]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = STATE.account.clock()
     outputs = [y for y in torch.utils._pytree.tree_leaves(run(*copies)) if isinstance(y, Tensor) and y.requires_grad]
     if leaves and outputs:
         torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return STATE.account.clock() - start

@@ -184,7 +184,9 @@ class Run:
             }
             count = len(parameters)
             apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
-            self.ways[key] = ways[fastest(("program", *key), apart, [x, *parameters, *buffers])]
+            self.ways[key] = ways[
+                fastest(("program", *key), apart, [x, *parameters, *buffers], ("plain", "channels_last"))
+            ]
         return self.ways[key]
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
