@@ -84,13 +84,13 @@ inline void advance(const Gradient& g, Pixel& p) {
 // VF lanes of one unit: a widened or plain fp32 row, or two bf16 rows interleaved.
 template <bool PAIRS, class T>
 inline vf unit_lanes(const T* first, const T* second) {
-  if constexpr (PAIRS) return (vf)interleave(load_half(first), load_half(second));
+  if constexpr (PAIRS) return interleave(load_half(first), load_half(second));
   return load(first);
 }
 
 template <bool PAIRS, class T>
 inline vf unit_lanes(const T* first, const T* second, int lanes) {
-  if constexpr (PAIRS) return (vf)interleave(load_half_tail(first, lanes), load_half_tail(second, lanes));
+  if constexpr (PAIRS) return interleave(load_half_tail(first, lanes), load_half_tail(second, lanes));
   return load_tail(first, lanes);
 }
 

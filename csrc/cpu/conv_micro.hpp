@@ -52,7 +52,7 @@ inline vf load_weights(const char* b, int vector, int64_t apart) {
   if constexpr (!IN_PLACE || !DOT) return load_units(b + vector * VF * 4);
   const char* at = b + vector * VF * 2;
   const auto row = [](const char* p) { return load_half(reinterpret_cast<const bf16*>(p)); };
-  return (vf)interleave(row(at), row(at + apart));
+  return interleave(row(at), row(at + apart));
 }
 
 // IN_PLACE: Run::row counts the weight's elements.

@@ -144,16 +144,16 @@ FG_NOINLINE void emit_weights(const Problem& p, const Panels<K>& panels, const P
   const auto emit = [&](const PhasePair& pair, char* panel, int64_t row, vf a, vf b) {
     if constexpr (K::ROWWISE) {
       float low[VF], high[VF];
-      store(low, round ? widen(narrow(a)) : a);
+      store(low, round ? round_bf16(a) : a);
       store(high, b);
       for (int64_t i = 0; i < panels.columns; ++i) {
         const bf16 two[2] = {to_bf16(low[i]), to_bf16(high[i])};
         std::memcpy(panel + (i * pair.units + row) * 4, K::PER_UNIT == 2 ? static_cast<const void*>(two) : &low[i], 4);
       }
     } else if constexpr (K::PER_UNIT == 2) {
-      store(reinterpret_cast<float*>(panel + (row * width + column) * 4), (vf)interleave(narrow(a), narrow(b)));
+      store(reinterpret_cast<float*>(panel + (row * width + column) * 4), interleave(a, b));
     } else {
-      store(reinterpret_cast<float*>(panel + (row * width + column) * 4), round ? widen(narrow(a)) : a);
+      store(reinterpret_cast<float*>(panel + (row * width + column) * 4), round ? round_bf16(a) : a);
     }
   };
   if (!panels.merged) {

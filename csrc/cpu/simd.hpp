@@ -121,16 +121,18 @@ FG_INLINE vh to_16_bits(vu a) {
 
 FG_INLINE vf widen(vh h) { return (vf)(to_32_bits(h) << 16); }
 
-// Rounds to nearest even on the bits; a NaN keeps its sign and becomes quiet. vcvtneps2bf16 is not used: it flushes
-// denormals to zero.
-FG_INLINE vh narrow(vf a) {
-  const vu u = (vu)a, high = u >> 16;
-  const vu rounded = (u + 0x7fffu + (high & 1u)) >> 16;
-  return to_16_bits(a != a ? high | 0x40u : rounded);
+// The nearest bf16 in the upper half of each lane, even where there are two; the lower half is left over. A NaN keeps
+// its sign and becomes quiet. vcvtneps2bf16 is not used: it flushes denormals to zero.
+FG_INLINE vu round_upper(vf a) {
+  const vu u = (vu)a;
+  return a != a ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
 }
+FG_INLINE vh narrow(vf a) { return to_16_bits(round_upper(a) >> 16); }
+FG_INLINE vf round_bf16(vf a) { return (vf)(round_upper(a) & 0xffff0000u); }
 
 // lanes[i] = (low[i], high[i]): the pairs of elements that vdpbf16ps and AMX multiply.
-FG_INLINE vu interleave(vh low, vh high) { return to_32_bits(low) | (to_32_bits(high) << 16); }
+FG_INLINE vf interleave(vf low, vf high) { return (vf)((round_upper(low) >> 16) | (round_upper(high) & 0xffff0000u)); }
+FG_INLINE vf interleave(vh low, vh high) { return (vf)(to_32_bits(low) | (to_32_bits(high) << 16)); }
 
 // ---- memory
 
