@@ -9,8 +9,9 @@ its first touches (imports, memory; under 0.5 s), so a step that must choose sta
 plus 2 seconds. The account needs not know that step: it regains from the clock whatever runs.
 
 What a call is expected to cost. `bound` is the time of a perfect kernel at stated ceilings. The slowest call so far of
-the same (op, backend, dtype), measured in bounds, tells what the next one costs. Before the first of them UNKNOWN
-bounds are assumed; a product of many samples is first tried on one of them where PyTorch runs it (`race`).
+the same (op, backend, dtype), measured in bounds, tells what the next one costs; calls below SHORT tell nothing. Before
+the first of them UNKNOWN bounds are assumed, and a product of many samples is first tried on one of them where PyTorch
+runs it (`race`).
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from fastgan.choice.routine import Routine, tensors
 
 HELD = 1.0  # seconds
 RATE = 0.25  # seconds a second
-UNKNOWN = 60.0  # bounds: 30 for a portable kernel without vector instructions, and twice that
+UNKNOWN = 60.0  # bounds: an assumption; one multiply-add a cycle takes 16 of CPU_FLOPS
 # A second and thread: 32 multiply-adds a cycle at 3 GHz, as AVX-512 gives; and bytes a second of two memory channels.
 CPU_FLOPS, CPU_BYTES = 1e11, 2e10
 GPU_FLOPS, GPU_BYTES = 1e14, 1e12
+SHORT = 5e-3  # seconds; a first call builds its primitive and touches its memory in up to 1 ms
 CALL = 2e-6  # seconds: the least that a call takes
 
 
@@ -95,6 +97,9 @@ class Account:
         return bound * self._slowest.get(kind, UNKNOWN)
 
     def took(self, kind: tuple, bound: float, seconds: float) -> None:
+        """Learn from a call, unless it is so short that its set-up may be most of it."""
+        if seconds < SHORT:
+            return
         self._slowest[kind] = max(self._slowest.get(kind, 0.0), seconds / bound)
 
 

@@ -100,7 +100,7 @@ def _timed(op: Routine, args: tuple, able: list[str], runs: _Runs) -> Verdict:
             runs.timed(name, lambda: op.backends[name].run(*args))  # noqa: B023 (called at once)
         if turn > 0 and runs.ahead(alive) >= max(CLEAR, runs.spread(alive)):
             break
-    if any(not runs.seconds[name] for name in alive):
+    if any(len(runs.seconds[name]) < 2 for name in alive):  # one run has no spread
         return Verdict(able[0], settled=False, why="open: the budget for proofs and races is spent")
     best = min(alive, key=lambda name: min(runs.seconds[name]))
     ahead, spread = runs.ahead(alive), runs.spread(alive)
