@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo recipes test slowest check lint types docs bench evidence scaling quality slow cuda arm gpu-static clean
+.PHONY: help setup demo faults recipes test slowest check lint types docs bench evidence scaling quality slow cuda arm gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -77,6 +77,9 @@ scaling: setup  ## the training step over batch size, image size and threads, 12
 
 quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 minutes; a verdict and a picture
 	$(BIN)/python benchmarks/quality.py
+
+faults: setup  ## every call that writes a run's files interrupted once, the disk full at each, twenty kills
+	$(BIN)/python -m pytest -q tests/faults
 
 slow: setup  ## the long sweeps that `make test` leaves out, and `make cuda` where nvcc is found
 	$(BIN)/python -m pytest -q -m slow $(SPREAD)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-__all__ = ["WriteError", "append", "atomic_file", "atomic_path", "is_part", "sentence", "target_of", "write"]
+__all__ = ["WriteError", "append", "atomic_file", "atomic_path", "is_part", "target_of", "told", "write"]
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -63,7 +63,7 @@ def target_of(path: str | Path) -> Path:
     except FileNotFoundError:
         return Path(os.path.realpath(text))
     except OSError as error:
-        raise ValueError(sentence(error, text)) from error
+        raise ValueError(_sentence(error, text)) from error
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "of another kind")
         raise ValueError(f"output: {text} must be a regular file or not exist yet, it is {kind}; choose another path")
@@ -92,7 +92,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 part.unlink()
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, WriteError):
-            raise WriteError(sentence(error, path)) from error
+            raise WriteError(_sentence(error, path)) from error
         raise
 
 
@@ -123,7 +123,7 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 def append(path: str | Path, text: str) -> None:
     """Add `text` to the end of `path` by one write; a killed process leaves it, a part of it, or nothing."""
-    try:
+    with told(path):
         at = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             content = encoded(text)
@@ -131,8 +131,17 @@ def append(path: str | Path, text: str) -> None:
                 content = content[os.write(at, content) :]
         finally:
             os.close(at)
+
+
+@contextlib.contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """Within: what the system refuses at `path` becomes a `WriteError`."""
+    try:
+        yield
+    except WriteError:
+        raise
     except OSError as error:
-        raise WriteError(sentence(error, path)) from error
+        raise WriteError(_sentence(error, path)) from error
 
 
 def encoded(text: str) -> bytes:
@@ -179,7 +188,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(at)
 
 
-def sentence(error: OSError, path: str | Path) -> str:
+def _sentence(error: OSError, path: str | Path) -> str:
     """What the system refused at `path`, why, and what to do."""
     why = _REMEDIES.get(error.errno or 0, (error.strerror or str(error)).lower())
     return f"output: {os.fspath(path)} must be writable: {why}"

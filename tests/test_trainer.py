@@ -16,7 +16,7 @@ from torch import nn
 import fastgan
 from fastgan.choice import STATE, settle, winners
 from fastgan.training import checkpoint, sampling
-from fastgan.training.guard import PATIENCE, DivergedError, Guard
+from fastgan.training.guard import PATIENCE, STARTED, UNDECIDED, DivergedError, Guard
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import read_log
 from fastgan.training.trainer import Trainer
@@ -342,21 +342,51 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(images, tmp
     assert checkpoint.list_steps(tmp_path / "checkpoints") == ([] if poisoned == 1 else [2])
 
 
-def test_the_guard_warns_of_a_certain_discriminator_once():
-    guard = Guard(scores=True)
-    sure, unsure = {"d_real": 0.999, "d_fake": 0.001}, {"d_real": 0.7, "d_fake": 0.3}
+# D's loss when D(x) and D(G(z)) are 0.999 and 0.001, or a squared distance of 0.003 in all, and when D cannot tell
+SURE = {"bce": 0.002, "minimax": 0.002, "lsgan": 0.003, "hinge": 0.0, "relativistic": 0.002}
+
+
+@pytest.mark.parametrize("loss", SURE)
+def test_the_guard_warns_of_a_certain_discriminator_once(loss):
+    guard = Guard(loss, 784)
+    sure, unsure = {"d_loss": SURE[loss]}, {"d_loss": UNDECIDED[loss]}
     warnings = [guard.check(step, sure) for step in range(2 * PATIENCE)]
     assert [k for k, w in enumerate(warnings) if w] == [PATIENCE - 1]
     assert "certain for 20 logged steps" in warnings[PATIENCE - 1]
     guard.check(0, unsure)
     assert not any(guard.check(step, sure) for step in range(PATIENCE - 1))
     assert guard.check(0, sure)
-    critic = Guard(scores=False)
-    assert not any(critic.check(step, sure) for step in range(2 * PATIENCE))
+    assert not any(guard.check(step, {"d_loss": 0.05 * UNDECIDED[loss]}) for step in range(2 * PATIENCE))
+
+
+@pytest.mark.parametrize("loss", SURE)
+def test_what_an_undecided_discriminator_pays(loss):
+    score = torch.tensor([0.5 if loss == "lsgan" else 0.0])
+    assert float(fastgan.functional.gan_loss(score, score, kind=loss, side="d")) == pytest.approx(UNDECIDED[loss])
+
+
+@pytest.mark.parametrize(
+    ("loss", "real", "fake", "grows"),
+    [
+        ("wasserstein", 987_175.0, 987_100.0, True),
+        ("wasserstein", 900.0, -900.0, True),  # 56 is the diameter of 28 x 28 images in [-1, 1]
+        ("wasserstein", 250.0, 200.0, False),
+        ("lsgan", 150.0, 0.0, True),
+        ("lsgan", 1.5, -0.5, False),
+        ("hinge", 5_000.0, 4_000.0, True),
+        ("relativistic", -2_000.0, -2_001.0, True),
+        ("bce", 40.0, -40.0, False),
+    ],
+)
+def test_the_guard_warns_of_scores_without_bound(loss, real, fake, grows):
+    guard = Guard(loss, 784)
+    said = [guard.check(k, {"logit_real": real, "logit_fake": fake}) for k in range(10)]
+    assert [k for k, text in enumerate(said) if text] == ([2] if grows else [])
+    assert not grows or "scores grow without bound" in said[2]
 
 
 def test_the_guard_warns_of_one_image_for_all():
-    guard = Guard(scores=True)
+    guard = Guard("bce", 64)
     same, varied = torch.rand(1, 1, 8, 8).expand(4, 1, 8, 8), torch.rand(4, 1, 8, 8) * 2 - 1
     assert guard.check_samples(0, same) is None  # before training
     assert guard.check_samples(1, varied) is None
@@ -364,6 +394,24 @@ def test_the_guard_warns_of_one_image_for_all():
     assert guard.check_samples(3, same) is None  # said already
     assert guard.check_samples(4, varied) is None
     assert guard.check_samples(5, same)
+
+
+def test_the_guard_warns_of_samples_that_were_flat_from_the_start():
+    slow = Guard("bce", 64, ema=0.999)  # the average follows over 1000 steps
+    guard, same = Guard("bce", 64), torch.rand(1, 1, 8, 8).expand(4, 1, 8, 8)
+    said = [guard.check_samples(step, same) for step in (0, 50, STARTED, 2 * STARTED)]
+    assert [text is not None for text in said] == [False, False, True, False]
+    assert "have been one image from the start" in said[2]
+    assert [k for k in (0, STARTED, 1999, 2000) if slow.check_samples(k, same)] == [2000]
+
+
+def test_the_guard_warns_of_a_generator_that_does_not_move(images, tmp_path, capsys):
+    recipe = TINY.replace(steps=60, sample_every=20, checkpoint_every=0)
+    trainer(images, tmp_path / "still", recipe.replace(g_lr=1e-12)).fit()
+    said = "warning: step 60: the generator has not moved since step 0, it does not learn; try a higher g_lr\n"
+    assert said in capsys.readouterr().err
+    trainer(images, tmp_path / "moving", recipe.replace(g_lr=2e-5)).fit()
+    assert "not moved" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ checkpoints and sampling
@@ -398,7 +446,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, content):
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
-    torch.save({"step": 1, "x": Guard(scores=True)}, tmp_path / "step-0000001.pt")
+    torch.save({"step": 1, "x": Guard("bce", 64)}, tmp_path / "step-0000001.pt")
     with pytest.raises(ValueError, match="must be a checkpoint of fastgan"):
         checkpoint.load(tmp_path / "step-0000001.pt")
 

@@ -106,7 +106,8 @@ def _refuse_empty(args: argparse.Namespace) -> None:
 
 def _fail(error: Exception) -> int:
     """Print one line for `error` and return the exit code: 2 if the input was wrong, 1 otherwise."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    # torch adds the frames of its C++ code
+    text = " ".join(str(error).partition("Exception raised from")[0].split()) or type(error).__name__
     if isinstance(error, (ValueError, TypeError, ImportError, OSError)) and not isinstance(error, WriteError):
         print(f"fastgan: {text}", file=sys.stderr)
         return 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, TypeAlias
 
+from fastgan.training.recipes import MAX_SEED
+
 if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 else:
     Commands = object
 
-__all__ = ["Commands", "nonnegative_int", "positive_float", "positive_int"]
+__all__ = ["Commands", "nonnegative_int", "positive_float", "positive_int", "seed"]
 
 
 def _whole(text: str, least: int) -> int:
@@ -31,6 +33,14 @@ def positive_int(text: str) -> int:
 def nonnegative_int(text: str) -> int:
     """0, 1, ..."""
     return _whole(text, 0)
+
+
+def seed(text: str) -> int:
+    """0 to 2^63 - 1."""
+    value = _whole(text, 0)
+    if value >= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text!r}")
+    return value
 
 
 def positive_float(text: str) -> float:

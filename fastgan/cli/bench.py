@@ -21,7 +21,7 @@ from fastgan._writing import atomic_path, target_of, write
 from fastgan.training.recipes import PRECISIONS, Recipe, recipes
 from fastgan.training.trainer import resolve_device
 
-from .arguments import Commands, nonnegative_int, positive_float, positive_int
+from .arguments import Commands, positive_float, positive_int, seed
 
 RECIPES = {"step": ("dcgan-64",), "penalty": ("r1-dcgan-64", "wgan-gp-64"), "sample": ("dcgan-64",)}
 SECONDS = {"op": 1.0, "step": 15.0, "penalty": 8.0, "sample": 5.0}  # some ten rounds of DCGAN-64 on two CPU cores
@@ -63,7 +63,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
     parser.add_argument("--table", metavar="T", help="portable, avx2, avx512, ...: hold fastgan and PyTorch to it")
     parser.add_argument("--seconds", type=positive_float, help="of rounds for each table; at least five rounds run")
-    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of weights and images (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and images (default 0)")
     parser.add_argument("--json", metavar="FILE", help="write every sample and what the numbers depend on")
     parser.add_argument("--plot", metavar="FILE", help="draw the medians (needs matplotlib)")
     return parser

@@ -34,6 +34,14 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     prepare.add_argument("--image-size", type=positive_int, metavar="PIXELS")
     prepare.add_argument("--channels", type=int, choices=(1, 3))
     prepare.add_argument("--limit", type=positive_int, metavar="N", help="take N images, evenly spread")
+    prepare.add_argument(
+        "--white",
+        type=_white,
+        default=65535,
+        metavar="sbit|max|N",
+        help="what is white in 16-bit greys: each PNG's significant bits, the set's greatest number, or N "
+        "(default 65535)",
+    )
     for verb in verbs.choices.values():
         # also after the verb; SUPPRESS leaves what was given before it
         verb.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -57,10 +65,15 @@ def run(args: argparse.Namespace) -> int:
             image_size=args.image_size,
             channels=args.channels,
             limit=args.limit,
+            white=args.white,
             progress=_progress(),
         )
         print(f"train on it with: --data {path}")
     return 0
+
+
+def _white(text: str) -> int | str:
+    return text if text in ("sbit", "max") else positive_int(text)
 
 
 def _progress() -> Callable[[int, int], None] | None:

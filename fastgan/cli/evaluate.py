@@ -10,7 +10,7 @@ from fastgan.metrics import sliced_wasserstein
 from fastgan.training import sampling
 from fastgan.training.trainer import resolve_device
 
-from .arguments import Commands, nonnegative_int, positive_int
+from .arguments import Commands, positive_int, seed
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--n", type=positive_int, default=1000, help="pictures of either kind (default 1000)")
     parser.add_argument("--data", metavar="NAME|PATH", help="compare with these (default: the run's own data)")
-    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of latents and patches (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of latents and patches (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
     return parser

@@ -18,7 +18,7 @@ from fastgan._writing import atomic_file, atomic_path, target_of
 from fastgan.training import sampling
 from fastgan.training.trainer import resolve_device
 
-from .arguments import Commands, nonnegative_int, positive_int
+from .arguments import Commands, positive_int, seed
 
 _FPS = 20
 _TILE = 96  # pixels that a picture is enlarged to at least, in whole factors
@@ -42,7 +42,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
     parser.add_argument("--stops", type=positive_int, default=4, help="latents that a walk passes (default 4)")
     parser.add_argument("--walks", type=positive_int, default=9, help="walks side by side (default 9)")
-    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the latents (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the latents (default 0)")
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
     return parser
 

@@ -10,7 +10,7 @@ from fastgan._writing import target_of
 from fastgan.training import sampling
 from fastgan.training.trainer import resolve_device
 
-from .arguments import Commands, nonnegative_int, positive_float, positive_int
+from .arguments import Commands, nonnegative_int, positive_float, positive_int, seed
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--n", type=positive_int, default=64, help="how many pictures (default 64)")
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.add_argument("--columns", type=positive_int, help="pictures a row (default: a square)")
-    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the latents (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the latents (default 0)")
     parser.add_argument("--label", type=nonnegative_int, metavar="K", help="the class, for models that take one")
     parser.add_argument(
         "--truncation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from fastgan.training.plan import plan
 from fastgan.training.precision import NAMES
@@ -10,12 +11,13 @@ from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.rundir import RunDirectory
 from fastgan.training.trainer import Trainer
 
-from .arguments import Commands, nonnegative_int, positive_float, positive_int
+from .arguments import Commands, positive_float, positive_int, seed
 
 
 def _epilog() -> str:
     lines = ["recipes (their fields and values: --recipe NAME --dry-run):"]
-    lines += [f"  {name:<10} {recipe.source.split(':')[0]}" for name, recipe in recipes().items()]
+    for name, recipe in recipes().items():
+        lines += textwrap.wrap(recipe.source, 110, initial_indent=f"  {name:<12} ", subsequent_indent=" " * 15)
     lines += [
         "",
         "examples:",
@@ -45,7 +47,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=NAMES, help="auto (default): bf16 where this machine is faster in it, else fp32"
     )
-    parser.add_argument("--seed", type=nonnegative_int)
+    parser.add_argument("--seed", type=seed)
     parser.add_argument("--device", metavar="D", help="auto (default), cpu, cuda, cuda:1")
     parser.add_argument(
         "--backend", metavar="B", help="force one: reference, native, triton, cuda (default: the fastest)"

@@ -166,10 +166,10 @@ def channels_last(array: Array) -> np.ndarray:
     return values
 
 
-def value_range(values: np.ndarray, name: str) -> tuple[float, float]:
+def value_range(values: np.ndarray, name: str, white: int = 65535) -> tuple[float, float]:
     """(offset, scale) by which `values` become 0..255: (x + offset) * scale.
 
-    uint8 as it is; bool 0/1; uint16 0..65535; other integers 0..255; floats 0..1 or -1..1, told apart by
+    uint8 as it is; bool 0/1; uint16 0..white; other integers 0..255; floats 0..1 or -1..1, told apart by
     whether any value is negative. Anything else is a ValueError: guessing would make black or white pictures.
     """
     dtype = values.dtype
@@ -178,7 +178,7 @@ def value_range(values: np.ndarray, name: str) -> tuple[float, float]:
     if dtype == np.bool_:
         return 0.0, 255.0
     if dtype == np.uint16:
-        return 0.0, 255 / 65535
+        return 0.0, 255 / white
     if dtype.kind not in "iuf":
         raise ValueError(f"load: images must be integers or floats, {name} has dtype {dtype}")
     low, high = math.inf, -math.inf

@@ -28,6 +28,9 @@ SUFFIXES = frozenset(
 # Larger files are not opened: 90 megapixels, Pillow's own limit, are 360 MB uncompressed.
 MAX_FILE_BYTES = 512 << 20
 
+# What is white in 16-bit greys unless told otherwise.
+WHITE = 65535
+
 _A = TypeVar("_A")
 _R = TypeVar("_R")
 
@@ -103,37 +106,64 @@ def in_order(function: Callable[[_A], _R], items: Iterable[_A]) -> Iterator[_R]:
                 future.cancel()
 
 
-def _scaled(values: np.ndarray, top: int) -> np.ndarray:
-    """Integers 0..top to uint8 0..255, rounded to the nearest."""
-    return ((values.astype(np.uint64) * 255 + top // 2) // top).astype(np.uint8)
+def significant_bits(file: BinaryIO) -> int | None:
+    """The first number of a PNG's sBIT chunk, the bits of a grey that are meant; None without one or in other files."""
+    file.seek(0)
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return None
+    while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"sBIT":
+            return next(iter(file.read(min(length, 4))), None)
+        file.seek(length + 4, os.SEEK_CUR)
+    return None
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Single-channel modes deeper than 8 bits as mode L: 16-bit integers 0..65535 and floats 0..1."""
+def _white_of(file: BinaryIO, white: int | str) -> int:
+    """The number that is white in a file of 16-bit greys: `white`, or with "sbit" what the file says."""
+    if white != "sbit":
+        return int(white)
+    bits = significant_bits(file)
+    return (1 << bits) - 1 if bits is not None and 1 <= bits <= 16 else WHITE
+
+
+def greatest(file: BinaryIO) -> int:
+    """The greatest number in a file of 16-bit greys, 0 in any other."""
+    from PIL import Image
+
+    with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+
+
+def _deep(image: Image.Image, white: int) -> Image.Image:
+    """Single-channel modes deeper than 8 bits in mode F, 0..255: integers 0..white and floats 0..1.
+
+    They are rounded to bytes after they are resized, not before.
+    """
     from PIL import Image
 
     values = np.asarray(image)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise Unreadable("float pixels outside 0..1 have no defined white")
-        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
-    if values.min() < 0 or values.max() > 65535:
-        raise Unreadable("integer pixels outside 0..65535 have no defined white")
-    return Image.fromarray(_scaled(values, 65535))
+        return Image.fromarray((values * 255).astype(np.float32))
+    if values.min() < 0 or values.max() > WHITE:
+        raise Unreadable(f"integer pixels outside 0..{WHITE} have no defined white")
+    return Image.fromarray((values.clip(0, white) * (255.0 / white)).astype(np.float32))
 
 
-def _flat(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The image in mode L or RGB, transparency composited on white, and whether it had any."""
+def _flat(image: Image.Image, white: int) -> tuple[Image.Image, bool]:
+    """The image in mode L, RGB or F (0..255), transparency composited on white, and whether it had any."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bit(image), False
+        return _deep(image, white), False
     transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     if transparent:
         # Pillow converts premultiplied grey in two steps only.
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB"), True
+        paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(paper, rgba).convert("RGB"), True
     return image.convert("L" if image.mode in ("1", "L") else "RGB"), False
 
 
@@ -154,14 +184,20 @@ def fit(image: Image.Image, image_size: int | None) -> Image.Image:
     return image if side == image_size else image.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 
-def to_pixels(image: Image.Image, image_size: int | None, channels: int | None) -> tuple[np.ndarray, bool, bool]:
+def to_pixels(
+    image: Image.Image, image_size: int | None, channels: int | None, white: int = WHITE
+) -> tuple[np.ndarray, bool, bool]:
     """uint8 [H, W, C] of a loaded image, whether it is grey and whether it had transparency.
 
     Grey means that red, green and blue agree in every pixel, whatever the file's mode. With channels None a
     grey image has C = 1 and any other C = 3.
     """
-    flat, transparent = _flat(image)
+    from PIL import Image
+
+    flat, transparent = _flat(image, white)
     flat = fit(flat, image_size)
+    if flat.mode == "F":
+        flat = Image.fromarray(np.rint(np.asarray(flat)).clip(0, 255).astype(np.uint8))
     pixels = np.asarray(flat)
     grey = flat.mode == "L" or bool(
         (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
@@ -172,7 +208,9 @@ def to_pixels(image: Image.Image, image_size: int | None, channels: int | None) 
     return np.asarray(flat.convert("RGB")), grey, transparent
 
 
-def decode(file: BinaryIO, image_size: int | None, channels: int | None) -> tuple[np.ndarray, Facts]:
+def decode(
+    file: BinaryIO, image_size: int | None, channels: int | None, white: int | str = WHITE
+) -> tuple[np.ndarray, Facts]:
     """The first frame of one encoded image, upright, as uint8 [H, W, C]. Raises what Pillow raises."""
     from PIL import Image, ImageOps
 
@@ -190,7 +228,9 @@ def decode(file: BinaryIO, image_size: int | None, channels: int | None) -> tupl
         except Exception:
             # Broken EXIF data says nothing about the pixels, which were loaded above.
             upright, rotated = image, False
-        pixels, grey, transparent = to_pixels(upright, image_size, channels)
+        deep = upright.mode.startswith("I")
+        top = _white_of(file, white) if deep else WHITE
+        pixels, grey, transparent = to_pixels(upright, image_size, channels, top)
     return pixels, Facts(mode, width, height, grey, transparent, rotated)
 
 
@@ -215,6 +255,7 @@ def decode_all(
     open_file: Callable[[str], AbstractContextManager[tuple[BinaryIO, int]]],
     image_size: int | None,
     channels: int | None,
+    white: int | str = WHITE,
 ) -> Iterator[Picture]:
     """Decode files on a thread pool, in order. `open_file(name)` gives a binary file and its size in bytes.
 
@@ -228,7 +269,7 @@ def decode_all(
             with open_file(name) as (file, size):
                 if size > MAX_FILE_BYTES:
                     raise Unreadable(f"{size / 2**20:,.0f} MiB, more than the {MAX_FILE_BYTES >> 20} MiB that are read")
-                pixels, facts = decode(file, image_size, channels)
+                pixels, facts = decode(file, image_size, channels, white)
         except Exception as error:
             # Damaged files make Pillow raise nearly anything: struct.error, SyntaxError, IndexError.
             return Picture(name, reason=reason(error, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -10,20 +11,20 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastgan._writing import atomic_file
+from fastgan._writing import atomic_file, target_of
 from fastgan.data import arrays
 from fastgan.data.arrays import Array
 from fastgan.data.catalogue import CATALOGUE
-from fastgan.data.decode import SUFFIXES, decode_all, in_order, pillow, quiet_decoding, to_pixels
+from fastgan.data.decode import SUFFIXES, WHITE, decode_all, greatest, in_order, pillow, quiet_decoding, to_pixels
 from fastgan.data.files import Files, class_labels, plural
 from fastgan.data.imageset import ImageSet
-from fastgan.data.memory import free_bytes
+from fastgan.data.memory import free_bytes, require
 from fastgan.data.store import FileStore, MemoryStore
 
 Source = str | os.PathLike[str] | torch.Tensor | np.ndarray
@@ -48,11 +49,15 @@ class Wanted:
     channels: int | None = None
     limit: int | None = None
     progress: Progress | None = None
+    white: int | str = WHITE
 
     def __post_init__(self) -> None:
         for name, value in (("image_size", self.image_size), ("limit", self.limit)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"load: {name} must be an integer of at least 1 or None, got {value!r}")
+        whole = isinstance(self.white, int) and not isinstance(self.white, bool) and 1 <= self.white <= WHITE
+        if not whole and self.white not in ("sbit", "max"):
+            raise ValueError(f'load: white must be "sbit", "max" or 1 to {WHITE}, got {self.white!r}')
         if self.channels not in (None, 1, 3):
             raise ValueError(f"load: channels must be 1, 3 or None, got {self.channels!r}")
 
@@ -131,18 +136,36 @@ def prepare(
     image_size: int | None = None,
     channels: int | None = None,
     limit: int | None = None,
+    white: int | str = WHITE,
     progress: Progress | None = None,
 ) -> Path:
     """Decode `source` once to `out`, a .npy of uint8 [M, C, H, W], with its labels in a .json beside it.
 
     `load(out)` is then ready at once; arguments and errors are those of `load`. Returns the path.
+
+    white: what is white in 16-bit greys: a number, "sbit" (2^bits - 1 with the significant bits that a PNG file names,
+        else 65535), or "max" (the greatest number in the set; logged in one line). Cameras and scanners write 10 to 14
+        bits into 16: such pictures are nearly black otherwise.
     """
     out = Path(out)
     if out.suffix != ".npy":
         raise ValueError(f"prepare: out must be a .npy file, got {out}; call it {out.name}.npy")
-    wanted = Wanted(image_size, channels, limit, progress)
+    wanted = Wanted(image_size, channels, limit, progress, white)
+    target = target_of(out)
     with closing(open_source(source)) as opened:
-        opened_pixels(opened, wanted).to_file(out)
+        if white == "max":
+            top = _greatest(opened, wanted) or WHITE
+            log.warning("prepare: white of 16-bit greys is %s, the greatest number in %s", f"{top:,}", source)
+            wanted = replace(wanted, white=top)
+        pixels = opened_pixels(opened, wanted)
+        place = next(folder for folder in target.parents if folder.is_dir())
+        free = shutil.disk_usage(place).free
+        if pixels.bytes_needed > free:
+            raise ValueError(
+                f"prepare: {out} needs {_gib(pixels.bytes_needed)} and {place} has {_gib(free)} free; "
+                "choose another disk, a limit or a smaller image_size"
+            )
+        pixels.to_file(out)
     return out
 
 
@@ -183,7 +206,25 @@ def absolute(source: str) -> str:
 
 
 def opened_pixels(opened: Files | Array, wanted: Wanted) -> FilePixels | ArrayPixels:
-    return FilePixels(opened, wanted) if isinstance(opened, Files) else ArrayPixels(opened, wanted)
+    """The pixels of a source. ValueError where a single picture does not fit in memory."""
+    pixels = FilePixels(opened, wanted) if isinstance(opened, Files) else ArrayPixels(opened, wanted)
+    channels, height, width = pixels.shape
+    require(channels * height * width, "cpu", f"load: one picture of {channels} x {height} x {width}")
+    return pixels
+
+
+def _greatest(opened: Files | Array, wanted: Wanted) -> int:
+    """The greatest 16-bit grey of a source, 0 where it has none."""
+    if not isinstance(opened, Files):
+        return int(opened.values.max()) if opened.values.dtype == np.uint16 else 0
+
+    def of(name: str) -> int:
+        with contextlib.suppress(Exception), opened.open(name) as (file, _):  # damage is told by the decoding
+            return greatest(file)
+        return 0
+
+    with quiet_decoding():
+        return max(in_order(of, [opened.names[i] for i in wanted.numbers(len(opened.names))]), default=0)
 
 
 class FilePixels:
@@ -206,7 +247,8 @@ class FilePixels:
         """
         good, grey = [], True
         with quiet_decoding():
-            pictures = decode_all(self.names, self.files.open, self.shape[1], self.wanted.channels)
+            wanted = self.wanted
+            pictures = decode_all(self.names, self.files.open, self.shape[1], wanted.channels, wanted.white)
             for done, picture in enumerate(pictures, 1):
                 if picture.pixels is None or picture.facts is None:
                     self.files.skip(picture.name, picture.reason)
@@ -266,7 +308,8 @@ class ArrayPixels:
         self.whole = self.fits and self.values.dtype == np.uint8 and len(self.numbers) == count
 
     def _convert_into(self, store: MemoryStore | FileStore) -> None:
-        offset, scale = arrays.value_range(self.values, self.array.name)
+        white = self.wanted.white if isinstance(self.wanted.white, int) else WHITE
+        offset, scale = arrays.value_range(self.values, self.array.name, white)
         image = None if self.fits else pillow()
 
         def convert(pixels: np.ndarray) -> np.ndarray:

@@ -31,6 +31,15 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
+def require(count: int, device: torch.device | str, what: str) -> None:
+    """Raise ValueError where `what` needs `count` bytes and `device` has fewer free."""
+    free = free_bytes(torch.device(device))
+    if free is not None and count > free:
+        raise ValueError(
+            f"{what} must fit in memory, it needs {count / 2**30:,.1f} GiB and {free / 2**30:,.1f} are free"
+        )
+
+
 def _available(meminfo: Path) -> int | None:
     try:
         for line in meminfo.read_text().splitlines():

@@ -1,10 +1,8 @@
-"""The guard: stops a run whose numbers are gone, and says when a GAN has stopped learning.
-
-It looks at values that were read for the log anyway, so it costs no synchronisation.
-"""
+"""The guard: says when a GAN has stopped learning, by values that were read for the log anyway: no synchronisation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,14 +10,33 @@ from torch import Tensor
 
 __all__ = ["DivergedError", "Guard"]
 
-# A discriminator this sure of both sides gives the generator a gradient of almost nothing; a healthy one dips
-# there for a few logged steps at a time, hence a run of them.
-SURE_REAL = 0.99
-SURE_FAKE = 0.01
+# What a discriminator pays that cannot tell real from fake: the unit of its loss. A critic's (wasserstein) is 0 then.
+UNDECIDED = {
+    "bce": 2 * math.log(2),
+    "minimax": 2 * math.log(2),
+    "lsgan": 0.25,
+    "hinge": 2.0,
+    "relativistic": math.log(2),
+}
+# Of that. With bce D(x) = 0.99 and D(G(z)) = 0.01 make 0.0145: the generator's gradient is almost nothing. A healthy
+# discriminator dips there for a few logged steps at a time, hence a run of them.
+CERTAIN = 0.015
 PATIENCE = 20
+# A score beyond these is none that the loss can want: a squared score 100 from its targets 0 and 1, a logit of 1000.
+LARGEST = {"bce": 1e3, "minimax": 1e3, "lsgan": 1e2, "hinge": 1e3, "relativistic": 1e3}
+# A critic of slope 1 tells two images apart by at most their distance, so by at most the diameter of [-1, 1]^pixels.
+# Penalties hold the slope on average only, hence a factor; its level is free, until rounding eats the difference.
+CRITIC_GAP, CRITIC_LEVEL = 10, 100
+GROWN = 3  # logged steps in a row
 # Standard deviation over the samples of a grid, averaged over pixels in [-1, 1]: data sets have 0.3 to 0.8,
 # one image repeated has 0.
 COLLAPSED = 0.01
+# Steps after which an untrained generator, whose samples are flat, has left that state; an average follows at its own
+# pace. At width 8 and batch 4 r1-dcgan-64's samples still have 0.009 at step 200, with an average over 1000 steps.
+STARTED = 200
+# A generator learns if its weights move: over so many steps by so much of their own spread. At a rate of 1e-4 Adam
+# moves weights of 0.02 by a quarter of it.
+MOVING_STEPS, MOVED = 50, 1e-3
 
 
 class DivergedError(RuntimeError):
@@ -27,41 +44,85 @@ class DivergedError(RuntimeError):
 
 
 class Guard:
-    """Watches one run. `scores` says whether d_real and d_fake are probabilities (not so for a critic)."""
+    """Watches one run, of a loss of `fastgan.GANStep` on images of so many numbers (`pixels`: C x H x W), with an
+    average of decay `ema`."""
 
-    def __init__(self, *, scores: bool):
-        self._scores = scores
-        self._sure = 0
+    def __init__(self, loss: str, pixels: int, ema: float | None = None):
+        self._loss = loss
+        self._started = STARTED if ema is None else max(STARTED, round(2 / (1 - ema)))
+        self._diameter = 2 * math.sqrt(pixels)
+        self._sure = self._grown = 0
         self._flat = False
+        self._varied = False  # whether the samples ever were
+        self._first: tuple[int, Tensor] | None = None
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A warning to print, or None."""
-        if not self._scores:
+        """A warning to print about a logged step, or None."""
+        return self._check_certain(step, metrics) or self._check_growth(step, metrics)
+
+    def _check_certain(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        unit = UNDECIDED.get(self._loss)
+        if unit is None or "d_loss" not in metrics:
             return None
-        sure = metrics.get("d_real", 0.0) > SURE_REAL and metrics.get("d_fake", 1.0) < SURE_FAKE
-        self._sure = self._sure + 1 if sure else 0
-        if self._sure == PATIENCE:
-            return (
-                f"step {step}: the discriminator has been certain for {PATIENCE} logged steps "
-                f"(D(x) > {SURE_REAL}, D(G(z)) < {SURE_FAKE}); the generator hardly learns, try a lower d_lr "
-                "or a penalty"
-            )
-        return None
+        share = metrics["d_loss"] / unit
+        self._sure = self._sure + 1 if share < CERTAIN else 0
+        if self._sure != PATIENCE:
+            return None
+        return (
+            f"step {step}: the discriminator has been certain for {PATIENCE} logged steps (its loss is {share:.1%} of "
+            "what one pays that cannot tell); the generator hardly learns, try a lower d_lr or a penalty"
+        )
+
+    def _check_growth(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        real, fake = metrics.get("logit_real", 0.0), metrics.get("logit_fake", 0.0)
+        level, gap = max(abs(real), abs(fake)), abs(real - fake)
+        if self._loss == "wasserstein":
+            largest = CRITIC_LEVEL * self._diameter
+            grown = level > largest or gap > CRITIC_GAP * self._diameter
+            scale = f"a critic of slope 1 tells images apart by at most {self._diameter:.0f}"
+        else:
+            largest = LARGEST[self._loss]
+            grown, scale = level > largest, f"{self._loss} has no use for scores beyond {largest:g}"
+        self._grown = self._grown + 1 if grown else 0
+        if self._grown != GROWN:
+            return None
+        return (
+            f"step {step}: the discriminator's scores grow without bound (real {real:.4g}, generated {fake:.4g}; "
+            f"{scale}); try a lower d_lr or a larger penalty"
+        )
 
     def check_samples(self, step: int, images: Tensor) -> str | None:
-        """A warning if all of `images` ``[N, C, H, W]`` look the same, once until they differ again."""
+        """A warning if all of `images` ``[N, C, H, W]`` look the same: once until they differ again, and for a
+        generator that has been so from the start after a while."""
         if images.shape[0] < 2:
             return None
         spread = images.float().std(0).mean().item()
-        flat = spread < COLLAPSED
-        warn = flat and not self._flat and step > 0  # an untrained generator is flat
-        self._flat = flat
-        if warn:
-            return (
-                f"step {step}: the samples have collapsed to one image (standard deviation {spread:.2g}); "
-                "go back to an earlier checkpoint or change the seed, the loss or the learning rates"
-            )
-        return None
+        flat, before = spread < COLLAPSED, self._flat
+        if not flat:
+            self._flat, self._varied = False, True
+            return None
+        if before or not (self._varied or step >= self._started):  # said already, or an untrained generator
+            return None
+        self._flat = True
+        what = "have collapsed to one image" if self._varied else "have been one image from the start"
+        return (
+            f"step {step}: the samples {what} (standard deviation {spread:.2g}); "
+            "go back to an earlier checkpoint or change the seed, the loss or the learning rates"
+        )
+
+    def check_movement(self, step: int, weights: Tensor) -> str | None:
+        """A warning, once, if the generator's `weights` (any of them) are still those of the first call."""
+        if self._first is None:
+            self._first = step, weights.detach().float().cpu().clone()
+            return None
+        begin, first = self._first
+        if not begin <= step - MOVING_STEPS:
+            return None
+        self._first = step, first[:0]  # asked once
+        moved = (weights.detach().float().cpu() - first).abs().max() if first.numel() else None
+        if moved is None or moved > MOVED * first.std():
+            return None
+        return f"step {step}: the generator has not moved since step {begin}, it does not learn; try a higher g_lr"
 
     @staticmethod
     def diverged(step: int, name: str, value: str, good: Path | None) -> DivergedError:

@@ -21,6 +21,7 @@ __all__ = ["Recipe", "recipes"]
 
 PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MAX_SEED = 1 << 63  # torch takes one more bit, and a run adds small numbers to its seed
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ class Recipe:
         for name in ("seed", "sample_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= MAX_SEED:
+            raise ValueError(f"recipe: seed must be below 2^63, got {self.seed}")
+        for name in ("name", "model", "data"):
+            text = getattr(self, name)
+            if not text.strip() or "\0" in text:
+                raise ValueError(f"recipe: {name} must be neither empty nor hold a NUL character, got {text!r}")
         for name in ("g_lr", "d_lr", "adam_eps", "penalty_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

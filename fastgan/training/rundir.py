@@ -70,11 +70,9 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Within: this process alone trains here. Raises `LockedError` where another does; makes the directory."""
-        try:
+        with _writing.told(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-        except OSError as error:
-            raise _writing.WriteError(_writing.sentence(error, self.path)) from error
         try:
             yield
         finally:
@@ -107,22 +105,30 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete the run in this directory, and nothing else that lies there."""
-        for name in CONTENTS:
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for path in (self.path / name for name in CONTENTS):
+            with _writing.told(path):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     def begin(self, config: Mapping[str, Any], step: int) -> None:
         """Write the configuration, and make the rest what it was at `step`: no torn files, no later records."""
         for folder in (self.path, self.samples, self.checkpoints):
-            folder.mkdir(exist_ok=True)
-            for path in filter(_writing.is_part, list(folder.iterdir())):
-                path.unlink(missing_ok=True)
+            with _writing.told(folder):
+                folder.mkdir(exist_ok=True)
+                for path in filter(_writing.is_part, list(folder.iterdir())):
+                    path.unlink(missing_ok=True)
+        # The configuration first: without one nothing else may lie here, or the run could neither go on nor begin.
+        _writing.write(self._config, json.dumps(config, indent=2) + "\n")
+        self.report.unlink(missing_ok=True)
         kept = [record for record in read_log(self.log) if record["step"] <= step] if step else []
         _writing.write(self.log, "".join(json.dumps(record) + "\n" for record in kept))
-        _writing.write(self._config, json.dumps(config, indent=2) + "\n")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: its report is the last file that it writes, and the first to go."""
+        return self.report.exists()
 
     def read_config(self) -> dict[str, Any]:
         """config.json, its recipe checked. Raises ValueError where there is none."""

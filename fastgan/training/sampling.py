@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import models
+from fastgan.data.memory import require
 
 from .recipes import Recipe
 from .rundir import RunDirectory
@@ -41,6 +42,7 @@ def latents(count: int, size: int, *, seed: int, truncation: float | None = None
     With `truncation` T values come from the normal distribution cut to [-T, T], the truncation trick of Brock
     et al. 2019 (arXiv:1809.11096): a smaller T gives more typical and less varied images.
     """
+    require(8 * count * size, "cpu", f"latents: {count:,} of {size:,} numbers")
     generator = torch.Generator().manual_seed(seed)
     if truncation is None:
         return torch.randn(count, size, generator=generator)
@@ -57,8 +59,13 @@ def latents(count: int, size: int, *, seed: int, truncation: float | None = None
 def draw(generator: nn.Module, z: Tensor, *, batch: int = 256) -> Tensor:
     """Images ``[N, C, H, W]`` of latents ``[N, ...]`` in eval mode, fp32 on the CPU; `z` may lie anywhere."""
     device = next(generator.parameters()).device
+    images: list[Tensor] = []
     with evaluating(generator):
-        return torch.cat([generator(part.to(device)).float().cpu() for part in z.split(batch)])
+        for part in z.split(batch):
+            images.append(generator(part.to(device)).float().cpu())
+            if len(images) == 1:  # the parts and their whole
+                require(8 * len(z) * images[0][0].numel(), "cpu", f"samples: {len(z):,} pictures")
+    return torch.cat(images)
 
 
 def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:

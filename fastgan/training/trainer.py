@@ -30,7 +30,7 @@ from fastgan.convert import convert, explain
 from fastgan.data.fingerprint import difference, fingerprint
 from fastgan.doctor import machine
 
-from . import checkpoint, report
+from . import checkpoint, needs, report
 from .adam import Adam
 from .guard import DivergedError, Guard
 from .precision import resolve
@@ -89,6 +89,8 @@ def assemble(
 
     Seeds torch's global generators with the recipe's seed.
     """
+    if networks is None:
+        needs.check(recipe, device)
     torch.manual_seed(recipe.seed)
     generator, discriminator = networks or build_models(recipe)
     for module in (generator, discriminator):
@@ -175,7 +177,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.progress = progress_for(quiet=quiet)
         self.notes: list[str] = []
-        self._guard = Guard(scores=self.recipe.loss != "wasserstein")
+        self._guard = Guard(self.recipe.loss, self.recipe.channels * self.recipe.image_size**2, self.recipe.ema)
         self._between_steps = True  # only then is the state one that a run could go on from
         self._damaged = list(start.damaged) if start else []
         begin_run()
@@ -276,7 +278,7 @@ class Trainer:
         missing = [key for key in KEYS if key not in state]
         if missing:
             raise ValueError(f"resume: {path} must hold {', '.join(KEYS)}, it lacks {', '.join(missing)}")
-        if self.recipe.steps <= state["step"]:
+        if self.recipe.steps < state["step"] or (self.recipe.steps == state["step"] and self.directory.finished):
             raise ValueError(
                 f"resume: steps must be above the {state['step']} that {self.out} has, got {self.recipe.steps}"
             )
@@ -326,14 +328,15 @@ class Trainer:
         Raises `DivergedError` when a metric or a weight stops being finite. After any other error between two steps
         the last step is saved first.
         """
-        if self.step >= self.recipe.steps:
+        if self.step >= self.recipe.steps and self.directory.finished:
             raise ValueError(f"training: the run has its {self.recipe.steps} steps already")
         with self._placed(), self.directory.locked(), Signals() as signals:
             self._begin()
             self.progress.start(self.step, self.recipe.steps)
             try:
                 try:
-                    reason = self._loop(signals)
+                    # a run that was killed after its last checkpoint lacks its last pictures and the report alone
+                    reason = self._loop(signals) if self.step < self.recipe.steps else "steps"
                 except Exception as error:
                     self._rescue(error)
                     raise
@@ -457,6 +460,8 @@ class Trainer:
         images = draw(self.sampler, self.noise)
         data.save_grid(images, self.directory.grid(self.step))
         self._warn(self._guard.check_samples(self.step, images))
+        first = max(self.generator.parameters(), key=lambda p: p.dim())
+        self._warn(self._guard.check_movement(self.step, first.flatten()[:4096]))
 
     def _finish(self, reason: str) -> Result:
         path = self.save()
