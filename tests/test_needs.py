@@ -194,3 +194,21 @@ def test_deep_arrays(tmp_path):
     for wrong in (0, 65536, "most", True):
         with pytest.raises(ValueError, match='white must be "sbit", "max" or 1 to 65535'):
             fastgan.data.prepare(tmp_path / "deep.npy", tmp_path / "out.npy", white=wrong)
+
+
+def test_labels_of_other_pictures_are_never_taken(tmp_path, monkeypatch):
+    """Killed between the pictures and their labels, when both replace older ones."""
+    for name, count in (("old", 6), ("new", 9)):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros((count, 8, 8), np.uint8), labels=np.arange(count))
+    out = tmp_path / "out.npy"
+    fastgan.data.prepare(tmp_path / "old.npz", out)
+    assert fastgan.data.load(out).labels.tolist() == list(range(6))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fastgan.data.loading"], "_write_card", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fastgan.data.prepare(tmp_path / "new.npz", out)
+    found = fastgan.data.load(out)
+    assert len(found) == 9 and found.labels is None

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastgan._writing import atomic_file, target_of
+from fastgan._writing import target_of, write
 from fastgan.data import arrays
 from fastgan.data.arrays import Array
 from fastgan.data.catalogue import CATALOGUE
@@ -282,6 +282,9 @@ class FilePixels:
         with FileStore(path, self.shape) as store:
             good, grey = self._decode_into(store)
             store.finish(grey)
+            _card(path).unlink(
+                missing_ok=True
+            )  # killed before the new one, the pictures have no labels, not wrong ones
         labels, classes = class_labels(good) or (None, None)
         _write_card(path, self.title, labels, classes, self.files.skipped)
 
@@ -354,8 +357,14 @@ class ArrayPixels:
         with FileStore(path, self.shape) as store:
             self._convert_into(store)
             store.finish(False)
+            _card(path).unlink(missing_ok=True)
         labels = None if self.labels is None else self.labels.tolist()
         _write_card(path, self.array.name, labels, self.classes, self.array.skipped)
+
+
+def _card(path: Path) -> Path:
+    """The .json beside a .npy."""
+    return path.with_suffix(".json")
 
 
 def _write_card(
@@ -367,8 +376,7 @@ def _write_card(
 ) -> None:
     """The .json beside a .npy. Written last: where it is, the .npy is complete."""
     card = {"fastgan": CACHE_FORMAT, "name": name, "classes": classes, "labels": labels, "skipped": skipped}
-    with atomic_file(path.with_suffix(".json")) as file:
-        file.write(json.dumps(card).encode())
+    write(_card(path), json.dumps(card))
 
 
 # --------------------------------------------------------------------------------- too large for memory
@@ -403,7 +411,7 @@ def _stream(
     choices = f"{CACHE_FORMAT} {wanted.image_size} {wanted.channels} {wanted.limit} {opened.fingerprint()}"
     key = hashlib.sha256(choices.encode()).hexdigest()[:16]
     path = folder / f"{pixels.shape[1]}px-{key}.npy"
-    if not (path.is_file() and path.with_suffix(".json").is_file()):
+    if not (path.is_file() and _card(path).is_file()):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < pixels.bytes_needed:
