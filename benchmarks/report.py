@@ -233,10 +233,34 @@ def first_step_page(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def chains_page(results: dict[str, Any]) -> list[str]:
+    """Chains of layers, each against PyTorch's better layout."""
+    rows, ratios = [], []
+    for row in results["chains"]:
+        plain, *ours = (row["seconds"][name] for name in ("torch NCHW", "fastgan NCHW", "fastgan channels_last"))
+        plain = min(plain, row["seconds"]["torch channels_last"])
+        ratios += [plain / seconds for seconds in ours]
+        sizes = (str(row[name]) for name in ("channels", "side", "batch", "layers"))
+        mode = "forward + backward" if row["training"] else "eval"
+        rows.append((mode, *sizes, *(f"{1e6 * s:.0f}" for s in (plain, *ours)), *(f"{plain / s:.2f}" for s in ours)))
+    header = "", "channels", "pixels", "batch", "layers", "PyTorch", "NCHW", "channels_last", "ratio", "ratio"
+    return [
+        "Microseconds, minima, one thread. A layer is convolution 3 x 3, batch norm, LeakyReLU. PyTorch's figure is "
+        "that of its better layout; fastgan's are the converted chain's in either, and the ratios theirs to PyTorch's.",
+        "",
+        f"{sum(r >= 1 for r in ratios)} of {len(ratios)} ratios are 1 or more; the least is {min(ratios):.2f}, the "
+        f"median {sorted(ratios)[len(ratios) // 2]:.2f}.",
+        "",
+        *table(header, rows),
+        "",
+    ]
+
+
 KINDS = {  # kind -> (the key that only its files have, title, body)
     "bench": ("cases", "Every op and step", ops_page),
     "scaling": ("points", "The step over batch, image side and threads", scaling_page),
     "first-step": ("first_steps", "The first step, cold", first_step_page),
+    "chains": ("chains", "Chains of layers as programs", chains_page),
     "quality": ("frechet", "Quality over seeds", quality_page),
 }
 
