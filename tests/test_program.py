@@ -245,6 +245,33 @@ def test_autocast(kind, layout, ran):
         torch.testing.assert_close(got, w.grad, rtol=1e-2, atol=2e-3 * w.grad.abs().max().item())
 
 
+def test_second_derivatives_see_the_layers_as_the_forward_did(ran):
+    model = chain("discriminator", bias=False)
+    a, b = both(model)
+    found = []
+    for net, context in ((a, contextlib.nullcontext), (b, op_by_op)):
+        h = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() * 1
+        with context():
+            with fastgan.nn.norm.stat_groups(net, 4):
+                y = net(h)
+            net[1].negative_slope, net[3].eps = 0.9, 0.5  # too late to matter
+            (g,) = torch.autograd.grad(y.square().sum(), h, create_graph=True)
+            found.append(torch.autograd.grad(g.square().sum(), [net[0].weight, net[2].weight]))
+    assert len(ran) == 1
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_inference_mode(ran):
+    model = chain("conv+bn+act")
+    a = fastgan.convert(copy.deepcopy(model))
+    x = torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(a(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert len(ran) == 2
+
+
 def test_a_second_backward_over_one_forward(ran):
     a, b = both(chain("discriminator", bias=False))
     x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)

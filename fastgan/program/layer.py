@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -46,6 +47,10 @@ class Layer:
         conv = () if self.conv is None else _conv_facts(self.conv)
         norm = () if self.norm is None else _norm_facts(self.norm)
         return type(self.conv).__name__, conv, norm, self.activation, getattr(self.act, "negative_slope", 0.0)
+
+    def frozen(self) -> Layer:
+        """The layer as it is set now, on modules that share the user's tensors."""
+        return Layer(copy.copy(self.conv), copy.copy(self.norm), self.activation, copy.copy(self.act))
 
     def refusal(self, differentiated: bool) -> str:
         """Why the layer cannot be part of a program, or ""."""

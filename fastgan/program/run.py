@@ -1,9 +1,9 @@
 """Calling programs: which plan serves a call, its autograd node, and when the layers run op by op instead.
 
-A program runs where it is known to give the ops' numbers: plain float32 tensors on a CPU, no tracing, no autocast. An
-input that is a leaf and wants a gradient (a penalty's images) is left to the ops, since second derivatives are wanted
-of it. A backward pass that must itself be differentiable (create_graph=True), or that runs a second time over the same
-forward (retain_graph=True), replays the layers op by op from what the node saved.
+A program runs where it is known to give the ops' numbers: plain tensors on a CPU, in float32 or under bfloat16
+autocast, no tracing. An input that is a leaf and wants a gradient (a penalty's images) is left to the ops, since second
+derivatives are wanted of it. A backward pass that must itself be differentiable (create_graph=True), or that runs a
+second time over the same forward (retain_graph=True), replays the layers op by op from what the node saved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ FLOATS = (torch.float32, torch.bfloat16)
 MAX_WAYS = 64  # of one run of layers: another batch size needs another
 
 Way = Callable[[Tensor, Sequence[Any], Sequence[Any]], Tensor]  # x, parameters, buffers -> y
-
 
 _off = False
 
@@ -58,7 +57,8 @@ class Compiled:
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool]):
         plan = Plan(layers, x, dtype, wants)
-        self.plan, self.layers = plan, layers
+        self.plan = plan
+        self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
         self.forward = plan.program(0, plan.forward_steps)
         self.backwards: dict[frozenset[int], Any] = {}
         self.updates = any(layer.norm is not None and layer.norm.training for layer in layers)
