@@ -147,6 +147,7 @@ def test_only_one_of_many_takes_a_lock(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run with checkpoints of steps 4 and 6."""
+    torch.set_num_threads(1)  # as in every test: another number of threads gives other bits
     out = tmp_path_factory.mktemp("finished") / "run"
     with fastgan.backend("reference"):
         trainer(noise(), out).fit()
@@ -208,6 +209,13 @@ def test_weights_that_are_no_numbers_are_damage(tmp_path, value):
     checkpoint.save({"step": 1, "generator": {"w": torch.tensor([1.0, value])}}, path)
     with pytest.raises(checkpoint.DamagedError, match=r"must hold finite numbers, generator\.w is not"):
         checkpoint.load(path)
+
+
+def test_large_numbers_are_no_damage():
+    huge = torch.full((1000,), 3e38)
+    assert checkpoint.first_nonfinite({"huge": huge, "empty": torch.zeros(0), "whole": torch.tensor(1)}) is None
+    for value in (float("inf"), float("-inf"), float("nan")):
+        assert checkpoint.first_nonfinite({"a": {"b": torch.tensor([1.0, value, -value])}}) == "a.b"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_sound_one(images, finished, tmp_path, caplog):
