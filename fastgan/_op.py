@@ -179,17 +179,19 @@ def around(wrap: Callable[[Routine, Launcher], Launcher]) -> Iterator[None]:
         _around = before
 
 
-def wanted(ctx: Any, index: int, edge: int | None = None) -> bool:
-    """Whether the running backward pass uses the gradient of input `index`, which is tensor number `edge` among the
-    inputs (None: all inputs before it are tensors).
+def wanted(ctx: Any, index: int) -> bool:
+    """Whether the running backward pass uses the gradient of input `index` (the inputs before it are tensors too).
 
     autograd asks this of its own nodes before they compute, of Python's nodes it does not: in `autograd.grad(y, x)`
     each convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
     """
-    if not ctx.needs_input_grad[index]:
-        return False
+    return ctx.needs_input_grad[index] and reaches(ctx.next_functions[index][0])
+
+
+def reaches(node: Any) -> bool:
+    """Whether the running backward pass executes a node of the graph: one of ctx.next_functions."""
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[index if edge is None else edge][0])
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # refused for a leaf that the pass is asked for itself, and where no engine runs
         return True
 

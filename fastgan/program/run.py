@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._op import is_observed, wanted
+from fastgan._op import is_observed, reaches
 from fastgan.choice import STATE, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
 from fastgan.program.plan import Plan, Unfit
@@ -111,8 +111,9 @@ class Node(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(tensors)
         for i in plan.gradients:
             found[i] = torch.empty_like(tensors[i])
-        edges = {i: edge for edge, i in enumerate(i for i, t in enumerate(tensors) if t is not None)}
-        unwanted = frozenset(i for i in plan.gradients if not wanted(ctx, i + 2, edges[i]))
+        edges = iter(ctx.next_functions)  # one for each tensor among the inputs
+        nodes = [None if t is None else next(edges)[0] for t in tensors]
+        unwanted = frozenset(i for i in plan.gradients if not reaches(nodes[i]))
         slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *(found[i] for i in plan.gradients)
         compiled.backward(unwanted).run(torch.get_num_threads(), *slots)
         for i in unwanted:
@@ -143,6 +144,7 @@ class Run:
     def __init__(self, layers: list[Layer]):
         self.layers = layers
         self.ways: dict[tuple, Way | None] = {}
+        self.last: tuple[tuple, Way | None] = (), None  # comparing with it is half the cost of hashing
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """y, or None: run the layers op by op."""
@@ -163,10 +165,10 @@ class Run:
             forced(),
         )
         buffers = [b for layer in self.layers for b in layer.buffers()]
-        try:
-            way = self.ways[key]
-        except KeyError:
-            way = self._chosen(key, x, dtype, parameters, buffers)
+        before, way = self.last
+        if key != before:
+            way = self.ways[key] if key in self.ways else self._chosen(key, x, dtype, parameters, buffers)
+            self.last = key, way
         return None if way is None else way(x, parameters, buffers)
 
     def _chosen(self, key: tuple, x: Tensor, dtype: torch.dtype, parameters: list, buffers: list) -> Way | None:
