@@ -71,7 +71,8 @@ def _race(ways: dict[str, Run], arguments: Sequence[Any], device: torch.device, 
             for name in alive:
                 best[name] = min(best[name], _seconds(ways[name], arguments, device))
             low, second = sorted(best.values())[:2]
-            if turn > (ROUNDS if short else 0) and second > CLEAR * low:  # one round may be a noisy moment of the winner's rival
+            # one round may be a noisy moment of the winner's rival
+            if turn > (ROUNDS if short else 0) and second > CLEAR * low:
                 break
     if len(alive) > 1 and best[ours if ours in best else alive[0]] == float("inf"):
         return ours, False
