@@ -5,6 +5,7 @@
 // φ'(t).
 #include "common/kernels.hpp"
 #include "common/scratch.hpp"
+#include "common/second_order.hpp"
 #include "cpu/norm.hpp"
 
 namespace fg::ISA {
@@ -154,11 +155,6 @@ void backward(const BnShape& shape, const NormBackwardArgs& args) {
 
 // ------------------------------------------------------------------------------------------------ double backward
 
-// MATHS of the second order, per channel and group (inv = 1/n, or 0 in eval mode):
-//   u      = γ r (w - W1/n - x̂ W2/n) + v_γ x̂ + v_β,  d_dy = u m
-//   d_γ    = r A,  A = A0 - W1 s1/n - W2 s2/n
-//   q      = -(γ r / n)(w s2 + W2 dt) + v_γ dt, with Σq and Σ q x̂ in closed form
-//   d_x    = r (q - Σq/n - x̂ Σ(q x̂)/n) - γ A r² x̂ / n
 template <class Body>
 void finish_double_backward(const Grid& grid, const BnShape& shape, const NormDoubleBackwardArgs& args, int64_t c,
                             const Partials<5>& partials, float* coefs) {
@@ -166,21 +162,19 @@ void finish_double_backward(const Grid& grid, const BnShape& shape, const NormDo
   double d_weight = 0.0;
   for (int64_t g = 0; g < grid.G; ++g) {
     const Channel ch = channel_of(grid, shape, g, c, args.weight, args.bias, args.mean, args.var);
-    const double r = ch.r, inv = ch.inv_n, scale = ch.weight * ch.r;
     double s[5];
     partials.total(grid, g, c, s);
-    const double s1 = s[0], s2 = s[1] * r, W1 = s[2], W2 = s[3] * r;
-    const double A = s[4] - (W1 * s1 + W2 * s2) * inv;
-    const double sum_q = -scale * inv * (W1 * s2 + W2 * s1) + v_weight * s1;
-    const double sum_qx = -2.0 * scale * inv * W2 * s2 + v_weight * s2;
-    d_weight += r * A;
+    SecondOrder o{};
+    o.add(s, ch.weight, v_weight, ch.r);
+    o.finish(ch.inv_n, ch.r);
+    d_weight += o.d_weight(s, ch.r);
     float* coef = coefs + g * Body::COEFS * grid.padded;
     const auto set = [&](int i, double value) { put(grid, coef, i, c, static_cast<float>(value)); };
-    set(Body::K_U0, v_bias - scale * W1 * inv);
-    set(Body::K_U1, r * (v_weight - scale * W2 * inv));
-    set(Body::K_XW, -scale * r * s2 * inv);
-    set(Body::K_X0, -r * sum_q * inv);
-    set(Body::K_X1, -r * (r * sum_qx + scale * A * r) * inv);
+    set(Body::K_U0, o.u0(ch.weight, v_bias, ch.r));
+    set(Body::K_U1, o.u1(ch.weight, v_weight, ch.r));
+    set(Body::K_XW, o.xw);
+    set(Body::K_X0, o.x0);
+    set(Body::K_X1, o.x1);
   }
   if (args.d_weight) args.d_weight[c] = static_cast<float>(d_weight);
 }

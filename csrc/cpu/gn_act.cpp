@@ -12,6 +12,7 @@
 //            from element to element, so they are made in registers instead of being laid out beforehand
 #include "common/kernels.hpp"
 #include "common/scratch.hpp"
+#include "common/second_order.hpp"
 #include "cpu/norm.hpp"
 
 namespace fg::ISA {
@@ -384,27 +385,6 @@ void backward(const GnShape& shape, const NormBackwardArgs& args) {
 
 // ------------------------------------------------------------------------------------------------ double backward
 
-// Sums over a group that the second order needs, and what follows from them: docs/maths.md, section 5.
-struct SecondOrder {
-  double s1, s2, W1, W2, A0;  // Σ h, Σ h x̂, Σ w, Σ w x̂, Σ w h
-  double vdt, vdtx;           // Σ v_weight dt, Σ v_weight dt x̂
-  double xw, x0, x1;          // d_x = xw w + u1 dt + x1 (x - mean) + x0
-  double w1, w2;              // W1 / M, W2 / M
-
-  void finish(const Cut& cut, double r) {
-    const double inv = cut.inv_m, A = A0 - (W1 * s1 + W2 * s2) * inv;
-    const double sum_q = -r * inv * (W1 * s2 + W2 * s1) + vdt;
-    const double sum_qx = -2.0 * r * inv * W2 * s2 + vdtx;
-    w1 = W1 * inv;
-    w2 = W2 * inv;
-    xw = -r * r * s2 * inv;
-    x0 = -r * sum_q * inv;
-    x1 = -r * r * (sum_qx + A * r) * inv;
-  }
-};
-
-// u0 = v_bias - scale W1/M, u1 = r (v_weight - scale W2/M), d_weight = Σ over samples of r (Σ w dt - (W1 Σ dt + W2 Σ dt
-// x̂)/M)
 template <class Body>
 void finish_double_backward(const Cut& cut, const Grid& grid, const Partials<5>& partials, int64_t first, int64_t j,
                             const Group& group, const NormDoubleBackwardArgs& args, float* coef,
@@ -415,22 +395,16 @@ void finish_double_backward(const Cut& cut, const Grid& grid, const Partials<5>&
   for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
     partials.total(grid, 0, c, s);
     const double weight = value_of(args.weight, first + c, 1.0), v = value_of(args.ddweight, first + c, 0.0);
-    o.s1 += weight * s[0];
-    o.s2 += weight * s[1] * r;
-    o.W1 += s[2];
-    o.W2 += s[3] * r;
-    o.A0 += weight * s[4];
-    o.vdt += v * s[0];
-    o.vdtx += v * s[1] * r;
+    o.add(s, weight, v, r);
   }
-  o.finish(cut, r);
+  o.finish(cut.inv_m, r);
   for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
     partials.total(grid, 0, c, s);
-    gradients.total[first + c] += r * (s[4] - (o.w1 * s[0] + o.w2 * s[1] * r));
-    const double scale = value_of(args.weight, first + c, 1.0) * r;
+    gradients.total[first + c] += o.d_weight(s, r);
+    const double weight = value_of(args.weight, first + c, 1.0);
     const auto set = [&](int i, double value) { put(grid, coef, i, c, static_cast<float>(value)); };
-    set(Body::K_U0, value_of(args.ddbias, first + c, 0.0) - scale * o.w1);
-    set(Body::K_U1, r * (value_of(args.ddweight, first + c, 0.0) - scale * o.w2));
+    set(Body::K_U0, o.u0(weight, value_of(args.ddbias, first + c, 0.0), r));
+    set(Body::K_U1, o.u1(weight, value_of(args.ddweight, first + c, 0.0), r));
     set(Body::K_XW, o.xw);
     set(Body::K_X0, o.x0);
     set(Body::K_X1, o.x1);
@@ -469,7 +443,7 @@ void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, con
     o.vdt += sum(a[5]);
     o.vdtx += sum(a[6]) * r;
   }
-  o.finish(cut, r);
+  o.finish(cut.inv_m, r);
   const auto spread = [](double v) { return set1(static_cast<float>(v)); };
   const vf w1 = spread(o.w1), w2 = spread(o.w2), w2r = spread(o.w2 * r), xw = spread(o.xw), x0 = spread(o.x0),
            x1 = spread(o.x1);

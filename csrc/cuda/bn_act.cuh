@@ -34,9 +34,7 @@ FG_DEVICE BackwardTerms backward_terms(const Norm& norm, double inv_n, const Sum
   return {s2, s1, {static_cast<float>(-scale * s1 * inv_n), static_cast<float>(-scale * r * s2 * inv_n)}};
 }
 
-// The same of the double backward: d_weight, and the coefficients of NormDouble (docs/maths.md, section 2; inv = 1/n):
-//   A = A0 - (W1 s1 + W2 s2) inv, d_weight = r A
-//   sum q = -(weight r inv)(W1 s2 + W2 s1) + v_weight s1, sum q xhat = -2 (weight r inv) W2 s2 + v_weight s2
+// The same of the double backward: d_weight, and the coefficients of NormDouble.
 struct DoubleTerms {
   double weight;
   float k[DOUBLE_COEFS];
@@ -48,16 +46,14 @@ struct BnCotangents {
 
 FG_DEVICE DoubleTerms double_terms(const Norm& norm, double inv, const Sums<5>& s, i64 i, int channel,
                                    const BnCotangents& v) {
-  const double r = rstd_of(norm, i), scale = load_or(norm.weight, channel, 1.0f) * r;
+  const double r = rstd_of(norm, i), weight = load_or(norm.weight, channel, 1.0f);
   const double v_weight = load_or(v.ddweight, channel, 0.0f), v_bias = load_or(v.ddbias, channel, 0.0f);
-  const double s1 = s.word[0], s2 = s.word[1] * r, W1 = s.word[2], W2 = s.word[3] * r;
-  const double A = s.word[4] - (W1 * s1 + W2 * s2) * inv;
-  const double sum_q = -scale * inv * (W1 * s2 + W2 * s1) + v_weight * s1;
-  const double sum_qx = -2.0 * scale * inv * W2 * s2 + v_weight * s2;
-  return {r * A,
-          {static_cast<float>(v_bias - scale * W1 * inv), static_cast<float>(r * (v_weight - scale * W2 * inv)),
-           static_cast<float>(-scale * r * s2 * inv), static_cast<float>(-r * sum_q * inv),
-           static_cast<float>(-r * (r * sum_qx + scale * A * r) * inv)}};
+  SecondOrder o{};
+  o.add(s.word, weight, v_weight, r);
+  o.finish(inv, r);
+  return {o.d_weight(s.word, r),
+          {static_cast<float>(o.u0(weight, v_bias, r)), static_cast<float>(o.u1(weight, v_weight, r)),
+           static_cast<float>(o.xw), static_cast<float>(o.x0), static_cast<float>(o.x1)}};
 }
 
 // ---------------------------------------------------------------------------------------------- three kernels

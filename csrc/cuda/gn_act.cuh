@@ -94,19 +94,16 @@ static __global__ void __launch_bounds__(THREADS)
   }
   merge_block<THREADS>(s);
   if (threadIdx.x == 0) {
-    const double r = rstd_of(f.norm, blockIdx.x), inv = f.inv_m;
-    const double s1 = s.word[0], s2 = s.word[1] * r, W1 = s.word[2], W2 = s.word[3] * r;
-    const double A = s.word[4] - (W1 * s1 + W2 * s2) * inv;
-    const double sum_q = s.word[5] - r * inv * (W1 * s2 + W2 * s1);
-    const double sum_qx = s.word[6] * r - 2.0 * r * inv * W2 * s2;
+    const double r = rstd_of(f.norm, blockIdx.x);
+    const SecondOrder o = second_order(s, f.inv_m, r);
     group[0] = r;
-    group[1] = W1 * inv;
-    group[2] = W2 * inv;
-    group[3] = -r * sum_q * inv;
-    group[4] = -r * r * inv * (sum_qx + A * r);
-    along[0] = static_cast<float>(-r * r * s2 * inv);
-    store(f.w + blockIdx.x, static_cast<float>(W1));
-    store(f.w + static_cast<i64>(f.samples) * f.groups + blockIdx.x, static_cast<float>(W2));
+    group[1] = o.w1;
+    group[2] = o.w2;
+    group[3] = o.x0;
+    group[4] = o.x1;
+    along[0] = static_cast<float>(o.xw);
+    store(f.w + blockIdx.x, static_cast<float>(o.W1));
+    store(f.w + static_cast<i64>(f.samples) * f.groups + blockIdx.x, static_cast<float>(o.W2));
   }
   __syncthreads();
   const double r = group[0], w1 = group[1], w2 = group[2];

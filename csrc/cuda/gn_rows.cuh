@@ -316,13 +316,8 @@ static __global__ void __launch_bounds__(THREADS) gn_rows_double_backward_finish
   const int piece = blockIdx.x * FINISH_COLUMNS + threadIdx.x % FINISH_COLUMNS;
   const Sums<7> s = merge_splits<Sums<7>>(f.partials, 0, f.splits, piece, f.pieces);
   if (threadIdx.x >= FINISH_COLUMNS || piece >= f.pieces) return;
-  const double r = f.rstd(piece), inv = f.inv_m;
-  const double s1 = s.word[0], s2 = s.word[1] * r, W1 = s.word[2], W2 = s.word[3] * r;
-  const double A = s.word[4] - (W1 * s1 + W2 * s2) * inv;
-  const double sum_q = s.word[5] - r * inv * (W1 * s2 + W2 * s1);
-  const double sum_qx = s.word[6] * r - 2.0 * r * inv * W2 * s2;
-  const double k[ROW_COEFS] = {W1 * inv, W2 * inv, -r * r * s2 * inv, -r * sum_q * inv,
-                               -r * r * inv * (sum_qx + A * r)};
+  const SecondOrder o = second_order(s, f.inv_m, f.rstd(piece));
+  const double k[ROW_COEFS] = {o.w1, o.w2, o.xw, o.x0, o.x1};
   for (int q = 0; q < ROW_COEFS; ++q) store(f.k + static_cast<i64>(q) * f.pieces + piece, static_cast<float>(k[q]));
 }
 

@@ -10,6 +10,8 @@
 
 #include "cuda/sweep.cuh"
 
+#include "common/second_order.hpp"  // behind it: its functions are FG_MEMBERs
+
 namespace fg::cuda {
 
 struct Norm {
@@ -249,6 +251,13 @@ struct NormDouble {
 // rstd in double: what the few combinations of sums cancel is kept.
 FG_DEVICE double rstd_of(const Norm& n, i64 statistic) {
   return 1.0 / sqrt(static_cast<double>(load(n.var + statistic)) + n.eps);
+}
+
+// Of sums that are weighted already: weight dt, weight dt xc, w, w xc, weight w dt, v_weight dt, v_weight dt xc.
+FG_DEVICE SecondOrder second_order(const Sums<7>& s, double inv_m, double r) {
+  SecondOrder o{s.word[0], s.word[1] * r, s.word[2], s.word[3] * r, s.word[4], s.word[5], s.word[6] * r, 0, 0, 0, 0, 0};
+  o.finish(inv_m, r);
+  return o;
 }
 
 }  // namespace fg::cuda
