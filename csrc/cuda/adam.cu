@@ -50,9 +50,9 @@ int64_t adam(const AdamArgs& args, const Target& target) {
       whole = whole && vectors(t);
     }
     if (whole)
-      FG_LAUNCH(adam_kernel<4>, a.first[count], ADAM_THREADS, 0, target.stream, a);
+      FG_LAUNCH(FG_KERNEL(adam_kernel, 4), a.first[count], ADAM_THREADS, 0, target.stream, a);
     else
-      FG_LAUNCH(adam_kernel<1>, a.first[count], ADAM_THREADS, 0, target.stream, a);
+      FG_LAUNCH(FG_KERNEL(adam_kernel, 1), a.first[count], ADAM_THREADS, 0, target.stream, a);
     check_launch(op);
   }
   return 0;

@@ -33,8 +33,8 @@ int64_t bias_act_backward(const BiasActShape& s, const BiasActBackwardArgs& a, c
     auto* partials = static_cast<float*>(target.workspace);
     if (!partials) return plan.floats(walk, 1) * int64_t{sizeof(float)};
     reduce(op, walk, body, plan, partials, target.stream);
-    FG_LAUNCH(bias_act_dbias_kernel, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream, partials,
-              plan.splits, static_cast<int>(s.C), a.dbias);
+    FG_LAUNCH(FG_KERNEL(bias_act_dbias_kernel), grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
+              partials, plan.splits, static_cast<int>(s.C), a.dbias);
     check_launch(op);
     return 0;
   });

@@ -77,8 +77,8 @@ int64_t bn_act_forward(const BnShape& s, const NormForwardArgs& a, const Target&
     auto* partials = static_cast<float*>(target.workspace);
     if (!partials) return plan.floats(walk, Moments::WORDS) * int64_t{sizeof(float)};
     reduce_norm(op, walk, t, norm, NormSums::STATISTICS, plan, partials, target.stream);
-    FG_LAUNCH(bn_act_statistics_kernel, grid_of(op, s.G * divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
-              partials, plan.splits, static_cast<int>(s.C), pivot_of(walk, t, norm), a.mean, a.var);
+    FG_LAUNCH(FG_KERNEL(bn_act_statistics_kernel), grid_of(op, s.G * divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
+              target.stream, partials, plan.splits, static_cast<int>(s.C), pivot_of(walk, t, norm), a.mean, a.var);
     check_launch(op);
   }
   apply_norm_forward(op, walk, t, norm, target.stream);
@@ -102,8 +102,8 @@ int64_t bn_act_backward(const BnShape& s, const NormBackwardArgs& a, const Targe
   if (!memory) return w.bytes();
   const BnFinish finish = finish_of(s, norm, plan, w, memory);
   reduce_norm(op, walk, t, norm, NormSums::BACKWARD, plan, memory, target.stream);
-  FG_LAUNCH(bn_act_backward_finish_kernel, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
-            finish, a.dweight, a.dbias);
+  FG_LAUNCH(FG_KERNEL(bn_act_backward_finish_kernel), grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
+            target.stream, finish, a.dweight, a.dbias);
   check_launch(op);
   if (a.dx) apply_norm_backward(op, walk, t, norm, finish.k, target.stream);
   return 0;
@@ -128,7 +128,7 @@ int64_t bn_act_double_backward(const BnShape& s, const NormDoubleBackwardArgs& a
   if (!memory) return w.bytes();
   const BnFinish finish = finish_of(s, norm, plan, w, memory);
   reduce_norm(op, walk, t, norm, NormSums::DOUBLE, plan, memory, target.stream);
-  FG_LAUNCH(bn_act_double_backward_finish_kernel, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
+  FG_LAUNCH(FG_KERNEL(bn_act_double_backward_finish_kernel), grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
             target.stream, finish, BnCotangents{a.ddweight, a.ddbias}, a.d_weight);
   check_launch(op);
   if (a.d_dy || a.d_x) apply_norm_double(op, walk, t, norm, finish.k, target.stream);

@@ -11,7 +11,7 @@ template <class Operand, class Block, bool STATISTICS>
 void launch(const char* op, const Conv2dParams& p, void* stream) {
   using G = Gemm<Operand, Block, true, true>;
   const unsigned grid = grid_of(op, int64_t{p.tiles_m} * p.tiles_n * p.splits * p.groups);
-  FG_LAUNCH((conv2d_kernel<Operand, Block, STATISTICS>), grid, G::THREADS, G::SHARED_BYTES, stream, p);
+  FG_LAUNCH(FG_KERNEL(conv2d_kernel, Operand, Block, STATISTICS), grid, G::THREADS, G::SHARED_BYTES, stream, p);
   check_launch(op);
 }
 

@@ -11,7 +11,7 @@ template <class Operand, class Block>
 void launch(const Conv2dWeightParams& p, void* stream) {
   using G = Gemm<Operand, Block, false, false>;
   const unsigned grid = grid_of("conv2d_weight", int64_t{p.tiles_m} * p.tiles_n * p.splits * p.groups);
-  FG_LAUNCH((conv2d_weight_kernel<Operand, Block>), grid, G::THREADS, G::SHARED_BYTES, stream, p);
+  FG_LAUNCH(FG_KERNEL(conv2d_weight_kernel, Operand, Block), grid, G::THREADS, G::SHARED_BYTES, stream, p);
   check_launch("conv2d_weight");
 }
 

@@ -116,7 +116,7 @@ inline int64_t part_bytes(const MomentParts& p) {
 
 inline void launch_statistics(const char* op, const MomentParts& parts, const StatisticsArgs& s, void* stream) {
   const unsigned grid = grid_of(op, s.groups * divide_up(parts.channels, FINISH_CHANNELS));
-  FG_LAUNCH(conv_statistics_kernel<FINISH_CHANNELS>, grid, FINISH_THREADS, 0, stream, parts, s.mean, s.var);
+  FG_LAUNCH(FG_KERNEL(conv_statistics_kernel, FINISH_CHANNELS), grid, FINISH_THREADS, 0, stream, parts, s.mean, s.var);
   check_launch(op);
 }
 
@@ -124,7 +124,7 @@ template <class T>
 void launch_reduce_moments(const char* op, Output output, const MomentParts& parts, int splits, int64_t rows,
                            void* stream) {
   const unsigned grid = grid_of(op, int64_t{parts.count} * divide_up(parts.channels, WARP));
-  FG_LAUNCH(conv_reduce_moments_kernel<T>, grid, REDUCE_THREADS, 0, stream, output, parts, splits,
+  FG_LAUNCH(FG_KERNEL(conv_reduce_moments_kernel, T), grid, REDUCE_THREADS, 0, stream, output, parts, splits,
             static_cast<int>(rows));
   check_launch(op);
 }
@@ -132,8 +132,8 @@ void launch_reduce_moments(const char* op, Output output, const MomentParts& par
 template <class T>
 void launch_reduce(const char* op, Output output, int splits, int64_t channels, int64_t taps, void* stream) {
   const unsigned grid = grid_of(op, std::min<int64_t>(divide_up(output.size, REDUCE_THREADS), 16384));
-  FG_LAUNCH(conv_reduce_kernel<T>, grid, REDUCE_THREADS, 0, stream, output, splits, static_cast<int>(channels),
-            static_cast<int>(taps));
+  FG_LAUNCH(FG_KERNEL(conv_reduce_kernel, T), grid, REDUCE_THREADS, 0, stream, output, splits,
+            static_cast<int>(channels), static_cast<int>(taps));
   check_launch(op);
 }
 

@@ -11,7 +11,8 @@ template <class Operand, class Block, bool STATISTICS>
 void launch(const char* op, const ConvTranspose2dParams& p, int64_t phases, void* stream) {
   using G = Gemm<Operand, Block, true, false>;
   const unsigned grid = grid_of(op, int64_t{p.tiles_m} * p.tiles_n * p.groups * phases);
-  FG_LAUNCH((conv_transpose2d_kernel<Operand, Block, STATISTICS>), grid, G::THREADS, G::SHARED_BYTES, stream, p);
+  FG_LAUNCH(FG_KERNEL(conv_transpose2d_kernel, Operand, Block, STATISTICS), grid, G::THREADS, G::SHARED_BYTES, stream,
+            p);
   check_launch(op);
 }
 

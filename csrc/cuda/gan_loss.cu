@@ -26,12 +26,12 @@ int64_t gan_loss_forward(const GanLossShape& s, const GanLossForwardArgs& a, con
   if (blocks > 1 && !partials) return 8 * blocks * int64_t{sizeof(float)};
   by_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    FG_LAUNCH(gan_loss_forward_kernel<T>, grid_of(op, blocks), LOSS_THREADS, 0, target.stream,
+    FG_LAUNCH(FG_KERNEL(gan_loss_forward_kernel, T), grid_of(op, blocks), LOSS_THREADS, 0, target.stream,
               logits_of<T>(s, a.fake, a.real), partials, a.loss, a.statistics);
     check_launch(op);
     if (blocks == 1) return;
-    FG_LAUNCH(gan_loss_finish_kernel<T>, 1, LOSS_THREADS, 0, target.stream, logits_of<T>(s, a.fake, a.real), partials,
-              static_cast<int>(blocks), a.loss, a.statistics);
+    FG_LAUNCH(FG_KERNEL(gan_loss_finish_kernel, T), 1, LOSS_THREADS, 0, target.stream, logits_of<T>(s, a.fake, a.real),
+              partials, static_cast<int>(blocks), a.loss, a.statistics);
     check_launch(op);
   });
   return 0;
@@ -41,7 +41,7 @@ int64_t gan_loss_backward(const GanLossShape& s, const GanLossBackwardArgs& a, c
   constexpr auto op = "gan_loss_backward";
   by_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    FG_LAUNCH(gan_loss_backward_kernel<T>, grid_of(op, blocks_for(s)), LOSS_THREADS, 0, target.stream,
+    FG_LAUNCH(FG_KERNEL(gan_loss_backward_kernel, T), grid_of(op, blocks_for(s)), LOSS_THREADS, 0, target.stream,
               logits_of<T>(s, a.fake, a.real), a.dloss, static_cast<T*>(a.dfake), static_cast<T*>(a.dreal));
     check_launch(op);
   });
@@ -55,13 +55,13 @@ int64_t gan_loss_double_backward(const GanLossShape& s, const GanLossDoubleBackw
   if (blocks > 1 && !partials) return blocks * int64_t{sizeof(float)};
   by_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    FG_LAUNCH(gan_loss_double_backward_kernel<T>, grid_of(op, blocks), LOSS_THREADS, 0, target.stream,
+    FG_LAUNCH(FG_KERNEL(gan_loss_double_backward_kernel, T), grid_of(op, blocks), LOSS_THREADS, 0, target.stream,
               logits_of<T>(s, a.fake, a.real), static_cast<const T*>(a.ddfake), static_cast<const T*>(a.ddreal),
               a.dloss, partials, a.d_dloss, static_cast<T*>(a.d_fake), static_cast<T*>(a.d_real));
     check_launch(op);
   });
   if (blocks > 1) {
-    FG_LAUNCH(gan_loss_double_backward_finish_kernel, 1, LOSS_THREADS, 0, target.stream, partials,
+    FG_LAUNCH(FG_KERNEL(gan_loss_double_backward_finish_kernel), 1, LOSS_THREADS, 0, target.stream, partials,
               static_cast<int>(blocks), a.d_dloss);
     check_launch(op);
   }

@@ -40,7 +40,7 @@ int64_t gn_act_forward(const GnShape& s, const NormForwardArgs& a, const Target&
   auto* memory = static_cast<float*>(target.workspace);
   if (!memory) return w.bytes();
   reduce_norm(op, walk, t, norm, NormSums::STATISTICS, plan, memory, target.stream);
-  FG_LAUNCH(gn_act_statistics_kernel, grid_of(op, s.N * s.groups), THREADS, 0, target.stream,
+  FG_LAUNCH(FG_KERNEL(gn_act_statistics_kernel), grid_of(op, s.N * s.groups), THREADS, 0, target.stream,
             finish_of(s, norm, plan, w, memory), pivot_of(walk, t, norm), a.mean, a.var);
   check_launch(op);
   apply_norm_forward(op, walk, t, norm, target.stream);
@@ -64,12 +64,12 @@ int64_t gn_act_backward(const GnShape& s, const NormBackwardArgs& a, const Targe
   const GnFinish finish = finish_of(s, norm, plan, w, memory);
   reduce_norm(op, walk, t, norm, NormSums::BACKWARD, plan, memory, target.stream);
   if (a.dweight || a.dbias) {
-    FG_LAUNCH(gn_act_parameters_kernel<2>, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
-              finish, a.dweight, a.dbias);
+    FG_LAUNCH(FG_KERNEL(gn_act_parameters_kernel, 2), grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
+              target.stream, finish, a.dweight, a.dbias);
     check_launch(op);
   }
   if (a.dx) {
-    FG_LAUNCH(gn_act_backward_finish_kernel, grid_of(op, s.N * s.groups), THREADS, 0, target.stream, finish);
+    FG_LAUNCH(FG_KERNEL(gn_act_backward_finish_kernel), grid_of(op, s.N * s.groups), THREADS, 0, target.stream, finish);
     check_launch(op);
     apply_norm_backward(op, walk, t, norm, finish.k, target.stream);
   }
@@ -94,12 +94,12 @@ int64_t gn_act_double_backward(const GnShape& s, const NormDoubleBackwardArgs& a
   if (!memory) return w.bytes();
   const GnFinish finish = finish_of(s, norm, plan, w, memory);
   reduce_norm(op, walk, t, norm, NormSums::DOUBLE, plan, memory, target.stream);
-  FG_LAUNCH(gn_act_double_backward_finish_kernel, grid_of(op, s.N * s.groups), THREADS, 0, target.stream, finish,
-            a.ddweight, a.ddbias);
+  FG_LAUNCH(FG_KERNEL(gn_act_double_backward_finish_kernel), grid_of(op, s.N * s.groups), THREADS, 0, target.stream,
+            finish, a.ddweight, a.ddbias);
   check_launch(op);
   if (a.d_weight) {
-    FG_LAUNCH(gn_act_parameters_kernel<5>, grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0, target.stream,
-              finish, a.d_weight, static_cast<float*>(nullptr));
+    FG_LAUNCH(FG_KERNEL(gn_act_parameters_kernel, 5), grid_of(op, divide_up(s.C, FINISH_COLUMNS)), THREADS, 0,
+              target.stream, finish, a.d_weight, static_cast<float*>(nullptr));
     check_launch(op);
   }
   if (a.d_dy || a.d_x) apply_norm_double(op, walk, t, norm, finish.k, target.stream);

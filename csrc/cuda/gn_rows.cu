@@ -60,7 +60,7 @@ int64_t gn_rows_forward(const GnShape& s, const NormForwardArgs& a, const Target
   if (!partials) return plan.floats(views.pieces, Moments::WORDS) * int64_t{sizeof(float)};
   reduce_norm(op, views.pieces, t, plain, NormSums::STATISTICS, plan, partials, target.stream);
   const RowNorm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
-  FG_LAUNCH(gn_rows_statistics_kernel, finish_grid(op, s.N * s.groups), THREADS, 0, target.stream,
+  FG_LAUNCH(FG_KERNEL(gn_rows_statistics_kernel), finish_grid(op, s.N * s.groups), THREADS, 0, target.stream,
             finish_of(s, norm, plan, partials, nullptr), pivot_of(views.pieces, t, plain), a.mean, a.var);
   check_launch(op);
   by_dtype(s.dtype, [&](auto zero) {
@@ -86,7 +86,7 @@ int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Targ
     auto* memory = static_cast<float*>(target.workspace);
     if (!memory) return w.bytes();
     reduce(op, views.pieces, sums, plan, memory, target.stream);
-    FG_LAUNCH(gn_rows_backward_finish_kernel, finish_grid(op, pieces), THREADS, 0, target.stream,
+    FG_LAUNCH(FG_KERNEL(gn_rows_backward_finish_kernel), finish_grid(op, pieces), THREADS, 0, target.stream,
               finish_of(s, norm, plan, memory, memory + w.rows));
     check_launch(op);
     body.k = memory + w.rows;
@@ -96,8 +96,8 @@ int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Targ
     }
     float* partials = memory + w.rows + w.coefs;
     reduce(op, views.columns, body, columns, partials, target.stream);
-    FG_LAUNCH(gn_rows_parameters_kernel<2>, finish_grid(op, s.C), THREADS, 0, target.stream, partials, columns.splits,
-              static_cast<int>(s.C), static_cast<int>(s.HW), a.dweight, a.dbias);
+    FG_LAUNCH(FG_KERNEL(gn_rows_parameters_kernel, 2), finish_grid(op, s.C), THREADS, 0, target.stream, partials,
+              columns.splits, static_cast<int>(s.C), static_cast<int>(s.HW), a.dweight, a.dbias);
     check_launch(op);
     return 0;
   });
@@ -119,7 +119,7 @@ int64_t gn_rows_double_backward(const GnShape& s, const NormDoubleBackwardArgs& 
     auto* memory = static_cast<float*>(target.workspace);
     if (!memory) return w.bytes();
     reduce(op, views.pieces, sums, plan, memory, target.stream);
-    FG_LAUNCH(gn_rows_double_backward_finish_kernel, finish_grid(op, pieces), THREADS, 0, target.stream,
+    FG_LAUNCH(FG_KERNEL(gn_rows_double_backward_finish_kernel), finish_grid(op, pieces), THREADS, 0, target.stream,
               finish_of(s, norm, plan, memory, memory + w.rows));
     check_launch(op);
     body.k = memory + w.rows;
@@ -129,8 +129,8 @@ int64_t gn_rows_double_backward(const GnShape& s, const NormDoubleBackwardArgs& 
     }
     float* partials = memory + w.rows + w.coefs;
     reduce(op, views.columns, body, columns, partials, target.stream);
-    FG_LAUNCH(gn_rows_parameters_kernel<1>, finish_grid(op, s.C), THREADS, 0, target.stream, partials, columns.splits,
-              static_cast<int>(s.C), static_cast<int>(s.HW), a.d_weight, static_cast<float*>(nullptr));
+    FG_LAUNCH(FG_KERNEL(gn_rows_parameters_kernel, 1), finish_grid(op, s.C), THREADS, 0, target.stream, partials,
+              columns.splits, static_cast<int>(s.C), static_cast<int>(s.HW), a.d_weight, static_cast<float*>(nullptr));
     check_launch(op);
     return 0;
   });

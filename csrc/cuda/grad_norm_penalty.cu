@@ -15,8 +15,8 @@ int64_t grad_norm_penalty_forward(const GradNormPenaltyShape& s, const GradNormP
     auto* partials = static_cast<float*>(target.workspace);
     if (!partials) return plan.floats(walk, 1) * int64_t{sizeof(float)};
     reduce(op, walk, body, plan, partials, target.stream);
-    FG_LAUNCH(grad_norm_penalty_finish_kernel, grid_of(op, divide_up(s.N, FINISH_COLUMNS)), THREADS, 0, target.stream,
-              partials, plan.splits, static_cast<int>(s.N), s.target, a.penalty, a.norm);
+    FG_LAUNCH(FG_KERNEL(grad_norm_penalty_finish_kernel), grid_of(op, divide_up(s.N, FINISH_COLUMNS)), THREADS, 0,
+              target.stream, partials, plan.splits, static_cast<int>(s.N), s.target, a.penalty, a.norm);
     check_launch(op);
     return 0;
   });

@@ -10,6 +10,7 @@
 #include "cuda/kernels.hpp"
 #include "cuda/prelude.cuh"
 
+// FG_KERNEL                a kernel by the name of its function (template) and its template arguments
 // FG_LAUNCH                as kernel<<<grid, block, shared_bytes, stream>>>(...)
 // FG_LAUNCH_COOPERATIVE    the same, but all blocks are resident at a time, or the launch is an error
 // FG_ALLOW_SHARED          before either with more than 48 KiB: the most that the kernel will ask of this card
@@ -18,6 +19,7 @@
 #elif !defined(FG_SIMT)
 #include <tuple>
 
+#define FG_KERNEL(name, ...) name __VA_OPT__(<__VA_ARGS__>)
 #define FG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define FG_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \

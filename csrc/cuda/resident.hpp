@@ -81,16 +81,16 @@ std::optional<int64_t> run_resident_by(const char* op, const Walk& walk, const O
   if (!s.alone && !target.workspace) return (partials + counters) * int64_t{sizeof(float)};
 
   const unsigned grid = grid_of(op, p.groups * s.parts * s.slices);
-  if (s.bytes > 48 << 10) FG_ALLOW_SHARED((resident_kernel<Op, V>), resident_bytes<Op>(card));
+  if (s.bytes > 48 << 10) FG_ALLOW_SHARED(FG_KERNEL(resident_kernel, Op, V), resident_bytes<Op>(card));
   Residence r{s.lanes, s.parts, s.rows, nullptr, nullptr};
   if (s.alone) {
-    FG_LAUNCH((resident_kernel<Op, V>), grid, THREADS, s.bytes, target.stream, body, p, r);
+    FG_LAUNCH(FG_KERNEL(resident_kernel, Op, V), grid, THREADS, s.bytes, target.stream, body, p, r);
   } else {
     r.partials = static_cast<float*>(target.workspace);
     r.arrived = reinterpret_cast<u32*>(r.partials + partials);
     cudaMemsetAsync(r.arrived, 0, counters * sizeof(u32), static_cast<cudaStream_t>(target.stream));
     check_launch(op);  // with other counters blocks might wait for ever
-    FG_LAUNCH_COOPERATIVE((resident_kernel<Op, V>), grid, THREADS, s.bytes, target.stream, body, p, r);
+    FG_LAUNCH_COOPERATIVE(FG_KERNEL(resident_kernel, Op, V), grid, THREADS, s.bytes, target.stream, body, p, r);
   }
   check_launch(op);
   return 0;

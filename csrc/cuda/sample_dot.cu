@@ -14,8 +14,8 @@ int64_t sample_dot(const SampleDotArgs& a, const Target& target) {
     auto* partials = static_cast<float*>(target.workspace);
     if (!partials) return plan.floats(walk, 1) * int64_t{sizeof(float)};
     reduce(op, walk, body, plan, partials, target.stream);
-    FG_LAUNCH(sample_dot_finish_kernel, grid_of(op, divide_up(a.N, FINISH_COLUMNS)), THREADS, 0, target.stream,
-              partials, plan.splits, static_cast<int>(a.N), a.dot);
+    FG_LAUNCH(FG_KERNEL(sample_dot_finish_kernel), grid_of(op, divide_up(a.N, FINISH_COLUMNS)), THREADS, 0,
+              target.stream, partials, plan.splits, static_cast<int>(a.N), a.dot);
     check_launch(op);
     return 0;
   });

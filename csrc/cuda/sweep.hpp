@@ -69,12 +69,12 @@ void apply_by(const char* op, const Walk& walk, const Body& body, void* stream) 
     // no partials to keep: as many blocks as there is work for
     c.split = Split(walk.rows(), 16 * (THREADS / c.lanes), INT32_MAX);
     const unsigned grid = grid_of(op, p.groups * c.tiles * c.split.count);
-    FG_LAUNCH((apply_columns_kernel<Body, V>), grid, THREADS, 0, stream, body, p, c.lanes, c.split.count,
+    FG_LAUNCH(FG_KERNEL(apply_columns_kernel, Body, V), grid, THREADS, 0, stream, body, p, c.lanes, c.split.count,
               c.split.share);
   } else if constexpr (!ByRow<Body>) {
     const int64_t vectors = walk.elements() / V;
-    FG_LAUNCH((apply_rows_kernel<Body, V>), grid_of(op, divide_up(vectors, THREADS * UNROLL<Body>)), THREADS, 0, stream,
-              body, p);
+    FG_LAUNCH(FG_KERNEL(apply_rows_kernel, Body, V), grid_of(op, divide_up(vectors, THREADS * UNROLL<Body>)), THREADS,
+              0, stream, body, p);
   }
   check_launch(op);
 }
@@ -120,11 +120,11 @@ void reduce_rows_by(const char* op, const Walk& walk, const Body& body, const Re
   const bool short_rows = plan.splits == 1 && plan.share <= 4 * WARP * UNROLL<Body>;
   const int64_t units = int64_t{p.groups} * p.channels * plan.splits;
   if (short_rows)
-    FG_LAUNCH((reduce_rows_kernel<Body, V, WARP>), grid_of(op, divide_up(units, THREADS / WARP)), THREADS, 0, stream,
-              body, p, partials, plan.splits, plan.share);
+    FG_LAUNCH(FG_KERNEL(reduce_rows_kernel, Body, V, WARP), grid_of(op, divide_up(units, THREADS / WARP)), THREADS, 0,
+              stream, body, p, partials, plan.splits, plan.share);
   else
-    FG_LAUNCH((reduce_rows_kernel<Body, V, THREADS>), grid_of(op, units), THREADS, 0, stream, body, p, partials,
-              plan.splits, plan.share);
+    FG_LAUNCH(FG_KERNEL(reduce_rows_kernel, Body, V, THREADS), grid_of(op, units), THREADS, 0, stream, body, p,
+              partials, plan.splits, plan.share);
 }
 
 template <class Body, int V>
@@ -132,8 +132,8 @@ void reduce_columns_by(const char* op, const Walk& walk, const Body& body, const
                        void* stream) {
   const Planes& p = walk.planes;
   const Columns<V> c(walk, 16);
-  FG_LAUNCH((reduce_columns_kernel<Body, V>), grid_of(op, p.groups * c.tiles * plan.splits), THREADS, 0, stream, body,
-            p, partials, c.lanes, plan.splits, plan.share);
+  FG_LAUNCH(FG_KERNEL(reduce_columns_kernel, Body, V), grid_of(op, p.groups * c.tiles * plan.splits), THREADS, 0,
+            stream, body, p, partials, c.lanes, plan.splits, plan.share);
 }
 
 // A Body that knows of both axes has one walk only.

@@ -1,16 +1,20 @@
 #include "cuda/nvrtc/loader.hpp"
 
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 #include "cuda/device.hpp"
@@ -227,32 +231,27 @@ Function ready(Kernel& kernel, size_t shared, int* device) {
   return function;
 }
 
+// Filled while the library is loaded, in one thread.
 std::vector<Kernel*>& registry() {
   static std::vector<Kernel*> all;
   return all;
 }
 
-// "... [with auto* FUNCTION = fg::cuda::f<T>; ...]" (gcc) or "... [FUNCTION = &fg::cuda::f<T>]" (clang).
-std::string expression_of(std::string_view signature) {
-  const std::string_view key = "FUNCTION = ";
-  const size_t begin = signature.find(key) + key.size();
-  int depth = 0;
-  size_t end = begin;
-  for (; end < signature.size(); ++end) {
-    const char c = signature[end];
-    depth += (c == '<') - (c == '>');
-    if (depth == 0 && (c == ';' || c == ']')) break;
-  }
-  std::string_view name = signature.substr(begin, end - begin);
-  if (name.starts_with('&')) name.remove_prefix(1);
-  return std::string(name);
-}
-
 }  // namespace
 
-Kernel::Kernel(std::string_view signature, std::string_view launcher)
-    : name(expression_of(signature)), header("cuda/" + files::path(launcher).stem().string() + ".cuh") {
-  registry().push_back(this);
+Kernel& kernel_of(const std::string& name, const char* launcher) {
+  const std::string header = "cuda/" + files::path(launcher).stem().string() + ".cuh";
+  for (Kernel* kernel : registry())
+    if (kernel->name == name && kernel->header == header) return *kernel;
+  return *registry().emplace_back(new Kernel(name, header));  // for as long as the library is there
+}
+
+std::string type_name(const std::type_info& type) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> text(abi::__cxa_demangle(type.name(), nullptr, nullptr, &status),
+                                                    std::free);
+  if (!text) throw std::runtime_error(std::string("a kernel's template argument has no name: ") + type.name());
+  return text.get();
 }
 
 const std::vector<Kernel*>& kernels() { return registry(); }

@@ -1,9 +1,9 @@
 // Kernels without nvcc: each is compiled by NVRTC at its first launch, for the card that it runs on, and kept on disk.
 //
 // The launchers (.cu) are compiled by the host's C++ compiler against nvrtc/toolkit and do not notice: FG_LAUNCH hands
-// the kernel's name, as the compiler spells it, to the loader instead of starting it. The device code (.cuh) lies in
-// this library as text, so that it can never be of another version than the launchers' parameters. Neither toolkit nor
-// driver is needed to build: both libraries are opened by name, through prototypes of our own.
+// the kernel under its declared name to the loader instead of starting it. The device code (.cuh) lies in this library
+// as text, so that it can never be of another version than the launchers' parameters. Neither toolkit nor driver is
+// needed to build: both libraries are opened by name, through prototypes of our own.
 #pragma once
 
 #include <array>
@@ -11,7 +11,8 @@
 #include <cstddef>
 #include <mutex>
 #include <string>
-#include <string_view>
+#include <type_traits>
+#include <typeinfo>
 #include <vector>
 
 namespace fg::cuda::nvrtc {
@@ -31,7 +32,7 @@ struct Kernel {
   std::array<std::atomic<size_t>, DEVICES> shared{};  // dynamic bytes that it may have, beyond 48 KiB
   std::mutex loading;
 
-  Kernel(std::string_view signature, std::string_view launcher);
+  Kernel(const std::string& name, const std::string& header) : name(name), header(header) {}
   void forget() {
     for (auto& function : functions) function = nullptr;
     for (auto& bytes : shared) bytes = 0;
@@ -56,31 +57,52 @@ struct Compiled {
 };
 Compiled compile(const std::string& header, const std::vector<std::string>& names, int capability);
 
-template <auto* FUNCTION>
-constexpr std::string_view signature() {
-  return __PRETTY_FUNCTION__;
+// The kernel of this expression, entered into kernels() at the first call; a .cu is named for the header of its
+// kernels.
+Kernel& kernel_of(const std::string& name, const char* launcher);
+
+// A template argument in C++'s words: a type's own name, a number's digits, true or false.
+std::string type_name(const std::type_info&);
+template <class T>
+std::string spelled() {
+  return type_name(typeid(T));
+}
+template <auto VALUE>
+std::string spelled() {
+  if constexpr (std::is_same_v<decltype(VALUE), bool>) return VALUE ? "true" : "false";
+  return std::to_string(VALUE);
 }
 
-template <auto* FUNCTION>
-struct Named;
-template <class... P, void (*FUNCTION)(P...)>
-struct Named<FUNCTION> {
-  inline static Kernel kernel{signature<FUNCTION>(), __BASE_FILE__};
+// FUNCTION under the name that FG_KERNEL declares.
+template <auto* FUNCTION, class Declared>
+struct Launched;
+template <class... P, void (*FUNCTION)(P...), class Declared>
+struct Launched<FUNCTION, Declared> {
+  inline static Kernel& kernel = kernel_of(Declared::name(), __BASE_FILE__);
   static void launch(const Grid& grid, P... parameters) {
     void* addresses[] = {&parameters...};
     nvrtc::launch(kernel, grid, addresses);
   }
 };
-template <auto* FUNCTION>
-Named<FUNCTION> named();
 
 }  // namespace fg::cuda::nvrtc
 
-#define FG_LAUNCH_AS(cooperative, function, grid, block, shared_bytes, stream, ...)    \
-  decltype(fg::cuda::nvrtc::named<function>())::launch(                                \
-      fg::cuda::nvrtc::Grid{static_cast<unsigned>(grid), static_cast<unsigned>(block), \
-                            static_cast<size_t>(shared_bytes), stream, cooperative},   \
-      __VA_ARGS__)
+#define FG_KERNEL(name, ...) (name __VA_OPT__(, ) __VA_ARGS__)  // in brackets: one argument of FG_LAUNCH_AS
+#define FG_FUNCTION(name, ...) name __VA_OPT__(<__VA_ARGS__>)
+#define FG_NAME(name, ...) #name __VA_OPT__("<" + FG_SPELLED(__VA_ARGS__) + ">")
+#define FG_SPELLED(one, ...) fg::cuda::nvrtc::spelled<one>() __VA_OPT__(+", " + FG_SPELLED_2(__VA_ARGS__))
+#define FG_SPELLED_2(one, ...) fg::cuda::nvrtc::spelled<one>() __VA_OPT__(+", " + FG_SPELLED_3(__VA_ARGS__))
+#define FG_SPELLED_3(one) fg::cuda::nvrtc::spelled<one>()
+#define FG_LAUNCH_AS(cooperative, kernel, grid, block, shared_bytes, stream, ...)                              \
+  [&] {                                                                                                        \
+    struct Declared {                                                                                          \
+      static std::string name() { return FG_NAME kernel; }                                                     \
+    };                                                                                                         \
+    fg::cuda::nvrtc::Launched<FG_FUNCTION kernel, Declared>::launch(                                           \
+        {static_cast<unsigned>(grid), static_cast<unsigned>(block), static_cast<size_t>(shared_bytes), stream, \
+         cooperative},                                                                                         \
+        __VA_ARGS__);                                                                                          \
+  }()
 #define FG_LAUNCH(...) FG_LAUNCH_AS(false, __VA_ARGS__)
 #define FG_LAUNCH_COOPERATIVE(...) FG_LAUNCH_AS(true, __VA_ARGS__)
 #define FG_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)  // launch() sees to it

@@ -9,7 +9,7 @@
 static void large_kernel(const float*, int) {}
 
 static void launch_large(size_t shared) {
-  FG_LAUNCH(large_kernel, 3, 64, shared, nullptr, nullptr, 7);
+  FG_LAUNCH(FG_KERNEL(large_kernel), 3, 64, shared, nullptr, nullptr, 7);
   fg::cuda::check_launch("large");
 }
 
