@@ -135,7 +135,7 @@ def forward(x, groups=1):
 
 
 def kernels(record):
-    made = [launch.kernel.strip("(").partition("<")[0] for launch in record.launches]
+    made = [launch.kernel.partition("<")[0] for launch in record.launches]
     record.launches.clear()
     return made
 

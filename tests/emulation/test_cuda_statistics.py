@@ -50,7 +50,7 @@ def always(monkeypatch):
 
 def kernels(record):
     """The launches' kernels, without their template arguments."""
-    return [launch.kernel.strip("()").partition("<")[0] for launch in record.launches]
+    return [launch.kernel.partition("<")[0] for launch in record.launches]
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------

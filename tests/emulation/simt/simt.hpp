@@ -187,16 +187,15 @@ struct Shared<T[N]> {
 #define FG_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(simt::current->dynamic_shared)
 #define FG_READ(pointer, bytes) simt::global_access(pointer, bytes, false)
 #define FG_WRITE(pointer, bytes) simt::global_access(pointer, bytes, true)
-#define FG_KERNEL(name, ...) name __VA_OPT__(<__VA_ARGS__>)
-#define FG_TEXT_(...) #__VA_ARGS__
-#define FG_TEXT(...) FG_TEXT_(__VA_ARGS__)
-#define FG_ALLOW_SHARED(kernel, bytes) simt::allow_shared(FG_TEXT(kernel), bytes)
-#define FG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream),                                                \
-   simt::launch(FG_TEXT(kernel), dim3(grid), dim3(block), shared_bytes, false, [&] { kernel(__VA_ARGS__); }))
-#define FG_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream),                                                            \
-   simt::launch(FG_TEXT(kernel), dim3(grid), dim3(block), shared_bytes, true, [&] { kernel(__VA_ARGS__); }))
+#define FG_KERNEL(name, ...) (name __VA_OPT__(, ) __VA_ARGS__)  // in brackets: one argument of the launches
+#define FG_FUNCTION(name, ...) name __VA_OPT__(<__VA_ARGS__>)
+#define FG_TEXT(name, ...) #name __VA_OPT__("<" #__VA_ARGS__ ">")
+#define FG_ALLOW_SHARED(kernel, bytes) simt::allow_shared(FG_TEXT kernel, bytes)
+#define FG_LAUNCH_AS(cooperative, kernel, grid, block, shared_bytes, stream, ...)                   \
+  ((void)(stream), simt::launch(FG_TEXT kernel, dim3(grid), dim3(block), shared_bytes, cooperative, \
+                                [&] { (FG_FUNCTION kernel)(__VA_ARGS__); }))
+#define FG_LAUNCH(...) FG_LAUNCH_AS(false, __VA_ARGS__)
+#define FG_LAUNCH_COOPERATIVE(...) FG_LAUNCH_AS(true, __VA_ARGS__)
 
 inline void __syncthreads(SIMT_WHERE) { simt::barrier({file_, line_}); }
 inline void __syncwarp(unsigned mask = ~0u, SIMT_WHERE) {
