@@ -137,7 +137,7 @@ def test_blocks_that_wait_for_each_other_are_launched_together(cuda):
     OPS["bn_act_backward"].backends["cuda"].run(x, x, None, None, mean, var, True, 1e-5, "relu", 0.0)
     zeroed, launched = cuda.lines("memset", "launch", "cooperate")
     assert zeroed == ["memset", "0", "8"] and launched[0] == "cooperate"  # two slices of 8 channels
-    assert "resident_kernel<BnResidentBackward<float>" in launched[1] and launched[2:] == ["4", "256", "1024"]
+    assert "resident_kernel<fg::cuda::BnResidentBackward<float>" in launched[1] and launched[2:] == ["4", "256", "1024"]
     for function in ("cuMemsetD8Async", "cuLaunchCooperativeKernel"):
         cuda.fail(function)
         with pytest.raises(RuntimeError, match=f"bn_act_backward: the kernel must launch, got {function}: a planted"):

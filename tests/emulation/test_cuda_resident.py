@@ -268,7 +268,7 @@ extern "C" const char* backward(int fault, unsigned seed, int64_t N, int64_t C, 
   simt::settings.seed = seed;
   const auto f = [&](int i) { return static_cast<float*>(t[i]); };
   const BnShape s{F32, N, C, HW, G, true, true, 1e-5f, ACT_RELU, 0.0f, 1};
-  const BnActBackwardArgs a{t[0], t[1], nullptr, nullptr, f(2), f(3), t[4], f(5), f(6)};
+  const NormBackwardArgs a{t[0], t[1], nullptr, nullptr, f(2), f(3), t[4], f(5), f(6)};
   try {
     cuda::bn_act_backward(s, a, {t[7], nullptr});
     return simt::launches.back().cooperative ? "" : "another kernel ran";
