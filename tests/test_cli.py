@@ -129,9 +129,14 @@ def test_sample(run, tmp_path, capsys):
 def test_evaluate(run, capsys):
     assert main(["evaluate", "--run", str(run), "--n=8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert list(found["features"]) == ["frechet", "kernel", "precision", "recall", "density", "coverage"]
+    assert list(found["features_between_halves"]) == ["frechet", "kernel", "precision", "recall"]  # k=5 needs 6
+    assert found["backbone"].startswith("small-") and found["generator"] in ("averaged", "as trained")
     assert found["n"] == 8 and list(found["sliced_wasserstein"]) == list(found["between_halves_of_the_images"]) == ["8"]
     assert main(["evaluate", "--run", str(run), "--n=8"]) == 0
-    assert f"{found['sliced_wasserstein']['8']:.2f}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{found['sliced_wasserstein']['8']:.2f}" in text and f"{found['features']['kernel']:.4f}" in text
+    assert found["backbone"] in text and "8 pictures" in text and "too few images" in text
     assert main(["evaluate", "--run", str(run), "--n=1"]) == 2
     assert "at least 2 images to compare with, got 1" in capsys.readouterr().err
 
@@ -185,6 +190,8 @@ def test_data(data, tmp_path, monkeypatch, capsys):
         ("sample --run RUN --out x.jpg", "--out must end in .png, got x.jpg"),
         ("sample --run RUN --out x.png --label 3", "takes none"),
         ("sample --run RUN --out x.png --n 0", "whole number of at least 1"),
+        ("evaluate --run RUN --weights x.pth", "--weights goes with --backbone inception, got small"),
+        ("evaluate --run RUN --backbone vgg", "vgg"),
         ("evaluate --run nowhere", "nowhere must be a run directory"),
         ("interpolate --run RUN --out x.avi", "--out must end in .gif, .mp4 or .png, got x.avi"),
         ("interpolate --run RUN --out x.gif --stops 1", "--stops must be at least 2, got 1"),

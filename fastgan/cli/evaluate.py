@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fastgan import data
-from fastgan.metrics import sliced_wasserstein
+from fastgan.choice import cache_dir
+from fastgan.metrics import Backbone, cached_features, compare, features, load_backbone, sliced_wasserstein
+from fastgan.metrics.backbones import BACKBONES
 from fastgan.training import sampling
 from fastgan.training.trainer import resolve_device
 
@@ -18,12 +24,15 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "evaluate",
         help="measure how far a run's pictures are from its training images",
-        description="Sliced Wasserstein distance at each scale (Karras et al. 2018, times 1000) between pictures from "
-        "a run's newest checkpoint and its training images; beside it that between two halves of the training images.",
+        description="Frechet and kernel distance, precision, recall, density and coverage on a backbone's features, "
+        "and the sliced Wasserstein distance at each scale (Karras et al. 2018, times 1000), between pictures from a "
+        "run's newest checkpoint and its training images; beside each that between two halves of the training images.",
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--n", type=positive_int, default=1000, help="pictures of either kind (default 1000)")
     parser.add_argument("--data", metavar="NAME|PATH", help="compare with these (default: the run's own data)")
+    parser.add_argument("--backbone", choices=BACKBONES, default="small", help="whose features (default small)")
+    parser.add_argument("--weights", metavar="FILE", help="Inception's weights, with --backbone inception")
     parser.add_argument("--seed", type=seed, default=0, help="of latents and patches (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
@@ -32,6 +41,10 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    if args.weights and args.backbone != "inception":
+        raise ValueError(
+            f"evaluate: --weights goes with --backbone inception, got {args.backbone}; leave --weights out"
+        )
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
     recipe = config["recipe"]
     images = data.load(
@@ -39,16 +52,56 @@ def run(args: argparse.Namespace) -> int:
     )
     if len(images) < 2:
         raise ValueError(f"evaluate: there must be at least 2 images to compare with, got {len(images)}")
-    real = images.images.float().div(127.5).sub(1)
-    made = sampling.draw(generator, sampling.latents(len(real), recipe["latent"], seed=args.seed))
-    half = len(real) // 2
-    found = sliced_wasserstein(real, made, seed=args.seed)
-    floor = sliced_wasserstein(real[::2][:half], real[1::2][:half], seed=args.seed)
-    if args.json:
-        print(json.dumps({"n": len(real), "sliced_wasserstein": found, "between_halves_of_the_images": floor}))
-        return 0
-    print(f"sliced Wasserstein distance x 1000, {len(real)} pictures of either kind (lower is nearer)")
-    print("scale    pictures to images    between halves of the images")
-    for side, distance in found.items():
-        print(f"{side:5}    {distance:18.2f}    {floor[side]:28.2f}")
+    backbone = load_backbone(args.backbone, weights=args.weights)
+    made = sampling.draw(generator, sampling.latents(len(images), recipe["latent"], seed=args.seed))
+    found = {
+        "n": len(images),
+        "generator": "as trained" if recipe["ema"] is None else "averaged",
+        **_by_features(images.images, made, backbone),
+        **_by_pixels(images.images.float().div(127.5).sub(1), made, args.seed),
+    }
+    print(json.dumps(found) if args.json else _text(found))
     return 0
+
+
+def _by_features(real: Tensor, made: Tensor, backbone: Backbone) -> dict[str, Any]:
+    """The distances between features, what they depend on, and their floor."""
+    a = cached_features(real, backbone, Path(cache_dir()) / "features")
+    half = len(a) // 2
+    return {
+        "backbone": backbone.identity,
+        "features": compare(a, features(made, backbone)),
+        # two images have halves of one, which have no covariance
+        "features_between_halves": compare(a[::2][:half], a[1::2][:half]) if half > 1 else {},
+    }
+
+
+def _by_pixels(real: Tensor, made: Tensor, seed: int) -> dict[str, Any]:
+    half = len(real) // 2
+    return {
+        "sliced_wasserstein": sliced_wasserstein(real, made, seed=seed),
+        "between_halves_of_the_images": sliced_wasserstein(real[::2][:half], real[1::2][:half], seed=seed),
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    n, floor = found["n"], found["features_between_halves"]
+    lines = [
+        f"{n} pictures of the generator ({found['generator']}) against {n} images; "
+        f"beside it two halves of the images, {n // 2} each",
+        f"features of {found['backbone']}; kernel distance over all pairs, precision and recall with k=3, density and "
+        "coverage with k=5",
+        "metric       pictures to images    between halves of the images",
+    ]
+    for name, value in found["features"].items():
+        beside = f"{floor[name]:28.4f}" if name in floor else f"{'too few images':>28}"
+        lines.append(f"{name:9}    {value:18.4f}    {beside}")
+    lines += [
+        "frechet falls as N grows: the halves have half the N",
+        "",
+        "sliced Wasserstein distance x 1000 (lower is nearer)",
+        "scale        pictures to images    between halves of the images",
+    ]
+    for side, distance in found["sliced_wasserstein"].items():
+        lines.append(f"{side:<9}    {distance:18.2f}    {found['between_halves_of_the_images'][side]:28.2f}")
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ from fastgan.metrics.backbones import Backbone, cached_features, features, load_
 from fastgan.metrics.distances import (
     DensityCoverage,
     PrecisionRecall,
+    compare,
     density_coverage,
     frechet_distance,
     kernel_distance,
@@ -17,6 +18,7 @@ __all__ = [
     "DensityCoverage",
     "PrecisionRecall",
     "cached_features",
+    "compare",
     "density_coverage",
     "features",
     "frechet_distance",

@@ -20,6 +20,7 @@ from fastgan.metrics import small
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_SIDE = 224
+INCEPTION_DIGEST = "6726825d"  # of weights-inception-2015-12-05-6726825d.pth, the file that torch-fidelity fetches
 
 
 class Backbone(NamedTuple):
@@ -145,7 +146,8 @@ def _inception(weights: str | os.PathLike[str] | None) -> Backbone:
         pixels = (images.expand(-1, 3, -1, -1) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
         return network.to(images.device)(pixels)[0]
 
-    return Backbone("inception", run, "inception-v3-compat-2048")
+    digest = INCEPTION_DIGEST if weights is None else hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
+    return Backbone("inception", run, f"inception-v3-compat-2048-{digest}")
 
 
 def _efficientnet() -> Backbone:

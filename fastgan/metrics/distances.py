@@ -149,6 +149,27 @@ def pairwise_diversity(features: Tensor) -> float:
     return total / (len(features) * (len(features) - 1))
 
 
+def compare(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Every distance of this module, by name, in the order frechet, kernel, precision, recall, density, coverage.
+
+    Precision and recall (k = 3) and density and coverage (k = 5) are left out where a set has k images or fewer.
+
+    Args:
+        real: [N, F] features of real images, N at least 2.
+        fake: [M, F] features of generated images, M at least 2.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than 2 rows, or features that are not finite.
+    """
+    found = {"frechet": frechet_distance(real, fake), "kernel": kernel_distance(real, fake)}
+    least = min(len(real), len(fake))
+    if least > 3:
+        found |= precision_recall(real, fake)._asdict()
+    if least > 5:
+        found |= density_coverage(real, fake)._asdict()
+    return found
+
+
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
