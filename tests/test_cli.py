@@ -236,8 +236,10 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path, data):
     """A process of its own, as a user would interrupt it."""
     out = tmp_path / "run"
     command = ["train", "--recipe=dcgan-28", f"--data={data}", f"--out={out}", "--steps=1000000", *SMALL]
+    # A shell's background job ignores Ctrl-C, and so would its children: the run here always hears it.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        [sys.executable, "-m", "fastgan.cli", *command], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fastgan.cli", *command], stdout=subprocess.PIPE, text=True, preexec_fn=heard
     ) as process:
         assert process.stdout is not None
         while "step 1/" not in process.stdout.readline():
