@@ -34,6 +34,56 @@ def reference():
         yield
 
 
+# --------------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_resumed_run_with_evaluation_is_the_run_that_was_not_stopped(images, tmp_path):
+    recipe = TINY.replace(eval_every=2, steps=8)
+    whole, plain = (trainer(images, tmp_path / n, r) for n, r in (("a", recipe), ("p", TINY.replace(steps=8))))
+    whole.fit(), plain.fit()
+    trainer(images, tmp_path / "b", recipe.replace(steps=4)).fit()
+    parts = Trainer(recipe, resume=tmp_path / "b", images=images, quiet=True)
+    parts.fit()
+    assert_same_state(whole, parts)
+    for key, value in whole.generator.state_dict().items():  # evaluation leaves the training as it was
+        assert torch.equal(value, plain.generator.state_dict()[key]), key
+    logs = [[r["kcd"] for r in read_log(tmp_path / n / "log.jsonl") if "kcd" in r] for n in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    best = checkpoint.load(tmp_path / "a/best/generator.pt")
+    assert best["scores"]["kcd"] == pytest.approx(min(logs[0]), rel=1e-5) and best["count"] == 10
+
+
+@pytest.mark.parametrize(("options", "reason", "step"), [({"target": "kcd<1e9"}, "target", 2), ({}, "steps", 6)])
+def test_a_target_ends_the_run(images, tmp_path, options, reason, step):
+    result = trainer(images, tmp_path / "a", TINY.replace(eval_every=2), **options).fit()
+    assert (result.reason, result.step) == (reason, step)
+    page = (tmp_path / "a/report.html").read_text()
+    assert "best kernel distance" in page and ("target reached: kcd&lt;1e+09" in page) == (reason == "target")
+
+
+def test_patience_ends_the_run(images, tmp_path):
+    run = trainer(images, tmp_path / "a", TINY.replace(eval_every=1, steps=9, g_lr=0.0, ema=None), patience=2)
+    run.evaluation.best = -1e9  # nothing is better
+    result = run.fit()
+    assert (result.reason, result.step) == ("patience", 2)
+    assert "no lower kernel distance in 2 evaluations" in (tmp_path / "a/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "fid<2"}, "target must read NAME<NUMBER"),
+        ({"target": "kcd<e"}, "must be a number, got 'kcd<e'"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"patience": 2}, "need evaluations, set eval_every"),
+        ({"target": "kcd<1"}, "need evaluations, set eval_every"),
+    ],
+)
+def test_wrong_stop_rules(images, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(images, tmp_path / "a", TINY, **options)
+
+
 # ------------------------------------------------------------------------------------------------ recipes
 
 

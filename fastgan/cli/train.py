@@ -64,6 +64,9 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         "--allow-changed-data", action="store_true", help="with --resume: go on although the images have changed"
     )
     parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long")
+    parser.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="measure the generator so often")
+    parser.add_argument("--target", metavar="BOUND", help="stop at a metric's bound: 'kcd<0.05', 'fcd<2'")
+    parser.add_argument("--patience", type=positive_int, metavar="N", help="stop after N evaluations without a best")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
@@ -71,7 +74,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or print the plan; 130 when interrupted."""
-    fields = ("data", "steps", "batch_size", "precision", "seed")
+    fields = ("data", "steps", "batch_size", "precision", "seed", "eval_every")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if not args.resume:
         given.setdefault("precision", "auto")
@@ -89,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         backend=args.backend,
         time_limit=args.time_limit,
+        target=args.target,
+        patience=args.patience,
         quiet=args.quiet,
         allow_changed_data=args.allow_changed_data,
     ).fit()

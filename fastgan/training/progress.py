@@ -33,6 +33,7 @@ _TITLES = {
     "d_real": "D(x)",
     "d_fake": "D(G(z))",
     "penalty": "penalty",
+    "kcd": "kcd",
     "memory_mb": "MB",
 }
 

@@ -70,6 +70,8 @@ class Recipe:
     checkpoint_every: int = 1_000
     #: in steps; reading metrics waits for the device, so not every step
     log_every: int = 50
+    #: steps between evaluations (kernel and Frechet distance on the backbone "small"); 0: none
+    eval_every: int = 0
     #: checkpoints kept in the run directory, newest first
     keep_checkpoints: int = 2
     #: the text that this recipe follows, and where it departs from it
@@ -104,7 +106,7 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "sample_every", "checkpoint_every"):
+        for name in ("seed", "sample_every", "checkpoint_every", "eval_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
         if self.seed >= MAX_SEED:

@@ -158,6 +158,10 @@ def _sections(run: RunDirectory, status: str, notes: Iterable[str], explanation:
         yield f"<p><b>Note:</b> {html.escape(note)}</p>"
     yield "<h2>Losses</h2>" + _curves(records, {"d_loss": "discriminator", "g_loss": "generator"})
     yield "<h2>Mean scores</h2>" + _curves(records, {"d_real": "D(x)", "d_fake": "D(G(z))"}, (0.0, 1.0))
+    if any(_number(r, "kcd") is not None for r in records):
+        yield "<h2>Kernel distance</h2>" + _curves(
+            [r for r in records if "kcd" in r], {"kcd": "kcd, features of small; lower is nearer"}
+        )
     if any(_number(r, "penalty") for r in records):
         yield "<h2>Penalty</h2>" + _curves(records, {"penalty": "penalty"})
     yield "<h2>Speed</h2>" + _curves(records[1:], {"images_per_second": "images/s"})

@@ -163,6 +163,16 @@ class RunDirectory:
         checkpoint.prune(self.checkpoints, keep)
         return path
 
+    def save_best(self, state: dict[str, Any]) -> Path:
+        """Write the best generator so far, in place of the one before."""
+        path = self.path / "best" / "generator.pt"
+        with _writing.told(path):
+            path.parent.mkdir(exist_ok=True)
+            for part in filter(_writing.is_part, list(path.parent.iterdir())):  # of a process that was killed
+                part.unlink(missing_ok=True)
+        checkpoint.save(state, path)
+        return path
+
     def newest(self) -> checkpoint.Found | None:
         """The newest sound checkpoint; see `checkpoint.newest`."""
         return checkpoint.newest(self.checkpoints)

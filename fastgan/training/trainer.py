@@ -32,6 +32,7 @@ from fastgan.doctor import machine
 
 from . import checkpoint, needs, report
 from .adam import Adam
+from .evaluation import Evaluation, Target
 from .guard import DivergedError, Guard
 from .precision import resolve
 from .progress import memory_mb, progress_for
@@ -44,7 +45,7 @@ from .step import GANStep
 __all__ = ["Result", "Trainer", "assemble", "resolve_device"]
 
 # What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
-MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "keep_checkpoints")
+MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "keep_checkpoints")
 # What a checkpoint must hold: see Trainer.state.
 KEYS = (
     *("step", "images", "seconds", "generator", "discriminator", "sampler", "g_optimizer", "d_optimizer"),
@@ -54,7 +55,7 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `reason`: "steps", "time", "target" or "interrupted"."""
+    """How a run ended. `reason`: "steps", "time", "target", "patience" or "interrupted"."""
 
     out: Path
     step: int
@@ -128,9 +129,11 @@ class Trainer:
     device: "auto", "cpu", "cuda", "cuda:1"; a resumed run stays where it was unless told otherwise.
     backend: forces one backend while it trains (see `fastgan.backend`).
     time_limit: seconds that one `fit` may train; the run can be resumed.
-    target: asked at every logged step; the run ends when it returns True. It may read these attributes:
+    target: a bound on a metric of the evaluation, such as "kcd<0.05" (kernel distance) or "fcd<2" (Frechet); or a
+        function, asked at every logged step; the run ends when it returns True. It may read these attributes:
         `step` (generator updates done), `metrics` (floats, of the last logged step), `sampler` (the averaged
         generator if there is one), `generator`, `discriminator`, `images`, `device`, `recipe`, `out`.
+    patience: the run ends after so many evaluations in a row without a lower kernel distance.
     quiet: show warnings only.
     images: an image set to use in place of the recipe's data.
     networks: (generator, discriminator) to train in place of the recipe's model.
@@ -151,7 +154,8 @@ class Trainer:
         device: str | torch.device | None = None,
         backend: str | None = None,
         time_limit: float | None = None,
-        target: Callable[[Trainer], bool] | None = None,
+        target: Callable[[Trainer], bool] | str | None = None,
+        patience: int | None = None,
         quiet: bool = False,
         images: Any = None,
         networks: tuple[nn.Module, nn.Module] | None = None,
@@ -166,7 +170,13 @@ class Trainer:
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         if time_limit is not None and not time_limit > 0:
             raise ValueError(f"training: time_limit must be positive, got {time_limit}")
-        self._time_limit, self._target, self._overwrite = time_limit, target, overwrite
+        self._time_limit, self._overwrite = time_limit, overwrite
+        self._target = Target.parse(target) if isinstance(target, str) else target
+        if patience is not None and patience < 1:
+            raise ValueError(f"training: patience must be at least 1, got {patience}")
+        if (patience or isinstance(self._target, Target)) and not self.recipe.eval_every:
+            raise ValueError("training: target and patience need evaluations, set eval_every (--eval-every STEPS)")
+        self._patience = patience
         self._networks_given = networks is not None
         if saved and saved["models"] != "recipe" and not networks:
             raise ValueError(f"resume: {resume} was trained with networks of its own, pass networks= again")
@@ -243,6 +253,7 @@ class Trainer:
             channels_last=True,
         )
         self.noise = latents(recipe.sample_count, recipe.latent, seed=recipe.seed)
+        self.evaluation = Evaluation(self.images.images, recipe.latent, recipe.seed + 2, recipe.sample_count)
         torch.manual_seed(recipe.seed + 1)
         self._rng = checkpoint.rng_state()
 
@@ -269,6 +280,8 @@ class Trainer:
             "data": self._batches.state_dict(),
             "rng": checkpoint.rng_state(),
             "noise": self.noise,
+            "evaluation": self.evaluation.state_dict(),
+            "seconds_evaluating": self.evaluation.seconds,
             "winners": dict(winners()),
             "config": self.config,
         }
@@ -290,6 +303,9 @@ class Trainer:
         self._train_step.load_state_dict(state["training"])
         self._batches.load_state_dict(state["data"], changed=changed)
         self.noise = state["noise"]
+        if "evaluation" in state:  # checkpoints of earlier versions have none
+            self.evaluation.load_state_dict(state["evaluation"])
+            self.evaluation.seconds = state["seconds_evaluating"]
         begin_run(state["winners"])
         self._rng = state["rng"]
 
@@ -395,10 +411,11 @@ class Trainer:
             self.progress.tick(self.step)
             reason = self._reason(signals)
             # The first step is logged too: it tells at once whether the run works at all.
-            if reason or self.step == 1 or self.step % recipe.log_every == 0:
-                self._log(metrics)
-                if not reason and self._target is not None and self._target(self):
-                    reason = "target"
+            due = recipe.eval_every and self.step % recipe.eval_every == 0
+            if due or reason or self.step == 1 or self.step % recipe.log_every == 0:
+                scores = self._evaluate() if due else {}
+                self._log(metrics, scores)
+                reason = reason or self._enough(scores)
             if reason:
                 return reason
             if recipe.sample_every and self.step % recipe.sample_every == 0:
@@ -416,6 +433,26 @@ class Trainer:
             return "time"
         return ""
 
+    def _enough(self, scores: dict[str, float]) -> str:
+        """Why the run ends after this logged step, or "": the target is met, or patience is at its end."""
+        target = self._target
+        if target is not None and (target.reached(scores) if isinstance(target, Target) else target(self)):
+            return "target"
+        if scores and self._patience and self.evaluation.waited >= self._patience:
+            return "patience"
+        return ""
+
+    def _evaluate(self) -> dict[str, float]:
+        """The generator's scores; the best generator so far is kept."""
+        scores: dict[str, float] = {}
+        evaluation = self.evaluation
+        interval = max(0.0, self.seconds - evaluation.seconds) / self.step * self.recipe.eval_every
+        self._aside(lambda: scores.update(evaluation(self.sampler, self.step, interval)))
+        if scores and evaluation.best_step == self.step:
+            best = {"step": self.step, "generator": self.sampler.state_dict(), "scores": scores}
+            self._aside(lambda: self.directory.save_best({**best, "count": evaluation.count}))
+        return scores
+
     def _aside(self, work: Callable[[], object]) -> None:
         """Do `work` off the clock that images/s are measured with."""
         if self.device.type == "cuda":
@@ -424,9 +461,9 @@ class Trainer:
         work()
         self._mark += time.perf_counter() - begin
 
-    def _log(self, lazy: Mapping[str, Tensor]) -> None:
+    def _log(self, lazy: Mapping[str, Tensor], scores: dict[str, float]) -> None:
         """Read the metrics (this waits for the device), check them, show them, append them to the log."""
-        self.metrics = {name: float(value) for name, value in lazy.items()}
+        self.metrics = {name: float(value) for name, value in lazy.items()} | scores
         now = time.perf_counter()
         steps = self.step - self._mark_step
         step_seconds = (now - self._mark) / max(1, steps)
@@ -436,6 +473,7 @@ class Trainer:
             "images": self.images_seen,
             "seconds": round(self.seconds, 3),
             **{name: float(f"{value:.6g}") for name, value in self.metrics.items()},
+            **({"eval_images": self.evaluation.count} if scores else {}),
             "images_per_second": round(self.recipe.batch_size * self.recipe.d_steps / step_seconds, 1),
             "step_ms": round(step_seconds * 1e3, 3),
             "memory_mb": round(memory_mb(self.device), 1),
@@ -470,9 +508,13 @@ class Trainer:
         words = {
             "steps": "all steps done",
             "time": "time limit reached",
-            "target": "target reached",
+            "target": f"target reached{f': {self._target}' if isinstance(self._target, Target) else ''}",
+            "patience": f"no lower kernel distance in {self.evaluation.waited} evaluations",
             "interrupted": "interrupted",
         }
+        if self.evaluation.best is not None:
+            self.notes.append(self._evaluated())
+            self.progress.note(self.notes[-1])
         try:
             page = report.write_report(
                 self.directory, status=words[reason], notes=self.notes, explanation=self._explanation()
@@ -487,6 +529,15 @@ class Trainer:
         if reason in ("interrupted", "time"):
             self.progress.note(f"go on with: fastgan train --resume {self.out}")
         return Result(self.out, self.step, reason, self.seconds, dict(self.metrics), path)
+
+    def _evaluated(self) -> str:
+        """What the evaluations found, how, and what they cost."""
+        found = self.evaluation
+        return (
+            f"best kernel distance {found.best:.4f} at step {found.best_step}, kept in best/generator.pt: "
+            f"{found.count} pictures and images, features of {found.identity}; "
+            f"evaluation took {100 * found.seconds / max(self.seconds, found.seconds):.1f} % of the time"
+        )
 
     def _settle(self, reason: str) -> None:
         """Race what the first steps had no time for; it counts from the next run on."""
