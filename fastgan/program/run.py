@@ -95,6 +95,7 @@ class Node(torch.autograd.Function):
     def forward(ctx: Any, compiled: Compiled, buffers: list, x: Tensor, *parameters: Any) -> Tensor:
         y, ctx.arena = compiled.run(x, parameters, buffers)
         ctx.compiled, ctx.buffers = compiled, len(buffers)
+        ctx.activation = compiled.layers[-1].activation  # who looks for a final sigmoid reads it off the graph
         ctx.save_for_backward(x, y if compiled.plan.reads_output else None, *parameters)
         return y
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgan._logits import logits_of
+
 SQUASHING = {"sigmoid": "a sigmoid", "softmax": "a softmax"}
 # autograd's names of what leaves values as they are, or averages them
 NEUTRAL = (
@@ -62,18 +64,19 @@ class Watch:
         """Whether the first update may run the discriminator twice: a step that nothing should record."""
         return self.updates == 0 and type(_last(self.discriminator)[1]) is nn.Sigmoid
 
-    def logits(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """run() gives the update's logits; it runs again where a final sigmoid had to be folded away first."""
+    def outputs(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """run() gives the discriminator's outputs in an update; it runs again where a final sigmoid had to be folded
+        away first."""
         if self.updates >= UPDATES:
             return run()
         restore = _snapshot(self.discriminator) if self.may_fold else None
         found = run()
-        if self.updates == 0 and (what := final_squashing(found[0])):
+        if self.updates == 0 and (what := final_squashing(logits_of(found[0])[-1])):
             self._fold(what)
             if restore is not None:
                 restore()
             found = run()
-        self._look(found)
+        self._look([t for output in found for t in logits_of(output)])
         return found
 
     def _fold(self, what: str) -> None:
@@ -90,7 +93,7 @@ class Watch:
             stacklevel=6,
         )
 
-    def _look(self, logits: tuple[Tensor, ...]) -> None:
+    def _look(self, logits: list[Tensor]) -> None:
         """Count an update; warn once where all logits of all of them lie in [0, 1]."""
         self.updates += 1
         if not self.reads:

@@ -18,11 +18,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastgan import functional, penalties
 from fastgan._hooks import has_hooks, has_hooks_on_values
+from fastgan._logits import logits_of
 from fastgan.functional.losses import KINDS, RELATIVE
 from fastgan.nn.norm import stat_groups
 from fastgan.training.adam import Adam
 from fastgan.training.capture import Capture, capturable_device, graphs_of, not_capturable
 from fastgan.training.ema import EMA
+from fastgan.training.outputs import ExtraLoss, Outputs, clip, clipping, halves, parts_of
 from fastgan.training.precision import NAMES as PRECISION_NAMES
 from fastgan.training.precision import resolve, warn
 from fastgan.training.probabilities import Watch
@@ -88,8 +90,9 @@ class GANStep:
 
     Args:
         generator: z -> images, or (z, labels) -> images.
-        discriminator: images -> logits, or (images, labels) -> logits. A final nn.Sigmoid is folded into the loss, with
-            one line that says so.
+        discriminator: images -> logits, or (images, labels) -> logits; the logits may be a tensor, a list of them (one
+            a scale), or come beside features or in a dict (`fastgan._logits.logits_of`). A final nn.Sigmoid is folded
+            into the loss, with one line that says so.
         latent: an int or a shape (normal noise), or callable(n, device, generator) -> z.
         g_optimizer, d_optimizer: over the two modules' parameters; fused=True reads nothing back.
         loss: "bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic" or "relativistic-average".
@@ -102,6 +105,12 @@ class GANStep:
             where this machine is faster in it, fp32 elsewhere (`fastgan.training.precision`).
         augment: callable on the discriminator's images, real and fake alike, differentiable.
         label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan).
+        grad_clip: largest norm of each network's gradient, or ("norm", x) or ("value", x); fp16 gradients are unscaled
+            first.
+        weight_clip: D's parameters are kept within [-weight_clip, weight_clip] after its update (WGAN).
+        accumulate: each update sums the gradients of so many equal parts of the batch, which equals the whole batch
+            where no statistics are taken over it. The generator runs once more on each part.
+        extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`).
         capture: "auto" replays CUDA graphs on a GPU (`fastgan.training.capture`) and runs eagerly where that is
             impossible, with one line that says why; "on" raises there; "off" runs eagerly. A model whose Python code
             does something else at each step (beyond what its first three steps show) must be run with "off".
@@ -130,6 +139,11 @@ class GANStep:
         precision: str = "fp32",
         augment: Callable[[Tensor], Tensor] | None = None,
         label_smoothing: float = 0.0,
+        grad_clip: float | tuple[str, float] | None = None,
+        weight_clip: float | None = None,
+        accumulate: int = 1,
+        extra_d_loss: ExtraLoss | None = None,
+        extra_g_loss: ExtraLoss | None = None,
         capture: str = "auto",
         rng: torch.Generator | None = None,
     ):
@@ -138,12 +152,20 @@ class GANStep:
         _one_of("capture", capture, ("auto", "on", "off"))
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
-        if d_steps < 1 or penalty_every < 1:
-            raise ValueError(f"GANStep: d_steps and penalty_every must be >= 1, got {d_steps} and {penalty_every}")
+        if min(d_steps, penalty_every, accumulate) < 1:
+            counts = f"{d_steps}, {penalty_every} and {accumulate}"
+            raise ValueError(f"GANStep: d_steps, penalty_every and accumulate must be >= 1, got {counts}")
+        if accumulate > 1 and (loss == "relativistic-average" or penalty == "dragan"):
+            over_batch = loss if loss == "relativistic-average" else penalty
+            raise ValueError(
+                f"GANStep: accumulate must be 1 with {over_batch}, a mean over the batch, got {accumulate}"
+            )
         self.generator, self.discriminator = generator, discriminator
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
+        self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
+        self.extra_d_loss, self.extra_g_loss = extra_d_loss, extra_g_loss
         default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
         self.penalty_weight = default if penalty_weight is None else penalty_weight
         self._average = None if ema is None else EMA(generator, ema)
@@ -191,27 +213,41 @@ class GANStep:
         for i in range(self.d_steps):
             x, y, latents = self._nth(real, i), self._nth(labels, i), self._nth(z, i)
             latents = self.draw_latent(x.shape[0]) if latents is None else latents
-            last = i == self.d_steps - 1
-            with torch.set_grad_enabled(last), self._autocast():
+            shared = i == self.d_steps - 1 and self.accumulate == 1  # one generator pass serves both updates
+            with torch.set_grad_enabled(shared), self._autocast():
                 fake = _call(self.generator, latents, y)
-            metrics |= self._update_discriminator(x, fake.detach(), y, due[i])
+            metrics |= self._update_discriminator(x, fake.detach(), y, latents, due[i])
         average = self._average
+        made = fake if shared else None
         if average is None:
-            return metrics | self._update_generator(x, fake, y)
+            return metrics | self._update_generator(x, made, y, latents)
         pairs = average.pairs(self.generator)
-        metrics |= self._update_generator(x, fake, y, averages=pairs, weight=1 - average.decay)
+        metrics |= self._update_generator(x, made, y, latents, averages=pairs, weight=1 - average.decay)
         average.update(self.generator, pairs)  # pairs that fastgan.Adam moved already are left out
         return metrics
 
-    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None, due: bool) -> dict[str, Tensor]:
+    def _update_discriminator(
+        self, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any, due: bool
+    ) -> dict[str, Tensor]:
+        losses = (self._d_loss(due, *part) for part in self._parts(real, fake, labels, z))
+        metrics = self._descend(losses, self.d_optimizer, self._d_scaler)
+        if self.weight_clip is not None:
+            with torch.no_grad():
+                torch._foreach_clamp_min_(list(self.discriminator.parameters()), -self.weight_clip)
+                torch._foreach_clamp_max_(list(self.discriminator.parameters()), self.weight_clip)
+        return metrics
+
+    def _d_loss(
+        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
         with self._autocast():
-            merged = self._logits_and_penalty(real, fake, labels) if due else None
+            merged = self._logits_and_penalty(real, fake, labels) if due and self.extra_d_loss is None else None
             run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
-            logits_real, logits_fake = self._watch.logits(run)
+            on_real, on_fake = self._watch.outputs(run)
         loss, statistics = functional.gan_loss_statistics(
-            _at_least_float32(logits_fake),
-            _at_least_float32(logits_real),
+            _logits(on_fake),
+            _logits(on_real),
             kind=self.loss,
             side="d",
             label_smoothing=self.label_smoothing,
@@ -223,8 +259,12 @@ class GANStep:
             value = merged[2] if merged else self._penalise(real, fake, labels)
             metrics["penalty"] = value.detach()
             loss = loss + value
-        _descend(loss, self.d_optimizer, self._d_scaler)
-        return metrics
+        if self.extra_d_loss is not None:
+            with self._autocast():
+                extra = self.extra_d_loss(Outputs(real, fake, on_real, on_fake, labels, z))
+            metrics["extra_d_loss"] = extra.detach()
+            loss = loss + extra
+        return loss, metrics
 
     def _penalise(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         """The penalty, by passes of its own."""
@@ -261,28 +301,73 @@ class GANStep:
         logits = (found[0], other) if self.penalty == "r1" else (other, found[0])
         return *logits, penalties.squared_penalty([found[1]], weight)
 
-    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Any, Any]:
         """(D(real), D(fake)), as one batch where that is the same mathematics."""
         if real.shape != fake.shape or mixes_samples(self.discriminator):
             return _call(self.discriminator, real, labels), _call(self.discriminator, fake, labels)
         both = torch.cat([real.to(fake.dtype), fake])
         with stat_groups(self.discriminator, 2):
-            logits = _call(self.discriminator, both, _twice(labels))
-        first, second = logits.chunk(2)
-        return first, second
+            output = _call(self.discriminator, both, _twice(labels))
+        return halves(output)
 
     def _update_generator(
-        self, real: Tensor, fake: Tensor, labels: Tensor | None, **averaging: Any
+        self, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Any, **averaging: Any
     ) -> dict[str, Tensor]:
-        with _frozen(self.discriminator), self._autocast():
-            logits_real = None
-            if self.loss in RELATIVE:
+        """fake: G(z), or None: the generator runs on each part."""
+        with _frozen(self.discriminator):
+            losses = (self._g_loss(*part) for part in self._parts(real, fake, labels, z))
+            return self._descend(losses, self.g_optimizer, self._g_scaler, averaging)
+
+    def _g_loss(
+        self, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast():
+            fake = self._augmented(_call(self.generator, z, labels) if fake is None else fake)
+            on_real = None
+            if self.loss in RELATIVE or self.extra_g_loss is not None:
                 with torch.no_grad():
-                    logits_real = _at_least_float32(_call(self.discriminator, self._augmented(real), labels))
-            logits_fake = _at_least_float32(_call(self.discriminator, self._augmented(fake), labels))
-            loss = functional.gan_loss(logits_fake, logits_real, kind=self.loss, side="g")
-            _descend(loss, self.g_optimizer, self._g_scaler, averaging)
-        return {"g_loss": loss.detach()}
+                    real = self._augmented(real)
+                    on_real = _call(self.discriminator, real, labels)
+            on_fake = _call(self.discriminator, fake, labels)
+            logits_real = _logits(on_real) if self.loss in RELATIVE else None
+            loss = functional.gan_loss(_logits(on_fake), logits_real, kind=self.loss, side="g")
+            metrics = {"g_loss": loss.detach()}
+            if self.extra_g_loss is not None:
+                extra = self.extra_g_loss(Outputs(real, fake, on_real, on_fake, labels, z))
+                metrics["extra_g_loss"] = extra.detach()
+                loss = loss + extra
+        return loss, metrics
+
+    def _parts(self, *batches: Any) -> Iterator[tuple[Any, ...]]:
+        """The batch in `accumulate` equal parts; what is None stays None."""
+        if self.accumulate == 1:
+            return iter([batches])
+        n = len(batches[0])
+        if n % self.accumulate:
+            raise ValueError(f"GANStep: accumulate must divide the batch, got {self.accumulate} and {n}")
+        cut = lambda t: t.chunk(self.accumulate) if isinstance(t, Tensor) else t
+        split = [[None] * self.accumulate if b is None else parts_of(b, cut, self.accumulate) for b in batches]
+        return zip(*split, strict=True)
+
+    def _descend(
+        self,
+        losses: Iterator[tuple[Tensor, dict[str, Tensor]]],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        averaging: dict[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """One update by the mean of the parts' losses; averaging: what fastgan.Adam moves with its parameters."""
+        optimizer.zero_grad(set_to_none=True)
+        found: list[dict[str, Tensor]] = []
+        for loss, metrics in losses:
+            scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
+            found.append(metrics)
+        if self.grad_clip is not None:
+            scaler.unscale_(optimizer)
+            clip(optimizer, *self.grad_clip)
+        scaler.step(optimizer, **(averaging or {} if isinstance(optimizer, Adam) else {}))
+        scaler.update()
+        return found[0] if len(found) == 1 else {k: torch.stack([m[k] for m in found]).mean(0) for k in found[0]}
 
     # ---- its parts ----------------------------------------------------------------------------------------------
 
@@ -332,7 +417,8 @@ class GANStep:
         """What a user may change between two steps: a captured step must not outlive a change."""
         losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.d_steps, self.label_smoothing
         inputs = self.augment, self.latent, self.precision, self.rng
-        return *losses, *inputs, self._average and self._average.decay
+        updates = self.grad_clip, self.weight_clip, self.accumulate, self.extra_d_loss, self.extra_g_loss
+        return *losses, *updates, *inputs, self._average and self._average.decay
 
     def uncapturable(self) -> str:
         """Why the step as it is now cannot be captured, or ""."""
@@ -409,21 +495,10 @@ def _twice(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else torch.cat([labels, labels])
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _descend(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    averaging: dict[str, Any] | None = None,
-) -> None:
-    """One update; averaging: the averages that fastgan.Adam moves with its parameters."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer, **(averaging or {} if isinstance(optimizer, Adam) else {}))
-    scaler.update()
+def _logits(output: Any) -> Tensor | list[Tensor]:
+    """A discriminator's logits in float32 or better: one tensor, or one a scale."""
+    found = [t if t.dtype == torch.float64 else t.float() for t in logits_of(output)]
+    return found[0] if len(found) == 1 else found
 
 
 @contextlib.contextmanager
