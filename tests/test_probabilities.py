@@ -82,11 +82,12 @@ def test_a_traced_discriminator_is_looked_through():
 
 def test_values_within_0_and_1_are_told_once():
     with pytest.warns(UserWarning, match=r"within \[0, 1\]") as told:
-        train(Functional(lambda t: t.clamp(0, 1)).double(), steps=6)
+        train(Functional(lambda t: (t + 0.5).clamp(0, 1)).double(), steps=6)
     assert len(told) == 1
 
 
 @pytest.mark.filterwarnings("error")
 def test_ordinary_logits_say_nothing():
     train(Functional(lambda t: t * 3).double())
+    train(Functional(lambda t: t.abs().clamp(max=0.2)).double())  # small and positive: an untrained network's may be
     train(Functional(lambda t: t * torch.sigmoid(t)).double(), loss="relativistic-average")  # a gate is no squashing

@@ -161,6 +161,7 @@ def test_penalties_beside_extra_losses_and_parts():
     [
         ({"grad_clip": 0.0}, "grad_clip must be"),
         ({"grad_clip": ("l1", 1.0)}, "grad_clip must be"),
+        ({"weight_clip": -1.0}, "weight_clip must be positive"),
         ({"accumulate": 0}, "accumulate must be >= 1"),
         ({"accumulate": 2, "penalty": "dragan"}, "accumulate must be 1 with dragan"),
     ],
@@ -169,6 +170,13 @@ def test_wrong_values_get_one_sentence(options, sentence):
     generator, d = networks("one")
     with pytest.raises(ValueError, match=sentence):
         trained(generator, d, [], **options)
+
+
+def test_an_optimiser_that_needs_a_closure_is_refused():
+    generator, d = networks("one")
+    lbfgs, sgd = torch.optim.LBFGS(d.parameters()), torch.optim.SGD(generator.parameters(), 0.1)
+    with pytest.raises(ValueError, match="must step without a closure, got LBFGS"):
+        fastgan.GANStep(generator, d, latent=5, g_optimizer=sgd, d_optimizer=lbfgs)
 
 
 def test_a_batch_that_parts_do_not_divide():

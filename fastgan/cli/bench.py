@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from fastgan._writing import atomic_path, target_of, write
-from fastgan.training.recipes import PRECISIONS, Recipe, recipes
+from fastgan.training.recipes import Recipe, recipes
+from fastgan.training.step import PRECISIONS
 from fastgan.training.trainer import resolve_device
 
 from .arguments import Commands, positive_float, positive_int, seed
@@ -113,7 +114,9 @@ def _rows(args: argparse.Namespace, device: torch.device) -> list[Any]:
     """The rows of --precision that --against names, and fastgan's."""
     from fastgan.benchmarking import workloads
 
-    every = PRECISIONS if device.type == "cuda" else PRECISIONS[:2]  # few CPUs compute in fp16: only where it is named
+    every = (
+        list(PRECISIONS) if device.type == "cuda" else ["fp32", "bf16"]
+    )  # few CPUs compute in fp16: only where it is named
     rows = workloads.rows(every if args.precision == "all" else [args.precision])
     words = {row: "compile" if row.compile else row.name for row in rows if not row.ours}
     asked = list(words.values()) if args.against is None else args.against.split(",")

@@ -57,7 +57,7 @@ class Watch:
     def __init__(self, discriminator: nn.Module, reads: bool):
         """reads: whether the values may be read back, which a captured step must not."""
         self.discriminator, self.reads = discriminator, reads
-        self.updates, self.seen, self.within = 0, 0, True
+        self.updates, self.seen, self.total, self.within = 0, 0, 0.0, True
 
     @property
     def may_fold(self) -> bool:
@@ -100,8 +100,10 @@ class Watch:
             return
         for t in (t.detach() for t in logits):
             self.seen += t.numel()
+            self.total += float(t.sum())
             self.within = self.within and bool(((t >= 0) & (t <= 1)).all())
-        if self.updates == UPDATES and self.within and self.seen >= LEAST:
+        near_half = 0.25 < self.total / max(self.seen, 1) < 0.75  # an untrained network's logits lie about 0
+        if self.updates == UPDATES and self.within and near_half and self.seen >= LEAST:
             warnings.warn(
                 f"GANStep: the discriminator must return logits, got values within [0, 1] only in its first {UPDATES} "
                 "updates; if they are probabilities, return the value before the sigmoid",

@@ -163,6 +163,11 @@ class GANStep:
         self.generator, self.discriminator = generator, discriminator
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
+        if weight_clip is not None and not weight_clip > 0:
+            raise ValueError(f"GANStep: weight_clip must be positive, got {weight_clip}")
+        for optimizer in (g_optimizer, d_optimizer):
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
         self.extra_d_loss, self.extra_g_loss = extra_d_loss, extra_g_loss
