@@ -114,9 +114,8 @@ def _rows(args: argparse.Namespace, device: torch.device) -> list[Any]:
     """The rows of --precision that --against names, and fastgan's."""
     from fastgan.benchmarking import workloads
 
-    every = (
-        list(PRECISIONS) if device.type == "cuda" else ["fp32", "bf16"]
-    )  # few CPUs compute in fp16: only where it is named
+    # few CPUs compute in fp16: only where it is named
+    every = list(PRECISIONS) if device.type == "cuda" else ["fp32", "bf16"]
     rows = workloads.rows(every if args.precision == "all" else [args.precision])
     words = {row: "compile" if row.compile else row.name for row in rows if not row.ours}
     asked = list(words.values()) if args.against is None else args.against.split(",")
