@@ -96,12 +96,12 @@ class Watch:
     def _look(self, logits: list[Tensor]) -> None:
         """Count an update; warn once where all logits of all of them lie in [0, 1]."""
         self.updates += 1
-        if not self.reads:
-            return
         for t in (t.detach() for t in logits):
+            if not (self.reads and self.within):  # nothing more is read back
+                return
+            self.within = bool(((t >= 0) & (t <= 1)).all())
             self.seen += t.numel()
             self.total += float(t.sum())
-            self.within = self.within and bool(((t >= 0) & (t <= 1)).all())
         near_half = 0.25 < self.total / max(self.seen, 1) < 0.75  # an untrained network's logits lie about 0
         if self.updates == UPDATES and self.within and near_half and self.seen >= LEAST:
             warnings.warn(
