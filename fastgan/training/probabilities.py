@@ -96,9 +96,10 @@ class Watch:
     def _look(self, logits: list[Tensor]) -> None:
         """Count an update; warn once where all logits of all of them lie in [0, 1]."""
         self.updates += 1
-        for t in (t.detach() for t in logits):
+        for t in logits:
             if not (self.reads and self.within):  # nothing more is read back
                 return
+            t = t.detach()
             self.within = bool(((t >= 0) & (t <= 1)).all())
             self.seen += t.numel()
             self.total += float(t.sum())

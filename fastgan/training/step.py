@@ -155,19 +155,10 @@ class GANStep:
         if min(d_steps, penalty_every, accumulate) < 1:
             counts = f"{d_steps}, {penalty_every} and {accumulate}"
             raise ValueError(f"GANStep: d_steps, penalty_every and accumulate must be >= 1, got {counts}")
-        if accumulate > 1 and (loss == "relativistic-average" or penalty == "dragan"):
-            over_batch = loss if loss == "relativistic-average" else penalty
-            raise ValueError(
-                f"GANStep: accumulate must be 1 with {over_batch}, a mean over the batch, got {accumulate}"
-            )
+        _check_updates(weight_clip, accumulate, loss, penalty, (g_optimizer, d_optimizer))
         self.generator, self.discriminator = generator, discriminator
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
-        if weight_clip is not None and not weight_clip > 0:
-            raise ValueError(f"GANStep: weight_clip must be positive, got {weight_clip}")
-        for optimizer in (g_optimizer, d_optimizer):
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
         self.extra_d_loss, self.extra_g_loss = extra_d_loss, extra_g_loss
@@ -490,6 +481,20 @@ class GANStep:
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"GANStep: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _check_updates(
+    weight_clip: float | None, accumulate: int, loss: str, penalty: str | None, optimizers: Sequence[Any]
+) -> None:
+    """ValueError for updates that cannot be meant."""
+    if accumulate > 1 and (loss == "relativistic-average" or penalty == "dragan"):
+        over_batch = loss if loss == "relativistic-average" else penalty
+        raise ValueError(f"GANStep: accumulate must be 1 with {over_batch}, a mean over the batch, got {accumulate}")
+    if weight_clip is not None and not weight_clip > 0:
+        raise ValueError(f"GANStep: weight_clip must be positive, got {weight_clip}")
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
 
 
 def _call(module: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
