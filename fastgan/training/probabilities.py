@@ -40,7 +40,7 @@ NEUTRAL = (
     "alias",
     "contiguous",
 )
-UPDATES = 3  # discriminator updates whose logits are looked at
+UPDATES = 20  # discriminator updates whose logits are looked at; real ones have left [0, 1] by then
 LEAST = 16  # logits that must have been seen before all of them within [0, 1] mean something
 
 
