@@ -1,30 +1,11 @@
 // y = act(x + bias) and its gradient from the output: dx = dy act'(y), dbias = Σ dx per channel.
 #include "common/kernels.hpp"
 #include "common/scratch.hpp"
+#include "cpu/activation.hpp"
 #include "cpu/sweep.hpp"
-#include "cpu/vmath.hpp"
 
 namespace fg::ISA {
 namespace {
-
-template <Act ACT>
-FG_INLINE vf activate(vf v, float slope) {
-  if constexpr (ACT == ACT_RELU) return select(le(v, zero()), zero(), v);
-  if constexpr (ACT == ACT_LEAKY_RELU) return select(gt(v, zero()), v, v * set1(slope));
-  if constexpr (ACT == ACT_TANH) return tanh(v);
-  if constexpr (ACT == ACT_SIGMOID) return sigmoid(v);
-  return v;
-}
-
-// From the output y: leaky_relu keeps the sign for slope >= 0, tanh' = 1 - y², sigmoid' = y (1 - y).
-template <Act ACT>
-FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
-  if constexpr (ACT == ACT_RELU) return select(le(y, zero()), zero(), g);
-  if constexpr (ACT == ACT_LEAKY_RELU) return select(gt(y, zero()), g, g * set1(slope));
-  if constexpr (ACT == ACT_TANH) return g * (set1(1.0f) - y * y);
-  if constexpr (ACT == ACT_SIGMOID) return g * (y * (set1(1.0f) - y));
-  return g;
-}
 
 template <class T, Act ACT>
 struct ForwardBody {

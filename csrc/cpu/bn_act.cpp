@@ -40,12 +40,12 @@ void put_affine(const Grid& grid, float* coef, int64_t c, const Channel& ch) {
 
 // ------------------------------------------------------------------------------------------------ forward
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 void forward(const BnShape& shape, const NormForwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, shape.G, shape.channels_last);
   if (grid.empty()) return;
-  using Body = NormForwardBody<T, RELU>;
-  const Body body{static_cast<const T*>(args.x), static_cast<T*>(args.y), slope_of(shape.act, shape.slope)};
+  using Body = NormForwardBody<T, ACT>;
+  const Body body{static_cast<const T*>(args.x), static_cast<T*>(args.y), slope_of(shape)};
   const int threads = team_for(grid.elements(), shape.threads);
   const size_t row = grid.padded;
   Scratch scratch(Scratch::bytes_for<float>(grid.G * Body::COEFS * row) + Scratch::bytes_for<float>(threads * 3 * row) +
@@ -103,7 +103,7 @@ void finish_backward(const Grid& grid, const BnShape& shape, const NormBackwardA
   if (args.dbias) args.dbias[c] = static_cast<float>(dbias);
 }
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 void backward(const BnShape& shape, const NormBackwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, shape.G, shape.channels_last);
   if (grid.empty()) {
@@ -113,11 +113,11 @@ void backward(const BnShape& shape, const NormBackwardArgs& args) {
     }
     return;
   }
-  using Sums = NormBackwardSumsBody<T, RELU>;
-  using Body = NormBackwardBody<T, RELU>;
+  using Sums = NormBackwardSumsBody<T, ACT>;
+  using Body = NormBackwardBody<T, ACT>;
   const T *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
-  const Sums sums_body{dy, x, slope_of(shape.act, shape.slope)};
-  const Body body{dy, x, static_cast<T*>(args.dx), slope_of(shape.act, shape.slope)};
+  const Sums sums_body{dy, x, slope_of(shape)};
+  const Body body{dy, x, static_cast<T*>(args.dx), slope_of(shape)};
   const bool summed = shape.training || args.dweight || args.dbias;
   const int threads = team_for(grid.elements(), shape.threads);
   const size_t row = grid.padded;
@@ -179,7 +179,7 @@ void finish_double_backward(const Grid& grid, const BnShape& shape, const NormDo
   if (args.d_weight) args.d_weight[c] = static_cast<float>(d_weight);
 }
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 void double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, shape.G, shape.channels_last);
   if (grid.empty()) {
@@ -187,12 +187,12 @@ void double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) {
       for (int64_t c = 0; c < shape.C; ++c) args.d_weight[c] = 0.0f;
     return;
   }
-  using Sums = NormDoubleSumsBody<T, RELU>;
-  using Body = NormDoubleBody<T, RELU>;
+  using Sums = NormDoubleSumsBody<T, ACT>;
+  using Body = NormDoubleBody<T, ACT>;
   const T *ddx = static_cast<const T*>(args.ddx), *dy = static_cast<const T*>(args.dy);
   const T* x = static_cast<const T*>(args.x);
-  const Sums sums_body{ddx, dy, x, slope_of(shape.act, shape.slope)};
-  const Body body{ddx, dy, x, static_cast<T*>(args.d_dy), static_cast<T*>(args.d_x), slope_of(shape.act, shape.slope)};
+  const Sums sums_body{ddx, dy, x, slope_of(shape)};
+  const Body body{ddx, dy, x, static_cast<T*>(args.d_dy), static_cast<T*>(args.d_x), slope_of(shape)};
   const int threads = team_for(grid.elements(), shape.threads);
   const size_t row = grid.padded;
   Scratch scratch(Scratch::bytes_for<float>(grid.G * Body::COEFS * row) +
@@ -227,16 +227,14 @@ void double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------ by dtype and act
-
-#define FG_BY_TYPE(kernel)                                                                      \
-  if (shape.dtype == BF16)                                                                      \
-    shape.act == ACT_RELU ? kernel<bf16, true>(shape, args) : kernel<bf16, false>(shape, args); \
-  else                                                                                          \
-    shape.act == ACT_RELU ? kernel<float, true>(shape, args) : kernel<float, false>(shape, args)
-
-void bn_act_forward(const BnShape& shape, const NormForwardArgs& args) { FG_BY_TYPE(forward); }
-void bn_act_backward(const BnShape& shape, const NormBackwardArgs& args) { FG_BY_TYPE(backward); }
-void bn_act_double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) { FG_BY_TYPE(double_backward); }
+void bn_act_forward(const BnShape& shape, const NormForwardArgs& args) {
+  by_kernel(shape, [&]<class T, Act ACT>() { forward<T, ACT>(shape, args); });
+}
+void bn_act_backward(const BnShape& shape, const NormBackwardArgs& args) {
+  by_kernel(shape, [&]<class T, Act ACT>() { backward<T, ACT>(shape, args); });
+}
+void bn_act_double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) {
+  by_kernel(shape, [&]<class T, Act ACT>() { double_backward<T, ACT>(shape, args); });
+}
 
 }  // namespace fg::ISA

@@ -1,5 +1,5 @@
 // Computes a Problem (conv_geometry.hpp): packs the weights, then walks blocks of output pixels.
-#include "cpu/conv_act.hpp"
+#include "cpu/activation.hpp"
 #include "cpu/conv_amx.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"

@@ -4,7 +4,7 @@
 // added up where they overlap, in fp32 and in a fixed order.
 #pragma once
 
-#include "cpu/conv_act.hpp"
+#include "cpu/activation.hpp"
 #include "cpu/conv_amx.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"

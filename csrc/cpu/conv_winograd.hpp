@@ -21,7 +21,7 @@
 // times, 3x3 layers 1.7 times as fast as the direct form forward and in the adjoint, weight gradients 1.15 to 1.7.
 #pragma once
 
-#include "cpu/conv_act.hpp"
+#include "cpu/activation.hpp"
 #include "cpu/conv_geometry.hpp"
 #include "cpu/conv_micro.hpp"
 #include "cpu/conv_pack.hpp"

@@ -41,7 +41,7 @@ struct Cut {
         units(s.N * (columns ? 1 : groups)),
         eps(s.eps),
         inv_m(1.0 / static_cast<double>(per_group * HW)),
-        slope(slope_of(s.act, s.slope)) {}
+        slope(slope_of(s)) {}
 
   bool empty() const { return units * elements == 0; }
   Grid grid() const { return Grid(1, channels, HW, 1, columns); }
@@ -206,11 +206,11 @@ void fill_zero(float* p, int64_t n) {
 
 // ------------------------------------------------------------------------------------------------ forward
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 void forward(const GnShape& shape, const NormForwardArgs& args) {
   const Cut cut(shape);
   if (cut.empty()) return;
-  using Body = NormForwardBody<T, RELU>;
+  using Body = NormForwardBody<T, ACT>;
   const Grid grid = cut.grid();
   const T* x = static_cast<const T*>(args.x);
   T* y = static_cast<T*>(args.y);
@@ -318,7 +318,7 @@ void backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row&
   });
 }
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 void backward(const GnShape& shape, const NormBackwardArgs& args) {
   const Cut cut(shape);
   if (cut.empty()) {
@@ -326,8 +326,8 @@ void backward(const GnShape& shape, const NormBackwardArgs& args) {
     fill_zero(args.dbias, shape.C);
     return;
   }
-  using Sums = NormBackwardSumsBody<T, RELU>;
-  using Body = NormBackwardBody<T, RELU>;
+  using Sums = NormBackwardSumsBody<T, ACT>;
+  using Body = NormBackwardBody<T, ACT>;
   using Gradients = ParameterSums<2>;
   const Grid grid = cut.grid();
   const T *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
@@ -462,15 +462,15 @@ void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, con
   gradients.row_done();
 }
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 void double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) {
   const Cut cut(shape);
   if (cut.empty()) {
     fill_zero(args.d_weight, shape.C);
     return;
   }
-  using Sums = NormDoubleSumsBody<T, RELU>;
-  using Body = NormDoubleBody<T, RELU>;
+  using Sums = NormDoubleSumsBody<T, ACT>;
+  using Body = NormDoubleBody<T, ACT>;
   using Gradients = ParameterSums<1>;
   const Grid grid = cut.grid();
   const T *ddx = static_cast<const T*>(args.ddx), *dy = static_cast<const T*>(args.dy);
@@ -530,16 +530,14 @@ void double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------ by dtype and act
-
-#define FG_BY_TYPE(kernel)                                                                      \
-  if (shape.dtype == BF16)                                                                      \
-    shape.act == ACT_RELU ? kernel<bf16, true>(shape, args) : kernel<bf16, false>(shape, args); \
-  else                                                                                          \
-    shape.act == ACT_RELU ? kernel<float, true>(shape, args) : kernel<float, false>(shape, args)
-
-void gn_act_forward(const GnShape& shape, const NormForwardArgs& args) { FG_BY_TYPE(forward); }
-void gn_act_backward(const GnShape& shape, const NormBackwardArgs& args) { FG_BY_TYPE(backward); }
-void gn_act_double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) { FG_BY_TYPE(double_backward); }
+void gn_act_forward(const GnShape& shape, const NormForwardArgs& args) {
+  by_kernel(shape, [&]<class T, Act ACT>() { forward<T, ACT>(shape, args); });
+}
+void gn_act_backward(const GnShape& shape, const NormBackwardArgs& args) {
+  by_kernel(shape, [&]<class T, Act ACT>() { backward<T, ACT>(shape, args); });
+}
+void gn_act_double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) {
+  by_kernel(shape, [&]<class T, Act ACT>() { double_backward<T, ACT>(shape, args); });
+}
 
 }  // namespace fg::ISA

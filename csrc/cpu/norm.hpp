@@ -7,25 +7,30 @@
 
 #include <cmath>
 
+#include "cpu/activation.hpp"
 #include "cpu/sweep.hpp"
 
 namespace fg::ISA {
 
-// φ and φ'·g. Identity runs as leaky_relu with slope 1. RELU differs from slope 0 in that relu(-inf) = 0 and that its
-// derivative stops a NaN or inf of the gradient where t <= 0, as torch's does.
-template <bool RELU>
-FG_INLINE vf activate(vf t, float slope) {
-  if constexpr (RELU) return select(le(t, zero()), zero(), t);
-  return select(gt(t, zero()), t, t * set1(slope));
+// Calls f<T, ACT>() for the shape's dtype and activation. Identity runs as leaky_relu with slope 1.
+template <class Shape, class F>
+static void by_kernel(const Shape& shape, const F& f) {
+  const auto by_act = [&]<class T>() {
+    if (shape.act == ACT_RELU)
+      f.template operator()<T, ACT_RELU>();
+    else
+      f.template operator()<T, ACT_LEAKY_RELU>();
+  };
+  if (shape.dtype == BF16)
+    by_act.template operator()<bf16>();
+  else
+    by_act.template operator()<float>();
 }
 
-template <bool RELU>
-FG_INLINE vf activate_gradient(vf g, vf t, float slope) {
-  if constexpr (RELU) return select(le(t, zero()), zero(), g);
-  return select(gt(t, zero()), g, g * set1(slope));
+template <class Shape>
+static float slope_of(const Shape& shape) {
+  return shape.act == ACT_IDENTITY ? 1.0f : shape.slope;
 }
-
-static inline float slope_of(Act act, float slope) { return act == ACT_IDENTITY ? 1.0f : slope; }
 
 // ------------------------------------------------------------------------------------------------ statistics
 
@@ -139,7 +144,7 @@ static inline void clear_padding(const Grid& grid, float* coef, int coefs) {
     for (int64_t j = grid.width; j < grid.padded; ++j) coef[i * grid.padded + j] = 0.0f;
 }
 
-template <class T, bool RELU>
+template <class T, Act ACT>
 struct NormForwardBody {
   static constexpr int COEFS = 3, SUMS = 0;
   const T* x;
@@ -148,12 +153,12 @@ struct NormForwardBody {
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
     const vf t = fma(lane.load(x) - k[K_MEAN], k[K_SCALE], k[K_BIAS]);
-    lane.store(y, activate<RELU>(t, slope));
+    lane.store(y, activate<ACT>(t, slope));
   }
 };
 
 // s1 = Σ dt and Σ dt (x - mean); the second becomes s2 = Σ dt x̂ when multiplied by r.
-template <class T, bool RELU>
+template <class T, Act ACT>
 struct NormBackwardSumsBody {
   static constexpr int COEFS = 3, SUMS = 2;
   const T *dy, *x;
@@ -161,14 +166,14 @@ struct NormBackwardSumsBody {
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf* s) const {
     const vf centred = lane.load(x) - k[K_MEAN];
-    const vf dt = activate_gradient<RELU>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
+    const vf dt = activate_gradient<ACT>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
     s[0] = s[0] + dt;
     s[1] = fma(dt, centred, s[1]);
   }
 };
 
 // dx = scale dt + x1 (x - mean) + x0
-template <class T, bool RELU>
+template <class T, Act ACT>
 struct NormBackwardBody {
   static constexpr int COEFS = 5, SUMS = 0;
   static constexpr int K_X0 = 3, K_X1 = 4;
@@ -178,7 +183,7 @@ struct NormBackwardBody {
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
     const vf centred = lane.load(x) - k[K_MEAN];
-    const vf dt = activate_gradient<RELU>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
+    const vf dt = activate_gradient<ACT>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
     lane.store(dx, fma(k[K_SCALE], dt, fma(k[K_X1], centred, k[K_X0])));
   }
 };
@@ -190,7 +195,7 @@ FG_INLINE vf cotangent(Lane lane, const T* ddx) {
 }
 
 // s1, s2, W1 = Σ w, W2 = Σ w x̂, A0 = Σ w dt; sums 1 and 3 still lack their factor r.
-template <class T, bool RELU>
+template <class T, Act ACT>
 struct NormDoubleSumsBody {
   static constexpr int COEFS = 3, SUMS = 5;
   const T *ddx, *dy, *x;
@@ -198,7 +203,7 @@ struct NormDoubleSumsBody {
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf* s) const {
     const vf centred = lane.load(x) - k[K_MEAN];
-    const vf dt = activate_gradient<RELU>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
+    const vf dt = activate_gradient<ACT>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
     const vf w = cotangent(lane, ddx);
     s[0] = s[0] + dt;
     s[1] = fma(dt, centred, s[1]);
@@ -209,7 +214,7 @@ struct NormDoubleSumsBody {
 };
 
 // d_dy = m (scale w + u1 (x - mean) + u0),  d_x = xw w + u1 dt + x1 (x - mean) + x0
-template <class T, bool RELU>
+template <class T, Act ACT>
 struct NormDoubleBody {
   static constexpr int COEFS = 8, SUMS = 0;
   static constexpr int K_U0 = 3, K_U1 = 4, K_XW = 5, K_X0 = 6, K_X1 = 7;
@@ -223,10 +228,10 @@ struct NormDoubleBody {
     const vf w = cotangent(lane, ddx);
     if (d_dy) {
       const vf u = fma(k[K_SCALE], w, fma(k[K_U1], centred, k[K_U0]));
-      lane.store(d_dy, activate_gradient<RELU>(u, t, slope));
+      lane.store(d_dy, activate_gradient<ACT>(u, t, slope));
     }
     if (d_x) {
-      const vf dt = activate_gradient<RELU>(lane.load(dy), t, slope);
+      const vf dt = activate_gradient<ACT>(lane.load(dy), t, slope);
       lane.store(d_x, fma(k[K_XW], w, fma(k[K_U1], dt, fma(k[K_X1], centred, k[K_X0]))));
     }
   }

@@ -8,27 +8,35 @@
 
 namespace fg::ISA {
 
-// e^r for |r| <= ln(2)/2: degree-6 minimax polynomial of Cephes' expf.
-FG_INLINE vf exp_reduced(vf r) {
+// e^x / 2^n for n = x / ln(2), rounded: a minimax polynomial of degree 6, of Cephes' expf. ln(2) comes in two parts,
+// the first with so few bits that n times it is exact.
+FG_INLINE vf exp_fraction(vf x, vf n) {
+  vf r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
   vf p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));
   p = fma(p, r, set1(8.3334519073e-3f));
   p = fma(p, r, set1(4.1665795894e-2f));
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
-  return fma(p, r * r, r + set1(1.0f));
+  return fma(p, r * r, r) + set1(1.0f);
 }
 
-// e^x = 2^n e^r. 2^n is applied in two halves, for n = 128 and for results below the normal range.
+FG_INLINE vf over_ln2(vf x) { return round_even(x * set1(1.44269504f)); }
+
+// e^x for |x| <= 87, where 2^n is a normal number.
+FG_INLINE vf exp_bounded(vf x) {
+  const vf n = over_ln2(x);
+  return exp_fraction(x, n) * exp2_int(n);
+}
+
+// e^x of any x. 2^n is applied in two halves, for n = 128 and for results below the normal range.
 FG_INLINE vf exp(vf x) {
   const vf high = set1(88.7228394f), low = set1(-103.972084f);
   vf clamped = select(gt(x, high), high, x);
   clamped = select(gt(low, clamped), low, clamped);
-  const vf n = round_even(clamped * set1(1.44269504f));
-  vf r = fma(n, set1(-0.693359375f), clamped);  // ln 2 in two parts, the first with few bits: n times it is exact
-  r = fma(n, set1(2.12194440e-4f), r);
-  const vf half = round_even(n * set1(0.5f));
-  const vf e = exp_reduced(r) * exp2_int(half) * exp2_int(n - half);
+  const vf n = over_ln2(clamped), half = round_even(n * set1(0.5f));
+  const vf e = exp_fraction(clamped, n) * exp2_int(half) * exp2_int(n - half);
   return select(gt(x, high), set1(std::numeric_limits<float>::infinity()), select(gt(low, x), zero(), e));
 }
 
@@ -46,8 +54,9 @@ FG_INLINE vf tanh(vf x) {
   p = fma(p, z, set1(-5.37397155531e-2f));
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
-  const vf small = fma(p, z * x, x);
-  const vf magnitude = set1(1.0f) - set1(2.0f) / (exp(a + a) + set1(1.0f));
+  const vf small = fma(p * z, x, x);
+  const vf capped = select(gt(a, set1(10.0f)), set1(10.0f), a);  // tanh(10) rounds to 1
+  const vf magnitude = set1(1.0f) - set1(2.0f) / (exp_bounded(capped + capped) + set1(1.0f));
   const vf large = select(gt(zero(), x), zero() - magnitude, magnitude);
   return select(gt(set1(0.625f), a), small, large);
 }

@@ -1,0 +1,47 @@
+// Activations and their gradients, once for every kernel of the CPU.
+//
+// relu differs from leaky_relu with slope 0 in that relu(-inf) = 0 and that its derivative stops a NaN or inf of the
+// gradient where t <= 0, as torch's does. A NaN of t stays one.
+#pragma once
+
+#include "common/codes.hpp"
+#include "cpu/vmath.hpp"
+
+namespace fg::ISA {
+
+template <Act ACT>
+FG_INLINE vf activate(vf t, float slope) {
+  if constexpr (ACT == ACT_RELU) return select(le(t, zero()), zero(), t);
+  if constexpr (ACT == ACT_LEAKY_RELU) return select(gt(t, zero()), t, t * set1(slope));
+  if constexpr (ACT == ACT_TANH) return tanh(t);
+  if constexpr (ACT == ACT_SIGMOID) return sigmoid(t);
+  return t;
+}
+
+// g φ'(t) from y = φ(t): tanh' = 1 - y², sigmoid' = y (1 - y). (Leaky) relu takes t as well, whose sign y has.
+template <Act ACT>
+FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
+  if constexpr (ACT == ACT_RELU) return select(le(y, zero()), zero(), g);
+  if constexpr (ACT == ACT_LEAKY_RELU) return select(gt(y, zero()), g, g * set1(slope));
+  if constexpr (ACT == ACT_TANH) return g * (set1(1.0f) - y * y);
+  if constexpr (ACT == ACT_SIGMOID) return g * (y * (set1(1.0f) - y));
+  return g;
+}
+
+// The same where the activation is known only at run time: at the end of a convolution's epilogue.
+static inline vf activate(vf t, Act act, float slope) {
+  switch (act) {
+    case ACT_RELU:
+      return activate<ACT_RELU>(t, slope);
+    case ACT_LEAKY_RELU:
+      return activate<ACT_LEAKY_RELU>(t, slope);
+    case ACT_TANH:
+      return activate<ACT_TANH>(t, slope);
+    case ACT_SIGMOID:
+      return activate<ACT_SIGMOID>(t, slope);
+    default:
+      return t;
+  }
+}
+
+}  // namespace fg::ISA
