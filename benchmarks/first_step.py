@@ -37,7 +37,7 @@ from fastgan import models
 from fastgan.benchmarking.textbook import textbook_step
 from fastgan.choice import STATE, native
 from fastgan.training.sampling import build_models
-from fastgan.training.trainer import assemble
+from fastgan.training.assembly import assemble
 
 who, name, precision, table, limit = sys.argv[1:]
 if table:

@@ -23,10 +23,10 @@ from torch import Tensor
 from fastgan._op import around
 from fastgan._writing import atomic_path
 from fastgan.choice import Routine, cost_of
+from fastgan.training.assembly import assemble
 from fastgan.training.precision import resolve
 from fastgan.training.recipes import Recipe
 from fastgan.training.step import GANStep
-from fastgan.training.trainer import assemble
 
 __all__ = ["ceilings", "cost_of", "op_ranges", "profile"]
 

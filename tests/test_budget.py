@@ -18,8 +18,8 @@ from fastgan.choice.budget import HELD, RATE, Account
 from fastgan.choice.routine import REGISTERED
 from fastgan.choice.state import State
 from fastgan.cli import main
+from fastgan.training.assembly import assemble
 from fastgan.training.recipes import recipes
-from fastgan.training.trainer import assemble
 
 
 class Clock:

@@ -15,8 +15,8 @@ from torch import nn
 
 import fastgan
 from fastgan.training import capture, step
+from fastgan.training.assembly import assemble
 from fastgan.training.recording import Recording, difference
-from fastgan.training.trainer import assemble
 
 
 def emulator():

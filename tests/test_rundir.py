@@ -310,7 +310,7 @@ def test_an_error_within_a_step_leaves_the_last_checkpoint(images, tmp_path, cap
     straight = trainer(images, tmp_path / "straight")
     straight.fit()
     run = trainer(images, tmp_path / "run")
-    original, calls = run._train_step.g_optimizer.step, []
+    original, calls = run.train_step.g_optimizer.step, []
 
     def fails(*args, **options):
         calls.append(1)
@@ -318,7 +318,7 @@ def test_an_error_within_a_step_leaves_the_last_checkpoint(images, tmp_path, cap
             raise Lost
         return original(*args, **options)
 
-    run._train_step.g_optimizer.step = fails
+    run.train_step.g_optimizer.step = fails
     with pytest.raises(Lost):
         run.fit()
     assert f"the run can go on from step {at - 1}" in capsys.readouterr().err

@@ -22,10 +22,10 @@ from fastgan import functional
 from fastgan.benchmarking import textbook
 from fastgan.benchmarking.comparison import Case, Runner, checked, measure
 from fastgan.benchmarking.textbook import ACTIVATIONS, SCALE, SLOPE
+from fastgan.training.assembly import assemble
 from fastgan.training.recipes import Recipe
 from fastgan.training.sampling import build_models, latents
 from fastgan.training.step import PRECISIONS
-from fastgan.training.trainer import assemble
 
 SEED = 1
 WARM_UP = {"cpu": 2, "cuda": 6}  # calls before the clock: a step is captured as a graph in its fourth

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fastgan._writing import atomic_path, target_of, write
+from fastgan.training.assembly import resolve_device
 from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.step import PRECISIONS
-from fastgan.training.trainer import resolve_device
 
 from .arguments import Commands, positive_float, positive_int, seed
 

@@ -14,7 +14,7 @@ from fastgan.choice import cache_dir
 from fastgan.metrics import Backbone, cached_features, compare, features, load_backbone, sliced_wasserstein
 from fastgan.metrics.backbones import BACKBONES
 from fastgan.training import sampling
-from fastgan.training.trainer import resolve_device
+from fastgan.training.assembly import resolve_device
 
 from .arguments import Commands, positive_int, seed
 

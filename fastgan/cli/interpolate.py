@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from fastgan import data
 from fastgan._writing import atomic_file, atomic_path, target_of
 from fastgan.training import sampling
-from fastgan.training.trainer import resolve_device
+from fastgan.training.assembly import resolve_device
 
 from .arguments import Commands, positive_int, seed
 

@@ -11,9 +11,9 @@ import torch
 
 import fastgan
 from fastgan._writing import target_of
+from fastgan.training.assembly import resolve_device
 from fastgan.training.precision import NAMES
 from fastgan.training.recipes import recipes
-from fastgan.training.trainer import resolve_device
 
 from .arguments import Commands, positive_int
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastgan import data
 from fastgan._writing import target_of
 from fastgan.training import sampling
-from fastgan.training.trainer import resolve_device
+from fastgan.training.assembly import resolve_device
 
 from .arguments import Commands, nonnegative_int, positive_float, positive_int, seed
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from fastgan.choice import backend as force_backend
 
+from .assembly import assemble, resolve_device
 from .precision import resolve
 from .progress import duration, memory_mb
 from .recipes import Recipe
-from .trainer import assemble, resolve_device
 
 __all__ = ["measure", "plan"]
 

@@ -1,0 +1,70 @@
+"""A recipe's networks, optimisers and step on a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastgan.convert import convert
+
+from . import needs
+from .adam import Adam
+from .recipes import Recipe
+from .sampling import build_models
+from .step import GANStep
+
+__all__ = ["assemble", "resolve_device"]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the GPU if there is one. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: it must be auto, cpu or cuda[:N], got {str(device)!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: it must be auto, cpu or cuda[:N], got {str(device)!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {device} must exist, this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return found
+
+
+def assemble(
+    recipe: Recipe,
+    device: torch.device,
+    networks: tuple[nn.Module, nn.Module] | None = None,
+    capture: str = "auto",
+) -> tuple[nn.Module, nn.Module, GANStep]:
+    """``(generator, discriminator, step)`` of a recipe on `device`: built, converted, with optimisers.
+
+    Seeds torch's global generators with the recipe's seed.
+    """
+    if networks is None:
+        needs.check(recipe, device)
+    torch.manual_seed(recipe.seed)
+    generator, discriminator = networks or build_models(recipe)
+    for module in (generator, discriminator):
+        module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator, discriminator = convert(generator), convert(discriminator)
+
+    def adam(module: nn.Module, lr: float) -> Adam:
+        return Adam(module.parameters(), lr=lr, betas=recipe.betas, eps=recipe.adam_eps)
+
+    step = GANStep(
+        generator,
+        discriminator,
+        latent=recipe.latent,
+        g_optimizer=adam(generator, recipe.g_lr),
+        d_optimizer=adam(discriminator, recipe.d_lr),
+        loss=recipe.loss,
+        penalty=recipe.penalty,
+        penalty_weight=recipe.penalty_weight,
+        penalty_every=recipe.penalty_every,
+        d_steps=recipe.d_steps,
+        ema=recipe.ema,
+        precision=recipe.precision,
+        capture=capture,
+    )
+    return generator, discriminator, step

@@ -1,0 +1,68 @@
+"""A run's state: everything that its next step depends on, taken and put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgan.choice import begin_run, winners
+
+from . import checkpoint
+from .sampling import fill
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+__all__ = ["restore", "take"]
+
+# What a checkpoint must hold.
+KEYS = (
+    *("step", "images", "seconds", "generator", "discriminator", "sampler", "g_optimizer", "d_optimizer"),
+    *("training", "data", "rng", "noise", "winners", "config"),
+)
+
+
+def take(run: Trainer) -> dict[str, Any]:
+    """Tensors and plain values."""
+    step = run.train_step
+    return {
+        "step": run.step,
+        "images": run.images_seen,
+        "seconds": run.seconds,
+        "generator": run.generator.state_dict(),
+        "discriminator": run.discriminator.state_dict(),
+        "sampler": step.ema.state_dict() if step.ema is not None else None,
+        "g_optimizer": step.g_optimizer.state_dict(),
+        "d_optimizer": step.d_optimizer.state_dict(),
+        "training": step.state_dict(),
+        "data": run.batches.state_dict(),
+        "rng": checkpoint.rng_state(),
+        "noise": run.noise,
+        "evaluation": run.evaluation.state_dict(),
+        "seconds_evaluating": run.evaluation.seconds,
+        "winners": dict(winners()),
+        "config": run.config,
+    }
+
+
+def restore(run: Trainer, state: dict[str, Any], path: Path, changed: bool) -> None:
+    """Take over `state`, which `path` holds; `changed`: the images are others, so a new epoch begins."""
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise ValueError(f"resume: {path} must hold {', '.join(KEYS)}, it lacks {', '.join(missing)}")
+    steps = run.recipe.steps
+    if steps < state["step"] or (steps == state["step"] and run.directory.finished):
+        raise ValueError(f"resume: steps must be above the {state['step']} that {run.out} has, got {steps}")
+    run.step, run.images_seen, run.clock.seconds = state["step"], state["images"], state["seconds"]
+    fill(run.generator, state["generator"], f"{path}: generator")
+    fill(run.discriminator, state["discriminator"], f"{path}: discriminator")
+    run.train_step.g_optimizer.load_state_dict(state["g_optimizer"])
+    run.train_step.d_optimizer.load_state_dict(state["d_optimizer"])
+    run.train_step.load_state_dict(state["training"])
+    run.batches.load_state_dict(state["data"], changed=changed)
+    run.noise = state["noise"]
+    if "evaluation" in state:  # checkpoints of earlier versions have none
+        run.evaluation.load_state_dict(state["evaluation"])
+        run.evaluation.seconds = state["seconds_evaluating"]
+    begin_run(state["winners"])
+    run.rng = state["rng"]
