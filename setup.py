@@ -42,7 +42,8 @@ FAILURE_NAME = "_C_build_failure.txt"
 
 # gcc's own AVX-512 headers read deliberately undefined registers, and gcc 12 warns about them.
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -Wno-uninitialized -Wno-maybe-uninitialized"
-TABLES = {"portable": ""}
+# On x86 the portable table serves CPUs without AVX2 alone: -O2 takes a fifth less of the compiler's time there.
+TABLES = {"portable": "-O2" if X86 else ""}
 if X86:
     TABLES |= {
         "avx2": "-mavx2 -mfma",
@@ -260,9 +261,9 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
         f"rule nvcc\n  command = {quote(cuda.nvcc)} $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
     ]
-    units = unit_flags()
-    # The binding is templates, called once a kernel: optimising them would only double their compile time.
-    units[CSRC / "module.cpp"] = [("module.o", f"-O1 {include}")]
+    # The binding is templates, called once a kernel: optimising them would only double their compile time. It is the
+    # longest unit and comes first: last, it would keep one core busy while the other has nothing left.
+    units = {CSRC / "module.cpp": [("module.o", f"-O1 {include}")], **unit_flags()}
     units[CSRC / "dispatch.cpp"] = [("dispatch.o", "")]
     if LINUX and not cuda.nvcc:
         units |= first_use_units(folder)
