@@ -135,6 +135,10 @@ def profile(
         share_of_roofline), "other_ms" (outside every row: Python, waiting), "ceilings"; on a GPU "kernels" and "gaps".
     """
     place = torch.device(device)
+    if recipe.conditional:
+        raise ValueError(
+            f"profile: the recipe must be unconditional, {recipe.name} takes labels; set conditional=false"
+        )
     recipe = recipe.replace(precision=resolve(recipe.precision, place).name)
     following = _batches(recipe, place, images)
     _, _, step = assemble(recipe, place)

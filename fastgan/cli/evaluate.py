@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgan import data
@@ -33,6 +34,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="NAME|PATH", help="compare with these (default: the run's own data)")
     parser.add_argument("--backbone", choices=BACKBONES, default="small", help="whose features (default small)")
     parser.add_argument("--weights", metavar="FILE", help="Inception's weights, with --backbone inception")
+    parser.add_argument("--best", action="store_true", help="the generator of the run's best evaluation")
     parser.add_argument("--seed", type=seed, default=0, help="of latents and patches (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
@@ -45,15 +47,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"evaluate: --weights goes with --backbone inception, got {args.backbone}; leave --weights out"
         )
-    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
+    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     recipe = config["recipe"]
     images = data.load(
-        args.data or recipe["data"], image_size=recipe["image_size"], channels=recipe["channels"], limit=args.n
+        args.data or recipe["data"],
+        image_size=recipe["image_size"],
+        channels=recipe["channels"],
+        limit=args.n,
+        labels=None if args.data else recipe.get("labels"),
     )
     if len(images) < 2:
         raise ValueError(f"evaluate: there must be at least 2 images to compare with, got {len(images)}")
     backbone = load_backbone(args.backbone, weights=args.weights)
-    made = sampling.draw(generator, sampling.latents(len(images), recipe["latent"], seed=args.seed))
+    z = sampling.latents(len(images), recipe["latent"], seed=args.seed)
+    made = sampling.draw(generator, z, _labels(images, recipe))
     found = {
         "n": len(images),
         "generator": "as trained" if recipe["ema"] is None else "averaged",
@@ -62,6 +69,15 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(found) if args.json else _text(found))
     return 0
+
+
+def _labels(images: data.ImageSet, recipe: dict[str, Any]) -> Tensor | None:
+    """The images' own classes for a conditional generator; all in turn where they are not those of the run."""
+    classes = recipe.get("classes", 0)
+    if not classes:
+        return None
+    same = images.labels is not None and len(images.classes or []) == classes
+    return images.labels if same else torch.arange(len(images)) % classes
 
 
 def _by_features(real: Tensor, made: Tensor, backbone: Backbone) -> dict[str, Any]:

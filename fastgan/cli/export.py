@@ -27,6 +27,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         help="onnx and safetensors need the packages of their names; pt2 is torch.export's archive",
     )
     parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument("--best", action="store_true", help="the generator of the run's best evaluation")
     return parser
 
 
@@ -35,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
     from fastgan.export import export
 
     target_of(args.out)  # before minutes are spent on a file that could not be written
-    generator, config = sampling.load_generator(args.run)
+    generator, config = sampling.load_generator(args.run, best=args.best)
     recipe = config["recipe"]
+    classes = recipe.get("classes", 0)
     facts = {name: recipe[name] for name in ("name", "model", "model_options", "image_size", "channels", "latent")}
-    said = export(generator, args.out, format=args.format, latent=recipe["latent"], facts=facts)
+    facts |= {"classes": config["classes"]} if classes else {}
+    said = export(generator, args.out, format=args.format, latent=recipe["latent"], classes=classes, facts=facts)
     print(f"{args.out}: {said}")
     return 0

@@ -8,6 +8,7 @@ import importlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
     parser.add_argument("--stops", type=positive_int, default=4, help="latents that a walk passes (default 4)")
     parser.add_argument("--walks", type=positive_int, default=9, help="walks side by side (default 9)")
+    parser.add_argument("--label", metavar="NAME|K", help="one class of a conditional run (default: a walk a class)")
+    parser.add_argument("--best", action="store_true", help="the generator of the run's best evaluation")
     parser.add_argument("--seed", type=seed, default=0, help="of the latents (default 0)")
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
     return parser
@@ -58,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
     if kind == ".mp4":
         _require_ffmpeg()
     frames = args.frames or (10 if kind == ".png" else 80)
-    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
+    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     stops = sampling.latents(args.walks * args.stops, config["recipe"]["latent"], seed=args.seed)
     walks = [sampling.walk(z, frames, mode=args.mode) for z in stops.view(args.walks, args.stops, -1)]
-    images = sampling.draw(generator, torch.cat(walks)).unflatten(0, (args.walks, frames))
+    labels = _labels(args, config)
+    each = None if labels is None else torch.tensor(labels).repeat_interleave(frames)
+    images = sampling.draw(generator, torch.cat(walks), each).unflatten(0, (args.walks, frames))
     if kind == ".png":
         data.save_grid(images.flatten(0, 1), args.out, columns=frames)
     elif kind == ".gif":
@@ -70,6 +75,14 @@ def run(args: argparse.Namespace) -> int:
         _save_mp4(_pictures(images), args.out)
     print(f"{args.walks} walks of {frames} frames: {args.out}")
     return 0
+
+
+def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | None:
+    """A class for each walk of a conditional run."""
+    if args.label is not None:
+        return [sampling.class_number(config, args.label)] * args.walks
+    classes = config["recipe"].get("classes")
+    return [walk % classes for walk in range(args.walks)] if classes else None
 
 
 def _pictures(images: Tensor) -> Iterable[Tensor]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from fastgan import data
 from fastgan._writing import target_of
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
 
-from .arguments import Commands, nonnegative_int, positive_float, positive_int, seed
+from .arguments import Commands, positive_float, positive_int, seed
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -25,7 +27,8 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.add_argument("--columns", type=positive_int, help="pictures a row (default: a square)")
     parser.add_argument("--seed", type=seed, default=0, help="of the latents (default 0)")
-    parser.add_argument("--label", type=nonnegative_int, metavar="K", help="the class, for models that take one")
+    parser.add_argument("--label", metavar="NAME|K", help="one class of a conditional run (default: a row a class)")
+    parser.add_argument("--best", action="store_true", help="the generator of the run's best evaluation")
     parser.add_argument(
         "--truncation",
         type=positive_float,
@@ -41,12 +44,15 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"sample: --out must end in .png, got {args.out}")
     target_of(args.out)
-    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device))
+    generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
+    recipe, labels, columns = config["recipe"], None, args.columns
     if args.label is not None:
-        raise ValueError(
-            f"sample: --label needs a model that takes classes, {config['recipe']['model']} of {args.run} takes none"
-        )
-    z = sampling.latents(args.n, config["recipe"]["latent"], seed=args.seed, truncation=args.truncation)
-    data.save_grid(sampling.draw(generator, z), args.out, columns=args.columns)
-    print(f"{args.n} samples: {args.out}")
+        labels = torch.full((args.n,), sampling.class_number(config, args.label))
+    elif recipe.get("conditional"):
+        labels, rows = sampling.class_rows(args.n, recipe["classes"])
+        columns = columns or rows
+    count = args.n if labels is None else len(labels)
+    z = sampling.latents(count, recipe["latent"], seed=args.seed, truncation=args.truncation)
+    data.save_grid(sampling.draw(generator, z, labels), args.out, columns=columns)
+    print(f"{count} samples: {args.out}")
     return 0

@@ -39,6 +39,8 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="NAME", help="the recipe to follow (listed below)")
     parser.add_argument("--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip")
+    parser.add_argument("--conditional", action="store_true", help="both networks take the images' classes")
+    parser.add_argument("--labels", metavar="FILE.csv", help="classes of a folder's images, a line FILE,LABEL each")
     parser.add_argument("--out", metavar="DIR", help="the run directory: new or empty")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
@@ -74,8 +76,10 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or print the plan; 130 when interrupted."""
-    fields = ("data", "steps", "batch_size", "precision", "seed", "eval_every")
+    fields = ("data", "labels", "steps", "batch_size", "precision", "seed", "eval_every")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    if args.conditional:
+        given["conditional"] = True
     if not args.resume:
         given.setdefault("precision", "auto")
     recipe = _recipe(args).replace(**given).with_settings(args.settings)

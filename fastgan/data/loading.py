@@ -24,6 +24,7 @@ from fastgan.data.catalogue import CATALOGUE
 from fastgan.data.decode import SUFFIXES, WHITE, decode_all, greatest, in_order, pillow, quiet_decoding, to_pixels
 from fastgan.data.files import Files, class_labels, plural
 from fastgan.data.imageset import ImageSet
+from fastgan.data.labels import classes_by_table
 from fastgan.data.memory import free_bytes, require
 from fastgan.data.store import FileStore, MemoryStore
 
@@ -50,6 +51,7 @@ class Wanted:
     limit: int | None = None
     progress: Progress | None = None
     white: int | str = WHITE
+    labels: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("image_size", self.image_size), ("limit", self.limit)):
@@ -78,6 +80,7 @@ def load(
     channels: int | None = None,
     device: torch.device | str = "cpu",
     limit: int | None = None,
+    labels: str | os.PathLike[str] | None = None,
     max_bytes: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -94,6 +97,8 @@ def load(
             have. Transparency is composited on white.
         device: where batches come out, and the images with them if they fit.
         limit: at most so many images, spread evenly over the source in its order, so over all classes.
+        labels: a CSV of FILE,LABEL lines, which takes the place of the folders' names; for a folder or a zip. A
+            file is named by its path below the folder, or by its name alone.
         max_bytes: above so many bytes of pixels the images stay in a memory-mapped file (but for tensors,
             which are in memory already). None: half of the free main memory. Where main memory holds them
             and half of the free memory of `device` does not, they stay in main memory.
@@ -113,7 +118,7 @@ def load(
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"load: max_bytes must be at least 0 or None, got {max_bytes!r}")
     target = torch.device(device)
-    wanted = Wanted(image_size, channels, limit, progress)
+    wanted = Wanted(image_size, channels, limit, progress, labels=labels)
     opened = open_source(source)
     with closing(opened):
         pixels = opened_pixels(opened, wanted)
@@ -207,6 +212,8 @@ def absolute(source: str) -> str:
 
 def opened_pixels(opened: Files | Array, wanted: Wanted) -> FilePixels | ArrayPixels:
     """The pixels of a source. ValueError where a single picture does not fit in memory."""
+    if wanted.labels is not None and isinstance(opened, Array):
+        raise ValueError(f"load: labels go with a folder or a zip of images, got {opened.name}; leave labels out")
     pixels = FilePixels(opened, wanted) if isinstance(opened, Files) else ArrayPixels(opened, wanted)
     channels, height, width = pixels.shape
     require(channels * height * width, "cpu", f"load: one picture of {channels} x {height} x {width}")
@@ -266,10 +273,15 @@ class FilePixels:
         self.files.skipped.sort()
         return good, grey and self.wanted.channels is None
 
+    def _labels(self, names: list[str]) -> tuple[list[int] | None, list[str] | None]:
+        if self.wanted.labels is not None:
+            return classes_by_table(names, self.wanted.labels)
+        return class_labels(names) or (None, None)
+
     def to_memory(self) -> ImageSet:
         store = MemoryStore(len(self.names), self.shape)
         good, grey = self._decode_into(store)
-        labels, classes = class_labels(good) or (None, None)
+        labels, classes = self._labels(good)
         return ImageSet(
             torch.from_numpy(store.finish(grey)),
             None if labels is None else torch.tensor(labels),
@@ -285,7 +297,7 @@ class FilePixels:
             _card(path).unlink(
                 missing_ok=True
             )  # killed before the new one, the pictures have no labels, not wrong ones
-        labels, classes = class_labels(good) or (None, None)
+        labels, classes = self._labels(good)
         _write_card(path, self.title, labels, classes, self.files.skipped)
 
 
@@ -409,6 +421,8 @@ def _stream(
         return pixels.as_it_is(opened.path)
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     choices = f"{CACHE_FORMAT} {wanted.image_size} {wanted.channels} {wanted.limit} {opened.fingerprint()}"
+    if wanted.labels is not None:  # the card beside the pixels holds the labels
+        choices += hashlib.sha256(Path(wanted.labels).expanduser().read_bytes()).hexdigest()
     key = hashlib.sha256(choices.encode()).hexdigest()[:16]
     path = folder / f"{pixels.shape[1]}px-{key}.npy"
     if not (path.is_file() and _card(path).is_file()):

@@ -6,7 +6,7 @@ them fast.
 Every generator maps z ``[N, latent]`` to images in [-1, 1] and has the attributes `latent`, `image_size`,
 `channels`; every discriminator maps images to logits ``[N]``. ``per_sample = True`` says that a model's
 forward mixes no samples other than through batch norm, which lets a training step run real and generated
-images as one batch.
+images as one batch. With the option `classes` both take labels ``[N]`` as a second argument (`conditional`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import nn
 
+from .conditional import ClassAffine, LabelledDiscriminator, LabelledGenerator, ProjectionDiscriminator
 from .dcgan import (
+    ConditionalDCGANGenerator,
     DCGANDiscriminator,
     DCGANGenerator,
     KerasDCGANDiscriminator,
@@ -29,16 +31,22 @@ from .dcgan import (
 from .mlp import MLPDiscriminator, MLPGenerator
 from .mlp import build as build_mlp
 from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
-from .resnet import SNGANDiscriminator, SNGANGenerator, build_sngan
+from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerator, build_sngan
 
 __all__ = [
+    "ClassAffine",
+    "ConditionalDCGANGenerator",
+    "ConditionalSNGANGenerator",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "KerasDCGANDiscriminator",
     "KerasDCGANGenerator",
+    "LabelledDiscriminator",
+    "LabelledGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
     "Preset",
+    "ProjectionDiscriminator",
     "R3GANDiscriminator",
     "R3GANGenerator",
     "SNGANDiscriminator",

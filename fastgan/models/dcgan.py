@@ -11,7 +11,17 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .conditional import (
+    EMBEDDING,
+    ClassAffine,
+    LabelledDiscriminator,
+    LabelledGenerator,
+    ProjectionDiscriminator,
+    check_classes,
+)
 
 
 def _check_positive(name: str, **sizes: int) -> None:
@@ -102,6 +112,31 @@ class DCGANDiscriminator(nn.Module):
         return logits.flatten()
 
 
+class ConditionalDCGANGenerator(nn.Module):
+    """z ``[N, latent]``, labels ``[N]`` to images: `plain`'s layers, whose norms scale and shift by class."""
+
+    per_sample = True
+
+    def __init__(self, plain: DCGANGenerator, *, classes: int):
+        super().__init__()
+        self.latent, self.image_size, self.channels = plain.latent, plain.image_size, plain.channels
+        self.classes = classes
+        layers = list(plain.main)
+        widths = [layer.num_features for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        convolutions = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+        pairs = zip(convolutions, widths, strict=False)  # the last convolution has no norm
+        self.stages = nn.ModuleList(nn.Sequential(c, nn.BatchNorm2d(width, affine=False)) for c, width in pairs)
+        self.affines = nn.ModuleList(ClassAffine(classes, width) for width in widths)
+        self.last = nn.Sequential(*layers[-2:])
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        x = z.view(z.shape[0], -1, 1, 1)
+        for stage, affine in zip(self.stages, self.affines, strict=True):
+            x = F.relu(affine(stage(x), labels))
+        images: Tensor = self.last(x)
+        return images
+
+
 def init_dcgan(module: nn.Module) -> None:
     """The DCGAN paper's initialisation: convolutions N(0, 0.02), batch norm weight N(1, 0.02) and bias 0."""
     for layer in module.modules():
@@ -120,13 +155,23 @@ def build_dcgan(
     g_width: int = 64,
     d_width: int = 64,
     d_norm: bool = True,
-) -> tuple[DCGANGenerator, DCGANDiscriminator]:
-    """Both networks of `dcgan-64`, initialised as in the paper. `g_width` and `d_width`: its ngf and ndf."""
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks of `dcgan-64`, initialised as in the paper. `g_width` and `d_width`: its ngf and ndf.
+
+    With `classes` the generator's norms scale and shift by class, and the discriminator projects.
+    """
+    check_classes("dcgan-64", classes)
     generator = DCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
     discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, norm=d_norm)
     init_dcgan(generator)
     init_dcgan(discriminator)
-    return generator, discriminator
+    if not classes:
+        return generator, discriminator
+    features, head = discriminator.main[:-1], discriminator.main[-1]
+    width = int(head.in_channels)  # type: ignore[arg-type]
+    projection = ProjectionDiscriminator(features, head, classes=classes, width=width, like=discriminator)
+    return ConditionalDCGANGenerator(generator, classes=classes), projection
 
 
 # ------------------------------------------------------------------------------------------ dcgan-28
@@ -238,12 +283,20 @@ def build_keras_dcgan(
     g_width: int = 64,
     d_width: int = 64,
     dropout: float = 0.3,
-) -> tuple[KerasDCGANGenerator, KerasDCGANDiscriminator]:
-    """Both networks of `dcgan-28`, initialised as Keras does."""
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks of `dcgan-28`, initialised as Keras does; with `classes` both take an embedding of the label."""
+    check_classes("dcgan-28", classes)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1 or math.isnan(dropout):
         raise ValueError(f"dcgan-28: dropout must be in [0, 1), got {dropout!r}")
-    generator = KerasDCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
-    discriminator = KerasDCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, dropout=dropout)
+    z, planes = (latent + EMBEDDING, channels + 1) if classes else (latent, channels)
+    generator = KerasDCGANGenerator(image_size=image_size, channels=channels, latent=z, width=g_width)
+    discriminator = KerasDCGANDiscriminator(image_size=image_size, channels=planes, width=d_width, dropout=dropout)
     init_keras(generator)
     init_keras(discriminator)
-    return generator, discriminator
+    if not classes:
+        return generator, discriminator
+    return (
+        LabelledGenerator(generator, latent=latent, classes=classes),
+        LabelledDiscriminator(discriminator, channels=channels, classes=classes),
+    )

@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .conditional import EMBEDDING, LabelledDiscriminator, LabelledGenerator, check_classes
+
 
 def _check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
     widths = tuple(widths)
@@ -82,13 +84,20 @@ def build(
     latent: int = 100,
     g_widths: Sequence[int] = (128, 256, 512, 1024),
     d_widths: Sequence[int] = (512, 256),
-) -> tuple[MLPGenerator, MLPDiscriminator]:
-    """Both networks, with PyTorch's default initialisation as in the source."""
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks, with PyTorch's default initialisation as in the source; with `classes` both take an embedding."""
+    check_classes("mlp-28", classes)
     if math.prod((image_size, channels, latent)) <= 0:
         raise ValueError(
             f"mlp: image_size, channels and latent must be positive, got {image_size}, {channels} and {latent}"
         )
+    z, planes = (latent + EMBEDDING, channels + 1) if classes else (latent, channels)
+    generator = MLPGenerator(image_size=image_size, channels=channels, latent=z, widths=g_widths)
+    discriminator = MLPDiscriminator(image_size=image_size, channels=planes, widths=d_widths)
+    if not classes:
+        return generator, discriminator
     return (
-        MLPGenerator(image_size=image_size, channels=channels, latent=latent, widths=g_widths),
-        MLPDiscriminator(image_size=image_size, channels=channels, widths=d_widths),
+        LabelledGenerator(generator, latent=latent, classes=classes),
+        LabelledDiscriminator(discriminator, channels=channels, classes=classes),
     )

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .conditional import EMBEDDING, LabelledGenerator, ProjectionDiscriminator, check_classes
+
 
 class ResidualBlock(nn.Module):
     """x + f(x); f: 1x1 to `expansion` times the channels, leaky ReLU, grouped 3x3, leaky ReLU, 1x1 back, no bias."""
@@ -131,14 +133,21 @@ def build_r3gan(
     d_width: int = 128,
     blocks: int = 1,
     group_size: int = 16,
-) -> tuple[R3GANGenerator, R3GANDiscriminator]:
-    """Both networks of `r3gan-small`."""
-    generator = R3GANGenerator(
-        image_size=image_size, channels=channels, latent=latent, width=g_width, blocks=blocks, group_size=group_size
-    )
-    discriminator = R3GANDiscriminator(
-        image_size=image_size, channels=channels, width=d_width, blocks=blocks, group_size=group_size
-    )
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks of `r3gan-small`.
+
+    With `classes` the generator takes an embedding beside z, and the discriminator projects, as in the paper.
+    """
+    check_classes("r3gan-small", classes)
+    z = latent + EMBEDDING if classes else latent
+    shape = {"image_size": image_size, "channels": channels, "blocks": blocks, "group_size": group_size}
+    generator = R3GANGenerator(latent=z, width=g_width, **shape)
+    discriminator = R3GANDiscriminator(width=d_width, **shape)
     init_r3gan(generator)
     init_r3gan(discriminator)
-    return generator, discriminator
+    if not classes:
+        return generator, discriminator
+    features, head = discriminator.main[:-1], discriminator.main[-1]
+    projection = ProjectionDiscriminator(features, head, classes=classes, width=d_width, like=discriminator)
+    return LabelledGenerator(generator, latent=latent, classes=classes), projection

@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .conditional import ClassAffine, ProjectionDiscriminator, check_classes
+
 
 class UpBlock(nn.Module):
     """[N, C, H, W] -> [N, out, 2H, 2W]: norm, ReLU, upsample, 3x3, norm, ReLU, 3x3, plus an upsampled 1x1 shortcut."""
@@ -24,6 +26,23 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x)) + self.shortcut(x)
+
+
+class ConditionalUpBlock(nn.Module):
+    """`UpBlock` whose norms scale and shift by class: [N, C, H, W], labels [N] -> [N, out, 2H, 2W]."""
+
+    per_sample = True
+
+    def __init__(self, channels: int, out: int, classes: int):
+        super().__init__()
+        plain = UpBlock(channels, out)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width, affine=False) for width in (channels, out))
+        self.affines = nn.ModuleList(ClassAffine(classes, width) for width in (channels, out))
+        self.first, self.second, self.shortcut = plain.first[1:], plain.second[1:], plain.shortcut
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.first(self.affines[0](self.norms[0](x), labels))
+        return self.second(self.affines[1](self.norms[1](h), labels)) + self.shortcut(x)
 
 
 class SNBlock(nn.Module):
@@ -74,6 +93,28 @@ class SNGANGenerator(nn.Module):
         return images
 
 
+class ConditionalSNGANGenerator(nn.Module):
+    """z [N, latent], labels [N] to images: `plain`'s layers with `ConditionalUpBlock`s, and its own last norm."""
+
+    per_sample = True
+
+    def __init__(self, plain: SNGANGenerator, *, classes: int):
+        super().__init__()
+        self.latent, self.image_size, self.channels = plain.latent, plain.image_size, plain.channels
+        self.width, self.classes = plain.width, classes
+        self.dense = plain.dense
+        doublings = _doublings("SNGANGenerator", plain.image_size)
+        self.blocks = nn.ModuleList(ConditionalUpBlock(plain.width, plain.width, classes) for _ in range(doublings))
+        self.last = plain.main[doublings:]
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        x = self.dense(z).view(-1, self.width, 4, 4)
+        for block in self.blocks:
+            x = block(x, labels)
+        images: Tensor = self.last(x)
+        return images
+
+
 class SNGANDiscriminator(nn.Module):
     """Images to logits [N]: two halving blocks, two more, ReLU, sum over pixels, dense; all spectrally normalised."""
 
@@ -104,14 +145,29 @@ def _doublings(name: str, image_size: int) -> int:
 
 
 def build_sngan(
-    *, image_size: int = 32, channels: int = 3, latent: int = 128, g_width: int = 256, d_width: int = 128
-) -> tuple[SNGANGenerator, SNGANDiscriminator]:
-    """Both networks of `sngan-32`, Xavier-initialised (gain sqrt(2) inside blocks) as the paper's code does."""
-    generator = SNGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
-    discriminator = SNGANDiscriminator(image_size=image_size, channels=channels, width=d_width)
+    *,
+    image_size: int = 32,
+    channels: int = 3,
+    latent: int = 128,
+    g_width: int = 256,
+    d_width: int = 128,
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks of `sngan-32`, Xavier-initialised (gain sqrt(2) inside blocks) as the paper's code does.
+
+    With `classes` the generator's norms scale and shift by class, and the discriminator projects.
+    """
+    check_classes("sngan-32", classes)
+    plain = SNGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
+    generator: nn.Module = ConditionalSNGANGenerator(plain, classes=classes) if classes else plain
+    judge = SNGANDiscriminator(image_size=image_size, channels=channels, width=d_width)
+    discriminator: nn.Module = judge
+    if classes:
+        parts = judge.main, judge.dense
+        discriminator = ProjectionDiscriminator(*parts, classes=classes, width=d_width, like=judge, normalised=True)
     for network in (generator, discriminator):
         for name, parameter in network.named_parameters():  # a normalised weight is held as "...weight.original"
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not any(word in name for word in ("affines", "embedding")):
                 inside = parameter.dim() == 4 and "shortcut" not in name
                 nn.init.xavier_uniform_(parameter, 2**0.5 if inside else 1.0)
             elif name.endswith("bias"):

@@ -64,10 +64,14 @@ class Target(NamedTuple):
 
 
 class Evaluation:
-    """Scores of the generator against `images` ([N, C, H, W] uint8), and the best of them so far."""
+    """Scores of the generator against `images` ([N, C, H, W] uint8), and the best of them so far.
 
-    def __init__(self, images: Tensor, latent: int, seed: int, batch: int):
+    labels: of the images, where the generator takes labels: it is asked for the classes that the images have.
+    """
+
+    def __init__(self, images: Tensor, latent: int, seed: int, batch: int, labels: Tensor | None = None):
         self._images, self._latent, self._seed, self._batch = images, latent, seed, min(batch, 256)
+        self._labels = None if labels is None else labels.cpu()
         self._backbone = load_backbone()
         self._real: Tensor | None = None
         self.count = 0  # images of either kind; chosen at the first evaluation
@@ -90,8 +94,7 @@ class Evaluation:
         if not self.count:
             self.count = self._affordable(generator, interval)
         if self._real is None:
-            # evenly over the set: a folder may be ordered by class
-            at = torch.linspace(0, len(self._images) - 1, self.count).round().long().to(self._images.device)
+            at = self._chosen(self.count).to(self._images.device)
             self._real = cached_features(self._images[at].cpu(), self._backbone, Path(cache_dir()) / "features")
         made = self._features(generator, self.count)
         scores = {}
@@ -116,7 +119,12 @@ class Evaluation:
         """Of `count` pictures, in batches of one size: the one whose kernels the sample grid has chosen."""
         whole = -(-count // self._batch) * self._batch
         z = latents(whole, self._latent, seed=self._seed)
-        return features(draw(generator, z, batch=self._batch)[:count], self._backbone)
+        labels = None if self._labels is None else self._labels[self._chosen(count)][torch.arange(whole) % count]
+        return features(draw(generator, z, labels, batch=self._batch)[:count], self._backbone)
+
+    def _chosen(self, count: int) -> Tensor:
+        """`count` numbers evenly over the images: a folder may be ordered by class."""
+        return torch.linspace(0, len(self._images) - 1, count).round().long()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

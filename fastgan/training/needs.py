@@ -54,7 +54,8 @@ def _activations(recipe: Recipe, generator: nn.Module, discriminator: nn.Module,
     with _counted(generator, discriminator) as count, contextlib.suppress(NotImplementedError):
         try:
             z = torch.empty(recipe.batch_size, recipe.latent, device="meta")
-            discriminator(generator(z))
+            labels = (torch.zeros(recipe.batch_size, dtype=torch.long, device="meta"),) if recipe.conditional else ()
+            discriminator(generator(z, *labels), *labels)
         except ValueError as error:  # batch norm of one value a channel has no variance
             raise ValueError(
                 f"recipe: {what} must leave batch norm more than 1 value a channel: {_first(error)}"

@@ -20,7 +20,7 @@ from .checkpoint import Found
 from .recipes import Recipe, recipes
 from .rundir import RunDirectory
 
-__all__ = ["changed_images", "configuration", "load_images", "open_run", "recipe_of"]
+__all__ = ["changed_images", "configuration", "load_images", "open_run", "recipe_of", "with_classes"]
 
 # What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
 MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "keep_checkpoints")
@@ -61,8 +61,10 @@ def recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: Mapping[st
         return recipe
     if recipe.precision == "auto":
         recipe = recipe.replace(precision=before.precision)
+    if recipe.conditional and not recipe.classes:
+        recipe = recipe.replace(classes=before.classes)
     for name, value in before.to_dict().items():
-        if name not in (*MAY_CHANGE, "data") and getattr(recipe, name) != value:
+        if name not in (*MAY_CHANGE, "data", "labels") and getattr(recipe, name) != value:
             raise ValueError(
                 f"resume: {name} must stay {value!r}, got {getattr(recipe, name)!r}; "
                 f"a resumed run may change {', '.join(MAY_CHANGE)}"
@@ -77,10 +79,11 @@ def load_images(
     if given is None and saved and saved.get("images", {}).get("given"):
         raise ValueError("resume: the run was trained on images of its own, pass images= again")
     if given is None:
-        recipe = recipe.replace(data=data.absolute(recipe.data))
+        labels = recipe.labels and data.absolute(recipe.labels)
+        recipe = recipe.replace(data=data.absolute(recipe.data), labels=labels)
         size, channels = recipe.image_size, recipe.channels
         try:
-            given = data.load(recipe.data, image_size=size, channels=channels, device=device)
+            given = data.load(recipe.data, image_size=size, channels=channels, labels=recipe.labels, device=device)
         except ValueError as error:
             if not saved:
                 raise
@@ -94,7 +97,23 @@ def load_images(
             f"training: images must be [N, {', '.join(map(str, wanted))}] "
             f"as the recipe says, got [N, {', '.join(map(str, shape))}]"
         )
-    return recipe, given
+    return with_classes(recipe, given), given
+
+
+def with_classes(recipe: Recipe, images: Any) -> Recipe:
+    """A conditional recipe with as many classes as the images have; any other as it is."""
+    if not recipe.conditional:
+        return recipe
+    if images.labels is None:
+        raise ValueError(
+            f"training: a conditional run must have labels, {images.name} has none; put the images into a folder for "
+            "each class, or give --labels FILE.csv"
+        )
+    count = len(images.classes)
+    if count < 2 or recipe.classes not in (0, count):
+        wanted = recipe.classes or "at least 2"
+        raise ValueError(f"training: the images must have {wanted} classes, {images.name} has {count}")
+    return recipe.replace(classes=count)
 
 
 def changed_images(images: Any, saved: Mapping[str, Any] | None, allow: bool) -> bool:
@@ -123,6 +142,7 @@ def configuration(
         "device": str(device),
         **facts,
         "recipe": recipe.to_dict(),
+        "classes": images.classes if recipe.conditional else None,
         "images": {"given": given, **fingerprint(images)},
         "machine": machine(device),
     }

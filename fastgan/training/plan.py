@@ -12,6 +12,7 @@ from torch import nn
 from fastgan.choice import backend as force_backend
 
 from .assembly import assemble, resolve_device
+from .origin import load_images
 from .precision import resolve
 from .progress import duration, memory_mb
 from .recipes import Recipe
@@ -28,9 +29,11 @@ def measure(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     size = (recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size)
     images = (torch.rand(size) * 2 - 1).to(device, memory_format=torch.channels_last)
 
+    labels = torch.arange(recipe.batch_size, device=device) % recipe.classes if recipe.conditional else None
+
     def one() -> float:
         begin = time.perf_counter()
-        float(step([images] * recipe.d_steps)["g_loss"])  # reading it waits for the device
+        float(step([images] * recipe.d_steps, labels)["g_loss"])  # reading it waits for the device
         return time.perf_counter() - begin
 
     one()
@@ -53,6 +56,8 @@ def _count(module: nn.Module) -> int:
 def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) -> str:
     """The plan as text: every field, parameter counts, and time and memory measured on this machine."""
     place = resolve_device(device)
+    if recipe.conditional and not recipe.classes:
+        recipe, _ = load_images(recipe, None, None, torch.device("cpu"))
     with force_backend(backend) if backend else contextlib.nullcontext():
         found = measure(recipe, place)
     rows = {key: str(value) for key, value in recipe.to_dict().items()}

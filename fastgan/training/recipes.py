@@ -21,6 +21,7 @@ __all__ = ["Recipe", "recipes"]
 
 PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OWN = ("image_size", "channels", "latent", "classes")  # a model's options that are fields of a recipe
 MAX_SEED = 1 << 63  # torch takes one more bit, and a run adds small numbers to its seed
 
 
@@ -37,6 +38,12 @@ class Recipe:
     model_options: dict[str, Any] = field(default_factory=dict)
     #: what `fastgan.data.load` takes: a data set's name, a folder or an archive
     data: str = "fashion-mnist"
+    #: a CSV of FILE,LABEL lines for a folder of images, in place of the folders' names
+    labels: str | None = None
+    #: both networks take labels
+    conditional: bool = False
+    #: of a conditional run; 0: as many as the images have
+    classes: int = 0
     image_size: int = 28
     channels: int = 1
     latent: int = 100
@@ -82,8 +89,8 @@ class Recipe:
             object.__setattr__(self, name, _coerce(name, getattr(self, name), kind))
         known = models.options(self.model)
         for key in self.model_options:
-            if key not in known or key in ("image_size", "channels", "latent"):
-                free = [k for k in known if k not in ("image_size", "channels", "latent")]
+            if key not in known or key in OWN:
+                free = [k for k in known if k not in OWN]
                 raise ValueError(
                     f"recipe: model_options of {self.model} are {', '.join(free)}, got {key!r}"
                     + (f"; set {key} itself" if key in known else "")
@@ -106,7 +113,12 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "sample_every", "checkpoint_every", "eval_every"):
+        if self.conditional and "classes" not in known:
+            raise ValueError(f"recipe: conditional must be false with {self.model}, which takes no labels")
+        if self.classes == 1 or (self.classes and not self.conditional):
+            wanted = "at least 2" if self.conditional else "0 unless the run is conditional"
+            raise ValueError(f"recipe: classes must be {wanted}, got {self.classes}")
+        for name in ("seed", "classes", "sample_every", "checkpoint_every", "eval_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
         if self.seed >= MAX_SEED:

@@ -177,6 +177,17 @@ class RunDirectory:
         """The newest sound checkpoint; see `checkpoint.newest`."""
         return checkpoint.newest(self.checkpoints)
 
+    def best(self) -> checkpoint.Found:
+        """The best generator that the run's evaluations found. Raises ValueError where there is none."""
+        path = self.path / "best" / "generator.pt"
+        try:
+            return checkpoint.Found(path, checkpoint.load(path), {})
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"run: {self.path} must hold best/generator.pt, it does not; train with --eval-every STEPS, "
+                "or leave --best out"
+            ) from error
+
     def last_step(self) -> int:
         """The step of the newest checkpoint by its name, 0 where there is none."""
         return max(checkpoint.list_steps(self.checkpoints), default=0)

@@ -17,7 +17,7 @@ from fastgan.data.memory import require
 from .recipes import Recipe
 from .rundir import RunDirectory
 
-__all__ = ["draw", "evaluating", "fill", "latents", "load_generator", "walk"]
+__all__ = ["class_number", "class_rows", "draw", "evaluating", "fill", "latents", "load_generator", "walk"]
 
 
 @contextlib.contextmanager
@@ -56,13 +56,19 @@ def latents(count: int, size: int, *, seed: int, truncation: float | None = None
 
 
 @torch.no_grad()
-def draw(generator: nn.Module, z: Tensor, *, batch: int = 256) -> Tensor:
-    """Images ``[N, C, H, W]`` of latents ``[N, ...]`` in eval mode, fp32 on the CPU; `z` may lie anywhere."""
+def draw(generator: nn.Module, z: Tensor, labels: Tensor | None = None, *, batch: int = 256) -> Tensor:
+    """Images ``[N, C, H, W]`` of latents ``[N, ...]`` in eval mode, fp32 on the CPU; `z` may lie anywhere.
+
+    labels: int64 ``[N]`` for a conditional generator, else None.
+    """
     device = next(generator.parameters()).device
+    parts = z.split(batch)
+    classes = [None] * len(parts) if labels is None else labels.split(batch)
     images: list[Tensor] = []
     with evaluating(generator):
-        for part in z.split(batch):
-            images.append(generator(part.to(device)).float().cpu())
+        for part, some in zip(parts, classes, strict=True):
+            inputs = (part.to(device),) if some is None else (part.to(device), some.to(device))
+            images.append(generator(*inputs).float().cpu())
             if len(images) == 1:  # the parts and their whole
                 require(8 * len(z) * images[0][0].numel(), "cpu", f"samples: {len(z):,} pictures")
     return torch.cat(images)
@@ -91,17 +97,41 @@ def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:
     return torch.where(sine > 1e-4, arc, torch.lerp(a, b, t)).float()
 
 
+def class_rows(count: int, classes: int) -> tuple[Tensor, int]:
+    """(labels int64 ``[rows columns]``, columns) of a sheet with a row a class, of about `count` pictures."""
+    rows = min(classes, count)
+    columns = count // rows
+    return torch.arange(rows).repeat_interleave(columns), columns
+
+
+def class_number(config: Mapping[str, Any], label: str) -> int:
+    """The class that `label`, a name or a number, means in a conditional run. Raises ValueError for any other."""
+    recipe, run = config["recipe"], config.get("classes") or []
+    if not recipe.get("conditional"):
+        raise ValueError(f"label: it needs a run trained with --conditional, {recipe['name']} takes none")
+    if label in run:
+        return int(run.index(label))
+    if label.isdecimal() and int(label) < recipe["classes"]:
+        return int(label)
+    known = ", ".join(run[:12]) + (", ..." if len(run) > 12 else "")
+    raise ValueError(f"label: it must be below {recipe['classes']} or one of {known}, got {label!r}")
+
+
 def load_generator(
-    run: str | Path, *, device: str | torch.device = "cpu", generator: nn.Module | None = None
+    run: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    generator: nn.Module | None = None,
+    best: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The generator of a run directory's newest sound checkpoint, in eval mode, and the run's config.
 
-    It is the averaged one if the run kept one. A run that was started with networks of its own needs
-    `generator`, an instance to load the weights into.
+    It is the averaged one if the run kept one. With `best` it is the one of the lowest kernel distance, where the run
+    evaluated. A run that was started with networks of its own needs `generator`, an instance to load the weights into.
     """
     directory = RunDirectory(run)
     config = directory.read_config()
-    found = directory.newest()
+    found = directory.best() if best else directory.newest()
     if found is None:
         raise ValueError(f"run: {run} must hold a checkpoint, it has none yet")
     if generator is None:
@@ -126,10 +156,13 @@ def fill(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
 
 def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     """The recipe's networks, freshly initialised."""
+    if recipe.conditional and not recipe.classes:
+        raise ValueError("recipe: a conditional run must have its number of classes, set classes or train on labels")
     return models.build(
         recipe.model,
         image_size=recipe.image_size,
         channels=recipe.channels,
         latent=recipe.latent,
+        **({"classes": recipe.classes} if recipe.conditional else {}),
         **recipe.model_options,
     )

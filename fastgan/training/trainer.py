@@ -31,7 +31,7 @@ from .origin import changed_images, configuration, load_images, open_run, recipe
 from .precision import resolve
 from .progress import memory_mb, progress_for
 from .recipes import Recipe
-from .sampling import draw, latents
+from .sampling import class_rows, draw, latents
 from .signals import Signals
 from .stopping import StopRules
 
@@ -123,8 +123,15 @@ class Trainer:
             flip=recipe.flip,
             channels_last=True,
         )
-        self.noise = latents(recipe.sample_count, recipe.latent, seed=recipe.seed)
-        self.evaluation = Evaluation(self.images.images, recipe.latent, recipe.seed + 2, recipe.sample_count)
+        self.sample_labels: Tensor | None = None
+        self._columns: int | None = None
+        count = recipe.sample_count
+        if recipe.conditional:
+            self.sample_labels, self._columns = class_rows(count, recipe.classes)
+            count = len(self.sample_labels)
+        self.noise = latents(count, recipe.latent, seed=recipe.seed)
+        labels = self.images.labels if recipe.conditional else None
+        self.evaluation = Evaluation(self.images.images, recipe.latent, recipe.seed + 2, count, labels)
         torch.manual_seed(recipe.seed + 1)
         self.rng = checkpoint.rng_state()
 
@@ -236,7 +243,8 @@ class Trainer:
         clock.start(self.step)
         while True:
             self._between_steps = False
-            metrics = self.train_step([next(self.batches)[0] for _ in range(recipe.d_steps)])
+            real, labels = zip(*(next(self.batches) for _ in range(recipe.d_steps)), strict=True)
+            metrics = self.train_step(real, labels if recipe.conditional else None)
             self.step += 1
             self.images_seen += recipe.batch_size * recipe.d_steps
             clock.tick()
@@ -299,8 +307,8 @@ class Trainer:
 
     def draw(self) -> None:
         """The sample grid of this step, from the run's fixed noise."""
-        images = draw(self.sampler, self.noise)
-        data.save_grid(images, self.directory.grid(self.step))
+        images = draw(self.sampler, self.noise, self.sample_labels)
+        data.save_grid(images, self.directory.grid(self.step), columns=self._columns)
         self.warn(self.guard.check_samples(self.step, images))
         first = max(self.generator.parameters(), key=lambda p: p.dim())
         self.warn(self.guard.check_movement(self.step, first.flatten()[:4096]))
