@@ -11,6 +11,7 @@ from torch import nn
 
 import fastgan
 from fastgan import program
+from fastgan._native import DTYPE_CODES
 from fastgan.program.memory import ARENA, Place, arrange
 from fastgan.program.run import Compiled
 
@@ -70,6 +71,21 @@ def ran(monkeypatch):
     found, run = [], Compiled.run
     monkeypatch.setattr(Compiled, "run", lambda self, *args: (found.append(self), run(self, *args))[1])
     return found
+
+
+@pytest.fixture
+def core_on():
+    """The core, held to a table by its name; skips where this CPU lacks it."""
+    from fastgan import _C
+
+    def hold(table):
+        if _C.tables().get(table, "not built"):
+            pytest.skip(f"no {table} here")
+        _C.use_table(table)
+        return _C
+
+    yield hold
+    _C.use_table(None)
 
 
 def outcome(model, x, weights=None):
@@ -396,3 +412,23 @@ def test_gradients_lie_where_activations_lay():
     kept = 4 * 8 * sum(2 * k * (32 // s) ** 2 for k, s in ((32, 2), (64, 4))) + 4 * 8 * 128 * 16
     first_gradient = 4 * 8 * 128 * 16  # when it is written, everything kept is still needed
     assert kept + first_gradient < compiled.plan.arena_bytes < 1.01 * (kept + first_gradient)
+
+
+# ---- the change of layout at the edges ------------------------------------------------------------------------------
+
+
+SIDES = [(1, 5), (3, 1000), (15, 17), (16, 128), (29, 130), (300, 40), (257, 3), (7, 7)]
+
+
+@pytest.mark.parametrize("table", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("rows, columns", SIDES)
+def test_relayout_moves_every_bit(rows, columns, table, core_on):
+    core = core_on(table)
+    x = torch.randint(0, 1 << 16, (3, rows, columns), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    for source, target in (("float", "float"), ("bf16", "bf16"), ("bf16", "float"), ("float", "bf16")):
+        types = {"float": torch.float32, "bf16": torch.bfloat16}
+        moved = (x % 32000).to(torch.int16).view(torch.bfloat16) if source == "bf16" else (x - 30000).float() / 7
+        y = torch.full((3, columns, rows), float("nan"), dtype=types[target])
+        codes = [DTYPE_CODES[moved.dtype], DTYPE_CODES[y.dtype]]
+        core.relayout(*codes, moved.data_ptr(), y.data_ptr(), 3, rows, columns, 2)
+        assert torch.equal(y, moved.transpose(1, 2).to(y.dtype))

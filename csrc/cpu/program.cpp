@@ -10,23 +10,70 @@ namespace fg::ISA {
 
 namespace {
 
-// y[n][c][r] = x[n][r][c], in tiles of 16 x 16, so that both sides fill the cache lines that they touch.
+// One type's values keep their bits.
+FG_INLINE void put(float* to, vf v, const float*) { store(to, v); }
+FG_INLINE void put(float* to, vf v, const bf16*) { store(to, v); }
+FG_INLINE void put(bf16* to, vf v, const float*) { store(to, v); }
+FG_INLINE void put(bf16* to, vf v, const bf16*) { *reinterpret_cast<vh_in_memory*>(to) = to_16_bits((vu)v >> 16); }
+
+// VF x VF of x, through the registers.
 template <class From, class To>
-void transpose(const RelayoutArgs& a) {
-  constexpr int64_t TILE = 16;
-  const From* x = static_cast<const From*>(a.x);
-  To* y = static_cast<To*>(a.y);
-#pragma omp parallel for num_threads(team_for(a.N* a.rows* a.columns, a.threads)) collapse(2)
+FG_INLINE void transpose_tile(const From* x, int64_t columns, To* y, int64_t rows) {
+  vf v[VF];
+#pragma GCC unroll 16
+  for (int i = 0; i < VF; ++i) v[i] = load(x + i * columns);
+  transpose(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < VF; ++i) put(y + i * rows, v[i], x);
+}
+
+// height x width of x, one of them below VF: the whole of a side, as the three channels of an image.
+template <class From, class To>
+FG_INLINE void transpose_thin(const From* x, int64_t columns, To* y, int64_t rows, int height, int width) {
+#if defined(__AVX512F__)
+  vf v[VF];
+  for (int i = 0; i < VF; ++i) v[i] = i < height ? load_some(x + i * columns, width) : zero();
+  transpose(v);
+  for (int i = 0; i < width; ++i) store_some(y + i * rows, v[i], height);
+#else
+  for (int i = 0; i < width; ++i)
+    for (int j = 0; j < height; ++j) y[i * rows + j] = from_float<To>(to_float(x[j * columns + i]));
+#endif
+}
+
+// Calls f(i, n) for i from begin on in steps of VF: n = VF, and the last one overlaps the one before it, unless all of
+// [begin, end) is shorter.
+template <class F>
+FG_INLINE void each_overlapping(int64_t begin, int64_t end, const F& f) {
+  const int n = static_cast<int>(end - begin < VF ? end - begin : VF);
+  for (int64_t i = begin; i < end; i += VF) f(i + n > end ? end - n : i, n);
+}
+
+// y[n][c][r] = x[n][r][c], by pieces of SPAN or more along the longer side: tiles that follow each other there share
+// the cache lines of one side, and a piece stays in the first-level cache until the lines of the other side are whole.
+template <class From, class To>
+void relay(const RelayoutArgs& a) {
+  constexpr int64_t SPAN = 128;
+  const bool tall = a.rows > a.columns;
+  const int64_t length = tall ? a.rows : a.columns, breadth = tall ? a.columns : a.rows, image = a.rows * a.columns;
+  const int64_t pieces = length < SPAN ? 1 : length / SPAN;
+#pragma omp parallel for num_threads(team_for(a.N* image, a.threads)) collapse(2)
   for (int64_t n = 0; n < a.N; ++n)
-    for (int64_t r0 = 0; r0 < a.rows; r0 += TILE) {
-      const From* from = x + n * a.rows * a.columns;
-      To* to = y + n * a.rows * a.columns;
-      const int64_t r1 = r0 + TILE < a.rows ? r0 + TILE : a.rows;
-      for (int64_t c0 = 0; c0 < a.columns; c0 += TILE) {
-        const int64_t c1 = c0 + TILE < a.columns ? c0 + TILE : a.columns;
-        for (int64_t c = c0; c < c1; ++c)
-          for (int64_t r = r0; r < r1; ++r) to[c * a.rows + r] = from_float<To>(to_float(from[r * a.columns + c]));
-      }
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const From* x = static_cast<const From*>(a.x) + n * image;
+      To* y = static_cast<To*>(a.y) + n * image;
+      const int64_t begin = part_begin(length, piece, pieces), end = part_begin(length, piece + 1, pieces);
+      each_overlapping(0, breadth, [&](int64_t across, int wide) {
+        each_overlapping(begin, end, [&](int64_t along, int deep) {
+          const int64_t r = tall ? along : across, c = tall ? across : along;
+          const From* from = x + r * a.columns + c;
+          To* to = y + c * a.rows + r;
+          if (deep == VF && wide == VF)
+            transpose_tile(from, a.columns, to, a.rows);
+          else
+            transpose_thin(from, a.columns, to, a.rows, tall ? deep : wide, tall ? wide : deep);
+        });
+      });
     }
 }
 
@@ -47,7 +94,7 @@ void copy(const RelayoutArgs& a) {
 
 template <class From, class To>
 void convert(const RelayoutArgs& a) {
-  a.N == 1 && a.rows == 1 ? copy<From, To>(a) : transpose<From, To>(a);
+  a.N == 1 && a.rows == 1 ? copy<From, To>(a) : relay<From, To>(a);
 }
 
 }  // namespace
