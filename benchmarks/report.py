@@ -256,11 +256,41 @@ def chains_page(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def models_page(results: dict[str, Any]) -> list[str]:
+    """Other people's networks, each against PyTorch's better layout."""
+    rows, best = [], {}
+    for row in results["models"]:
+        seconds = row["seconds"]["median"]
+        theirs, ours = (
+            [seconds[f"{who} {layout}"] for layout in ("NCHW", "channels_last")] for who in ("torch", "fastgan")
+        )
+        best[row["name"]] = min(theirs) / min(ours)
+        ratios = (*(a / b for a, b in zip(theirs, ours, strict=True)), best[row["name"]])
+        figures = (*map(milliseconds, (*theirs, *ours)), *(f"{r:.2f}" for r in ratios), f"{row['target']:g}")
+        rows.append((row["what"], str(row["batch"]), *figures))
+    reached = sum(best[row["name"]] >= row["target"] for row in results["models"])
+    layouts = "NCHW", "channels_last"
+    header = "", "batch", *(f"{who} {layout}" for who in ("PyTorch", "fastgan") for layout in layouts)
+    return [
+        "Milliseconds, medians. Every arm runs the same loop; fastgan's networks went through `fastgan.convert`. The "
+        "first two ratios compare one layout in both, the third PyTorch's better layout with fastgan's better one. The "
+        "steps are those of `examples/`, the other rows the networks of `tests/handwritten.py`. Races are over before "
+        "the clock starts.",
+        "",
+        f"{reached} of {len(rows)} rows reach their target; the least ratio of better layouts is "
+        f"{min(best.values()):.2f}.",
+        "",
+        *table((*header, *layouts, "better", "target"), rows),
+        "",
+    ]
+
+
 KINDS = {  # kind -> (the key that only its files have, title, body)
     "bench": ("cases", "Every op and step", ops_page),
     "scaling": ("points", "The step over batch, image side and threads", scaling_page),
     "first-step": ("first_steps", "The first step, cold", first_step_page),
     "chains": ("chains", "Chains of layers as programs", chains_page),
+    "models": ("models", "Other people's networks", models_page),
     "quality": ("frechet", "Quality over seeds", quality_page),
 }
 

@@ -43,7 +43,11 @@ def _are_features(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return _channels(first) == 1 and _channels(second) > 1
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return all(isinstance(part, Tensor) and _channels(part) == 1 for part in first) and len(second) == len(first)
+        if not all(isinstance(part, Tensor) for part in first) or len(second) != len(first):
+            return False
+        # lists of each scale's features say it themselves; one map a scale could be logits of further scales
+        nested = all(isinstance(part, list | tuple) for part in second)
+        return nested or all(_channels(part) == 1 for part in first)
     return isinstance(second, list | tuple | dict | None)
 
 

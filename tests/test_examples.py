@@ -1,5 +1,6 @@
 """Every script of examples/ runs, in a short form, and leaves the pictures that it promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,17 @@ def test_concepts_draws_its_pictures(tmp_path):
     run("concepts.py", "--out", tmp_path, "--effort", 0.004)
     names = {path.stem for path in tmp_path.iterdir()}
     assert names == {f"concepts-{name}" for name in ("orbits", "game", "regularisers", "garments")}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("residual_sngan.py", ["--width", 4]),
+        ("pix2pix.py", ["--width", 2]),
+        ("vocoder.py", ["--width", 16, "--samples", 2048]),
+    ],
+)
+def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size):
+    losses = [re.findall(r"D (\S+)  G (\S+)", run(name, "--steps", 3, *size, *plain)) for plain in ([], ["--plain"])]
+    ours, plain = ([float(value) for step in found for value in step] for found in losses)
+    assert len(ours) == 4 and ours == pytest.approx(plain, rel=2e-3)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fastgan
+from fastgan.choice import STATE, whole
+from fastgan.choice.budget import Account
 from fastgan.trace import Part, graphs, rewrite
 
 # layers of each family that run on our ops at least, in train mode
@@ -90,7 +92,7 @@ def test_families_keep_numbers_gradients_penalties_buffers_and_keys(name):
 
 @pytest.mark.parametrize("name", ["sngan d, hook", "sngan g", "unet", "vocoder d", "stylegan g", "stylegan d"])
 def test_a_graph_in_channels_last_keeps_numbers_strides_and_masks(name, monkeypatch):
-    monkeypatch.setattr(graphs, "fastest", lambda case, ways, arguments: "channels_last")
+    monkeypatch.setattr(graphs.Graph, "_choose", lambda self, case, arguments: "channels_last")
     plain, ours, arguments = twins(name)
     assert_equal(numbers(ours, arguments), numbers(plain, arguments))
     x = [a.clone().requires_grad_() for a in arguments]
@@ -321,11 +323,96 @@ def test_proof_leaves_a_group_that_differs_to_pytorch(monkeypatch):
     assert "numbers differ" in str(fastgan.explain(model))
 
 
+def always(way):
+    """A race that this way has won."""
+
+    def decided(contest, arguments):
+        contest.settled = True
+        return way
+
+    return decided
+
+
 def test_a_part_that_plain_pytorch_runs_faster_is_left_to_it(monkeypatch):
     plain, ours, x = pair()
-    monkeypatch.setattr(graphs, "fastest", lambda *args: "plain")
-    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    monkeypatch.setattr(graphs.Contest, "__call__", always("plain"))
+    for _ in range(3):
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
     assert "won the race" in str(fastgan.explain(ours))
+    ours.forward._compiled = None
+    monkeypatch.setattr(Part, "_compile", lambda self: pytest.fail("Dynamo is asked"))
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    monkeypatch.undo()
+    assert_equal(numbers(ours, (x[:3],)), numbers(plain, (x[:3],)))  # another size is traced
+    assert ours.forward.graphs[-1].calls
+
+
+def test_a_call_that_no_trace_fits_any_more_is_traced_again():
+    plain, ours, x = pair()
+    for _ in range(3):
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert 1 in ours.forward._known.values()
+    graphs = len(ours.forward.graphs)
+    for model in (plain, ours):
+        model.norm.eval()  # the part's own mode stays
+    for _ in range(3):
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert len(ours.forward.graphs) > graphs and ours.forward.graphs[-1].calls
+
+
+def test_warnings_as_errors_do_not_keep_an_input_that_is_no_leaf_from_being_traced():
+    plain, ours, x = pair()
+    scaled = [model(x.clone().requires_grad_() * 2) for model in (ours, plain)]
+    torch.testing.assert_close(*scaled)
+    assert len(groups(ours)) == 1
+
+
+class Clock:
+    """Time that passes as the ways say."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def contest(monkeypatch, held, **seconds):
+    clock = Clock()
+
+    def way(took):
+        def run(x):
+            clock.now += took
+            return x * 1
+
+        return run
+
+    monkeypatch.setattr(STATE, "account", Account(clock, held))
+    monkeypatch.setattr(whole, "remembered", lambda case: None)
+    monkeypatch.setattr(whole, "remember", lambda case, config: None)
+    ways = {name: way(took) for name, took in seconds.items()}
+    return clock, whole.Contest(("case",), ways, overhead=0.05)
+
+
+def test_a_race_goes_on_until_the_account_has_paid_for_it(monkeypatch):
+    clock, race = contest(monkeypatch, 1.0, ours=0.4, plain=0.3)
+    arguments = [torch.ones(2)]
+    with fastgan.racing(True):
+        assert race(arguments) == "ours" and not race.settled  # two first runs, then nothing is left
+        answers = []
+        while not race.settled:
+            clock.now += 0.5
+            answers.append(race(arguments))
+        assert answers[-1] == race(arguments) == "plain" and len(answers) > 3
+    assert race.samples % 2 == 0
+
+
+def test_what_a_trace_costs_beside_its_run_counts(monkeypatch):
+    _, race = contest(monkeypatch, 1e9, ours=0.98, plain=1.0)
+    with fastgan.racing(True):
+        assert race([torch.ones(2)]) == "plain" and race.settled
+    _, race = contest(monkeypatch, 1e9, ours=0.9, plain=1.0)
+    with fastgan.racing(True):
+        assert race([torch.ones(2)]) == "ours" and race.settled
 
 
 def test_gan_step_with_traced_networks_equals_the_plain_one():

@@ -29,13 +29,14 @@ from fastgan.choice.native import native
 from fastgan.choice.proof import proof_error, timing
 from fastgan.choice.routine import NAMES, REGISTERED, Backend, Routine, triton
 from fastgan.choice.state import STATE
-from fastgan.choice.whole import fastest
+from fastgan.choice.whole import Contest, fastest
 
 __all__ = [
     "NAMES",
     "REGISTERED",
     "STATE",
     "Backend",
+    "Contest",
     "Routine",
     "absent",
     "backend",

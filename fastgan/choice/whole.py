@@ -24,59 +24,119 @@ Run = Callable[..., Any]
 
 
 def fastest(case: tuple, ways: dict[str, Run], arguments: Sequence[Any], plain: Collection[str] = ("plain",)) -> str:
-    """The name of the way that is fastest on these arguments; the first one where racing is off or a backend forced.
+    """The name of the way that is fastest on these arguments, by a `Contest` that this call must pay for.
 
-    plain: the ways that are PyTorch's own. They do not run where the CPU lacks the instructions for their products. A
-    race that the account cannot pay for leaves the first way, for as long as the caller keeps the answer.
+    A race that the account cannot pay for leaves the best way so far, for as long as the caller keeps the answer.
     """
-    first = next(iter(ways))
-    backend, racing = forced()
-    device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
-    if backend != "auto" or not racing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return first
-    if device.type == "cpu" and _bfloat16(arguments) and not torch_multiplies_bfloat16():
-        ways = {name: run for name, run in ways.items() if name not in plain}
-    known = (remembered(case) or "").removeprefix("config ")
-    if known in ways or len(ways) == 1:
-        return known if known in ways else first
-    with STATE.account.paying():
-        winner, settled = _race(ways, arguments, device, STATE.account)
-    if settled:
-        remember(case, f"config {winner}")
-    return winner
+    return Contest(case, ways, plain)(arguments)
+
+
+class Contest:
+    """A race of whole parts that may take several calls: each goes on as far as the account allows.
+
+    case: what the winner is remembered by. ways: name -> what runs; the first is taken until others are known. plain:
+    the ways that are PyTorch's own; they do not run where the CPU lacks the instructions for their products. overhead:
+    seconds that every other way costs beside its run.
+    """
+
+    def __init__(self, case: tuple, ways: dict[str, Run], plain: Collection[str] = ("plain",), overhead: float = 0.0):
+        self.case, self.ways, self.plain, self.overhead = case, ways, plain, overhead
+        self.settled = False  # whether the answer stands; else it is asked for again
+        self.first: dict[str, float] = {}  # seconds of first runs: the ops' own races, the first touch of memory
+        self.best: dict[str, float] = {}
+        self.samples = 0
+
+    def __call__(self, arguments: Sequence[Any]) -> str:
+        """The way that these arguments take now; the first one where racing is off or a backend forced."""
+        first = next(iter(self.ways))
+        backend, racing = forced()
+        device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
+        if backend != "auto" or not racing:
+            self.settled = True
+            return first
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return first
+        if not self.first and self._known(arguments, device):
+            return next(iter(self.ways))
+        account = STATE.account
+        if self._affords(account, account.clock()):
+            with account.paying():
+                self._advance(arguments, device, account)
+            if self.settled:
+                remember(self.case, f"config {self.winner}")
+        return self.winner
+
+    @property
+    def winner(self) -> str:
+        """The fastest way so far."""
+        if not self.best or any(name not in self.best for name in self._alive()):
+            return next(iter(self.ways))
+        return min(self.best, key=self._seconds)
+
+    def _known(self, arguments: Sequence[Any], device: torch.device) -> bool:
+        """Whether nothing is left to race: the winner is remembered, or alone; the other ways are dropped."""
+        if device.type == "cpu" and _bfloat16(arguments) and not torch_multiplies_bfloat16():
+            self.ways = {name: run for name, run in self.ways.items() if name not in self.plain}
+        known = (remembered(self.case) or "").removeprefix("config ")
+        if known in self.ways:
+            self.ways = {known: self.ways[known]}
+        self.settled = len(self.ways) == 1
+        return self.settled
+
+    def _seconds(self, name: str) -> float:
+        return self.best[name] + (0.0 if name in self.plain else self.overhead)
+
+    def _alive(self) -> list[str]:
+        """The ways that are not cut off by their first run."""
+        limit = max(BEHIND * min(self.first.values(), default=0.0), FIRST_CALL)
+        return [name for name in self.ways if self.first.get(name, 0.0) < limit]
+
+    def _next(self) -> str:
+        """The way that runs next."""
+        new = [name for name in self.ways if name not in self.first]
+        alive = self._alive()
+        return new[0] if new else alive[self.samples % len(alive)]
+
+    def _affords(self, account: Account, begin: float) -> bool:
+        """Whether the account has what the next run is expected to take; a full one pays for a run of any length."""
+        name = self._next()
+        expected = self.first.get(name, BEHIND * min(self.first.values(), default=0.0))
+        return account.balance - (account.clock() - begin) >= min(expected, account.held)
+
+    def _advance(self, arguments: Sequence[Any], device: torch.device, account: Account) -> None:
+        """Run as many samples as the account allows; `fastgan.choice.race` has the rules."""
+        begin = account.clock()
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=True):
+            while not self.settled and self._affords(account, begin):
+                name = self._next()
+                took = _seconds(self.ways[name], arguments, device)
+                if name in self.first:
+                    self.best[name] = min(self.best.get(name, took), took)
+                    self.samples += 1
+                else:
+                    self.first[name] = took
+                self.settled = self._over()
+
+    def _over(self) -> bool:
+        if len(self.first) < len(self.ways):
+            return False
+        alive = self._alive()
+        if len(alive) == 1:
+            self.best.setdefault(alive[0], self.first[alive[0]])
+            return True
+        rounds, rest = divmod(self.samples, len(alive))
+        short = min(self.first.values()) < FIRST_CALL  # 50 us are lost in the noise of one look at the clock
+        if rest or rounds < (ROUNDS if short else 1):
+            return False
+        low, second = sorted(map(self._seconds, alive))[:2]
+        # one round may be a noisy moment of the winner's rival
+        return second > CLEAR * low if rounds < (4 * ROUNDS if short else ROUNDS) else True
 
 
 def _bfloat16(arguments: Sequence[Any]) -> bool:
     lowered = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     return lowered or any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in arguments)
-
-
-def _race(ways: dict[str, Run], arguments: Sequence[Any], device: torch.device, account: Account) -> tuple[str, bool]:
-    """(the winner, whether that is settled); `fastgan.choice.race` has the rules."""
-    begin = account.clock()
-    left = lambda: account.balance - (account.clock() - begin)
-    ours, seconds = next(iter(ways)), dict[str, float]()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=True):
-        for name, run in ways.items():  # the ops' own races, and the first touch of memory
-            if left() < BEHIND * min(seconds.values(), default=0.0):
-                return ours, False
-            seconds[name] = _seconds(run, arguments, device)
-        alive = [name for name in ways if seconds[name] < max(BEHIND * min(seconds.values()), FIRST_CALL)]
-        best = dict.fromkeys(alive, float("inf"))
-        short = min(seconds.values()) < FIRST_CALL  # 50 us are lost in the noise of one look at the clock
-        for turn in range(0 if len(alive) == 1 else 4 * ROUNDS if short else ROUNDS):
-            if left() < sum(seconds[name] for name in alive):
-                break
-            for name in alive:
-                best[name] = min(best[name], _seconds(ways[name], arguments, device))
-            low, second = sorted(best.values())[:2]
-            # one round may be a noisy moment of the winner's rival
-            if turn > (ROUNDS if short else 0) and second > CLEAR * low:
-                break
-    if len(alive) > 1 and best[ours if ours in best else alive[0]] == float("inf"):
-        return ours, False
-    return min(best, key=best.__getitem__), True
 
 
 def _seconds(run: Run, arguments: Sequence[Any], device: torch.device) -> float:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastgan._forward import Forward
 from fastgan._hooks import WEIGHT_HOOKS, has_global_hooks, has_hooks_on_values
 from fastgan._op import PLAIN, is_traced
+from fastgan.choice import forced
 from fastgan.trace.graphs import Graph, traced
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -55,11 +59,20 @@ def _settings() -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Within: Dynamo may trace. Its look at .grad of an input that is no leaf warns, and fails where warnings raise."""
+    with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        yield
+
+
 class Part(Forward):
     """The forward of a module whose own is hand-written: traced at its first call, then guarded by Dynamo.
 
-    Where a trace would not be the same, the module's own forward
-    runs: inside another tracer, under hooks that look at inner modules, for inputs that are no plain tensors.
+    Where a trace would not be the same, the module's own forward runs: inside another tracer, under hooks that look at
+    inner modules, for inputs that are no plain tensors. So it does where all graphs of a call were faster in PyTorch:
+    such a call goes past Dynamo.
     """
 
     def __init__(self, owner: nn.Module):
@@ -67,15 +80,49 @@ class Part(Forward):
         self.left: dict[tuple[str, str], str] = {}  # groups that stay with PyTorch, and why
         self.graphs: list[Graph] = []
         self._compiled: Callable[..., Any] | None = None
+        self._known: dict[tuple, int] = {}  # kind of call -> how many graphs it runs through; 0: it is left to PyTorch
         self._hooks: list[dict] = []
         self._modules = -1
+        self._handles = -1  # hooks made in this process when none of them was found here
+        self._parameter: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.refusal(args, kwargs):
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        kind = self._kind(args, kwargs)
+        known = self._known.get(kind)
+        if known == 0 or self.refusal(args, kwargs):
             return self.plain(*args, **kwargs)
         compiled = self._compiled or self._compile()
-        with torch._dynamo.config.patch(_settings()):
-            return compiled(*args, **kwargs)
+        graphs, before = len(self.graphs), [graph.calls for graph in self.graphs]
+        with torch.compiler.set_stance("eager_on_recompile") if known else _tracing():
+            found = compiled(*args, **kwargs)
+        ran = [graph for graph, calls in zip(self.graphs, before, strict=False) if graph.calls != calls]
+        self._learn(kind, known, ran, traced=len(self.graphs) != graphs)
+        return found
+
+    def _kind(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """What decides about a call's speed. Dynamo's guards decide about its numbers."""
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), forced(), torch.get_num_threads()
+        learns = self._parameter is not None and self._parameter.requires_grad
+        inputs = (
+            (a.shape, a.stride(), a.dtype, a.requires_grad) if isinstance(a, Tensor) else type(a)
+            for a in (*args, *kwargs.values())
+        )
+        return self.owner.training, learns, *modes, *inputs
+
+    def _learn(self, kind: tuple, known: int | None, ran: list[Graph], traced: bool) -> None:
+        """What the next call of this kind needs: Dynamo and a look whether it traces, Dynamo alone, or neither.
+
+        Tracing needs `_settings`, which take 20 us. A call that has traced nothing before runs under a stance of 5 us
+        that leaves what no trace fits to PyTorch; such a call shows by the graphs that it did not run through.
+        """
+        if known and len(ran) != known:
+            del self._known[kind]
+        elif not known and not traced and all(graph.last for graph in ran):
+            if len(self._known) >= VARIANTS * VARIANTS:
+                self._known.clear()
+            self._known[kind] = 0 if all(graph.last == "plain" for graph in ran) else len(ran)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -96,17 +143,23 @@ class Part(Forward):
 
     def _hooked(self) -> bool:
         """Whether a hook of the user's is on an inner module; Dynamo itself does not look for later ones."""
+        handles = RemovableHandle.next_id
+        if handles == self._handles:  # 10 to 20 us less than a look at each module
+            return False
         modules = list(self.owner.modules())
         if len(modules) != self._modules:
             self._modules = len(modules)
             self._hooks = [vars(m)[name] for m in modules if m is not self.owner for name in HOOKS]
-        return any(self._hooks) and any(not isinstance(h, WEIGHT_HOOKS) for d in self._hooks for h in d.values())
+        found = any(not isinstance(h, WEIGHT_HOOKS) for d in self._hooks for h in d.values())
+        self._handles = -1 if found else handles
+        return found
 
     def _compile(self) -> Callable[..., Any]:
         """Dynamo keeps its traces by code object: a copy of one gives each part a cache of its own."""
         code = _forward.__code__.replace(co_name=f"forward_of_{type(self.owner).__name__}")
         forward = types.FunctionType(code, _forward.__globals__, code.co_name)
         self._compiled = torch.compile(types.MethodType(forward, self.owner), backend=self._backend)
+        self._parameter = next(self.owner.parameters(), None)
         return self._compiled
 
     def _backend(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -125,7 +178,7 @@ class Part(Forward):
     def leave(self, keys: set[tuple[str, str]], why: str) -> None:
         """Leave these groups to PyTorch from now on; the module is traced again."""
         self.left = dict.fromkeys(keys, why)
-        self.graphs, self._compiled = [], None
+        self.graphs, self._compiled, self._known = [], None, {}
 
     def told(self, module: str) -> list[tuple[str, str, str]]:
         """(what runs it, why nothing faster does, its line) of each call that an inner module makes."""
