@@ -1,6 +1,7 @@
 """Every script of examples/ runs, in a short form, and leaves the pictures that it promises."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,11 @@ def test_concepts_draws_its_pictures(tmp_path):
         ("vocoder.py", ["--width", 16, "--samples", 2048]),
     ],
 )
-def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size):
-    losses = [re.findall(r"D (\S+)  G (\S+)", run(name, "--steps", 3, *size, *plain)) for plain in ([], ["--plain"])]
-    ours, plain = ([float(value) for step in found for value in step] for found in losses)
-    assert len(ours) == 4 and ours == pytest.approx(plain, rel=2e-3)
+def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size, capsys, monkeypatch):
+    losses = []
+    for plain in ([], ["--plain"]):
+        monkeypatch.setattr(sys, "argv", [name, "--steps", "3", *map(str, size), *plain])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        said = re.findall(r"D (\S+)  G (\S+)", capsys.readouterr().out)
+        losses.append([float(value) for step in said for value in step])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=2e-3)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgan
+import fastgan._logits
 
 STEPS, N = 20, 8
 
@@ -197,3 +198,11 @@ def test_a_final_sigmoid_of_a_converted_chain_is_folded():
     with pytest.warns(UserWarning, match="final sigmoid"):
         step(torch.randn(4, 1, 8, 8))
     assert d(torch.randn(4, 1, 8, 8)).min() < 0
+
+
+def test_flat_logits_beside_lists_of_features_are_the_logits():
+    """HiFi-GAN's discriminators: [N, L] logits a scale, and a list of maps a scale."""
+    logits = [torch.zeros(2, 7), torch.zeros(2, 5)]
+    features = [[torch.zeros(2, 4, 7), torch.zeros(2, 1, 7)], [torch.zeros(2, 4, 5)]]
+    assert fastgan._logits.logits_of((logits, features)) == logits
+    assert fastgan._logits.logits_of(features) == [features[0][1], features[1][0]]  # pix2pixHD's: the last of each
