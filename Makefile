@@ -46,8 +46,13 @@ recipes: setup  ## train the penalty recipes at reduced width, five minutes each
 			--time-limit $(LIMIT) --set sample_every=0 --set "model_options=$$options" $$settings || exit 1; \
 	done
 
+# The product's own tests, run once more on the kernels of an ordinary laptop. Kernel tests run every table by themselves.
+HELD := $(addprefix tests/test_,adam bias_act bn_act conv1d conv2d conv2d_weight conv_transpose2d convert gan_loss gn_act \
+	linearised models nn penalties program step step_outputs strides trainer)
+
 test: check  ## everything that CI runs: lint, types, docs, tests
 	$(BIN)/python -m pytest -q -m "not slow" --durations 20 --junitxml build/tests.xml $(SPREAD)
+	$(BIN)/python -m pytest -q -m "not slow" --kernels avx2 $(SPREAD) $(HELD:%=%.py)
 
 slowest:  ## the twenty slowest tests of the last `make test`, into docs/evidence/tests.md
 	$(BIN)/python tests/slowest.py

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import fastgan
+from fastgan.choice import native
 
 atexit.register(shutil.rmtree, os.environ["FASTGAN_CACHE"], ignore_errors=True)
 
@@ -29,6 +30,20 @@ def _fresh(request):
     torch.set_num_threads(threads.args[0] if threads else 1)
     yield
     fastgan.backend("auto")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernels", metavar="TABLE", help="hold our kernels to one instruction set, such as avx2")
+
+
+def pytest_configure(config):
+    table = config.getoption("--kernels")
+    if table:
+        module, reason = native()
+        refusal = reason if module is None else module.tables().get(table, "this build has no such table")
+        if refusal:
+            pytest.exit(f"--kernels {table}: nothing is tested, since it cannot run here: {refusal}", 0)
+        module.use_table(table)
 
 
 def pytest_collection_modifyitems(items):
