@@ -135,10 +135,6 @@ def profile(
         share_of_roofline), "other_ms" (outside every row: Python, waiting), "ceilings"; on a GPU "kernels" and "gaps".
     """
     place = torch.device(device)
-    if recipe.conditional:
-        raise ValueError(
-            f"profile: the recipe must be unconditional, {recipe.name} takes labels; set conditional=false"
-        )
     recipe = recipe.replace(precision=resolve(recipe.precision, place).name)
     following = _batches(recipe, place, images)
     _, _, step = assemble(recipe, place)
@@ -192,6 +188,8 @@ def _profiled(step: GANStep, following: Callable[[], list[Tensor]], steps: int, 
 
 def _batches(recipe: Recipe, device: torch.device, images: Any) -> Callable[[], list[Tensor]]:
     """A function that gives the next step's images."""
+    if recipe.conditional:
+        raise ValueError(f"profile: the recipe must be unconditional, {recipe.name} takes labels")
     if images is None:
         size = (recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size)
         noise = (torch.rand(size) * 2 - 1).to(device, memory_format=torch.channels_last)

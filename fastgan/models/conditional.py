@@ -80,7 +80,8 @@ class ProjectionDiscriminator(nn.Module):
     """Images, labels to head(h) + <embedding[label], sum of h over pixels>, with h = features(images); logits ``[N]``.
 
     features: to [N, width, H, W], or to [N, width]. head: h to one logit; a dense one takes the sum over pixels.
-    like: the network that they are of, for its image_size and channels. normalised: spectral norm on the embedding, as on the other layers of `sngan-32`.
+    like: the network that they are of, for its image_size and channels.
+    normalised: spectral norm on the embedding, as on the other layers of `sngan-32`.
     """
 
     per_sample = True
