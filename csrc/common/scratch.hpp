@@ -1,33 +1,40 @@
-// Owner of a scratch block; several arrays are cut from one block, each aligned to 64 bytes.
+// Scratch memory of one call, 64-byte aligned and uninitialised. It throws std::bad_alloc, so it is taken outside
+// parallel regions.
 #pragma once
-
-#include <cstddef>
 
 #include "common/kernels.hpp"
 
 namespace fg::ISA {
 
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : block_(static_cast<char*>(scratch_acquire(bytes))) {}
-  ~Scratch() { scratch_release(block_); }
+template <class T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t count)
+      : data(static_cast<T*>(scratch_acquire(sizeof(T) * static_cast<size_t>(count > 0 ? count : 1)))) {}
+  ~Scratch() { scratch_release(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+};
 
-  template <class T>
-  T* cut(size_t count) {
-    T* array = reinterpret_cast<T*>(block_ + used_);
-    used_ += bytes_for<T>(count);
-    return array;
-  }
-  template <class T>
-  static size_t bytes_for(size_t count) {
-    return (count * sizeof(T) + 63) / 64 * 64;
+// Several arrays in one block, whose pointers it sets: ScratchArrays memory(Array(a, 10), Array(b, 20)). Several blocks
+// would crowd the others out of the few that are kept.
+template <class T>
+struct Array {
+  T** pointer;
+  int64_t bytes;
+  Array(T*& p, int64_t count) : pointer(&p), bytes((count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64) {}
+};
+
+class ScratchArrays {
+ public:
+  template <class... T>
+  explicit ScratchArrays(const Array<T>&... arrays) : block_((arrays.bytes + ...)) {
+    char* at = block_.data;
+    ((*arrays.pointer = reinterpret_cast<T*>(at), at += arrays.bytes), ...);
   }
 
  private:
-  char* block_;
-  size_t used_ = 0;
+  Scratch<char> block_;
 };
 
 }  // namespace fg::ISA

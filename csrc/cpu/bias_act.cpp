@@ -39,8 +39,8 @@ void forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
   if (grid.empty()) return;
   const ForwardBody<T, ACT> body{static_cast<const T*>(args.x), static_cast<T*>(args.y), shape.slope};
   const int threads = team_for(grid.elements(), shape.threads);
-  Scratch scratch(Scratch::bytes_for<float>(grid.padded));
-  float* coef = scratch.cut<float>(grid.padded);
+  const Scratch<float> memory(grid.padded);
+  float* coef = memory.data;
   for (int64_t j = 0; j < grid.padded; ++j) coef[j] = 0.0f;
   // -0 is what leaves every x, -0 included, as it is.
   for (int64_t c = 0; c < grid.C; ++c) put(grid, coef, 0, c, args.bias ? args.bias[c] : -0.0f);
@@ -66,10 +66,9 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
     return;
   }
   const BackwardBody<T, ACT, true> body{dy, y, dx, shape.slope};
-  Scratch scratch(Scratch::bytes_for<float>(threads * grid.padded) +
-                  Scratch::bytes_for<double>(Partials<1>::count(grid, threads)));
-  float* own = scratch.cut<float>(threads * grid.padded);
-  double* sums = scratch.cut<double>(Partials<1>::count(grid, threads));
+  float* own;
+  double* sums;
+  const ScratchArrays memory(Array(own, threads * grid.padded), Array(sums, Partials<1>::count(grid, threads)));
 #pragma omp parallel num_threads(threads)
   {
     const int thread = thread_index(), team = team_size();

@@ -9,12 +9,9 @@
 
 #include <type_traits>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "common/bf16.hpp"
-#include "common/kernels.hpp"
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
 
 // The table to which this one leaves what its own instructions do not serve: AVX512_BF16 leaves float32, AMX leaves
 // everything that is no tile. So a kernel is compiled once, not three times.
@@ -91,25 +88,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// Scratch memory for one call; throws, so it is taken outside parallel regions.
-template <class T>
-struct Scratch {
-  T* data;
-  explicit Scratch(int64_t count)
-      : data(static_cast<T*>(scratch_acquire(sizeof(T) * static_cast<size_t>(count > 0 ? count : 1)))) {}
-  ~Scratch() { scratch_release(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
 
 // Bytes of memory an axis needs, for the most phases and taps it can have.
 inline int64_t axis_bytes(int64_t phases, int64_t taps, int64_t out) {

@@ -123,8 +123,8 @@ static void forward(const GanLossShape& s, const GanLossForwardArgs& a) {
   const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
   const int threads = team_for(8 * (s.n_fake + s.n_real), s.threads);  // an exp or two: dearer than a plain sweep
   constexpr int PITCH = 2 * SUMS;                                      // doubles of one thread: 64 bytes, a cache line
-  Scratch scratch(Scratch::bytes_for<double>(threads * PITCH));
-  double* partial = scratch.cut<double>(threads * PITCH);
+  const Scratch<double> memory(threads * PITCH);
+  double* partial = memory.data;
   int team = 1;
 #pragma omp parallel num_threads(threads)
   {
@@ -240,8 +240,8 @@ static void double_backward(const GanLossShape& s, const GanLossDoubleBackwardAr
   T *d_fake = static_cast<T*>(a.d_fake), *d_real = static_cast<T*>(a.d_real);
   const int threads = team_for(8 * (s.n_fake + s.n_real), s.threads);
   constexpr int PITCH = 8;  // doubles of one thread: a cache line
-  Scratch scratch(Scratch::bytes_for<double>(threads * PITCH));
-  double* partial = scratch.cut<double>(threads * PITCH);
+  const Scratch<double> memory(threads * PITCH);
+  double* partial = memory.data;
   const double inv_f = 1.0 / static_cast<double>(s.n_fake),
                inv_r = s.n_real ? 1.0 / static_cast<double>(s.n_real) : 0.0;
   const vf scale_f = set1(static_cast<float>(*a.dloss * inv_f)), scale_r = set1(static_cast<float>(*a.dloss * inv_r));

@@ -8,11 +8,7 @@
 //   planes   [N][C][HW]: a unit is a group, whose channels are planes
 //   columns  [N][HW][C]: a unit is a sample, a matrix whose channels are columns
 //   rows     HW = 1: a unit is a group, whose channels are its elements. Coefficients and the parameters' gradients
-//   change
-//            from element to element, so they are made in registers instead of being laid out beforehand
-#include "common/kernels.hpp"
-#include "common/scratch.hpp"
-#include "common/second_order.hpp"
+//            change from element to element, so they are made in registers instead of being laid out beforehand
 #include "cpu/norm.hpp"
 
 namespace fg::ISA {
@@ -25,8 +21,9 @@ struct Cut {
   int64_t inner;               // groups of a unit
   int64_t channels, elements;  // of a unit
   int64_t units;
-  double eps, inv_m;  // 1 / elements of a group
-  float slope;
+  double inv_m;  // 1 / elements of a group
+  float eps, slope;
+  int threads;
 
   explicit Cut(const GnShape& s)
       : rows(s.HW == 1),
@@ -39,18 +36,27 @@ struct Cut {
         channels(inner * per_group),
         elements(channels * HW),
         units(s.N * (columns ? 1 : groups)),
-        eps(s.eps),
         inv_m(1.0 / static_cast<double>(per_group * HW)),
-        slope(slope_of(s)) {}
+        eps(s.eps),
+        slope(slope_of(s)),
+        threads(team_for(units * elements, s.threads)) {
+    if (!columns && threads > units) threads = static_cast<int>(units);
+  }
 
   bool empty() const { return units * elements == 0; }
   Grid grid() const { return Grid(1, channels, HW, 1, columns); }
   int64_t first_channel(int64_t unit) const { return columns ? 0 : unit % groups * per_group; }
   // Few samples: all threads share each unit, with barriers between the passes. Else every thread has its own units.
-  bool shared(int threads) const { return columns && units % threads != 0 && units < 4 * threads; }
-  int team(int threads) const {
-    const int useful = team_for(units * elements, threads);
-    return columns || useful < units ? useful : static_cast<int>(units);
+  bool shared() const { return columns && units % threads != 0 && units < 4 * threads; }
+
+  template <class Args>
+  Statistic statistic(const Args& args, int64_t unit, int64_t j) const {
+    return Statistic(args.mean, args.var, unit * inner + j, eps);
+  }
+  // Calls f(channel of the unit) for those of its group j.
+  template <class F>
+  void each_channel(int64_t j, const F& f) const {
+    for (int64_t c = j * per_group; c < (j + 1) * per_group; ++c) f(c);
   }
 };
 
@@ -75,23 +81,14 @@ struct Work {
   }
 };
 
-// A group's statistics. The variance is used as stored, so that every pass sees the same r.
-struct Group {
-  double mean, r;
-  Group(const Cut& cut, const float* means, const float* vars, int64_t index)
-      : mean(means[index]), r(1.0 / std::sqrt(static_cast<double>(vars[index]) + cut.eps)) {}
-};
-
-double value_of(const float* p, int64_t c, double otherwise) { return p ? p[c] : otherwise; }
-
-// t = (x - mean) * scale + bias, for the channels of inner group j.
-void put_affine(const Cut& cut, const Grid& grid, float* coef, int64_t first, int64_t j, const Group& group,
-                const float* weight, const float* bias) {
-  for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
-    put(grid, coef, K_MEAN, c, static_cast<float>(group.mean));
-    put(grid, coef, K_SCALE, c, static_cast<float>(value_of(weight, first + c, 1.0) * group.r));
-    put(grid, coef, K_BIAS, c, static_cast<float>(value_of(bias, first + c, 0.0)));
-  }
+// For the channels of the unit's group j.
+template <class Args>
+void put_affine(const Cut& cut, const Grid& grid, float* coef, const Args& args, int64_t unit, int64_t j) {
+  const int64_t first = cut.first_channel(unit);
+  const Statistic statistic = cut.statistic(args, unit, j);
+  cut.each_channel(j, [&](int64_t c) {
+    put_affine(grid, coef, c, statistic, value_of(args.weight, first + c, 1.0), value_of(args.bias, first + c, 0.0));
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ rows
@@ -110,21 +107,26 @@ FG_INLINE vf load_or(Lane lane, const float* p, float otherwise) {
   return p ? lane.load(p) : set1(otherwise);
 }
 
-// The parameters of a row, from its first channel on; null where absent.
+// A row's parameters from its first channel on, null where absent, and its statistics.
 struct Row {
+  int64_t first;
   const float *weight, *bias;
-  vf mean, r;
+  double r;
+  vf mean_lanes, r_lanes;
 
-  Row(const Group& group, int64_t first, const float* weight_, const float* bias_)
-      : weight(weight_ ? weight_ + first : nullptr),
-        bias(bias_ ? bias_ + first : nullptr),
-        mean(set1(static_cast<float>(group.mean))),
-        r(set1(static_cast<float>(group.r))) {}
+  template <class Args>
+  Row(const Cut& cut, const Args& args, int64_t unit)
+      : first(cut.first_channel(unit)), weight(moved<float>(args.weight, first)), bias(moved<float>(args.bias, first)) {
+    const Statistic statistic = cut.statistic(args, unit, 0);
+    r = statistic.r;
+    mean_lanes = set1(static_cast<float>(statistic.mean));
+    r_lanes = set1(static_cast<float>(r));
+  }
 
   template <class Lane>
   FG_INLINE_MEMBER void affine(Lane lane, vf* k) const {
-    k[K_MEAN] = mean;
-    k[K_SCALE] = load_or(lane, weight, 1.0f) * r;
+    k[K_MEAN] = mean_lanes;
+    k[K_SCALE] = load_or(lane, weight, 1.0f) * r_lanes;
     k[K_BIAS] = load_or(lane, bias, 0.0f);
   }
 };
@@ -154,8 +156,7 @@ void run_statistics(const T* x, int64_t n, float* mean, float* var) {
   *var = static_cast<float>(m2 / count);
 }
 
-// ------------------------------------------------------------------------------------------------ gradients of
-// parameters
+// ------------------------------------------------------------------------------------------------ parameters
 
 // One thread's sums per channel over its units: COUNT arrays [C] in float64. A row adds to arrays of fp32 first, which
 // are emptied every 128 rows. Threads are added up in order.
@@ -166,8 +167,8 @@ struct ParameterSums {
   int64_t C;
   int pending;
 
-  static size_t doubles(const Cut& cut, int threads) { return size_t(threads) * COUNT * cut.C; }
-  static size_t floats(const Cut& cut, int threads) { return cut.rows ? doubles(cut, threads) : 0; }
+  static int64_t doubles(const Cut& cut) { return cut.threads * COUNT * cut.C; }
+  static int64_t floats(const Cut& cut) { return cut.rows ? doubles(cut) : 0; }
 
   ParameterSums(const Cut& cut, double* totals, float* recents, int thread)
       : total(totals + thread * COUNT * cut.C),
@@ -199,11 +200,6 @@ struct ParameterSums {
   }
 };
 
-void fill_zero(float* p, int64_t n) {
-  if (p)
-    for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
-}
-
 // ------------------------------------------------------------------------------------------------ forward
 
 template <class T, Act ACT>
@@ -212,18 +208,14 @@ void forward(const GnShape& shape, const NormForwardArgs& args) {
   if (cut.empty()) return;
   using Body = NormForwardBody<T, ACT>;
   const Grid grid = cut.grid();
-  const T* x = static_cast<const T*>(args.x);
-  T* y = static_cast<T*>(args.y);
-  const int threads = cut.team(shape.threads);
-  const bool shared = cut.shared(threads);
-  const size_t row = cut.rows ? 0 : grid.padded, column = cut.columns ? grid.padded : 0;
-  Scratch scratch(Scratch::bytes_for<float>(threads * Body::COEFS * row) +
-                  Scratch::bytes_for<float>(threads * 3 * column) + Scratch::bytes_for<double>(threads * 3 * column));
-  float* coefs = scratch.cut<float>(threads * Body::COEFS * row);
-  float* own = scratch.cut<float>(threads * 3 * column);
-  double* sums = scratch.cut<double>(threads * 3 * column);
+  const bool shared = cut.shared();
+  const int64_t row = cut.rows ? 0 : grid.padded, column = cut.columns ? grid.padded : 0;
+  float *coefs, *own;
+  double* sums;
+  const ScratchArrays memory(Array(coefs, cut.threads * Body::COEFS * row), Array(own, cut.threads * 3 * column),
+                             Array(sums, cut.threads * 3 * column));
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(cut.threads)
   {
     const int thread = thread_index(), team = team_size(), place = shared ? 0 : thread;
     const Work work(cut, grid, shared, thread, team);
@@ -231,8 +223,7 @@ void forward(const GnShape& shape, const NormForwardArgs& args) {
     float *coef = coefs + place * Body::COEFS * row, *guess = own + thread * 3 * column;
     if (!cut.rows && (thread == 0 || !shared)) clear_padding(grid, coef, Body::COEFS);
     for (int64_t u = work.unit0; u < work.unit1; ++u) {
-      const Body body{x + u * cut.elements, y + u * cut.elements, cut.slope};
-      const int64_t first = cut.first_channel(u);
+      const Body body(args, cut.slope, u * cut.elements);
       if (cut.columns) statistics(grid, work.share, 0, body.x, guess, guess + column, partials);
       work.barrier();
       for (int64_t j = work.group0; j < work.group1; ++j) {
@@ -242,12 +233,11 @@ void forward(const GnShape& shape, const NormForwardArgs& args) {
                           args.var + index);
         else
           run_statistics(body.x, cut.elements, args.mean + index, args.var + index);
-        if (!cut.rows)
-          put_affine(cut, grid, coef, first, j, Group(cut, args.mean, args.var, index), args.weight, args.bias);
+        if (!cut.rows) put_affine(cut, grid, coef, args, u, j);
       }
       work.barrier();
       if (cut.rows) {
-        const Row affine(Group(cut, args.mean, args.var, u), first, args.weight, args.bias);
+        const Row affine(cut, args, u);
         for_lanes(0, cut.elements, [&](auto lane) {
           vf k[Body::COEFS];
           affine.affine(lane, k);
@@ -260,35 +250,63 @@ void forward(const GnShape& shape, const NormForwardArgs& args) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------ backward
+// ------------------------------------------------------------------------------------------------ derivatives
 
-// Coefficients of inner group j and the sums of its channels: h = weight dt, s1 = Σ h, s2 = Σ h x̂,
-// dx = r (h - s1/M - x̂ s2/M), dbias = Σ dt, dweight = Σ dt x̂.
-template <class Body>
-void finish_backward(const Cut& cut, const Grid& grid, const Partials<2>& partials, int64_t first, int64_t j,
-                     const Group& group, const float* weight, float* coef, ParameterSums<2>& gradients) {
-  double s1 = 0.0, s2 = 0.0;
-  for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
-    double s[2];
-    partials.total(grid, 0, c, s);
-    const double w = value_of(weight, first + c, 1.0);
-    s1 += w * s[0];
-    s2 += w * s[1];
-    gradients.total[first + c] += s[1] * group.r;
-    gradients.total[cut.C + first + c] += s[0];
+// Both derivatives. A row is of_row's, with `gradients` for its parameters. Any other unit has sums of every channel,
+// finish(partials, unit, j, coef, gradients) for each of its groups j, and then the elements. `outputs` are the
+// parameters' gradients [C], null where not wanted.
+template <class Sums, class Body, int COUNT, class Args, class OfRow, class Finish>
+void two_passes(const Cut& cut, const Args& args, float* const (&outputs)[COUNT], const OfRow& of_row,
+                const Finish& finish) {
+  using Gradients = ParameterSums<COUNT>;
+  if (cut.empty()) {
+    for (float* output : outputs) fill_zero(output, cut.C);
+    return;
   }
-  s2 *= group.r;
-  for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
-    put(grid, coef, Body::K_X0, c, static_cast<float>(-group.r * s1 * cut.inv_m));
-    put(grid, coef, Body::K_X1, c, static_cast<float>(-group.r * group.r * s2 * cut.inv_m));
+  const Grid grid = cut.grid();
+  const bool shared = cut.shared();
+  const int64_t row = cut.rows ? 0 : grid.padded;
+  float *coefs, *own, *recents;
+  double *sums, *totals;
+  const ScratchArrays memory(Array(coefs, cut.threads * Body::COEFS * row), Array(own, cut.threads * Sums::SUMS * row),
+                             Array(recents, Gradients::floats(cut)), Array(sums, cut.threads * Sums::SUMS * row),
+                             Array(totals, Gradients::doubles(cut)));
+
+#pragma omp parallel num_threads(cut.threads)
+  {
+    const int thread = thread_index(), team = team_size(), place = shared ? 0 : thread;
+    const Work work(cut, grid, shared, thread, team);
+    const Partials<Sums::SUMS> partials{sums + place * Sums::SUMS * row, grid.padded, work.share.slots};
+    Gradients gradients(cut, totals, recents, thread);
+    float *coef = coefs + place * Body::COEFS * row, *mine = own + thread * Sums::SUMS * row;
+    if (!cut.rows && (thread == 0 || !shared)) clear_padding(grid, coef, Body::COEFS);
+    for (int64_t u = work.unit0; u < work.unit1; ++u) {
+      const Sums sums_body(args, cut.slope, u * cut.elements);
+      const Body body(args, cut.slope, u * cut.elements);
+      if (cut.rows) {
+        of_row(sums_body, body, Row(cut, args, u), gradients);
+        gradients.row_done();
+        continue;
+      }
+      for (int64_t j = work.group0; j < work.group1; ++j) put_affine(cut, grid, coef, args, u, j);
+      work.barrier();
+      sweep_sums(grid, work.share, 0, sums_body, coef, mine, partials);
+      work.barrier();
+      for (int64_t j = work.group0; j < work.group1; ++j) finish(grid, partials, u, j, coef, gradients);
+      work.barrier();
+      if (body.wanted()) sweep_elementwise(grid, work.share, 0, body, coef, true);
+      work.barrier();
+    }
+    gradients.flush();
+#pragma omp barrier
+    for (int i = 0; i < COUNT; ++i) Gradients::reduce(cut, totals, i, outputs[i], thread, team);
   }
 }
 
 template <class Sums, class Body>
-void backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row& row, const Group& group, int64_t first,
-                  ParameterSums<2>& gradients) {
-  float *dweight = gradients.recent + first, *dbias = dweight + cut.C;
-  double s1 = 0.0, s2 = 0.0;
+void backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row& row, ParameterSums<2>& gradients) {
+  float *dweight = gradients.recent + row.first, *dbias = dweight + cut.C;
+  FirstOrder o{};
   for (int64_t begin = 0; begin < cut.elements; begin += RUN) {
     vf a1 = zero(), a2 = zero();
     for_lanes(begin, begin + RUN < cut.elements ? begin + RUN : cut.elements, [&](auto lane) {
@@ -298,17 +316,15 @@ void backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row&
       const vf weight = load_or(lane, row.weight, 1.0f);
       a1 = fma(weight, s[0], a1);
       a2 = fma(weight, s[1], a2);
-      lane.store(dweight, fma(s[1], row.r, lane.load(dweight)));
+      lane.store(dweight, fma(s[1], row.r_lanes, lane.load(dweight)));
       lane.store(dbias, lane.load(dbias) + s[0]);
     });
-    s1 += sum(a1);
-    s2 += sum(a2);
+    o.s1 += sum(a1);
+    o.s2 += sum(a2) * row.r;
   }
-  gradients.row_done();
   if (!body.dx) return;
-  const double r = group.r;
-  const vf x0 = set1(static_cast<float>(-r * s1 * cut.inv_m));
-  const vf x1 = set1(static_cast<float>(-r * r * (s2 * r) * cut.inv_m));
+  o.finish(cut.inv_m, row.r);
+  const vf x0 = set1(static_cast<float>(o.x0)), x1 = set1(static_cast<float>(o.x1));
   for_lanes(0, cut.elements, [&](auto lane) {
     vf k[Body::COEFS];
     row.affine(lane, k);
@@ -318,106 +334,40 @@ void backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row&
   });
 }
 
+// dbias = Σ dt, dweight = Σ dt x̂.
 template <class T, Act ACT>
 void backward(const GnShape& shape, const NormBackwardArgs& args) {
-  const Cut cut(shape);
-  if (cut.empty()) {
-    fill_zero(args.dweight, shape.C);
-    fill_zero(args.dbias, shape.C);
-    return;
-  }
   using Sums = NormBackwardSumsBody<T, ACT>;
   using Body = NormBackwardBody<T, ACT>;
   using Gradients = ParameterSums<2>;
-  const Grid grid = cut.grid();
-  const T *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
-  T* dx = static_cast<T*>(args.dx);
-  const int threads = cut.team(shape.threads);
-  const bool shared = cut.shared(threads);
-  const size_t row = cut.rows ? 0 : grid.padded;
-  Scratch scratch(Scratch::bytes_for<float>(threads * Body::COEFS * row) +
-                  Scratch::bytes_for<float>(threads * Sums::SUMS * row) +
-                  Scratch::bytes_for<float>(Gradients::floats(cut, threads)) +
-                  Scratch::bytes_for<double>(threads * Sums::SUMS * row) +
-                  Scratch::bytes_for<double>(Gradients::doubles(cut, threads)));
-  float* coefs = scratch.cut<float>(threads * Body::COEFS * row);
-  float* own = scratch.cut<float>(threads * Sums::SUMS * row);
-  float* recents = scratch.cut<float>(Gradients::floats(cut, threads));
-  double* sums = scratch.cut<double>(threads * Sums::SUMS * row);
-  double* totals = scratch.cut<double>(Gradients::doubles(cut, threads));
-
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = thread_index(), team = team_size(), place = shared ? 0 : thread;
-    const Work work(cut, grid, shared, thread, team);
-    const Partials<2> partials{sums + place * Sums::SUMS * row, grid.padded, work.share.slots};
-    Gradients gradients(cut, totals, recents, thread);
-    float *coef = coefs + place * Body::COEFS * row, *mine = own + thread * Sums::SUMS * row;
-    if (!cut.rows && (thread == 0 || !shared)) clear_padding(grid, coef, Body::COEFS);
-    for (int64_t u = work.unit0; u < work.unit1; ++u) {
-      const int64_t at = u * cut.elements, first = cut.first_channel(u);
-      const Sums sums_body{dy + at, x + at, cut.slope};
-      const Body body{dy + at, x + at, dx ? dx + at : nullptr, cut.slope};
-      if (cut.rows) {
-        const Group group(cut, args.mean, args.var, u);
-        backward_row(cut, sums_body, body, Row(group, first, args.weight, args.bias), group, first, gradients);
-        continue;
-      }
-      for (int64_t j = work.group0; j < work.group1; ++j)
-        put_affine(cut, grid, coef, first, j, Group(cut, args.mean, args.var, u * cut.inner + j), args.weight,
-                   args.bias);
-      work.barrier();
-      sweep_sums(grid, work.share, 0, sums_body, coef, mine, partials);
-      work.barrier();
-      for (int64_t j = work.group0; j < work.group1; ++j)
-        finish_backward<Body>(cut, grid, partials, first, j, Group(cut, args.mean, args.var, u * cut.inner + j),
-                              args.weight, coef, gradients);
-      work.barrier();
-      if (dx) sweep_elementwise(grid, work.share, 0, body, coef, true);
-      work.barrier();
-    }
-    gradients.flush();
-#pragma omp barrier
-    Gradients::reduce(cut, totals, 0, args.dweight, thread, team);
-    Gradients::reduce(cut, totals, 1, args.dbias, thread, team);
-  }
-}
-
-// ------------------------------------------------------------------------------------------------ double backward
-
-template <class Body>
-void finish_double_backward(const Cut& cut, const Grid& grid, const Partials<5>& partials, int64_t first, int64_t j,
-                            const Group& group, const NormDoubleBackwardArgs& args, float* coef,
-                            ParameterSums<1>& gradients) {
-  const double r = group.r;
-  SecondOrder o{};
-  double s[5];
-  for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
-    partials.total(grid, 0, c, s);
-    const double weight = value_of(args.weight, first + c, 1.0), v = value_of(args.ddweight, first + c, 0.0);
-    o.add(s, weight, v, r);
-  }
-  o.finish(cut.inv_m, r);
-  for (int64_t c = j * cut.per_group; c < (j + 1) * cut.per_group; ++c) {
-    partials.total(grid, 0, c, s);
-    gradients.total[first + c] += o.d_weight(s, r);
-    const double weight = value_of(args.weight, first + c, 1.0);
-    const auto set = [&](int i, double value) { put(grid, coef, i, c, static_cast<float>(value)); };
-    set(Body::K_U0, o.u0(weight, value_of(args.ddbias, first + c, 0.0), r));
-    set(Body::K_U1, o.u1(weight, value_of(args.ddweight, first + c, 0.0), r));
-    set(Body::K_XW, o.xw);
-    set(Body::K_X0, o.x0);
-    set(Body::K_X1, o.x1);
-  }
+  const Cut cut(shape);
+  const auto of_row = [&](const Sums& sums, const Body& body, const Row& row, Gradients& gradients) {
+    backward_row(cut, sums, body, row, gradients);
+  };
+  const auto finish = [&](const Grid& grid, const Partials<2>& partials, int64_t unit, int64_t j, float* coef,
+                          Gradients& gradients) {
+    const int64_t first = cut.first_channel(unit);
+    const double r = cut.statistic(args, unit, j).r;
+    FirstOrder o{};
+    cut.each_channel(j, [&](int64_t c) {
+      double s[2];
+      partials.total(grid, 0, c, s);
+      o.add(s, value_of(args.weight, first + c, 1.0), r);
+      gradients.total[first + c] += s[1] * r;
+      gradients.total[cut.C + first + c] += s[0];
+    });
+    o.finish(cut.inv_m, r);
+    cut.each_channel(j, [&](int64_t c) { put_first_order<Body>(grid, coef, c, o); });
+  };
+  two_passes<Sums, Body>(cut, args, {args.dweight, args.dbias}, of_row, finish);
 }
 
 template <class Sums, class Body>
-void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row& row, const Group& group,
-                         int64_t first, const NormDoubleBackwardArgs& args, ParameterSums<1>& gradients) {
-  const float* v_weight = args.ddweight ? args.ddweight + first : nullptr;
-  const float* v_bias = args.ddbias ? args.ddbias + first : nullptr;
-  float* d_weight = gradients.recent + first;
-  const double r = group.r;
+void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, const Row& row,
+                         const NormDoubleBackwardArgs& args, ParameterSums<1>& gradients) {
+  const float *v_weight = moved<float>(args.ddweight, row.first), *v_bias = moved<float>(args.ddbias, row.first);
+  float* d_weight = gradients.recent + row.first;
+  const double r = row.r;
   SecondOrder o{};
   for (int64_t begin = 0; begin < cut.elements; begin += RUN) {
     vf a[7];
@@ -451,81 +401,46 @@ void double_backward_row(const Cut& cut, const Sums& sums, const Body& body, con
     vf k[Body::COEFS], s[Sums::SUMS] = {zero(), zero(), zero(), zero(), zero()};
     row.affine(lane, k);
     sums(lane, k, s);
-    lane.store(d_weight, fma(row.r, s[4] - fma(w1, s[0], w2r * s[1]), lane.load(d_weight)));
+    lane.store(d_weight, fma(row.r_lanes, s[4] - fma(w1, s[0], w2r * s[1]), lane.load(d_weight)));
     k[Body::K_U0] = load_or(lane, v_bias, 0.0f) - k[K_SCALE] * w1;
-    k[Body::K_U1] = row.r * (load_or(lane, v_weight, 0.0f) - k[K_SCALE] * w2);
+    k[Body::K_U1] = row.r_lanes * (load_or(lane, v_weight, 0.0f) - k[K_SCALE] * w2);
     k[Body::K_XW] = xw;
     k[Body::K_X0] = x0;
     k[Body::K_X1] = x1;
     body(lane, k, nullptr);
   });
-  gradients.row_done();
 }
 
 template <class T, Act ACT>
 void double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) {
-  const Cut cut(shape);
-  if (cut.empty()) {
-    fill_zero(args.d_weight, shape.C);
-    return;
-  }
   using Sums = NormDoubleSumsBody<T, ACT>;
   using Body = NormDoubleBody<T, ACT>;
   using Gradients = ParameterSums<1>;
-  const Grid grid = cut.grid();
-  const T *ddx = static_cast<const T*>(args.ddx), *dy = static_cast<const T*>(args.dy);
-  const T* x = static_cast<const T*>(args.x);
-  T *d_dy = static_cast<T*>(args.d_dy), *d_x = static_cast<T*>(args.d_x);
-  const auto move = [](auto* p, int64_t by) { return p ? p + by : p; };
-  const int threads = cut.team(shape.threads);
-  const bool shared = cut.shared(threads);
-  const size_t row = cut.rows ? 0 : grid.padded;
-  Scratch scratch(Scratch::bytes_for<float>(threads * Body::COEFS * row) +
-                  Scratch::bytes_for<float>(threads * Sums::SUMS * row) +
-                  Scratch::bytes_for<float>(Gradients::floats(cut, threads)) +
-                  Scratch::bytes_for<double>(threads * Sums::SUMS * row) +
-                  Scratch::bytes_for<double>(Gradients::doubles(cut, threads)));
-  float* coefs = scratch.cut<float>(threads * Body::COEFS * row);
-  float* own = scratch.cut<float>(threads * Sums::SUMS * row);
-  float* recents = scratch.cut<float>(Gradients::floats(cut, threads));
-  double* sums = scratch.cut<double>(threads * Sums::SUMS * row);
-  double* totals = scratch.cut<double>(Gradients::doubles(cut, threads));
-
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = thread_index(), team = team_size(), place = shared ? 0 : thread;
-    const Work work(cut, grid, shared, thread, team);
-    const Partials<5> partials{sums + place * Sums::SUMS * row, grid.padded, work.share.slots};
-    Gradients gradients(cut, totals, recents, thread);
-    float *coef = coefs + place * Body::COEFS * row, *mine = own + thread * Sums::SUMS * row;
-    if (!cut.rows && (thread == 0 || !shared)) clear_padding(grid, coef, Body::COEFS);
-    for (int64_t u = work.unit0; u < work.unit1; ++u) {
-      const int64_t at = u * cut.elements, first = cut.first_channel(u);
-      const Sums sums_body{move(ddx, at), dy + at, x + at, cut.slope};
-      const Body body{move(ddx, at), dy + at, x + at, move(d_dy, at), move(d_x, at), cut.slope};
-      if (cut.rows) {
-        const Group group(cut, args.mean, args.var, u);
-        double_backward_row(cut, sums_body, body, Row(group, first, args.weight, args.bias), group, first, args,
-                            gradients);
-        continue;
-      }
-      for (int64_t j = work.group0; j < work.group1; ++j)
-        put_affine(cut, grid, coef, first, j, Group(cut, args.mean, args.var, u * cut.inner + j), args.weight,
-                   args.bias);
-      work.barrier();
-      sweep_sums(grid, work.share, 0, sums_body, coef, mine, partials);
-      work.barrier();
-      for (int64_t j = work.group0; j < work.group1; ++j)
-        finish_double_backward<Body>(cut, grid, partials, first, j, Group(cut, args.mean, args.var, u * cut.inner + j),
-                                     args, coef, gradients);
-      work.barrier();
-      sweep_elementwise(grid, work.share, 0, body, coef, true);
-      work.barrier();
-    }
-    gradients.flush();
-#pragma omp barrier
-    Gradients::reduce(cut, totals, 0, args.d_weight, thread, team);
-  }
+  const Cut cut(shape);
+  const auto of_row = [&](const Sums& sums, const Body& body, const Row& row, Gradients& gradients) {
+    double_backward_row(cut, sums, body, row, args, gradients);
+  };
+  const auto finish = [&](const Grid& grid, const Partials<5>& partials, int64_t unit, int64_t j, float* coef,
+                          Gradients& gradients) {
+    const int64_t first = cut.first_channel(unit);
+    const double r = cut.statistic(args, unit, j).r;
+    const auto weight = [&](int64_t c) { return value_of(args.weight, first + c, 1.0); };
+    const auto v_weight = [&](int64_t c) { return value_of(args.ddweight, first + c, 0.0); };
+    SecondOrder o{};
+    double s[5];
+    cut.each_channel(j, [&](int64_t c) {
+      partials.total(grid, 0, c, s);
+      o.add(s, weight(c), v_weight(c), r);
+    });
+    o.finish(cut.inv_m, r);
+    cut.each_channel(j, [&](int64_t c) {
+      partials.total(grid, 0, c, s);
+      gradients.total[first + c] += o.d_weight(s, r);
+      put_second_order<Body>(grid, coef, c, o, o.u0(weight(c), value_of(args.ddbias, first + c, 0.0), r),
+                             o.u1(weight(c), v_weight(c), r));
+    });
+  };
+  two_passes<Sums, Body>(cut, args, {args.d_weight}, of_row, finish);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 
 #include <cmath>
 
+#include "common/norm_derivatives.hpp"
+#include "common/scratch.hpp"
 #include "cpu/activation.hpp"
 #include "cpu/sweep.hpp"
 
@@ -139,9 +141,14 @@ static inline void pool_statistics(const Grid& grid, int64_t group, int64_t c0, 
 // Coefficients 0..2 of every body: t = (x - mean) * scale + bias.
 constexpr int K_MEAN = 0, K_SCALE = 1, K_BIAS = 2;
 
-static inline void clear_padding(const Grid& grid, float* coef, int coefs) {
-  for (int i = 0; i < coefs; ++i)
-    for (int64_t j = grid.width; j < grid.padded; ++j) coef[i * grid.padded + j] = 0.0f;
+// The element `by` of a tensor that may be absent.
+template <class T>
+static const T* moved(const void* p, int64_t by) {
+  return p ? static_cast<const T*>(p) + by : nullptr;
+}
+template <class T>
+static T* moved(void* p, int64_t by) {
+  return p ? static_cast<T*>(p) + by : nullptr;
 }
 
 template <class T, Act ACT>
@@ -150,6 +157,8 @@ struct NormForwardBody {
   const T* x;
   T* y;
   float slope;
+  NormForwardBody(const NormForwardArgs& a, float slope_, int64_t by = 0)
+      : x(moved<T>(a.x, by)), y(moved<T>(a.y, by)), slope(slope_) {}
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
     const vf t = fma(lane.load(x) - k[K_MEAN], k[K_SCALE], k[K_BIAS]);
@@ -163,6 +172,8 @@ struct NormBackwardSumsBody {
   static constexpr int COEFS = 3, SUMS = 2;
   const T *dy, *x;
   float slope;
+  NormBackwardSumsBody(const NormBackwardArgs& a, float slope_, int64_t by = 0)
+      : dy(moved<T>(a.dy, by)), x(moved<T>(a.x, by)), slope(slope_) {}
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf* s) const {
     const vf centred = lane.load(x) - k[K_MEAN];
@@ -180,6 +191,9 @@ struct NormBackwardBody {
   const T *dy, *x;
   T* dx;
   float slope;
+  NormBackwardBody(const NormBackwardArgs& a, float slope_, int64_t by = 0)
+      : dy(moved<T>(a.dy, by)), x(moved<T>(a.x, by)), dx(moved<T>(a.dx, by)), slope(slope_) {}
+  bool wanted() const { return dx; }
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
     const vf centred = lane.load(x) - k[K_MEAN];
@@ -200,6 +214,8 @@ struct NormDoubleSumsBody {
   static constexpr int COEFS = 3, SUMS = 5;
   const T *ddx, *dy, *x;
   float slope;
+  NormDoubleSumsBody(const NormDoubleBackwardArgs& a, float slope_, int64_t by = 0)
+      : ddx(moved<T>(a.ddx, by)), dy(moved<T>(a.dy, by)), x(moved<T>(a.x, by)), slope(slope_) {}
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf* s) const {
     const vf centred = lane.load(x) - k[K_MEAN];
@@ -221,6 +237,14 @@ struct NormDoubleBody {
   const T *ddx, *dy, *x;
   T *d_dy, *d_x;
   float slope;
+  NormDoubleBody(const NormDoubleBackwardArgs& a, float slope_, int64_t by = 0)
+      : ddx(moved<T>(a.ddx, by)),
+        dy(moved<T>(a.dy, by)),
+        x(moved<T>(a.x, by)),
+        d_dy(moved<T>(a.d_dy, by)),
+        d_x(moved<T>(a.d_x, by)),
+        slope(slope_) {}
+  bool wanted() const { return d_dy || d_x; }
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
     const vf centred = lane.load(x) - k[K_MEAN];
@@ -236,5 +260,47 @@ struct NormDoubleBody {
     }
   }
 };
+
+// ------------------------------------------------------------------------------------------------ coefficients
+
+// The variance is used as stored, so that every pass sees the same r.
+struct Statistic {
+  double mean, r;
+  Statistic(const float* means, const float* vars, int64_t at, float eps)
+      : mean(means[at]), r(1.0 / std::sqrt(static_cast<double>(vars[at]) + static_cast<double>(eps))) {}
+};
+
+static inline double value_of(const float* p, int64_t c, double otherwise) { return p ? p[c] : otherwise; }
+
+static inline void fill_zero(float* p, int64_t n) {
+  if (p)
+    for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
+}
+
+static inline void clear_padding(const Grid& grid, float* coef, int coefs) {
+  for (int i = 0; i < coefs; ++i)
+    for (int64_t j = grid.width; j < grid.padded; ++j) coef[i * grid.padded + j] = 0.0f;
+}
+
+static inline void put_affine(const Grid& grid, float* coef, int64_t c, const Statistic& s, double weight,
+                              double bias) {
+  put(grid, coef, K_MEAN, c, static_cast<float>(s.mean));
+  put(grid, coef, K_SCALE, c, static_cast<float>(weight * s.r));
+  put(grid, coef, K_BIAS, c, static_cast<float>(bias));
+}
+
+template <class Body>
+static void put_first_order(const Grid& grid, float* coef, int64_t c, const FirstOrder& o) {
+  put(grid, coef, Body::K_X0, c, static_cast<float>(o.x0));
+  put(grid, coef, Body::K_X1, c, static_cast<float>(o.x1));
+}
+
+template <class Body>
+static void put_second_order(const Grid& grid, float* coef, int64_t c, const SecondOrder& o, double u0, double u1) {
+  put_first_order<Body>(grid, coef, c, o);
+  put(grid, coef, Body::K_XW, c, static_cast<float>(o.xw));
+  put(grid, coef, Body::K_U0, c, static_cast<float>(u0));
+  put(grid, coef, Body::K_U1, c, static_cast<float>(u1));
+}
 
 }  // namespace fg::ISA

@@ -27,8 +27,8 @@ static inline void each_block(int64_t N, int64_t E, int thread, int team, const 
 template <class Add, class Finish>
 static inline void sum_samples(int64_t N, int64_t E, int threads, const Add& add, const Finish& finish) {
   const int64_t blocks = blocks_of(E);
-  Scratch scratch(Scratch::bytes_for<double>(N * blocks));
-  double* sums = scratch.cut<double>(N * blocks);
+  const Scratch<double> memory(N * blocks);
+  double* sums = memory.data;
 #pragma omp parallel num_threads(team_for(N* E, threads))
   each_block(N, E, thread_index(), team_size(), [&](int64_t n, int64_t begin, int64_t end, int64_t block) {
     vf s[2] = {zero(), zero()};  // two chains: one would wait for the adder's latency

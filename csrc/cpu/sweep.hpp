@@ -260,7 +260,7 @@ struct Partials {
   int64_t padded;
   int slots;
 
-  static size_t count(const Grid& grid, int team) { return size_t(grid.G) * team * SUMS * grid.padded; }
+  static int64_t count(const Grid& grid, int team) { return grid.G * team * SUMS * grid.padded; }
   double* at(int64_t group, int slot) const { return data + (group * slots + slot) * SUMS * padded; }
 
   // The columns that a share writes are cleared by that share: no barrier is needed before the sweep.

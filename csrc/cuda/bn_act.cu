@@ -8,15 +8,10 @@
 namespace fg::cuda {
 namespace {
 
-Norm norm_of(const BnShape& s, const float* weight, const float* bias, const float* mean, const float* var) {
-  return {weight, bias, mean, var, s.eps, static_cast<int>(s.C), 1, s.act, s.slope};
+template <class Args>
+Norm norm_of(const BnShape& s, const Args& a) {
+  return {a.weight, a.bias, a.mean, a.var, s.eps, static_cast<int>(s.C), 1, s.act, s.slope};
 }
-
-// Workspace: the partials, then the coefficients of the elementwise pass.
-struct Workspace {
-  int64_t partials, coefs;  // floats
-  int64_t bytes() const { return (partials + coefs) * int64_t{sizeof(float)}; }
-};
 
 // 1 / elements of a channel and group. In eval mode mean and var are constants, and every 1/n of the derivatives is 0.
 double inverse_n(const BnShape& s) {
@@ -32,8 +27,8 @@ std::optional<int64_t> forward_in_one(const char* op, const Walk& walk, const No
                                       const NormForwardArgs& a, const Target& target) {
   return by_dtype(t.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const NormForward<T> map{{static_cast<const T*>(t.x)}, {static_cast<T*>(t.y)}, norm};
-    return run_resident(op, walk, BnResidentForward<T>{map, pivot_of(walk, t, norm), a.mean, a.var}, target);
+    return run_resident(op, walk, BnResidentForward<T>{t.forward<T>(norm), pivot_of(walk, t, norm), a.mean, a.var},
+                        target);
   });
 }
 
@@ -41,8 +36,7 @@ std::optional<int64_t> backward_in_one(const char* op, const Walk& walk, const N
                                        double inv_n, const NormBackwardArgs& a, const Target& target) {
   return by_dtype(t.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const NormBackward<T> map{
-        {static_cast<const T*>(t.dy), static_cast<const T*>(t.x)}, {static_cast<T*>(t.dx)}, norm, nullptr, 0, 0};
+    const NormBackward<T> map = t.backward<T>(norm, nullptr, walk.planes);
     return run_resident(op, walk, BnResidentBackward<T>{map, inv_n, a.dweight, a.dbias}, target);
   });
 }
@@ -51,12 +45,7 @@ std::optional<int64_t> double_backward_in_one(const char* op, const Walk& walk, 
                                               double inv_n, const NormDoubleBackwardArgs& a, const Target& target) {
   return by_dtype(t.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const NormDouble<T> map{{static_cast<const T*>(t.ddx), static_cast<const T*>(t.dy), static_cast<const T*>(t.x)},
-                            {static_cast<T*>(t.d_dy), static_cast<T*>(t.d_x)},
-                            norm,
-                            nullptr,
-                            0,
-                            0};
+    const NormDouble<T> map = t.double_backward<T>(norm, nullptr, walk.planes);
     return run_resident(op, walk, BnResidentDouble<T>{map, inv_n, {a.ddweight, a.ddbias}, a.d_weight}, target);
   });
 }
@@ -66,11 +55,8 @@ std::optional<int64_t> double_backward_in_one(const char* op, const Walk& walk, 
 int64_t bn_act_forward(const BnShape& s, const NormForwardArgs& a, const Target& target) {
   constexpr auto op = "bn_act_forward";
   const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
-  t.y = a.y;
-  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const NormTensors t(s.dtype, a);
+  const Norm norm = norm_of(s, a);
   if (s.training) {
     if (const auto done = forward_in_one(op, walk, t, norm, a, target)) return *done;
     const Reduction plan = plan_norm(walk, t, NormSums::STATISTICS);
@@ -88,16 +74,12 @@ int64_t bn_act_forward(const BnShape& s, const NormForwardArgs& a, const Target&
 int64_t bn_act_backward(const BnShape& s, const NormBackwardArgs& a, const Target& target) {
   constexpr auto op = "bn_act_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
-  t.dy = a.dy;
-  t.dx = a.dx;
-  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const NormTensors t(s.dtype, a);
+  const Norm norm = norm_of(s, a);
   if (a.dx)
     if (const auto done = backward_in_one(op, walk, t, norm, inverse_n(s), a, target)) return *done;
   const Reduction plan = plan_norm(walk, t, NormSums::BACKWARD);
-  const Workspace w{plan.floats(walk, 2), 2 * s.G * s.C};
+  const Workspace w{plan.floats(walk, 2), 2 * s.G * s.C, 0};
   auto* memory = static_cast<float*>(target.workspace);
   if (!memory) return w.bytes();
   const BnFinish finish = finish_of(s, norm, plan, w, memory);
@@ -112,18 +94,12 @@ int64_t bn_act_backward(const BnShape& s, const NormBackwardArgs& a, const Targe
 int64_t bn_act_double_backward(const BnShape& s, const NormDoubleBackwardArgs& a, const Target& target) {
   constexpr auto op = "bn_act_double_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.G, s.channels_last);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
-  t.dy = a.dy;
-  t.ddx = a.ddx;
-  t.d_dy = a.d_dy;
-  t.d_x = a.d_x;
-  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const NormTensors t(s.dtype, a);
+  const Norm norm = norm_of(s, a);
   if (a.d_dy || a.d_x)
     if (const auto done = double_backward_in_one(op, walk, t, norm, inverse_n(s), a, target)) return *done;
   const Reduction plan = plan_norm(walk, t, NormSums::DOUBLE);
-  const Workspace w{plan.floats(walk, 5), DOUBLE_COEFS * s.G * s.C};
+  const Workspace w{plan.floats(walk, 5), DOUBLE_COEFS * s.G * s.C, 0};
   auto* memory = static_cast<float*>(target.workspace);
   if (!memory) return w.bytes();
   const BnFinish finish = finish_of(s, norm, plan, w, memory);

@@ -28,10 +28,10 @@ struct BackwardTerms {
 };
 
 FG_DEVICE BackwardTerms backward_terms(const Norm& norm, double inv_n, const Sums<2>& s, i64 i, int channel) {
-  const double r = rstd_of(norm, i), scale = load_or(norm.weight, channel, 1.0f) * r;
-  const double s1 = s.word[0], s2 = s.word[1] * r;
-  // dx = weight r (dt - s1/n - xhat s2/n)
-  return {s2, s1, {static_cast<float>(-scale * s1 * inv_n), static_cast<float>(-scale * r * s2 * inv_n)}};
+  const double r = rstd_of(norm, i);
+  FirstOrder o = FirstOrder::of(s.word, load_or(norm.weight, channel, 1.0f), r);
+  o.finish(inv_n, r);
+  return {s.word[1] * r, s.word[0], {static_cast<float>(o.x0), static_cast<float>(o.x1)}};
 }
 
 // The same of the double backward: d_weight, and the coefficients of NormDouble.

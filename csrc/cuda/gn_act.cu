@@ -8,16 +8,13 @@
 namespace fg::cuda {
 namespace {
 
-Norm norm_of(const GnShape& s, const float* weight, const float* bias, const float* mean, const float* var) {
-  return {weight, bias, mean, var, s.eps, static_cast<int>(s.groups), static_cast<int>(s.C / s.groups), s.act, s.slope};
+template <class Args>
+Norm norm_of(const GnShape& s, const Args& a) {
+  return {a.weight, a.bias, a.mean, a.var, s.eps, static_cast<int>(s.groups), static_cast<int>(s.C / s.groups),
+          s.act,    s.slope};
 }
 
-// Workspace: the partials, the coefficients of the elementwise pass, and two sums a group.
-struct Workspace {
-  int64_t partials, coefs, groups;  // floats
-  int64_t bytes() const { return (partials + coefs + groups) * int64_t{sizeof(float)}; }
-};
-
+// The rest of the workspace: two sums a group.
 GnFinish finish_of(const GnShape& s, const Norm& norm, const Reduction& plan, const Workspace& w, float* memory) {
   const double m = static_cast<double>(s.C / s.groups) * static_cast<double>(s.HW);
   return {memory,  static_cast<int>(s.N), plan.splits, static_cast<int>(s.C),        static_cast<int>(s.groups), norm,
@@ -30,11 +27,8 @@ int64_t gn_act_forward(const GnShape& s, const NormForwardArgs& a, const Target&
   if (s.HW < FEW_PIXELS) return gn_rows_forward(s, a, target);
   constexpr auto op = "gn_act_forward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
-  t.y = a.y;
-  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const NormTensors t(s.dtype, a);
+  const Norm norm = norm_of(s, a);
   const Reduction plan = plan_norm(walk, t, NormSums::STATISTICS);
   const Workspace w{plan.floats(walk, Moments::WORDS), 0, 0};
   auto* memory = static_cast<float*>(target.workspace);
@@ -51,12 +45,8 @@ int64_t gn_act_backward(const GnShape& s, const NormBackwardArgs& a, const Targe
   if (s.HW < FEW_PIXELS) return gn_rows_backward(s, a, target);
   constexpr auto op = "gn_act_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
-  t.dy = a.dy;
-  t.dx = a.dx;
-  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const NormTensors t(s.dtype, a);
+  const Norm norm = norm_of(s, a);
   const Reduction plan = plan_norm(walk, t, NormSums::BACKWARD);
   const Workspace w{plan.floats(walk, 2), 2 * s.N * s.C, 0};
   auto* memory = static_cast<float*>(target.workspace);
@@ -80,14 +70,8 @@ int64_t gn_act_double_backward(const GnShape& s, const NormDoubleBackwardArgs& a
   if (s.HW < FEW_PIXELS) return gn_rows_double_backward(s, a, target);
   constexpr auto op = "gn_act_double_backward";
   const Walk walk(op, s.N, s.C, s.HW, s.N, s.channels_last);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
-  t.dy = a.dy;
-  t.ddx = a.ddx;
-  t.d_dy = a.d_dy;
-  t.d_x = a.d_x;
-  const Norm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const NormTensors t(s.dtype, a);
+  const Norm norm = norm_of(s, a);
   const Reduction plan = plan_norm(walk, t, NormSums::DOUBLE);
   const Workspace w{plan.floats(walk, 5), DOUBLE_COEFS * s.N * s.C, 2 * s.N * s.groups};
   auto* memory = static_cast<float*>(target.workspace);

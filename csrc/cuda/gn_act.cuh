@@ -50,7 +50,7 @@ static __global__ void __launch_bounds__(THREADS)
   store(var + blockIdx.x, m.variance());
 }
 
-// dx = r (weight dt - s1/M - xhat s2/M), s1 and s2 the group's sums of weight dt and weight dt xhat.
+// K0, K1 of NormBackward from the group's sums of weight dt and weight dt xc.
 static __global__ void __launch_bounds__(THREADS) gn_act_backward_finish_kernel(GnFinish f) {
   FG_SHARED(float, k, [2]);
   const i64 sample = blockIdx.x / f.groups;
@@ -65,9 +65,9 @@ static __global__ void __launch_bounds__(THREADS) gn_act_backward_finish_kernel(
   }
   merge_block<THREADS>(s);
   if (threadIdx.x == 0) {
-    const double r = rstd_of(f.norm, blockIdx.x);
-    k[0] = static_cast<float>(-r * s.word[0] * f.inv_m);
-    k[1] = static_cast<float>(-r * r * (s.word[1] * r) * f.inv_m);
+    const FirstOrder o = first_order(s, f.inv_m, rstd_of(f.norm, blockIdx.x));
+    k[0] = static_cast<float>(o.x0);
+    k[1] = static_cast<float>(o.x1);
   }
   __syncthreads();
   for (int c = threadIdx.x; c < width; c += THREADS) {

@@ -1,4 +1,5 @@
-// Group norm over rows: sums along them, a small kernel, then the columns with what the parameters' gradients need.
+// Group norm over rows: sums along them, a small kernel, then the columns with what the parameters' gradients need. The
+// rest of the workspace of a derivative has the sums of the columns.
 #include "cuda/gn_rows.cuh"
 
 #include "cuda/gn_rows.hpp"
@@ -19,11 +20,12 @@ struct Views {
   }
 };
 
-RowNorm norm_of(const GnShape& s, const float* weight, const float* bias, const float* mean, const float* var) {
-  return {weight,
-          bias,
-          mean,
-          var,
+template <class Args>
+RowNorm norm_of(const GnShape& s, const Args& a) {
+  return {a.weight,
+          a.bias,
+          a.mean,
+          a.var,
           s.eps,
           s.act,
           s.slope,
@@ -39,27 +41,19 @@ GnRowFinish finish_of(const GnShape& s, const RowNorm& norm, const Reduction& pl
 
 unsigned finish_grid(const char* op, int64_t n) { return grid_of(op, divide_up(n, FINISH_COLUMNS)); }
 
-// Workspace of a derivative: sums along the rows, their coefficients, sums of the columns.
-struct Workspace {
-  int64_t rows, coefs, columns;  // floats
-  int64_t bytes() const { return (rows + coefs + columns) * int64_t{sizeof(float)}; }
-};
-
 }  // namespace
 
 int64_t gn_rows_forward(const GnShape& s, const NormForwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_forward";
   const Views views(op, s);
-  NormTensors t{};
-  t.dtype = s.dtype;
-  t.x = a.x;
+  const NormTensors t(s.dtype, a);
   Norm plain{};
   plain.channels_per_statistic = 1;  // a piece is the channel
   const Reduction plan = plan_norm(views.pieces, t, NormSums::STATISTICS);
   auto* partials = static_cast<float*>(target.workspace);
   if (!partials) return plan.floats(views.pieces, Moments::WORDS) * int64_t{sizeof(float)};
   reduce_norm(op, views.pieces, t, plain, NormSums::STATISTICS, plan, partials, target.stream);
-  const RowNorm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const RowNorm norm = norm_of(s, a);
   FG_LAUNCH(FG_KERNEL(gn_rows_statistics_kernel), finish_grid(op, s.N * s.groups), THREADS, 0, target.stream,
             finish_of(s, norm, plan, partials, nullptr), pivot_of(views.pieces, t, plain), a.mean, a.var);
   check_launch(op);
@@ -74,7 +68,7 @@ int64_t gn_rows_forward(const GnShape& s, const NormForwardArgs& a, const Target
 int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_backward";
   const Views views(op, s);
-  const RowNorm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const RowNorm norm = norm_of(s, a);
   const int64_t pieces = s.N * s.groups;
   return by_dtype(s.dtype, [&](auto zero) -> int64_t {
     using T = decltype(zero);
@@ -87,14 +81,14 @@ int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Targ
     if (!memory) return w.bytes();
     reduce(op, views.pieces, sums, plan, memory, target.stream);
     FG_LAUNCH(FG_KERNEL(gn_rows_backward_finish_kernel), finish_grid(op, pieces), THREADS, 0, target.stream,
-              finish_of(s, norm, plan, memory, memory + w.rows));
+              finish_of(s, norm, plan, memory, memory + w.partials));
     check_launch(op);
-    body.k = memory + w.rows;
+    body.k = memory + w.partials;
     if (!a.dweight && !a.dbias) {
       apply(op, views.columns, body, target.stream);
       return 0;
     }
-    float* partials = memory + w.rows + w.coefs;
+    float* partials = memory + w.partials + w.coefs;
     reduce(op, views.columns, body, columns, partials, target.stream);
     FG_LAUNCH(FG_KERNEL(gn_rows_parameters_kernel, 2), finish_grid(op, s.C), THREADS, 0, target.stream, partials,
               columns.splits, static_cast<int>(s.C), static_cast<int>(s.HW), a.dweight, a.dbias);
@@ -106,7 +100,7 @@ int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Targ
 int64_t gn_rows_double_backward(const GnShape& s, const NormDoubleBackwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_double_backward";
   const Views views(op, s);
-  const RowNorm norm = norm_of(s, a.weight, a.bias, a.mean, a.var);
+  const RowNorm norm = norm_of(s, a);
   const int64_t pieces = s.N * s.groups;
   return by_dtype(s.dtype, [&](auto zero) -> int64_t {
     using T = decltype(zero);
@@ -120,14 +114,14 @@ int64_t gn_rows_double_backward(const GnShape& s, const NormDoubleBackwardArgs& 
     if (!memory) return w.bytes();
     reduce(op, views.pieces, sums, plan, memory, target.stream);
     FG_LAUNCH(FG_KERNEL(gn_rows_double_backward_finish_kernel), finish_grid(op, pieces), THREADS, 0, target.stream,
-              finish_of(s, norm, plan, memory, memory + w.rows));
+              finish_of(s, norm, plan, memory, memory + w.partials));
     check_launch(op);
-    body.k = memory + w.rows;
+    body.k = memory + w.partials;
     if (!a.d_weight) {
       apply(op, views.columns, body, target.stream);
       return 0;
     }
-    float* partials = memory + w.rows + w.coefs;
+    float* partials = memory + w.partials + w.coefs;
     reduce(op, views.columns, body, columns, partials, target.stream);
     FG_LAUNCH(FG_KERNEL(gn_rows_parameters_kernel, 1), finish_grid(op, s.C), THREADS, 0, target.stream, partials,
               columns.splits, static_cast<int>(s.C), static_cast<int>(s.HW), a.d_weight, static_cast<float*>(nullptr));

@@ -301,14 +301,13 @@ static __global__ void __launch_bounds__(THREADS)
   store(var + piece, m.variance());
 }
 
-// dx = r (weight dt - s1/M - xhat s2/M).
 static __global__ void __launch_bounds__(THREADS) gn_rows_backward_finish_kernel(GnRowFinish f) {
   const int piece = blockIdx.x * FINISH_COLUMNS + threadIdx.x % FINISH_COLUMNS;
   const Sums<2> s = merge_splits<Sums<2>>(f.partials, 0, f.splits, piece, f.pieces);
   if (threadIdx.x >= FINISH_COLUMNS || piece >= f.pieces) return;
-  const double r = f.rstd(piece);
-  store(f.k + piece, static_cast<float>(-r * s.word[0] * f.inv_m));
-  store(f.k + f.pieces + piece, static_cast<float>(-r * r * (s.word[1] * r) * f.inv_m));
+  const FirstOrder o = first_order(s, f.inv_m, f.rstd(piece));
+  store(f.k + piece, static_cast<float>(o.x0));
+  store(f.k + f.pieces + piece, static_cast<float>(o.x1));
 }
 
 // docs/maths.md, section 5, as gn_act_double_backward_finish_kernel.

@@ -32,42 +32,18 @@ void reduce_norm(const char* op, const Walk& walk, const NormTensors& t, const N
 }
 
 void apply_norm_forward(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm, void* stream) {
-  by_dtype(t.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    apply(op, walk, NormForward<T>{{static_cast<const T*>(t.x)}, {static_cast<T*>(t.y)}, norm}, stream);
-  });
+  by_dtype(t.dtype, [&](auto zero) { apply(op, walk, t.forward<decltype(zero)>(norm), stream); });
 }
 
 void apply_norm_backward(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm, const float* k,
                          void* stream) {
-  const Planes& p = walk.planes;
-  by_dtype(t.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    apply(op, walk,
-          NormBackward<T>{{static_cast<const T*>(t.dy), static_cast<const T*>(t.x)},
-                          {static_cast<T*>(t.dx)},
-                          norm,
-                          k,
-                          int64_t{p.groups} * p.channels,
-                          p.channels},
-          stream);
-  });
+  by_dtype(t.dtype, [&](auto zero) { apply(op, walk, t.backward<decltype(zero)>(norm, k, walk.planes), stream); });
 }
 
 void apply_norm_double(const char* op, const Walk& walk, const NormTensors& t, const Norm& norm, const float* k,
                        void* stream) {
-  const Planes& p = walk.planes;
-  by_dtype(t.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    apply(op, walk,
-          NormDouble<T>{{static_cast<const T*>(t.ddx), static_cast<const T*>(t.dy), static_cast<const T*>(t.x)},
-                        {static_cast<T*>(t.d_dy), static_cast<T*>(t.d_x)},
-                        norm,
-                        k,
-                        int64_t{p.groups} * p.channels,
-                        p.channels},
-          stream);
-  });
+  by_dtype(t.dtype,
+           [&](auto zero) { apply(op, walk, t.double_backward<decltype(zero)>(norm, k, walk.planes), stream); });
 }
 
 }  // namespace fg::cuda

@@ -10,7 +10,7 @@
 
 #include "cuda/sweep.cuh"
 
-#include "common/second_order.hpp"  // behind it: its functions are FG_MEMBERs
+#include "common/norm_derivatives.hpp"  // behind it: its functions are FG_MEMBERs
 
 namespace fg::cuda {
 
@@ -253,9 +253,23 @@ FG_DEVICE double rstd_of(const Norm& n, i64 statistic) {
   return 1.0 / sqrt(static_cast<double>(load(n.var + statistic)) + n.eps);
 }
 
+// Of sums that are weighted already: weight dt, weight dt xc.
+FG_DEVICE FirstOrder first_order(const Sums<2>& s, double inv_m, double r) {
+  FirstOrder o = FirstOrder::of(s.word, 1.0, r);
+  o.finish(inv_m, r);
+  return o;
+}
+
 // Of sums that are weighted already: weight dt, weight dt xc, w, w xc, weight w dt, v_weight dt, v_weight dt xc.
 FG_DEVICE SecondOrder second_order(const Sums<7>& s, double inv_m, double r) {
-  SecondOrder o{s.word[0], s.word[1] * r, s.word[2], s.word[3] * r, s.word[4], s.word[5], s.word[6] * r, 0, 0, 0, 0, 0};
+  SecondOrder o{};
+  o.s1 = s.word[0];
+  o.s2 = s.word[1] * r;
+  o.W1 = s.word[2];
+  o.W2 = s.word[3] * r;
+  o.A0 = s.word[4];
+  o.vdt = s.word[5];
+  o.vdtx = s.word[6] * r;
   o.finish(inv_m, r);
   return o;
 }

@@ -8,8 +8,43 @@ namespace fg::cuda {
 
 struct NormTensors {
   DType dtype;
-  const void *x, *dy, *ddx;
-  void *y, *dx, *d_dy, *d_x;
+  const void *x, *dy = nullptr, *ddx = nullptr;
+  void *y = nullptr, *dx = nullptr, *d_dy = nullptr, *d_x = nullptr;
+
+  NormTensors(DType type, const NormForwardArgs& a) : dtype(type), x(a.x), y(a.y) {}
+  NormTensors(DType type, const NormBackwardArgs& a) : dtype(type), x(a.x), dy(a.dy), dx(a.dx) {}
+  NormTensors(DType type, const NormDoubleBackwardArgs& a)
+      : dtype(type), x(a.x), dy(a.dy), ddx(a.ddx), d_dy(a.d_dy), d_x(a.d_x) {}
+
+  // The elementwise passes; k as for apply_norm_*, null in a resident pass.
+  template <class T>
+  NormForward<T> forward(const Norm& norm) const {
+    return {{static_cast<const T*>(x)}, {static_cast<T*>(y)}, norm};
+  }
+  template <class T>
+  NormBackward<T> backward(const Norm& norm, const float* k, const Planes& p) const {
+    return {{static_cast<const T*>(dy), static_cast<const T*>(x)},
+            {static_cast<T*>(dx)},
+            norm,
+            k,
+            i64{p.groups} * p.channels,
+            p.channels};
+  }
+  template <class T>
+  NormDouble<T> double_backward(const Norm& norm, const float* k, const Planes& p) const {
+    return {{static_cast<const T*>(ddx), static_cast<const T*>(dy), static_cast<const T*>(x)},
+            {static_cast<T*>(d_dy), static_cast<T*>(d_x)},
+            norm,
+            k,
+            i64{p.groups} * p.channels,
+            p.channels};
+  }
+};
+
+// Floats of a workspace: partials, coefficients of the elementwise pass, and what a third kernel needs.
+struct Workspace {
+  int64_t partials, coefs, rest;
+  int64_t bytes() const { return (partials + coefs + rest) * int64_t{sizeof(float)}; }
 };
 
 enum class NormSums { STATISTICS, BACKWARD, DOUBLE };
