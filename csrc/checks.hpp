@@ -49,6 +49,14 @@ inline void check(const char* op, const BiasActShape& s) {
   if (s.N < 0 || s.C < 0 || s.HW < 0)
     refuse(std::string(op) + ": N, C and HW must not be negative, got N=" + text(s.N) + ", C=" + text(s.C) +
            ", HW=" + text(s.HW));
+  if (s.gain == 0) refuse(std::string(op) + ": gain must not be 0: the output would not tell its derivative");
+}
+
+// Convolutions fuse the activations up to sigmoid.
+template <class Conv>
+  requires requires(const Conv& a) { a.w_strides, a.act; }
+void check(const char* op, const Conv& a) {
+  within(op, "act", a.act, ACT_IDENTITY, ACT_SIGMOID);
 }
 
 inline void check(const char* op, const GanLossShape& s) {
@@ -67,6 +75,14 @@ template <class Samples>
 void check(const char* op, const Samples& s) {
   if (s.N < 1 || s.E < 1)
     refuse(std::string(op) + ": N and E must be at least 1, got " + text(s.N) + " and " + text(s.E));
+}
+
+inline void check(const char* op, const Upfirdn2dArgs& a) {
+  for (int64_t v : {a.N, a.C, a.H, a.W, a.OH, a.OW, a.KH, a.KW, a.up_y, a.up_x, a.down_y, a.down_x})
+    within(op, "every size and factor", v, 1, INT32_MAX);
+  for (int64_t v : {a.pad_y, a.pad_x}) within(op, "every padding", v, -INT32_MAX, INT32_MAX);
+  if (a.separable && a.KH != a.KW)
+    refuse(std::string(op) + ": a separable filter has one length, got " + text(a.KH) + " and " + text(a.KW));
 }
 
 inline void check(const char* op, const AdamArgs& a) {

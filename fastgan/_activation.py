@@ -2,46 +2,107 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CODES = {"identity": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4}
+CODES = {
+    "identity": 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "tanh": 3,
+    "sigmoid": 4,
+    "elu": 5,
+    "selu": 6,
+    "softplus": 7,
+    "swish": 8,
+}
+FUSED = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")  # what convolutions have in their epilogue
+FROM_INPUT = ("swish",)  # has no inverse: its derivative is read from its input, and "y" below is that input
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda t: t,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softplus": F.softplus,
+    "swish": F.silu,
+}
 
 
-def apply(t: Tensor, activation: str, slope: float) -> Tensor:
-    """y = phi(t), differentiable."""
-    if activation == "identity":
-        return t
+def apply(t: Tensor, activation: str, slope: float, gain: float = 1.0, clamp: float = -1.0) -> Tensor:
+    """y = gain phi(t), kept within +-clamp where clamp >= 0; differentiable."""
+    y = F.leaky_relu(t, slope) if activation == "leaky_relu" else _VALUES[activation](t)
+    y = y if gain == 1 else y * gain
+    return y if clamp < 0 else y.clamp(-clamp, clamp)
+
+
+def backward(dy: Tensor, y: Tensor, activation: str, slope: float, gain: float = 1.0, clamp: float = -1.0) -> Tensor:
+    """dy gain phi'(t) from the output y (slope >= 0, so y and t share their sign), 0 where the clamp holds y."""
+    u = y / gain if gain != 1 and activation not in FROM_INPUT else y
+    g = dy if gain == 1 else dy * gain
+    aten = torch.ops.aten
     if activation == "relu":
-        return torch.relu(t)
-    if activation == "leaky_relu":
-        return torch.nn.functional.leaky_relu(t, slope)
-    return torch.tanh(t) if activation == "tanh" else torch.sigmoid(t)
+        g = aten.threshold_backward(g, u, 0)
+    elif activation == "leaky_relu":
+        g = aten.leaky_relu_backward(g, u, slope, slope >= 0)
+    elif activation == "tanh":
+        g = aten.tanh_backward(g, u)
+    elif activation == "sigmoid":
+        g = aten.sigmoid_backward(g, u)
+    elif activation == "elu":
+        g = aten.elu_backward(g, 1, 1, 1, True, u)
+    elif activation == "selu":
+        g = aten.elu_backward(g, SELU_ALPHA, SELU_SCALE, 1, True, u)
+    elif activation == "softplus":
+        g = -g * torch.expm1(-u)
+    elif activation == "swish":
+        g = aten.silu_backward(g, u)
+    return g if clamp < 0 else g.masked_fill(_held(y, activation, gain, clamp), 0)
 
 
-def backward(dy: Tensor, y: Tensor, activation: str, slope: float) -> Tensor:
-    """dy phi'(t) from the output y = phi(t), with PyTorch's own kernels (slope >= 0, so y and t share their sign)."""
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(dy, y, 0)
-    if activation == "leaky_relu":
-        return torch.ops.aten.leaky_relu_backward(dy, y, slope, slope >= 0)
+def second(y: Tensor, activation: str, gain: float = 1.0, clamp: float = -1.0) -> Tensor | None:
+    """d/dy of what `backward` multiplies dy by; None where it is zero.
+
+    tanh' = 1 - u^2, sigmoid' = u (1 - u), elu' = u + 1 and selu' = u + scale alpha below 0, softplus' = 1 - e^-u of
+    u = y / gain; swish' = s + t s (1 - s) of the input t.
+    """
+    u = y / gain if gain != 1 and activation not in FROM_INPUT else y
     if activation == "tanh":
-        return torch.ops.aten.tanh_backward(dy, y)
-    if activation == "sigmoid":
-        return torch.ops.aten.sigmoid_backward(dy, y)
-    return dy
+        d = -2 * u
+    elif activation == "sigmoid":
+        d = 1 - 2 * u
+    elif activation in ("elu", "selu"):
+        d = (u <= 0).to(u.dtype)
+    elif activation == "softplus":
+        d = torch.exp(-u)
+    elif activation == "swish":
+        s = torch.sigmoid(u)
+        d = gain * s * (1 - s) * (2 + u * (1 - 2 * s))
+    else:
+        return None
+    return d if clamp < 0 else d.masked_fill(_held(y, activation, gain, clamp), 0)
 
 
-def second(y: Tensor, activation: str) -> Tensor | None:
-    """d/dy of phi'(t(y)): tanh' = 1 - y^2, sigmoid' = y (1 - y); None where it is zero."""
-    if activation == "tanh":
-        return -2 * y
-    if activation == "sigmoid":
-        return 1 - 2 * y
-    return None
+@functools.lru_cache
+def limit(clamp: float, dtype: torch.dtype) -> float:
+    """clamp as the dtype holds it, for kernels that compare outputs with it: 0.9 is 0.8984 in bfloat16."""
+    return clamp if clamp < 0 else torch.tensor(clamp, dtype=torch.float64).to(dtype).item()
 
 
-def check(op: str, activation: str | None, slope: float, allowed: tuple[str, ...] = tuple(CODES)) -> str:
+def _held(y: Tensor, activation: str, gain: float, clamp: float) -> Tensor:
+    """Where the clamp holds the output, which has no slope there."""
+    out = F.silu(y) * gain if activation == "swish" else y
+    return out.detach().abs() >= clamp
+
+
+def check(op: str, activation: str | None, slope: float, allowed: tuple[str, ...] = FUSED) -> str:
     """The canonical name of an activation (None is identity), or one clear ValueError."""
     name = activation or "identity"
     if name not in allowed:

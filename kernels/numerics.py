@@ -43,6 +43,13 @@ def tanh(t):
 
 
 @triton.jit
+def expm1_below(t):
+    """exp(t) - 1 for t <= 0, by the tangent of half of it, whose digits a small t keeps."""
+    half = tanh(0.5 * t)
+    return 2.0 * half / (1.0 - half)
+
+
+@triton.jit
 def sigmoid(t):
     return 1.0 / (1.0 + tl.exp(-t))
 
@@ -70,6 +77,14 @@ def activate(t, slope, ACTIVATION: tl.constexpr):
         y = tanh(t)
     elif ACTIVATION == "sigmoid":
         y = sigmoid(t)
+    elif ACTIVATION == "elu":
+        y = tl.where(t <= 0, expm1_below(t), t)
+    elif ACTIVATION == "selu":
+        y = tl.where(t <= 0, 1.7580993408473766 * expm1_below(t), 1.0507009873554805 * t)
+    elif ACTIVATION == "softplus":
+        y = softplus(t)
+    elif ACTIVATION == "swish":
+        y = t * sigmoid(t)
     else:
         y = t
     return y
@@ -77,7 +92,7 @@ def activate(t, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_backward(dy, y, slope, ACTIVATION: tl.constexpr):
-    """dy phi'(t) from y = phi(t); for the piecewise linear ones t itself serves as well, as it has y's sign."""
+    """dy phi'(t) from y = phi(t), of swish from t; the piecewise linear ones take either, whose signs agree."""
     if ACTIVATION == "relu":
         dt = tl.where(y <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
@@ -86,6 +101,15 @@ def activate_backward(dy, y, slope, ACTIVATION: tl.constexpr):
         dt = dy * (1.0 - y * y)
     elif ACTIVATION == "sigmoid":
         dt = dy * (y * (1.0 - y))
+    elif ACTIVATION == "elu":
+        dt = dy * tl.where(y <= 0, y + 1.0, 1.0)
+    elif ACTIVATION == "selu":
+        dt = dy * tl.where(y <= 0, y + 1.7580993408473766, 1.0507009873554805)
+    elif ACTIVATION == "softplus":
+        dt = -dy * expm1_below(-y)
+    elif ACTIVATION == "swish":
+        s = sigmoid(y)
+        dt = dy * (s + y * s * (1.0 - s))
     else:
         dt = dy
     return dt

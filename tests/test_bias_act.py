@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import BACKENDS, DTYPES, LAYOUTS, against_plain
+from checks import BACKENDS, DTYPES, LAYOUTS, against_plain, clear_of
 
 import fastgan
 from fastgan import functional
@@ -12,6 +12,10 @@ ACTIVATIONS = {
     "leaky_relu": lambda t: F.leaky_relu(t, 0.3),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softplus": F.softplus,
+    "swish": F.silu,
 }
 SHAPES = [(2, 3, 5, 7), (3, 17), (1, 4, 9), (2, 3, 2, 3, 2), (2, 64, 4, 4)]
 
@@ -34,6 +38,40 @@ def test_equals_torch_to_second_order(shape, activation, bias, dtype, layout, ba
     b = torch.randn(shape[1], dtype=torch.float64) if bias else None
     ours = lambda x, b: functional.bias_act(x, b, activation=activation, negative_slope=0.3)
     against_plain(ours, plain(activation), (x, b), dtype, layout, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("gain", "clamp"), [(2**0.5, 1.0), (-0.7, None), (3.0, 0.9)], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gain_and_clamp_to_second_order(activation, gain, clamp, dtype, layout, backend):
+    """Clear of the clamp: torch.clamp passes the gradient of what rounds to it, ours does not (the card says so)."""
+    x, b = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    form = {"activation": activation, "negative_slope": 0.3, "gain": gain, "clamp": clamp}
+    limited = lambda y: y if clamp is None else y.clamp(-clamp, clamp)
+    x = x if clamp is None else clear_of(lambda x: (gain * plain(activation)(x, b)).abs() - clamp, x)
+    ours = lambda x, b: functional.bias_act(x, b, **form)
+    against_plain(ours, lambda x, b: limited(gain * plain(activation)(x, b)), (x, b), dtype, layout, backend)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_the_clamp_holds_has_no_slope(activation):
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    y = functional.bias_act(x, activation=activation, gain=4.0, clamp=1.0)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    held = y.abs() == 1
+    assert held.any() and y.abs().max() == 1 and g[held].eq(0).all()
+    if g.requires_grad:
+        assert torch.autograd.grad(g.sum(), x)[0][held].eq(0).all()
+
+
+def test_an_infinite_value_under_no_clamp_keeps_its_gradient():
+    x = torch.tensor([[torch.inf, 1.0]], requires_grad=True)
+    for backend in BACKENDS:
+        with fastgan.backend(backend):
+            y = functional.bias_act(x, activation="relu", gain=2.0)
+            assert torch.autograd.grad(y.sum(), x)[0].tolist() == [[2.0, 2.0]]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -59,5 +97,9 @@ def test_nan_inf_empty_and_no_alias(backend):
 def test_errors():
     with pytest.raises(ValueError, match=r"bias_act: bias must have shape \(3,\), got \(4,\)"):
         functional.bias_act(torch.randn(2, 3), torch.zeros(4))
+    with pytest.raises(ValueError, match="bias_act: gain must be finite and not 0, got 0"):
+        functional.bias_act(torch.randn(2, 3), gain=0)
+    with pytest.raises(ValueError, match="bias_act: clamp must be None or >= 0, got -2"):
+        functional.bias_act(torch.randn(2, 3), clamp=-2)
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         functional.bias_act(torch.randn(3))

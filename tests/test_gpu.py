@@ -79,8 +79,8 @@ def layers(x):
     bn = (per_channel(c), per_channel(c), per_channel(1, c), per_channel(1, c), True, 1e-5, "leaky_relu", 0.2)
     gn = (per_channel(c), per_channel(c), per_channel(n, norm_groups), per_channel(n, norm_groups), 1e-5, "relu", 0.0)
     return {
-        "bias_act": (x, per_channel(c), "tanh", 0.0),
-        "bias_act_backward": (x, x, "leaky_relu", 0.2, True),
+        "bias_act": (x, per_channel(c), "tanh", 0.0, 1.4, 0.9),
+        "bias_act_backward": (x, x, "leaky_relu", 0.2, 1.4, 2.0, True),
         "bn_act": (x, per_channel(c), per_channel(c), None, None, True, 1e-5, "leaky_relu", 0.2, 1),
         "bn_act_backward": (x, x, *bn),
         "bn_act_double_backward": (x, x, per_channel(c), per_channel(c), x, *bn),
@@ -91,6 +91,7 @@ def layers(x):
         "gan_loss_backward": (torch.ones((), dtype=x.dtype), x, x, "hinge", "d", 0.0),
         "gan_loss_double_backward": (x, x, torch.ones((), dtype=x.dtype), x, x, "bce", "d", 0.1),
         "sample_dot": (x, x),
+        "upfirdn2d": (x, torch.randn(4, 3), [2, 1], [1, 2], [2, 1, 1, 1], False, 1.5),
         "interpolate": (x, x, torch.rand(n), None),
         "grad_norm_penalty": (x, 1.0),
         "grad_norm_penalty_backward": (per_channel(n), x, per_channel(n), 1.0),

@@ -11,7 +11,8 @@ _C = pytest.importorskip("fastgan._C", reason="the native core is not built")
 
 F32, BF16 = 0, 1
 DTYPES = {F32: torch.float32, BF16: torch.bfloat16}
-IDENTITY, RELU, LEAKY, TANH, SIGMOID = range(5)
+IDENTITY, RELU, LEAKY, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH = range(9)
+PLAIN = 1.0, -1.0  # gain and clamp
 D, G = 0, 1
 KINDS = ["bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic"]
 EPS, SLOPE = 1e-5, 0.2
@@ -313,8 +314,8 @@ def test_empty(table, channels_last, n, hw):
     _C.bn_act_double_backward(
         F32, trap, trap, trap, trap, trap, trap, trap, trap, trap, trap, trap, pointer(d_weight), *tail
     )
-    _C.bias_act_forward(F32, trap, trap, trap, n, 3, hw, channels_last, TANH, 0.0, 2)
-    _C.bias_act_backward(F32, trap, trap, trap, pointer(dbias_act), n, 3, hw, channels_last, TANH, 0.0, 2)
+    _C.bias_act_forward(F32, trap, trap, trap, n, 3, hw, channels_last, TANH, 0.0, *PLAIN, 2)
+    _C.bias_act_backward(F32, trap, trap, trap, pointer(dbias_act), n, 3, hw, channels_last, TANH, 0.0, *PLAIN, 2)
     for out in (dweight, dbias, d_weight, dbias_act):
         assert out.get().eq(0).all()
 
@@ -526,42 +527,67 @@ def test_gn_empty_and_absent_outputs(table, channels_last, n, hw):
 
 @layouts
 @dtypes
-@pytest.mark.parametrize("act", [IDENTITY, RELU, LEAKY, TANH, SIGMOID])
+@pytest.mark.parametrize("act", range(9))
 def test_bias_act(table, dtype, channels_last, act):
     for size in [(2, 3, 49), (3, 100, 171), (5, 17, 1), (1, 1, 3), (40, 64, 16)]:
-        for with_bias in (True, False):
-            run_bias_act(size, dtype, channels_last, act, with_bias)
+        for with_bias, form in ((True, (1.5, 1.0)), (False, PLAIN), (True, (-0.7, -1.0))):
+            run_bias_act(size, dtype, channels_last, act, with_bias, *form)
 
 
-def run_bias_act(size, dtype, channels_last, act, with_bias):
+PHI = [
+    lambda t: t,
+    torch.relu,
+    lambda t: F.leaky_relu(t, SLOPE),
+    torch.tanh,
+    torch.sigmoid,
+    F.elu,
+    F.selu,
+    F.softplus,
+    F.silu,
+]
+# from the output, of swish from the input
+SLOPES = [
+    torch.ones_like,
+    lambda y: (y > 0).double(),
+    lambda y: torch.where(y > 0, 1.0, torch.tensor(SLOPE, dtype=torch.float64)),
+    lambda y: 1 - y * y,
+    lambda y: y * (1 - y),
+    lambda y: torch.where(y > 0, 1.0, y + 1),
+    lambda y: torch.where(y > 0, 1.0507009873554805, y + 1.7580993408473766),
+    lambda y: -torch.expm1(-y),
+    lambda t: torch.sigmoid(t) * (1 + t * (1 - torch.sigmoid(t))),
+]
+
+
+def run_bias_act(size, dtype, channels_last, act, with_bias, gain, clamp):
     n, c, hw = size
     gen = torch.Generator().manual_seed(3)
     x, dy = ((torch.randn(size, generator=gen) * 2).to(DTYPES[dtype]) for _ in range(2))
     bias = torch.randn(c, generator=gen) if with_bias else None
     x64 = x.double() if bias is None else x.double() + bias.double()[:, None]
-    forms = [lambda t: t, torch.relu, lambda t: F.leaky_relu(t, SLOPE), torch.tanh, torch.sigmoid]
-    slopes = [
-        torch.ones_like,
-        lambda y: (y > 0).double(),
-        lambda y: torch.where(y > 0, 1.0, torch.tensor(SLOPE, dtype=torch.float64)),
-        lambda y: 1 - y * y,
-        lambda y: y * (1 - y),
-    ]
     y = Guarded(n * c * hw, DTYPES[dtype])
-    tail = (n, c, hw, channels_last, act, SLOPE, 2)
+    tail = (n, c, hw, channels_last, act, SLOPE, gain, clamp, 2)
     x_memory, dy_memory = to_memory(x, channels_last), to_memory(dy, channels_last)
     _C.bias_act_forward(dtype, pointer(x_memory), pointer(bias), pointer(y), *tail)
     got = from_memory(y.get(), size, channels_last)
-    check(got, forms[act](x64), dtype, "y")
+    check(got, limited(gain * PHI[act](x64), clamp), dtype, "y")
 
-    memory = to_memory(got, channels_last)
-    want = dy.double() * slopes[act](got.double())  # the contract: from the output as stored
+    # the contract: from the output as stored
+    source = x if act == SWISH else got
+    out = gain * F.silu(x.double()) if act == SWISH else got.double()
+    memory = to_memory(source, channels_last)
+    want = dy.double() * gain * SLOPES[act](source.double() if act == SWISH else source.double() / gain)
+    want = want.masked_fill(out.abs() >= clamp, 0) if clamp >= 0 else want
     for dbias in (Guarded(c), None):
         dx = Guarded(n * c * hw, DTYPES[dtype])
         _C.bias_act_backward(dtype, pointer(dy_memory), pointer(memory), pointer(dx), pointer(dbias), *tail)
         check(from_memory(dx.get(), size, channels_last), want, dtype, "dx")
         if dbias is not None:
             check(dbias.get(), want.sum(dim=(0, 2)), F32, "dbias")
+
+
+def limited(y, clamp):
+    return y.clamp(-clamp, clamp) if clamp >= 0 else y
 
 
 @pytest.mark.parametrize("act", [TANH, SIGMOID])
@@ -571,13 +597,13 @@ def test_tanh_and_sigmoid_to_three_ulp(table, act):
     edges = torch.tensor([0.0, -0.0, 88.0, 88.73, 104.0, 1e4, 3e38, torch.inf, 0.625, 0.62499994])
     x = torch.cat([near, small, -small, edges, -edges])
     y = Guarded(len(x))
-    _C.bias_act_forward(F32, pointer(x), 0, pointer(y), 1, 1, len(x), False, act, 0.0, 1)
+    _C.bias_act_forward(F32, pointer(x), 0, pointer(y), 1, 1, len(x), False, act, 0.0, *PLAIN, 1)
     want = (torch.tanh if act == TANH else torch.sigmoid)(x.double())
     normal = torch.finfo(torch.float32).tiny
     ulp = torch.finfo(torch.float32).eps * 2.0 ** want.abs().clamp(min=normal).log2().floor()
     assert ((y.get().double() - want).abs() / ulp).max() <= 3
     nan = torch.full((3,), torch.nan)
-    _C.bias_act_forward(F32, pointer(nan), 0, pointer(nan), 1, 1, 3, False, act, 0.0, 1)
+    _C.bias_act_forward(F32, pointer(nan), 0, pointer(nan), 1, 1, 3, False, act, 0.0, *PLAIN, 1)
     assert nan.isnan().all()
 
 
@@ -590,7 +616,7 @@ def test_special_values(table, dtype):
     for act, forward in ((RELU, F.relu), (LEAKY, lambda t: F.leaky_relu(t, SLOPE)), (IDENTITY, lambda t: t)):
         for bias in (0.0, 1.0):
             shift, y, dx = torch.tensor([bias]), torch.empty_like(x), torch.empty_like(x)
-            tail = (1, 1, len(x), False, act, SLOPE, 1)
+            tail = (1, 1, len(x), False, act, SLOPE, *PLAIN, 1)
             _C.bias_act_forward(dtype, pointer(x), pointer(shift), pointer(y), *tail)
             want = forward(x.float() + bias).to(DTYPES[dtype])
             torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
@@ -777,6 +803,7 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
             channels_last,
             LEAKY,
             SLOPE,
+            *PLAIN,
             threads,
         )
         more = [torch.full((n,), torch.nan), torch.full((n,), torch.nan)]
@@ -797,9 +824,10 @@ def test_eight_threads_are_deterministic(table, shape, channels_last):
         (lambda: _C.bn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, True, EPS, TANH, 0.0, 1), "act must be"),
         (lambda: _C.gn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 2, True, EPS, 0, 0.0, 1), "groups must divide C"),
         (lambda: _C.gn_act_forward(0, 8, 0, 0, 8, 8, 8, 2, 3, 4, 1, True, EPS, TANH, 0.0, 1), "act must be"),
-        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 5, 0.0, 1), "act must be"),
-        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 0, 0.0, 0), "threads must be"),
-        (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, 1), "must not be negative"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 9, 0.0, *PLAIN, 1), "act must be"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 5, 0.0, 0.0, -1.0, 1), "gain must not be 0"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, 2, 3, 4, True, 0, 0.0, *PLAIN, 0), "threads must be"),
+        (lambda: _C.bias_act_forward(0, 8, 0, 8, -2, 3, 4, True, 0, 0.0, *PLAIN, 1), "must not be negative"),
         (lambda: _C.gan_loss_forward(0, 8, 8, 8, 8, 2, 2, 6, 0, 0.0, 1), "kind must be"),
         (lambda: _C.gan_loss_forward(0, 8, 8, 8, 8, 2, 2, 0, 2, 0.0, 1), "side must be"),
         (lambda: _C.interpolate_forward(0, 8, 8, 8, 0, 8, 2, 0, 1), "N and E must be at least 1, got 2 and 0"),

@@ -74,7 +74,7 @@ def test_a_program_is_its_kernels_one_by_one(dtype):
 def test_an_absent_pointer_stays_absent():
     """None when a step is appended, and None for a slot when the program runs."""
     x, y = torch.tensor([[-1.0, 2.0]]), torch.empty(1, 2)
-    shape = 1, 2, 1, True, LEAKY, SLOPE
+    shape = 1, 2, 1, True, LEAKY, SLOPE, 1.0, -1.0
     program = _C.Program()
     program.append("bias_act_forward", 0, 0, 1, 2, *shape)
     program.run(1, x, None, y)
@@ -89,17 +89,17 @@ def test_an_absent_pointer_stays_absent():
 
 def test_refusals():
     program = _C.Program()
-    shape = 1, 2, 1, True, LEAKY, SLOPE
+    shape = 1, 2, 1, True, LEAKY, SLOPE, 1.0, -1.0
     with pytest.raises(ValueError, match="got conv3d"):
         program.append("conv3d", 0)
-    with pytest.raises(TypeError, match="bias_act_forward takes 10 arguments, got 11: dtype, x, bias, y, N"):
+    with pytest.raises(TypeError, match="bias_act_forward takes 12 arguments, got 13: dtype, x, bias, y, N"):
         program.append("bias_act_forward", 0, 0, 1, 2, *shape, 1)
-    with pytest.raises(ValueError, match=r"act must be in 0\.\.4, got 9"):
-        program.append("bias_act_forward", 0, 0, 1, 2, 1, 2, 1, True, 9, SLOPE)
+    with pytest.raises(ValueError, match=r"act must be in 0\.\.8, got 9"):
+        program.append("bias_act_forward", 0, 0, 1, 2, 1, 2, 1, True, 9, SLOPE, 1.0, -1.0)
     with pytest.raises(ValueError, match="adam cannot be a step"):
         program.append("adam", [], None, 0.1, 0.5, 0.9, -0.7, -0.1, 1e-8, 0.0, False, False, 0.0)
     with pytest.raises(ValueError, match="must not be negative"):
-        program.append("bias_act_forward", 0, 0, 1, 2, -1, 2, 1, True, LEAKY, SLOPE)
+        program.append("bias_act_forward", 0, 0, 1, 2, -1, 2, 1, True, LEAKY, SLOPE, 1.0, -1.0)
     program.append("bias_act_forward", 0, 0, 1, 2, *shape)
     with pytest.raises(ValueError, match="each of its 3 slots, got 2"):
         program.run(1, 0, 0)
@@ -108,7 +108,7 @@ def test_refusals():
     with pytest.raises(TypeError, match="x must be a tensor, an address or None, got str"):
         _C.bias_act_forward(0, "x", 0, 0, *shape, 1)
     with pytest.raises(TypeError, match="slope must be a number, got str"):
-        _C.bias_act_forward(0, 0, 0, 0, *shape[:-1], "0.2", 1)
+        _C.bias_act_forward(0, 0, 0, 0, *shape[:-3], "0.2", 1.0, -1.0, 1)
     with pytest.raises(TypeError, match=r"conv must be what Conv\(...\) gives, got tuple"):
         _C.conv2d((1,) * 16, 0, 0, 0, 0, (1, 1, 1, 1), 0, 0, 0, 0.0, 1)
     with pytest.raises(ValueError, match="groups must divide both channel counts, got C=5, K=4, groups=2"):

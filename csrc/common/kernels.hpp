@@ -79,9 +79,10 @@ FG_STRUCT(NormDoubleBackwardArgs, (const void*, ddx), (const float*, ddweight), 
           (const float*, var), (void*, d_dy), (void*, d_x), (float*, d_weight));
 
 FG_STRUCT(BiasActShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW), (bool, channels_last), (Act, act),
-          (float, slope), (Threads, threads));
+          (float, slope), (float, gain), (float, clamp), (Threads, threads));
 
-// bias and dbias are [C] or null. The derivative is taken from the output y.
+// y = gain act(x + bias), kept within ±clamp where clamp >= 0. bias and dbias are [C] or null. The derivative is taken
+// from the output y; swish, which has no inverse, takes it from x + bias in the place of y.
 FG_STRUCT(BiasActForwardArgs, (const void*, x), (const float*, bias), (void*, y));
 
 FG_STRUCT(BiasActBackwardArgs, (const void*, dy), (const void*, y), (void*, dx), (float*, dbias));
@@ -115,6 +116,14 @@ FG_STRUCT(GradNormPenaltyForwardArgs, (const void*, gradient), (float*, penalty)
 
 FG_STRUCT(GradNormPenaltyBackwardArgs, (const float*, dpenalty), (const void*, gradient), (const float*, norm),
           (void*, dgradient));
+
+// y [N, C, OH, OW] = every down-th sample of gain f * x, x with up - 1 zeros behind each sample and pad zeros before
+// it. f is [KH][KW], or with `separable` one [K], K = KH = KW, for both axes; `flip`: correlation, else convolution. A
+// negative pad crops. What lies behind x is zero, so the padding there is in OH and OW.
+FG_STRUCT(Upfirdn2dArgs, (DType, dtype), (const void*, x), (const float*, f), (void*, y), (int64_t, N), (int64_t, C),
+          (int64_t, H), (int64_t, W), (int64_t, OH), (int64_t, OW), (int64_t, KH), (int64_t, KW), (int64_t, up_y),
+          (int64_t, up_x), (int64_t, down_y), (int64_t, down_x), (int64_t, pad_y), (int64_t, pad_x), (bool, separable),
+          (bool, flip), (bool, channels_last), (float, gain), (Threads, threads));
 
 // A parameter with its gradient, Adam's state and the moving average that follows it (null: none), all dense, in one
 // layout; step: a count, this update's included.
@@ -169,7 +178,8 @@ FG_STRUCT(BnUpdateArgs, (const float*, mean), (const float*, var), (float*, runn
   f(sample_dot, SampleDotArgs)                                                     \
   f(grad_norm_penalty_forward, GradNormPenaltyShape, GradNormPenaltyForwardArgs)   \
   f(grad_norm_penalty_backward, GradNormPenaltyShape, GradNormPenaltyBackwardArgs) \
-  f(adam, AdamArgs)
+  f(adam, AdamArgs)                                                                \
+  f(upfirdn2d, Upfirdn2dArgs)
 // clang-format on
 // What a program needs besides, on a CPU.
 #define FG_PROGRAM_KERNELS(f) f(relayout, RelayoutArgs) f(bn_fold, BnFoldArgs) f(bn_update, BnUpdateArgs)

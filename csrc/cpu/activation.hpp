@@ -9,22 +9,37 @@
 
 namespace fg::ISA {
 
+constexpr float SELU_SCALE = 1.0507009873554805f, SELU_NEGATIVE = 1.7580993408473766f;  // scale, scale alpha
+
 template <Act ACT>
 FG_INLINE vf activate(vf t, float slope) {
   if constexpr (ACT == ACT_RELU) return select(le(t, zero()), zero(), t);
   if constexpr (ACT == ACT_LEAKY_RELU) return select(gt(t, zero()), t, t * set1(slope));
   if constexpr (ACT == ACT_TANH) return tanh(t);
   if constexpr (ACT == ACT_SIGMOID) return sigmoid(t);
+  if constexpr (ACT == ACT_ELU) return select(le(t, zero()), expm1_below(t), t);
+  if constexpr (ACT == ACT_SELU)
+    return select(le(t, zero()), expm1_below(t) * set1(SELU_NEGATIVE), t * set1(SELU_SCALE));
+  if constexpr (ACT == ACT_SOFTPLUS) return softplus(t);
+  if constexpr (ACT == ACT_SWISH) return t * sigmoid(t);
   return t;
 }
 
-// g φ'(t) from y = φ(t): tanh' = 1 - y², sigmoid' = y (1 - y). (Leaky) relu takes t as well, whose sign y has.
+// g φ'(t) from y = φ(t): tanh' = 1 - y², sigmoid' = y (1 - y), elu' = y + 1 below 0, softplus' = 1 - e^-y. (Leaky) relu
+// takes t as well, whose sign y has; swish takes t.
 template <Act ACT>
 FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
   if constexpr (ACT == ACT_RELU) return select(le(y, zero()), zero(), g);
   if constexpr (ACT == ACT_LEAKY_RELU) return select(gt(y, zero()), g, g * set1(slope));
   if constexpr (ACT == ACT_TANH) return g * (set1(1.0f) - y * y);
   if constexpr (ACT == ACT_SIGMOID) return g * (y * (set1(1.0f) - y));
+  if constexpr (ACT == ACT_ELU) return g * select(le(y, zero()), y + set1(1.0f), set1(1.0f));
+  if constexpr (ACT == ACT_SELU) return g * select(le(y, zero()), y + set1(SELU_NEGATIVE), set1(SELU_SCALE));
+  if constexpr (ACT == ACT_SOFTPLUS) return zero() - g * expm1_below(zero() - y);
+  if constexpr (ACT == ACT_SWISH) {
+    const vf s = sigmoid(y);
+    return g * (s + y * s * (set1(1.0f) - s));
+  }
   return g;
 }
 

@@ -1,4 +1,7 @@
-// y = act(x + bias) and its gradient from the output: dx = dy act'(y), dbias = Σ dx per channel.
+// y = gain act(x + bias) within ±clamp, and its gradient from the output: dx = dy gain act'(y / gain), 0 where the
+// clamp holds y, dbias = Σ dx per channel.
+#include <limits>
+
 #include "common/kernels.hpp"
 #include "common/scratch.hpp"
 #include "cpu/activation.hpp"
@@ -7,37 +10,65 @@
 namespace fg::ISA {
 namespace {
 
-template <class T, Act ACT>
+// What gain and clamp make of an activation. PLAIN: gain 1, no clamp, and no instruction for them.
+template <Act ACT, bool PLAIN>
+struct Phi {
+  float slope, gain, limit, inverse_gain;
+  explicit Phi(const BiasActShape& s)
+      : slope(s.slope),
+        gain(s.gain),
+        limit(s.clamp < 0.0f ? std::numeric_limits<float>::quiet_NaN() : s.clamp),  // exceeded by nothing
+        inverse_gain(1.0f / s.gain) {}
+
+  FG_INLINE_MEMBER vf value(vf v) const {
+    v = activate<ACT>(v, slope);
+    if constexpr (PLAIN) return v;
+    v = v * set1(gain);
+    v = select(gt(v, set1(limit)), set1(limit), v);
+    return select(gt(set1(-limit), v), set1(-limit), v);
+  }
+  FG_INLINE_MEMBER vf gradient(vf g, vf y) const {
+    if constexpr (PLAIN) return activate_gradient<ACT>(g, y, slope);
+    const vf out = ACT == ACT_SWISH ? activate<ACT>(y, slope) * set1(gain) : y;
+    const vf u = ACT == ACT_SWISH ? y : y * set1(inverse_gain);
+    const vf dx = activate_gradient<ACT>(g * set1(gain), u, slope);
+    return select(le(set1(limit), abs(out)), zero(), dx);
+  }
+};
+
+template <class T, class Act>
 struct ForwardBody {
   static constexpr int COEFS = 1, SUMS = 0;
   const T* x;
   T* y;
-  float slope;
+  Act act;
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
-    lane.store(y, activate<ACT>(lane.load(x) + k[0], slope));
+    lane.store(y, act.value(lane.load(x) + k[0]));
   }
 };
 
-template <class T, Act ACT, bool SUM>
+template <class T, class Act, bool READS, bool SUM>
 struct BackwardBody {
   static constexpr int COEFS = 0, SUMS = SUM ? 1 : 0;
   const T *dy, *y;
   T* dx;
-  float slope;
+  Act act;
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf*, vf* s) const {
-    const vf g = ACT == ACT_IDENTITY ? lane.load(dy) : activate_gradient<ACT>(lane.load(dy), lane.load(y), slope);
+    vf g = lane.load(dy);
+    if constexpr (READS) g = act.gradient(g, lane.load(y));
     if (dx) lane.store(dx, g);
     if constexpr (SUM) s[0] = s[0] + g;
   }
 };
 
-template <class T, Act ACT>
+template <class T, Act ACT, bool PLAIN>
 void forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, 1, shape.channels_last);
   if (grid.empty()) return;
-  const ForwardBody<T, ACT> body{static_cast<const T*>(args.x), static_cast<T*>(args.y), shape.slope};
+  using Form = Phi<ACT, PLAIN>;
+  const ForwardBody<T, Form> body{static_cast<const T*>(args.x), static_cast<T*>(args.y), Form(shape)};
   const int threads = team_for(grid.elements(), shape.threads);
   const Scratch<float> memory(grid.padded);
   float* coef = memory.data;
@@ -48,7 +79,7 @@ void forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
   sweep_elementwise(grid, Share(grid, thread_index(), team_size()), 0, body, coef, false);
 }
 
-template <class T, Act ACT>
+template <class T, Act ACT, bool PLAIN>
 void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, 1, shape.channels_last);
   if (grid.empty()) {
@@ -58,14 +89,16 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   }
   const T *dy = static_cast<const T*>(args.dy), *y = static_cast<const T*>(args.y);
   T* dx = static_cast<T*>(args.dx);
+  using Form = Phi<ACT, PLAIN>;
+  constexpr bool READS = ACT != ACT_IDENTITY;
   const int threads = team_for(grid.elements(), shape.threads);
   if (!args.dbias) {
-    const BackwardBody<T, ACT, false> body{dy, y, dx, shape.slope};
+    const BackwardBody<T, Form, READS, false> body{dy, y, dx, Form(shape)};
 #pragma omp parallel num_threads(threads)
     sweep_elementwise(grid, Share(grid, thread_index(), team_size()), 0, body, nullptr, false);
     return;
   }
-  const BackwardBody<T, ACT, true> body{dy, y, dx, shape.slope};
+  const BackwardBody<T, Form, READS, true> body{dy, y, dx, Form(shape)};
   float* own;
   double* sums;
   const ScratchArrays memory(Array(own, threads * grid.padded), Array(sums, Partials<1>::count(grid, threads)));
@@ -84,38 +117,49 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   }
 }
 
-template <class T>
-void forward_by_act(const BiasActShape& shape, const BiasActForwardArgs& args) {
-  BiasActShape as_leaky = shape;
-  as_leaky.slope = 1.0f;
+bool is_plain(const BiasActShape& s) { return s.gain == 1.0f && s.clamp < 0.0f; }
+
+// f<ACT>() of the activation at run time. Identity is leaky_relu with slope 1, to the bit.
+template <class F>
+void by_act(const BiasActShape& shape, const F& f) {
   switch (shape.act) {
     case ACT_RELU:
-      return forward<T, ACT_RELU>(shape, args);
-    case ACT_LEAKY_RELU:
-      return forward<T, ACT_LEAKY_RELU>(shape, args);
+      return f.template operator()<ACT_RELU>(shape);
     case ACT_TANH:
-      return forward<T, ACT_TANH>(shape, args);
+      return f.template operator()<ACT_TANH>(shape);
     case ACT_SIGMOID:
-      return forward<T, ACT_SIGMOID>(shape, args);
-    case ACT_IDENTITY:  // leaky_relu with slope 1, to the bit
-      return forward<T, ACT_LEAKY_RELU>(as_leaky, args);
+      return f.template operator()<ACT_SIGMOID>(shape);
+    case ACT_ELU:
+      return f.template operator()<ACT_ELU>(shape);
+    case ACT_SELU:
+      return f.template operator()<ACT_SELU>(shape);
+    case ACT_SOFTPLUS:
+      return f.template operator()<ACT_SOFTPLUS>(shape);
+    case ACT_SWISH:
+      return f.template operator()<ACT_SWISH>(shape);
+    case ACT_LEAKY_RELU:
+      return f.template operator()<ACT_LEAKY_RELU>(shape);
+    case ACT_IDENTITY:
+      BiasActShape as_leaky = shape;
+      as_leaky.slope = 1.0f;
+      return f.template operator()<ACT_LEAKY_RELU>(as_leaky);
   }
 }
 
 template <class T>
+void forward_by_act(const BiasActShape& shape, const BiasActForwardArgs& args) {
+  by_act(shape, [&]<Act ACT>(const BiasActShape& s) {
+    is_plain(s) ? forward<T, ACT, true>(s, args) : forward<T, ACT, false>(s, args);
+  });
+}
+
+template <class T>
 void backward_by_act(const BiasActShape& shape, const BiasActBackwardArgs& args) {
-  switch (shape.act) {
-    case ACT_RELU:
-      return backward<T, ACT_RELU>(shape, args);
-    case ACT_LEAKY_RELU:
-      return backward<T, ACT_LEAKY_RELU>(shape, args);
-    case ACT_TANH:
-      return backward<T, ACT_TANH>(shape, args);
-    case ACT_SIGMOID:
-      return backward<T, ACT_SIGMOID>(shape, args);
-    case ACT_IDENTITY:  // does not read y
-      return backward<T, ACT_IDENTITY>(shape, args);
-  }
+  // the plain identity does not read y
+  if (shape.act == ACT_IDENTITY && is_plain(shape)) return backward<T, ACT_IDENTITY, true>(shape, args);
+  by_act(shape, [&]<Act ACT>(const BiasActShape& s) {
+    is_plain(s) ? backward<T, ACT, true>(s, args) : backward<T, ACT, false>(s, args);
+  });
 }
 
 }  // namespace

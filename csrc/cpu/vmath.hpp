@@ -61,6 +61,12 @@ FG_INLINE vf tanh(vf x) {
   return select(gt(set1(0.625f), a), small, large);
 }
 
+// e^x - 1 for x <= 0, by the tangent of half of it, whose digits a small x keeps.
+FG_INLINE vf expm1_below(vf x) {
+  const vf half = tanh(x * set1(0.5f));
+  return (half + half) / (set1(1.0f) - half);
+}
+
 // softplus(x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(s), s = e / (2 + e) in [0, 1/3]: the series in s²
 // has a remainder below 2e-9 after eight terms, and no term cancels.
 FG_INLINE vf softplus(vf x) {

@@ -1,9 +1,15 @@
 #include "cuda/bias_act.cuh"
 
+#include <limits>
+
 #include "cuda/kernels.hpp"
 #include "cuda/sweep.hpp"
 
 namespace fg::cuda {
+
+static Phi phi_of(const BiasActShape& s) {
+  return {s.act, s.slope, s.gain, s.clamp < 0.0f ? std::numeric_limits<float>::quiet_NaN() : s.clamp};
+}
 
 int64_t bias_act_forward(const BiasActShape& s, const BiasActForwardArgs& a, const Target& target) {
   constexpr auto op = "bias_act_forward";
@@ -11,7 +17,7 @@ int64_t bias_act_forward(const BiasActShape& s, const BiasActForwardArgs& a, con
   if (walk.elements() == 0) return 0;
   by_dtype(s.dtype, [&](auto zero) {
     using T = decltype(zero);
-    apply(op, walk, BiasActForward<T>{{static_cast<const T*>(a.x)}, {static_cast<T*>(a.y)}, a.bias, s.act, s.slope},
+    apply(op, walk, BiasActForward<T>{{static_cast<const T*>(a.x)}, {static_cast<T*>(a.y)}, a.bias, phi_of(s)},
           target.stream);
   });
   return 0;
@@ -24,7 +30,7 @@ int64_t bias_act_backward(const BiasActShape& s, const BiasActBackwardArgs& a, c
   return by_dtype(s.dtype, [&](auto zero) -> int64_t {
     using T = decltype(zero);
     const BiasActBackward<T> body{
-        {static_cast<const T*>(a.dy), static_cast<const T*>(a.y)}, {static_cast<T*>(a.dx)}, s.act, s.slope};
+        {static_cast<const T*>(a.dy), static_cast<const T*>(a.y)}, {static_cast<T*>(a.dx)}, phi_of(s)};
     if (!a.dbias) {
       apply(op, walk, body, target.stream);
       return 0;

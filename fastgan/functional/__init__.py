@@ -17,6 +17,7 @@ from fastgan.functional.elementwise import bias_act
 from fastgan.functional.losses import gan_loss, gan_loss_statistics
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
 from fastgan.functional.penalties import grad_norm_penalty, interpolate
+from fastgan.functional.resampling import upfirdn2d
 from fastgan.penalties import gradient_penalty
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "in_act",
     "interpolate",
     "ln_act",
+    "upfirdn2d",
 ]

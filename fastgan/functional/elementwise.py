@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from fastgan import _activation
@@ -15,20 +17,32 @@ def bias_act(
     *,
     activation: str | None = "leaky_relu",
     negative_slope: float = 0.2,
+    gain: float = 1.0,
+    clamp: float | None = None,
 ) -> Tensor:
-    """activation(x + bias) with bias along dimension 1.
+    """gain activation(x + bias) with bias along dimension 1, kept within ±clamp.
 
     Args:
         x: [N, C, *], floating.
         bias: [C] or None.
-        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        activation: None, "identity", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "selu", "softplus" or "swish".
         negative_slope: of leaky_relu, >= 0.
+        gain: multiplies the activation; finite and not 0.
+        clamp: None, or the largest absolute value that comes out, >= 0. What it holds has the derivative 0.
 
     Returns:
         x's shape, dtype and layout.
+
+    Raises:
+        ValueError: a shape, name or number is not as above.
     """
-    activation = _activation.check("bias_act", activation, negative_slope)
+    activation = _activation.check("bias_act", activation, negative_slope, tuple(_activation.CODES))
+    if not (math.isfinite(gain) and gain):
+        raise ValueError(f"bias_act: gain must be finite and not 0, got {gain}; multiply the result instead")
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"bias_act: clamp must be None or >= 0, got {clamp}")
     if x.dim() < 2:
         raise ValueError(f"bias_act: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
     check_bias("bias_act", bias, x.shape[1])
-    return _bias_act.op(x, bias, activation, float(negative_slope))
+    limit = -1.0 if clamp is None else float(clamp)
+    return _bias_act.op(x, bias, activation, float(negative_slope), float(gain), limit)

@@ -123,7 +123,7 @@ class Conv2dBiasAct(_BiasAct):
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.2,
     ):
-        super().__init__(activation, negative_slope, tuple(_activation.CODES))
+        super().__init__(activation, negative_slope, _activation.FUSED)
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -158,7 +158,7 @@ class ConvTranspose2dBiasAct(_BiasAct):
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.2,
     ):
-        super().__init__(activation, negative_slope, tuple(_activation.CODES))
+        super().__init__(activation, negative_slope, _activation.FUSED)
         geometry = in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation
         self.conv = nn.ConvTranspose2d(*geometry, padding_mode, device, dtype)
 

@@ -12,6 +12,7 @@ from fastgan.ops import (
     grad_norm_penalty,
     interpolate,
     sample_dot,
+    upfirdn2d,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "grad_norm_penalty",
     "interpolate",
     "sample_dot",
+    "upfirdn2d",
 ]

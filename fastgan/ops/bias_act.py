@@ -1,19 +1,21 @@
 """Bias and activation.
 
-Formula      y = phi(x + bias[channel]);  phi: identity, relu, leaky_relu, tanh, sigmoid
+Formula      y = gain phi(x + bias[channel]), kept within +-clamp where clamp >= 0;  phi: identity, relu, leaky_relu,
+             tanh, sigmoid, elu, selu, softplus, swish
 Shapes       x [N,C,*], bias [C] or None -> y like x
 Dtypes       float32, bfloat16 natively (computed in float32), float16 too on a GPU; every floating torch dtype through
              the reference
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype; bias may be of another
-Derivatives  first: bias_act_backward, from the output y (slope >= 0 keeps its sign). second: the same op for dy, and
-             tanh'', sigmoid'' in closed form for y; any order
-Saves        y
+Derivatives  first: bias_act_backward, from the output y (slope >= 0 keeps its sign); of swish from its input. 0 where
+             the clamp holds y, |y| = clamp included (so what rounds to it). second: the same op for dy, and phi'' in
+             closed form for y; any order
+Saves        y; of swish x and bias
 Traffic      2 accesses an element forward, 3 backward (dy, y, dx; dbias on the way); PyTorch 4 and 4
-FLOPs        2 an element forward, 2 backward (tanh, sigmoid counted as one)
+FLOPs        2 an element forward, 2 backward (tanh and its like counted as one; gain and clamp not counted)
 Determinism  bit-equal from run to run for one thread count
 Backends     cuda, triton, native, reference
-Source       the chain rule
+Source       the chain rule; gain and clamp as in Karras et al., StyleGAN2-ADA (2020)
 """
 
 from __future__ import annotations
@@ -39,19 +41,32 @@ def cost_backward(y: Tensor) -> dict[str, int]:
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def reference(x, bias, activation, slope):
+def reference(x, bias, activation, slope, gain, clamp):
     t = x if bias is None else x + per_channel(bias, x).to(x.dtype)
-    y = dense(_activation.apply(t, activation, slope), is_channels_last(x))
+    y = dense(_activation.apply(t, activation, slope, gain, clamp), is_channels_last(x))
     return y.clone() if y is x else y
 
 
-def launch(core, x, bias, activation, slope):
+def launch(core, x, bias, activation, slope, gain, clamp):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     (bias,) = _native.float_vectors(bias)
     y = torch.empty_like(x)
     code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
-    core.call("bias_act_forward", x, code, x, bias, y, *planes(x), channels_last, act, slope)
+    core.call(
+        "bias_act_forward",
+        x,
+        code,
+        x,
+        bias,
+        y,
+        *planes(x),
+        channels_last,
+        act,
+        slope,
+        gain,
+        _activation.limit(clamp, x.dtype),
+    )
     return y
 
 
@@ -61,25 +76,33 @@ def like(x: Tensor) -> Tensor:
 
 
 op = Op(
-    "bias_act(Tensor x, Tensor? bias, str activation, float slope) -> Tensor",
+    "bias_act(Tensor x, Tensor? bias, str activation, float slope, float gain, float clamp) -> Tensor",
     reference=reference,
-    fake=lambda x, bias, activation, slope: like(x),
+    fake=lambda x, *rest: like(x),
     backends={**_native.backends(launch, lambda x, *rest: (x,)), "triton": triton("bias_act")},
-    example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0),
+    example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0, 1.5, 1.0),
 )
 
 
 def _save(ctx, inputs, output):
-    _, bias, ctx.activation, ctx.slope = inputs
+    x, bias, *form = inputs
+    ctx.form = activation, _, _, clamp = tuple(form)
     ctx.has_bias = bias is not None
     ctx.bias_dtype = bias.dtype if ctx.has_bias else None
-    ctx.save_for_backward(output if ctx.activation != "identity" else None)
+    if activation in _activation.FROM_INPUT:
+        ctx.save_for_backward(None, x, bias)
+    else:
+        ctx.save_for_backward(output if activation != "identity" or clamp >= 0 else None, None, None)
 
 
 def _backward(ctx, dy):
-    (y,) = ctx.saved_tensors
-    dx, dbias = epilogue_backward(dy, y, ctx.activation, ctx.slope, ctx.has_bias and ctx.needs_input_grad[1])
-    return dx, None if dbias is None else dbias.to(ctx.bias_dtype), None, None
+    y, x, bias = ctx.saved_tensors
+    if x is not None:
+        y = x if bias is None else x + per_channel(bias, x).to(x.dtype)
+    activation, slope, gain, clamp = ctx.form
+    want_bias = ctx.has_bias and ctx.needs_input_grad[1]
+    dx, dbias = form_backward(dy, y, activation, slope, gain, clamp, want_bias)
+    return dx, None if dbias is None else dbias.to(ctx.bias_dtype), None, None, None, None
 
 
 op.differentiate(_save, _backward)
@@ -89,53 +112,62 @@ def epilogue_backward(
     dy: Tensor, y: Tensor | None, activation: str, slope: float, want_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dt, dbias) of y = phi(t + bias); the backward of every epilogue. y is None where phi is the identity."""
-    if activation == "identity":
-        if not want_bias:
-            return dy, None
-        return dy, dy.sum([d for d in range(dy.dim()) if d != 1])
-    dx, dbias = backward(dy, y, activation, slope, want_bias)
+    return form_backward(dy, y, activation, slope, 1.0, -1.0, want_bias)
+
+
+def form_backward(
+    dy: Tensor, y: Tensor | None, activation: str, slope: float, gain: float, clamp: float, want_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dbias) of y = gain phi(x + bias) within +-clamp. y is None where nothing is read from it."""
+    if y is None:
+        dx = dy if gain == 1 else dy * gain
+        return dx, dx.sum([d for d in range(dx.dim()) if d != 1]) if want_bias else None
+    dx, dbias = backward(dy, y, activation, slope, gain, clamp, want_bias)
     return dx, dbias.to(dx.dtype) if want_bias else None
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
-def reference_backward(dy, y, activation, slope, want_bias):
-    dx = dense(_activation.backward(dy, y, activation, slope), is_channels_last(y))
+def reference_backward(dy, y, activation, slope, gain, clamp, want_bias):
+    dx = dense(_activation.backward(dy, y, activation, slope, gain, clamp), is_channels_last(y))
     dbias = dx.new_empty(0, dtype=accumulation_dtype(dx.dtype))
     if want_bias:
         dbias = dx.sum([d for d in range(dx.dim()) if d != 1], dtype=dbias.dtype)
     return dx, dbias
 
 
-def launch_backward(core, dy, y, activation, slope, want_bias):
+def launch_backward(core, dy, y, activation, slope, gain, clamp, want_bias):
     channels_last = is_channels_last(y)
     dy, y = dense(dy, channels_last), dense(y, channels_last)
     dx, dbias = torch.empty_like(y), y.new_empty(y.shape[1] if want_bias else 0, dtype=torch.float32)
     code, act = _native.DTYPE_CODES[y.dtype], _activation.CODES[activation]
     tensors = dy, y, dx, dbias if want_bias else None
-    core.call("bias_act_backward", y, code, *tensors, *planes(y), channels_last, act, slope)
+    form = act, slope, gain, _activation.limit(clamp, y.dtype)
+    core.call("bias_act_backward", y, code, *tensors, *planes(y), channels_last, *form)
     return dx, dbias
 
 
-def fake_backward(dy, y, activation, slope, want_bias):
+def fake_backward(dy, y, activation, slope, gain, clamp, want_bias):
     return like(y), y.new_empty(y.shape[1] if want_bias else 0, dtype=accumulation_dtype(y.dtype))
 
 
 backward = Op(
-    "bias_act_backward(Tensor dy, Tensor y, str activation, float slope, bool want_bias) -> (Tensor, Tensor)",
+    "bias_act_backward(Tensor dy, Tensor y, str activation, float slope, float gain, float clamp, bool want_bias)"
+    " -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
     backends={
         **_native.backends(launch_backward, lambda dy, y, *rest: (dy, y)),
         "triton": triton("bias_act", "bias_act_backward"),
     },
-    example=lambda: (*draw((2, 5, 4, 3), (2, 5, 4, 3)), "leaky_relu", 0.3, True),
+    example=lambda: (*draw((2, 5, 4, 3), (2, 5, 4, 3)), "leaky_relu", 0.3, 1.4, 1.0, True),
 )
 
 
 def _save_backward(ctx, inputs, output):
-    dy, y, ctx.activation, ctx.slope, ctx.want_bias = inputs
+    dy, y, *form, ctx.want_bias = inputs
+    ctx.form = tuple(form)
     ctx.save_for_backward(dy, y)
 
 
@@ -147,11 +179,12 @@ def _double_backward(ctx, ddx, ddbias):
         spread = per_channel(ddbias, dy).to(dy.dtype)
         w = spread.expand_as(dy) if w is None else w + spread
     if w is None:
-        return (None,) * 5
-    d_dy = OPS["bias_act_backward"](w, y, ctx.activation, ctx.slope, False)[0] if ctx.needs_input_grad[0] else None
-    slope_of_derivative = _activation.second(y, ctx.activation)
+        return (None,) * 7
+    d_dy = OPS["bias_act_backward"](w, y, *ctx.form, False)[0] if ctx.needs_input_grad[0] else None
+    activation, _, gain, clamp = ctx.form
+    slope_of_derivative = _activation.second(y, activation, gain, clamp)
     d_y = w * dy * slope_of_derivative if slope_of_derivative is not None and ctx.needs_input_grad[1] else None
-    return d_dy, d_y, None, None, None
+    return d_dy, d_y, None, None, None, None, None
 
 
 backward.differentiate(_save_backward, _double_backward)

@@ -121,13 +121,13 @@ def gated(activation: str) -> str:
     return activation
 
 
-def gate(tape: Tape, h: Any, y: Tensor, activation: str, slope: float) -> Any:
+def gate(tape: Tape, h: Any, y: Tensor, activation: str, slope: float, gain: float = 1.0, clamp: float = -1.0) -> Any:
     """Record an activation whose output y is there already."""
-    if activation == "identity":
+    if activation == "identity" and gain == 1 and clamp < 0:
         return h
     if activation == "leaky_relu" and not slope >= 0:
         raise Declined(f"leaky_relu with a negative slope of {slope} cannot be told from its output's sign")
-    return tape.record(Gate(h.node, tape.hold(y), activation, slope), y)
+    return tape.record(Gate(h.node, tape.hold(y), activation, slope, gain, clamp), y)
 
 
 @rule("aten.relu.default")
@@ -141,14 +141,14 @@ def leaky_relu(tape: Tape, h: Any, slope: float = 0.01) -> Any:
 
 
 @rule("fastgan.bias_act.default")
-def bias_act(tape: Tape, h: Any, b: Tensor | None, activation: str, slope: float) -> Any:
+def bias_act(tape: Tape, h: Any, b: Tensor | None, activation: str, slope: float, gain: float, clamp: float) -> Any:
     plain(b)
-    y = OPS["bias_act"](tape.read(h), b, gated(activation), slope)
+    y = OPS["bias_act"](tape.read(h), b, gated(activation), slope, gain, clamp)
     if b is not None:
         step = Bias(h.node, tape.hold(b), 1)
         tape.learn(step, terms=(b,))
         h = tape.record(step, y)
-    return gate(tape, h, y, activation, slope)
+    return gate(tape, h, y, activation, slope, gain, clamp)
 
 
 @rule("aten.mm.default", "aten.mv.default", "aten.bmm.default")

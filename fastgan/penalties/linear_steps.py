@@ -91,16 +91,16 @@ def _only(v: Sequence[Tensor | None]) -> Tensor:
 
 
 class Gate(LinearStep):
-    """(Leaky) ReLU: phi'(t) read from the sign of y = phi(t), which the next layer keeps anyway."""
+    """(Leaky) ReLU: phi'(t) read from the sign of y = phi(t), which the next layer keeps anyway; and its clamp."""
 
-    def __init__(self, index: int, y: int, activation: str, slope: float):
+    def __init__(self, index: int, y: int, activation: str, slope: float, gain: float, clamp: float):
         super().__init__((index,))
-        self.y, self.activation, self.slope = y, activation, slope
+        self.y, self.form = y, (activation, slope, gain, clamp)
 
     def _times(self, g: Tensor, y: Tensor) -> Tensor:
         if y.dim() < 2:
-            return _activation.backward(g, y, self.activation, self.slope)
-        gated: Tensor = OPS["bias_act_backward"](g, y, self.activation, self.slope, False)[0]
+            return _activation.backward(g, y, *self.form)
+        gated: Tensor = OPS["bias_act_backward"](g, y, *self.form, False)[0]
         return gated
 
     def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:

@@ -26,6 +26,7 @@ from fastgan.program.memory import ARENA, Place, arrange
 
 FLOAT32 = _native.DTYPE_CODES[torch.float32]
 IDENTITY = _activation.CODES["identity"], 0.0
+PLAIN = 1.0, -1.0  # gain and clamp of bias_act: none
 Shape = tuple[int, ...]  # N, C, H, W
 
 
@@ -304,14 +305,14 @@ class Plan:
                 dt = self._image(p.y_shape)
                 fields = dy, p.y, dt
             if dbias is not None or dt is not dy:
-                self._step("bias_act_backward", self.code, *fields, dbias, *shape, *p.epilogue)
+                self._step("bias_act_backward", self.code, *fields, dbias, *shape, *p.epilogue, *PLAIN)
             return dt
         dt = out or self._image(p.y_shape)
         vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
         found = p.gradients["gamma"], p.gradients["beta"]
         self._step("bn_act_backward", self.code, dy, p.t, *vectors, dt, *found, *p.norm_shape)
         if dbias is not None:
-            self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, only=p.first + 1)
+            self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, *PLAIN, only=p.first + 1)
         return dt
 
     def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, only: int | None) -> None:

@@ -55,6 +55,7 @@ MEMORY_BOUND = (
     "interpolate",
     "norm",
     "sample_dot",
+    "upfirdn2d",
 )
 
 

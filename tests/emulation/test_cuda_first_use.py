@@ -114,6 +114,8 @@ def test_parameters_arrive_as_the_kernel_declares_them(cuda):
         False,
         0,
         0.0,
+        1.0,
+        -1.0,
         workspace.data_ptr(),
         0,
     )
@@ -153,7 +155,7 @@ def test_a_thread_without_a_context_takes_that_of_device_0(cuda):
 
 
 def run_bias_act():
-    OPS["bias_act"].backends["cuda"].run(torch.ones(2, 8, 4, 4), None, "relu", 0.0)
+    OPS["bias_act"].backends["cuda"].run(torch.ones(2, 8, 4, 4), None, "relu", 0.0, 1.0, -1.0)
 
 
 def test_a_kernel_is_compiled_once_for_the_card(cuda):

@@ -7,7 +7,7 @@ kernels fetch.
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import LAYOUTS, against_plain
+from checks import LAYOUTS, against_plain, clear_of
 
 from fastgan import functional, testing
 from fastgan._native import CUDA
@@ -197,6 +197,22 @@ def test_bias_act(record, ran, activation, with_bias, dtype, layout):
     on_cuda(ran, "bias_act", *([] if activation is None else ["bias_act_backward"]))
 
 
+LIMITED = {"elu": F.elu, "selu": F.selu, "softplus": F.softplus, "swish": F.silu, **ALL_ACTIVATIONS}
+
+
+@dtypes
+@pytest.mark.parametrize("clamp", [None, 0.9])
+@pytest.mark.parametrize("activation", LIMITED)
+def test_bias_act_with_gain_and_clamp(record, ran, activation, clamp, dtype):
+    limited = lambda y: y if clamp is None else y.clamp(-clamp, clamp)
+    ours = lambda x, b: functional.bias_act(x, b, activation=activation, gain=1.4, clamp=clamp)
+    free = lambda x, b: 1.4 * LIMITED[activation](x + b.view(-1, 1, 1))
+    x, b = noise(2, 8, 3, 5), noise(8)
+    x = x if clamp is None else clear_of(lambda x: free(x, b).abs() - clamp, x)
+    against_plain(ours, lambda x, b: limited(free(x, b)), (x, b), dtype, LAYOUTS[1], "cuda")
+    on_cuda(ran, "bias_act", *([] if activation is None and clamp is None else ["bias_act_backward"]))
+
+
 @dtypes
 @pytest.mark.parametrize("side", ["d", "g"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -334,8 +350,8 @@ def test_thread_orders_are_bit_equal(record, name, layout):
 X = (8, 64, 16, 16)
 LARGE = 8 * 64 * 16 * 16 * 2  # bytes of such a tensor in 16 bits
 TRAFFIC = {  # op -> (arguments, accesses an element)
-    "bias_act": (lambda x, v: (x, v, "relu", 0.0), 2),
-    "bias_act_backward": (lambda x, v: (x, x.clone(), "leaky_relu", 0.2, True), 3),
+    "bias_act": (lambda x, v: (x, v, "relu", 0.0, 1.0, -1.0), 2),
+    "bias_act_backward": (lambda x, v: (x, x.clone(), "leaky_relu", 0.2, 1.4, 2.0, True), 3),
     "bn_act": (lambda x, v: (x, v, v, None, None, True, 1e-5, "relu", 0.0, 1), 3),
     "bn_act_backward": (lambda x, v: (x, x.clone(), v, v, v[None], v[None] ** 2 + 1, True, 1e-5, "relu", 0.0), 5),
     "bn_act_double_backward": (
@@ -480,10 +496,54 @@ def test_traffic_of_adam(record, averages):
 def test_an_access_outside_the_tensors_is_reported(record):
     x, y = torch.randn(2, 3, 4), torch.empty(2, 3, 3)
     with pytest.raises(RuntimeError, match=r"simt: global memory in .*writes 16 bytes outside every tensor"):
-        CUDA.call("bias_act_forward", x, 0, x, None, y, 2, 3, 4, False, 0, 0.0)
+        CUDA.call("bias_act_forward", x, 0, x, None, y, 2, 3, 4, False, 0, 0.0, 1.0, -1.0)
     assert functional.bias_act(x, activation=None).equal(x)  # and the next launch is unharmed
 
 
 def test_launch_errors_name_the_op(record):
     with pytest.raises(ValueError, match=r"bias_act_forward: dtype must be in 0\.\.2, got 9"):
-        CUDA.call("bias_act_forward", torch.zeros(1), 9, None, None, None, 1, 1, 1, False, 0, 0.0)
+        CUDA.call("bias_act_forward", torch.zeros(1), 9, None, None, None, 1, 1, 1, False, 0, 0.0, 1.0, -1.0)
+
+
+# ---- upfirdn2d -------------------------------------------------------------------------------------------------------
+
+FIR = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0], [2.0, 0.25, -3.0], [1.0, 0.0, 5.0]]) / 8
+FIRS = [(FIR, (1, 2), (3, 1), (1, 0, 2, 2)), (FIR[:, 0], 2, 1, (-1, 2, 3, -2)), (FIR, 3, 2, (2, 3, 1, 2))]
+
+
+def plain_upfirdn2d(f, up, down, padding):
+    """Zeros written out, a depthwise convolution, strided."""
+    up, down = ((v, v) if isinstance(v, int) else v for v in (up, down))
+    f = (torch.outer(f, f) if f.dim() == 1 else f).flip([0, 1])
+
+    def run(x):
+        n, c, h, w = x.shape
+        u = x.new_zeros(n, c, h, up[1], w, up[0])
+        u[:, :, :, 0, :, 0] = x
+        u = F.pad(u.reshape(n, c, h * up[1], w * up[0]), padding)
+        return F.conv2d(u, f.to(x).expand(c, 1, *f.shape), groups=c)[:, :, :: down[1], :: down[0]]
+
+    return run
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize(("f", "up", "down", "padding"), FIRS, ids=["axes apart", "cropped", "three halves"])
+def test_upfirdn2d(record, ran, f, up, down, padding, dtype, layout):
+    record.configure(seed=5)
+    ours = lambda x: functional.upfirdn2d(x, f, up, down, padding)
+    for shape in [(2, 3, 7, 5), (1, 20, 9, 8)]:
+        against_plain(ours, plain_upfirdn2d(f, up, down, padding), (noise(*shape),), dtype, layout, "cuda")
+    on_cuda(ran, "upfirdn2d")
+
+
+@layouts
+@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
+def test_upfirdn2d_asks_for_the_taps_that_meet_samples(record, up, down, layout):
+    """A thread an output: y is written once; what of x neighbours share comes from the cache."""
+    x = torch.randn(2, 16, 12, 12).contiguous(memory_format=layout)
+    record.configure(counting=True)
+    y = OPS["upfirdn2d"].run(x, torch.rand(4, 4), [up, up], [down, down], [2, 1, 2, 1], False, 1.0)
+    size = lambda t: t.numel() * t.element_size()
+    written = [t for t in record.traffic if t.bytes == size(y)]
+    assert sum(t.requested for t in written) == size(y) and sum(t.sectors for t in written) * 32 == size(y)

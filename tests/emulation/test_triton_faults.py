@@ -62,6 +62,9 @@ FAULTS = {
     "wrong slope": ("numerics", "dy, dy * slope)", "dy, dy)", "bn_act_double_backward", "value"),
     "loss of half the logits": ("gan_loss", "lr += tl.where(i < m", "lr += tl.where(i < m // 2", "gan_loss", "value"),
     "into the next sample": ("samples", "(j < M)[None, :]", "(j <= M)[None, :]", "interpolate", "outside|race"),
+    "a tap is forgotten": ("upfirdn2d", "(KW + UP_X - 1) // UP_X", "KW // UP_X", "upfirdn2d", "value"),
+    "the padding is read": ("upfirdn2d", "(column >= 0) & ", "", "upfirdn2d", "value|outside"),
+    "outputs of two programs": ("upfirdn2d", "program * BLOCK +", "program * (BLOCK // 2) +", "upfirdn2d", "race"),
     "norm without its root": ("grad_norm_penalty", "tl.sqrt(squares)", "squares", "grad_norm_penalty", "value"),
 }
 
@@ -87,8 +90,8 @@ def arguments(name):
     mean, var = torch.randn(2, 18), torch.rand(2, 18) + 0.5
     of_sample, var_of_sample = torch.randn(4, 2), torch.rand(4, 2) + 0.5
     return {
-        "bias_act": (x[:3], bias, "tanh", 0.0),
-        "bias_act_backward": (x, other, "leaky_relu", 0.2, True),
+        "bias_act": (x[:3], bias, "tanh", 0.0, 1.4, 1.0),
+        "bias_act_backward": (x, other, "leaky_relu", 0.2, 1.4, 1.0, True),
         "bn_act": (x, weight, bias, None, None, True, 1e-5, "leaky_relu", 0.2, 2),
         "bn_act_backward": (x, other, weight, bias, mean, var, True, 1e-5, "leaky_relu", 0.2),
         "bn_act_double_backward": (
@@ -111,6 +114,7 @@ def arguments(name):
         "gan_loss": (x.flatten()[:40], other.flatten()[:50], "bce", "d", 0.0),
         "interpolate": (x, other, torch.rand(4), None),
         "grad_norm_penalty": (x, 1.0),
+        "upfirdn2d": (x, torch.randn(4, 3), [2, 2], [1, 1], [2, 1, 2, 1], False, 1.5),
     }[name]
 
 

@@ -20,9 +20,10 @@ from fastgan.kernels import (
     launching,
     normalisation,
     sample_dot,
+    upfirdn2d,
 )
 
-MODULES = [bias_act, normalisation, gan_loss, interpolate, grad_norm_penalty, sample_dot]
+MODULES = [bias_act, normalisation, gan_loss, interpolate, grad_norm_penalty, sample_dot, upfirdn2d]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -68,7 +69,7 @@ def test_the_compiled_kernel_is_looked_up_per_case(monkeypatch):
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_static_cases_are_what_would_be_launched(module):
     cases = module.static_cases()
-    assert cases and len({c[0].fn.__name__ for c in cases}) >= (2 if module is not interpolate else 1)
+    assert cases and len({c[0].fn.__name__ for c in cases}) >= (1 if module in (interpolate, upfirdn2d) else 2)
     for kernel, signature, constants, options in cases:
         assert {*signature, *constants} == {p.name for p in kernel.params}
         fixed = [p.name for p in kernel.params if p.is_constexpr]
@@ -80,7 +81,7 @@ def test_static_cases_are_what_would_be_launched(module):
 
 def test_recording_runs_nothing_and_ends():
     ran = launching.recorded(
-        iter([lambda: bias_act._forward(launching.meta((2, 3, 4, 4), torch.float32), None, "relu", 0.0)])
+        iter([lambda: bias_act._forward(launching.meta((2, 3, 4, 4), torch.float32), None, "relu", 0.0, 1.0, -1.0)])
     )
     assert len(ran) == 1 and ran[0][2]["bias"] is None and launching._recording is None
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", "3.8", reason="triton 3.8 or newer is needed to emulate Triton kernels")
 import torch.nn.functional as F
-from checks import LAYOUTS, against_plain, assert_close, distance, orders
+from checks import LAYOUTS, against_plain, assert_close, clear_of, distance, orders
 
 from fastgan import functional, testing
 from fastgan._op import OPS
@@ -55,6 +55,26 @@ def test_bias_act(activation, dtype, layout):
     plain = lambda x, b: PHI[activation](x + b.view(1, -1, 1, 1))
     ops = ["bias_act"] + ["bias_act_backward"] * (activation is not None)
     emulated(ours, plain, (noise(3, 5, 6, 7), noise(5)), dtype, layout, ops)
+
+
+LIMITED = [("leaky_relu", 0.9), (None, 0.9), ("elu", None), ("selu", 0.9), ("softplus", None), ("swish", 0.9)]
+
+
+def limited(y, clamp):
+    return y if clamp is None else y.clamp(-clamp, clamp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("activation", "clamp"), LIMITED, ids=str)
+def test_bias_act_with_gain_and_clamp(activation, clamp, dtype):
+    phi = PHI | {"elu": F.elu, "selu": F.selu, "softplus": F.softplus, "swish": F.silu}
+    ours = lambda x, b: functional.bias_act(x, b, activation=activation, gain=1.4, clamp=clamp)
+    free = lambda x, b: 1.4 * phi[activation](x + b.view(1, -1, 1, 1))
+    x, b = noise(2, 3, 4, 5), noise(3)
+    x = x if clamp is None else clear_of(lambda x: free(x, b).abs() - clamp, x)
+    emulated(
+        ours, lambda x, b: limited(free(x, b), clamp), (x, b), dtype, LAYOUTS[1], ["bias_act", "bias_act_backward"]
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 70, 5, 5), (65, 3), (2, 3, 33), (1, 3, 2, 3, 5)], ids=str)
@@ -387,3 +407,32 @@ def test_declined_cases_say_why(name):
     assert "float64" in declines(*args)
     if any(isinstance(a, torch.Tensor) and a.dim() == 4 for a in args):
         assert declines(*empty) == "an empty tensor"
+
+
+# ---- upfirdn2d -------------------------------------------------------------------------------------------------------
+
+FIR = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0], [2.0, 0.25, -3.0], [1.0, 0.0, 5.0]]) / 8
+FIRS = [(FIR, (1, 2), (3, 1), (1, 0, 2, 2)), (FIR[:, 0], 2, 1, (-1, 2, 3, -2)), (FIR, 3, 2, (2, 3, 1, 2))]
+
+
+def plain_upfirdn2d(f, up, down, padding):
+    """Zeros written out, a depthwise convolution, strided."""
+    up, down = ((v, v) if isinstance(v, int) else v for v in (up, down))
+    f = (torch.outer(f, f) if f.dim() == 1 else f).flip([0, 1])
+
+    def run(x):
+        n, c, h, w = x.shape
+        u = x.new_zeros(n, c, h, up[1], w, up[0])
+        u[:, :, :, 0, :, 0] = x
+        u = F.pad(u.reshape(n, c, h * up[1], w * up[0]), padding)
+        return F.conv2d(u, f.to(x).expand(c, 1, *f.shape), groups=c)[:, :, :: down[1], :: down[0]]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("f", "up", "down", "padding"), FIRS, ids=["axes apart", "cropped", "three halves"])
+def test_upfirdn2d(f, up, down, padding, dtype, layout):
+    ours = lambda x: functional.upfirdn2d(x, f, up, down, padding)
+    emulated(ours, plain_upfirdn2d(f, up, down, padding), (noise(2, 3, 7, 5),), dtype, layout, ["upfirdn2d"])

@@ -36,8 +36,8 @@ def close(got, want):
 
 
 ELEMENTWISE = {
-    "bias_act": lambda x: (x, *vectors(C), "tanh", 0.0),
-    "bias_act_backward": lambda x: (x, x.clone(), "leaky_relu", 0.2, True),
+    "bias_act": lambda x: (x, *vectors(C), "tanh", 0.0, 1.4, 1.0),
+    "bias_act_backward": lambda x: (x, x.clone(), "leaky_relu", 0.2, 1.4, 1.0, True),
     "interpolate": lambda x: (x, x.clone(), *vectors(N), None),
     "sample_dot": lambda x: (x, x.clone()),
     "grad_norm_penalty": lambda x: (x, 1.0),
@@ -124,3 +124,11 @@ def test_eval_mode_makes_two_accesses():
     (x,) = images(dtype=torch.float32)
     ran = launches("bn_act", x, *vectors(C, C, C, C), False, 1e-5, "relu", 0.0, 1)
     assert [launch.kernel for launch in ran] == ["norm_act_kernel"] and close(moved(ran), 2 * 4 * x.numel())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
+def test_upfirdn2d_moves_each_tensor_once(up, down, layout):
+    (x,) = images(dtype=torch.float32, layout=layout)
+    args = x, torch.rand(4, 4), [up, up], [down, down], [2, 1, 2, 1]
+    assert close(moved(launches("upfirdn2d", *args, False, 1.0)), cost_of("upfirdn2d", *args))

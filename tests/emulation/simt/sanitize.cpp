@@ -148,7 +148,7 @@ void gn_act(DType d, const Size& s) {
 }
 
 void bias_act(DType d, const Size& s) {
-  const BiasActShape shape{d, s.N, s.C, s.HW, s.channels_last, ACT_TANH, 0.0f, 1};
+  const BiasActShape shape{d, s.N, s.C, s.HW, s.channels_last, ACT_TANH, 0.0f, 1.5f, 0.9f, 1};
   const Array x(d, s.count()), dy(d, s.count()), bias(F32, s.C);
   const Array y(d, s.count(), true), dx(d, s.count(), true), dbias(F32, s.C, true);
   call([&](const auto& t) { return cuda::bias_act_forward(shape, {x.get(), bias.floats(), y.get()}, t); });
@@ -262,6 +262,15 @@ void convolutions(DType d, const Size& s) {
   for (const Array* a : {&y_mean, &y_var, &x_mean, &x_var}) written("convolutions with statistics", F32, *a);
 }
 
+void upfirdn2d(DType d, const Size& s) {
+  const int64_t H = 3, W = s.HW, OH = 2 * H - 1, OW = (W + 3) / 2;
+  const Array x(d, s.N * s.C * H * W), f(F32, 4 * 3), y(d, s.N * s.C * OH * OW, true);
+  const Upfirdn2dArgs a{d, x.get(), f.floats(),      y.get(),         s.N,  s.C, H, W, OH, OW, 4, 3, 2, 1, 1, 2, 1,
+                        2, false,   s.channels_last, s.channels_last, 1.5f, 1};
+  call([&](const auto& t) { return cuda::upfirdn2d(a, t); });
+  written("upfirdn2d", d, y);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -282,6 +291,7 @@ int main(int count, char** arguments) {
       {"gan_loss", gan_loss, cuda::gan_loss_forward != nullptr},
       {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward && cuda::sample_dot},
       {"adam", adam, cuda::adam != nullptr},
+      {"upfirdn2d", upfirdn2d, cuda::upfirdn2d != nullptr},
       {"convolutions", convolutions, cuda::conv2d != nullptr}};
   try {
     for (const auto& f : functions)
