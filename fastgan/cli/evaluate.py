@@ -16,6 +16,7 @@ from fastgan.metrics import Backbone, cached_features, compare, features, load_b
 from fastgan.metrics.backbones import BACKBONES
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
+from fastgan.training.recipes import Recipe
 
 from .arguments import Commands, positive_int, seed
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     made = sampling.draw(generator, z, _labels(images, recipe))
     found = {
         "n": len(images),
-        "generator": "as trained" if recipe["ema"] is None else "averaged",
+        "generator": "averaged" if Recipe.from_dict(recipe).averaged else "as trained",
         **_by_features(images.images, made, backbone),
         **_by_pixels(images.images.float().div(127.5).sub(1), made, args.seed),
     }

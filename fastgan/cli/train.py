@@ -8,6 +8,7 @@ import textwrap
 from fastgan.training.plan import plan
 from fastgan.training.precision import NAMES
 from fastgan.training.recipes import Recipe, recipes
+from fastgan.training.recovery import ACTIONS
 from fastgan.training.rundir import RunDirectory
 from fastgan.training.trainer import Trainer
 
@@ -41,6 +42,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip")
     parser.add_argument("--conditional", action="store_true", help="both networks take the images' classes")
     parser.add_argument("--labels", metavar="FILE.csv", help="classes of a folder's images, a line FILE,LABEL each")
+    parser.add_argument("--augment", metavar="POLICY", help="some of colour,translation,cutout: for few images")
     parser.add_argument("--out", metavar="DIR", help="the run directory: new or empty")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
@@ -69,6 +71,12 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="measure the generator so often")
     parser.add_argument("--target", metavar="BOUND", help="stop at a metric's bound: 'kcd<0.05', 'fcd<2'")
     parser.add_argument("--patience", type=positive_int, metavar="N", help="stop after N evaluations without a best")
+    parser.add_argument(
+        "--on-collapse",
+        choices=ACTIONS,
+        default="warn",
+        help="where the generator is lost: warn (default), go back to the last good checkpoint at half the rates, stop",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
@@ -76,7 +84,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or print the plan; 130 when interrupted."""
-    fields = ("data", "labels", "steps", "batch_size", "precision", "seed", "eval_every")
+    fields = ("data", "labels", "steps", "batch_size", "precision", "seed", "eval_every", "augment")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if args.conditional:
         given["conditional"] = True
@@ -98,10 +106,11 @@ def run(args: argparse.Namespace) -> int:
         time_limit=args.time_limit,
         target=args.target,
         patience=args.patience,
+        on_collapse=args.on_collapse,
         quiet=args.quiet,
         allow_changed_data=args.allow_changed_data,
     ).fit()
-    return 130 if result.reason == "interrupted" else 0
+    return {"interrupted": 130, "collapse": 1}.get(result.reason, 0)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -9,8 +9,10 @@ from fastgan.convert import convert
 
 from . import needs
 from .adam import Adam
+from .augment import Augment, policy_of
 from .recipes import Recipe
 from .sampling import build_models
+from .schedules import average_decay
 from .step import GANStep
 
 __all__ = ["assemble", "resolve_device"]
@@ -29,6 +31,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {device} must exist, this machine has {torch.cuda.device_count()} CUDA device(s)")
     return found
+
+
+def augmentation(recipe: Recipe, device: torch.device) -> Augment | None:
+    """What the recipe does to all that the discriminator sees, or None."""
+    policy = policy_of(recipe.augment) if recipe.augment else ()
+    noise = torch.tensor(recipe.instance_noise, device=device) if recipe.instance_noise else None
+    return Augment(policy, noise) if policy or noise is not None else None
 
 
 def assemble(
@@ -63,7 +72,10 @@ def assemble(
         penalty_weight=recipe.penalty_weight,
         penalty_every=recipe.penalty_every,
         d_steps=recipe.d_steps,
-        ema=recipe.ema,
+        ema=average_decay(recipe, 0),
+        augment=augmentation(recipe, device),
+        label_smoothing=recipe.label_smoothing,
+        grad_clip=recipe.grad_clip,
         precision=recipe.precision,
         capture=capture,
     )

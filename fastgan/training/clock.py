@@ -30,6 +30,10 @@ class Clock:
         """A step is done."""
         self.seconds = self._before + self.elapsed
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step`, an earlier one."""
+        self._mark, self._step = time.perf_counter(), step
+
     @property
     def elapsed(self) -> float:
         """Seconds since `start`."""

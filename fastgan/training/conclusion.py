@@ -19,7 +19,8 @@ __all__ = ["Result", "conclude"]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `reason`: "steps", "time", "target", "patience" or "interrupted"."""
+    """How a run ended. `reason`: "steps", "time", "target", "patience", "collapse" or
+    "interrupted"."""
 
     out: Path
     step: int

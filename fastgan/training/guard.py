@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["DivergedError", "Guard"]
+__all__ = ["Collapse", "DivergedError", "Guard"]
 
 # What a discriminator pays that cannot tell real from fake: the unit of its loss. A critic's (wasserstein) is 0 then.
 UNDECIDED = {
@@ -38,9 +39,22 @@ STARTED = 200
 # moves weights of 0.02 by a quarter of it.
 MOVING_STEPS, MOVED = 50, 1e-3
 
+# Variety: the mean distance between two pictures' features over that between two images' (`health`). What the numbers
+# below find and miss: docs/troubleshooting.md.
+NARROW, FALLEN, COVERED = 0.2, 0.5, 0.2
+LOOKS = 2  # in a row
+# A gradient's norm over its running mean over so many logged steps.
+STEEP, USUAL = 100.0, 20
+BY_HEART = 0.5  # of the way from training images to generated ones is where held-out images are
+KEPT = ("_sure", "_grown", "_flat", "_varied", "_best", "_narrow", "_known", "_steep", "healthy")
+
 
 class DivergedError(RuntimeError):
     """A metric or a parameter became infinite or not a number."""
+
+
+class Collapse(str):
+    """A warning of a generator that is lost unless something is done."""
 
 
 class Guard:
@@ -55,10 +69,20 @@ class Guard:
         self._flat = False
         self._varied = False  # whether the samples ever were
         self._first: tuple[int, Tensor] | None = None
+        self._best = 0.0  # the greatest diversity so far
+        self._narrow = self._known = self._steep = 0  # looks in a row at which that was so
+        self._norms: dict[str, float] = {}  # running means of gradients' norms
+        self.healthy = 0  # the step of the last look at which nothing was wrong
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """A warning to print about a logged step, or None."""
-        return self._check_certain(step, metrics) or self._check_growth(step, metrics)
+        return (
+            self._check_certain(step, metrics)
+            or self._check_growth(step, metrics)
+            or self._check_gradients(step, metrics)
+            or self._check_variety(step, metrics)
+            or self._check_overfitting(step, metrics)
+        )
 
     def _check_certain(self, step: int, metrics: Mapping[str, float]) -> str | None:
         unit = UNDECIDED.get(self._loss)
@@ -91,6 +115,66 @@ class Guard:
             f"{scale}); try a lower d_lr or a larger penalty"
         )
 
+    def _check_gradients(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Norms far above their own running mean, in its first steps excepted."""
+        worst, name = 0.0, ""
+        for key in ("g_grad", "d_grad"):
+            if key in metrics:
+                mean = self._norms.get(key)
+                ratio = metrics[key] / mean if mean else 0.0
+                worst, name = max((worst, name), (ratio, key))
+                if mean is None or ratio <= STEEP:  # what explodes is no part of what is usual
+                    self._norms[key] = metrics[key] if mean is None else mean + (metrics[key] - mean) / USUAL
+        self._steep = self._steep + 1 if worst > STEEP and step > self._started else 0
+        if self._steep != GROWN:
+            return None
+        whose = "generator" if name == "g_grad" else "discriminator"
+        return Collapse(
+            f"step {step}: the {whose}'s gradients explode (norm {metrics[name]:.3g}, {worst:.0f} times the usual, "
+            f"{GROWN} logged steps in a row); try lower rates, grad_clip=1 or a penalty"
+        )
+
+    def _check_variety(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        if "diversity" not in metrics:
+            return None
+        diversity, coverage = metrics["diversity"], metrics["coverage"]
+        self._best = max(self._best, diversity)
+        narrow = step >= self._started and (
+            diversity < NARROW or (diversity < FALLEN * self._best and coverage < COVERED)
+        )
+        self._narrow = self._narrow + 1 if narrow else 0
+        if not narrow and not (self._steep or self._grown or self._flat):
+            self.healthy = step
+        if self._narrow != LOOKS:
+            return None
+        return Collapse(
+            f"step {step}: the generator makes few kinds of pictures ({diversity:.0%} of the images' variety, at best "
+            f"it had {self._best:.0%}; {coverage:.0%} of the images have a picture near); go back to an earlier "
+            "checkpoint, and try lower rates, a penalty (penalty=r1) or more images"
+        )
+
+    def _check_overfitting(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        if "overfit" not in metrics:
+            return None
+        self._known = self._known + 1 if metrics["overfit"] > BY_HEART else 0
+        if self._known != LOOKS:
+            return None
+        return (
+            f"step {step}: the discriminator knows its training images by heart (it judges held-out images as "
+            f"{metrics['overfit']:.0%} of the way to generated ones); "
+            "try augment=colour,translation,cutout, flip=true or more images"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: what a later warning depends on, but for the movement of weights."""
+        return {name: getattr(self, name) for name in KEPT} | {"_norms": dict(self._norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self._norms = dict(state["_norms"])
+
     def check_samples(self, step: int, images: Tensor) -> str | None:
         """A warning if all of `images` ``[N, C, H, W]`` look the same: once until they differ again, and for a
         generator that has been so from the start after a while."""
@@ -105,7 +189,7 @@ class Guard:
             return None
         self._flat = True
         what = "have collapsed to one image" if self._varied else "have been one image from the start"
-        return (
+        return Collapse(
             f"step {step}: the samples {what} (standard deviation {spread:.2g}); "
             "go back to an earlier checkpoint or change the seed, the loss or the learning rates"
         )

@@ -36,7 +36,7 @@ def check(recipe: Recipe, device: torch.device) -> None:
         except (RuntimeError, OverflowError) as error:  # sizes beyond 64 bits
             raise ValueError(f"recipe: {recipe.model} must have sizes that fit in memory: {_first(error)}") from error
         weights = sum(p.numel() for m in (generator, discriminator) for p in m.parameters()) * _COPIES
-        if recipe.ema is not None:
+        if recipe.averaged:
             weights += sum(p.numel() for p in generator.parameters())
         require(weights * _FP32, device, f"recipe: the weights of {recipe.model} and their optimisers")
         activations = _activations(recipe, generator, discriminator, what)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgan import data
 from fastgan._version import __version__
@@ -20,10 +21,10 @@ from .checkpoint import Found
 from .recipes import Recipe, recipes
 from .rundir import RunDirectory
 
-__all__ = ["changed_images", "configuration", "load_images", "open_run", "recipe_of", "with_classes"]
+__all__ = ["changed_images", "configuration", "hold_out", "load_images", "open_run", "recipe_of", "with_classes"]
 
 # What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
-MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "keep_checkpoints")
+MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "watch_every", "keep_checkpoints")
 
 
 def open_run(
@@ -114,6 +115,24 @@ def with_classes(recipe: Recipe, images: Any) -> Recipe:
         wanted = recipe.classes or "at least 2"
         raise ValueError(f"training: the images must have {wanted} classes, {images.name} has {count}")
     return recipe.replace(classes=count)
+
+
+def hold_out(images: data.ImageSet, count: int) -> tuple[data.ImageSet, data.ImageSet | None]:
+    """(the images to train on, `count` of them kept back), evenly over the set; (all, None) for 0."""
+    if not count:
+        return images, None
+    if count >= len(images) or images.mapped:
+        least = f"below the {len(images)} images" if not images.mapped else "0 for images that stay in a file"
+        raise ValueError(f"training: held_out must be {least}, got {count}")
+    kept = torch.zeros(len(images), dtype=torch.bool)
+    kept[(torch.arange(count) * len(images)) // count] = True
+
+    def part(which: Tensor) -> data.ImageSet:
+        at = which.nonzero().flatten().to(images.images.device)
+        labels = None if images.labels is None else images.labels[at]
+        return data.ImageSet(images.images[at], labels, images.classes, name=images.name, device=images.device)
+
+    return part(~kept), part(kept)
 
 
 def changed_images(images: Any, saved: Mapping[str, Any] | None, allow: bool) -> bool:

@@ -17,10 +17,20 @@ from typing import Any
 from fastgan import models
 from fastgan.functional.losses import KINDS as LOSSES
 
+from .augment import policy_of
+
 __all__ = ["Recipe", "recipes"]
 
 PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCHEDULES = ("constant", "linear", "cosine")
+SMOOTHED = ("bce", "minimax", "lsgan")  # losses that have a target to smooth
+CHOICES = {"loss": LOSSES, "penalty": (None, *PENALTIES), "precision": PRECISIONS, "schedule": SCHEDULES}
+AT_LEAST_1 = (
+    *("image_size", "channels", "latent", "batch_size", "steps", "penalty_every", "d_steps"),
+    *("sample_count", "log_every", "keep_checkpoints"),
+)
+AT_LEAST_0 = ("seed", "classes", "warm_up", "sample_every", "checkpoint_every", "eval_every", "watch_every", "held_out")
 OWN = ("image_size", "channels", "latent", "classes")  # a model's options that are fields of a recipe
 MAX_SEED = 1 << 63  # torch takes one more bit, and a run adds small numbers to its seed
 
@@ -67,6 +77,19 @@ class Recipe:
     d_steps: int = 1
     #: decay of the averaged generator that samples are drawn from; None: no average
     ema: float | None = None
+    #: in images, in place of `ema`: the average forgets half in so many (or in 5 % of those seen, while that is less)
+    ema_half_life: float | None = None
+    #: of both learning rates: constant, linear or cosine, towards 0 at the last step, after `warm_up` steps of rise
+    schedule: str = "constant"
+    warm_up: int = 0
+    #: largest norm of each network's gradient; None: any
+    grad_clip: float | None = None
+    #: the discriminator's target of real images is 1 less this (bce, minimax, lsgan)
+    label_smoothing: float = 0.0
+    #: what the discriminator sees of all images: some of colour,translation,cutout (Zhao et al. 2020, arXiv:2006.10738)
+    augment: str | None = None
+    #: deviation of noise on all that the discriminator sees, falling to 0 at half of the steps
+    instance_noise: float = 0.0
     #: mirror images at random
     flip: bool = False
     seed: int = 0
@@ -79,6 +102,10 @@ class Recipe:
     log_every: int = 50
     #: steps between evaluations (kernel and Frechet distance on the backbone "small"); 0: none
     eval_every: int = 0
+    #: steps between looks for a collapse (variety of pictures, gradients, overfitting); 0: none
+    watch_every: int = 200
+    #: images kept from training, to see the discriminator overfit
+    held_out: int = 0
     #: checkpoints kept in the run directory, newest first
     keep_checkpoints: int = 2
     #: the text that this recipe follows, and where it departs from it
@@ -95,30 +122,15 @@ class Recipe:
                     f"recipe: model_options of {self.model} are {', '.join(free)}, got {key!r}"
                     + (f"; set {key} itself" if key in known else "")
                 )
-        for name, choices in (("loss", LOSSES), ("penalty", (None, *PENALTIES)), ("precision", PRECISIONS)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 wanted = ", ".join(str(c) for c in choices)
                 raise ValueError(f"recipe: {name} must be one of {wanted}, got {getattr(self, name)!r}")
-        for name in (
-            "image_size",
-            "channels",
-            "latent",
-            "batch_size",
-            "steps",
-            "penalty_every",
-            "d_steps",
-            "sample_count",
-            "log_every",
-            "keep_checkpoints",
-        ):
+        for name in AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
-        if self.conditional and "classes" not in known:
-            raise ValueError(f"recipe: conditional must be false with {self.model}, which takes no labels")
-        if self.classes == 1 or (self.classes and not self.conditional):
-            wanted = "at least 2" if self.conditional else "0 unless the run is conditional"
-            raise ValueError(f"recipe: classes must be {wanted}, got {self.classes}")
-        for name in ("seed", "classes", "sample_every", "checkpoint_every", "eval_every"):
+        self._check_classes(known)
+        for name in AT_LEAST_0:
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
         if self.seed >= MAX_SEED:
@@ -127,14 +139,41 @@ class Recipe:
             text = getattr(self, name)
             if not text.strip() or "\0" in text:
                 raise ValueError(f"recipe: {name} must be neither empty nor hold a NUL character, got {text!r}")
-        for name in ("g_lr", "d_lr", "adam_eps", "penalty_weight"):
+        self._check_numbers()
+
+    def _check_classes(self, known: Mapping[str, Any]) -> None:
+        if self.conditional and "classes" not in known:
+            raise ValueError(f"recipe: conditional must be false with {self.model}, which takes no labels")
+        if self.classes == 1 or (self.classes and not self.conditional):
+            wanted = "at least 2" if self.conditional else "0 unless the run is conditional"
+            raise ValueError(f"recipe: classes must be {wanted}, got {self.classes}")
+
+    def _check_numbers(self) -> None:
+        for name in ("g_lr", "d_lr", "adam_eps", "penalty_weight", "instance_noise"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
+        for name in ("ema_half_life", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"recipe: {name} must be none or finite and above 0, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"recipe: betas must be in [0, 1), got {self.betas}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"recipe: ema must be none or in [0, 1), got {self.ema}")
+        if self.ema is not None and self.ema_half_life is not None:
+            raise ValueError("recipe: ema and ema_half_life are two ways to say one thing, set the other to none")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"recipe: label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise ValueError(f"recipe: label_smoothing goes with {', '.join(SMOOTHED)}, got {self.loss}")
+        if self.augment is not None:
+            policy_of(self.augment)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether samples come from an averaged generator."""
+        return self.ema is not None or self.ema_half_life is not None
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed. Raises ValueError for an unknown field."""

@@ -192,7 +192,7 @@ class RunDirectory:
         """The step of the newest checkpoint by its name, 0 where there is none."""
         return max(checkpoint.list_steps(self.checkpoints), default=0)
 
-    def set_aside(self, damaged: Path) -> None:
-        """Rename a damaged checkpoint, so that it is neither counted nor tried again."""
+    def set_aside(self, path: Path, why: str = "damaged") -> None:
+        """Rename a damaged or collapsed checkpoint, so that it is neither counted nor tried again."""
         with contextlib.suppress(FileNotFoundError):
-            damaged.replace(damaged.with_suffix(".damaged"))
+            path.replace(path.with_suffix(f".{why}"))

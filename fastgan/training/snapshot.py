@@ -40,6 +40,9 @@ def take(run: Trainer) -> dict[str, Any]:
         "noise": run.noise,
         "evaluation": run.evaluation.state_dict(),
         "seconds_evaluating": run.evaluation.seconds,
+        "guard": run.guard.state_dict(),
+        "slowed": run.schedules.slowed,
+        "rollbacks": run.rollbacks,
         "winners": dict(winners()),
         "config": run.config,
     }
@@ -64,5 +67,8 @@ def restore(run: Trainer, state: dict[str, Any], path: Path, changed: bool) -> N
     if "evaluation" in state:  # checkpoints of earlier versions have none
         run.evaluation.load_state_dict(state["evaluation"])
         run.evaluation.seconds = state["seconds_evaluating"]
+    if "guard" in state:
+        run.guard.load_state_dict(state["guard"])
+        run.schedules.slowed, run.rollbacks = state["slowed"], state["rollbacks"]
     begin_run(state["winners"])
     run.rng = state["rng"]

@@ -379,6 +379,17 @@ class GANStep:
         """The averaged generator (eval mode, no gradients), or None."""
         return None if self._average is None else self._average.module
 
+    @property
+    def ema_decay(self) -> float | None:
+        """The average's decay; it may be set between two steps where there is an average."""
+        return None if self._average is None else self._average.decay
+
+    @ema_decay.setter
+    def ema_decay(self, decay: float) -> None:
+        if self._average is None or not 0 <= decay < 1:
+            raise ValueError(f"GANStep: ema_decay must be in [0, 1) and set with ema, got {decay}")
+        self._average.decay = decay
+
     def explain(self) -> str:
         """How the step runs: one line, and one for the penalty."""
         reason = mixes_samples(self.discriminator)

@@ -64,5 +64,6 @@ class StopRules:
             "target": f"target reached{f': {self.target}' if isinstance(self.target, Target) else ''}",
             "patience": f"no lower kernel distance in {evaluation.waited} evaluations",
             "interrupted": "interrupted",
+            "collapse": "stopped at a collapse",
         }
         return words[reason]

@@ -26,12 +26,15 @@ from .assembly import assemble, resolve_device
 from .clock import Clock
 from .conclusion import Result, conclude
 from .evaluation import Evaluation
-from .guard import DivergedError, Guard
-from .origin import changed_images, configuration, load_images, open_run, recipe_of
+from .guard import Collapse, DivergedError, Guard
+from .health import Health, gradient_norms
+from .origin import changed_images, configuration, hold_out, load_images, open_run, recipe_of
 from .precision import resolve
 from .progress import memory_mb, progress_for
 from .recipes import Recipe
+from .recovery import ACTIONS, recover
 from .sampling import class_rows, draw, latents
+from .schedules import Schedules, average_decay
 from .signals import Signals
 from .stopping import StopRules
 
@@ -53,6 +56,8 @@ class Trainer:
         `step` (generator updates done), `metrics` (floats, of the last logged step), `sampler` (the averaged
         generator if there is one), `generator`, `discriminator`, `images`, `device`, `recipe`, `out`.
     patience: the run ends after so many evaluations in a row without a lower kernel distance.
+    on_collapse: "warn", "rollback" (go back to the last good checkpoint, halve both rates, go on; at most three times)
+        or "stop", where the guard sees one image for all, a loss of variety, gradients or numbers that explode.
     quiet: show warnings only.
     images: an image set to use in place of the recipe's data.
     networks: (generator, discriminator) to train in place of the recipe's model.
@@ -75,6 +80,7 @@ class Trainer:
         time_limit: float | None = None,
         target: Callable[[Trainer], bool] | str | None = None,
         patience: int | None = None,
+        on_collapse: str = "warn",
         quiet: bool = False,
         images: Any = None,
         networks: tuple[nn.Module, nn.Module] | None = None,
@@ -89,6 +95,9 @@ class Trainer:
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         measured = bool(self.recipe.eval_every)
         self.stop = StopRules(time_limit=time_limit, target=target, patience=patience, measured=measured)
+        if on_collapse not in ACTIONS:
+            raise ValueError(f"training: on_collapse must be one of {', '.join(ACTIONS)}, got {on_collapse!r}")
+        self.on_collapse, self.rollbacks = on_collapse, 0
         self._overwrite = overwrite
         if saved and saved["models"] != "recipe" and not networks:
             raise ValueError(f"resume: {resume} was trained with networks of its own, pass networks= again")
@@ -98,8 +107,10 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.progress = progress_for(quiet=quiet)
         self.notes: list[str] = []
+        self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
-        self.guard = Guard(self.recipe.loss, self.recipe.channels * self.recipe.image_size**2, self.recipe.ema)
+        pixels = self.recipe.channels * self.recipe.image_size**2
+        self.guard = Guard(self.recipe.loss, pixels, average_decay(self.recipe, 0))
         self._between_steps = True  # only then is the state one that a run could go on from
         self._damaged = list(start.damaged) if start else []
         begin_run()
@@ -116,8 +127,10 @@ class Trainer:
     def _build(self, networks: tuple[nn.Module, nn.Module] | None) -> None:
         recipe = self.recipe
         self.generator, self.discriminator, self.train_step = assemble(recipe, self.device, networks)
+        self.schedules = Schedules(recipe, self.train_step)
+        learnt, held = hold_out(self.images, recipe.held_out)
         # Data order, latents and fixed noise have generators or seeds of their own: none shifts another.
-        self.batches = self.images.batches(
+        self.batches = learnt.batches(
             recipe.batch_size,
             generator=torch.Generator().manual_seed(recipe.seed),
             flip=recipe.flip,
@@ -132,6 +145,7 @@ class Trainer:
         self.noise = latents(count, recipe.latent, seed=recipe.seed)
         labels = self.images.labels if recipe.conditional else None
         self.evaluation = Evaluation(self.images.images, recipe.latent, recipe.seed + 2, count, labels)
+        self.health = Health(learnt, held, labelled=recipe.conditional)
         torch.manual_seed(recipe.seed + 1)
         self.rng = checkpoint.rng_state()
 
@@ -239,31 +253,52 @@ class Trainer:
         self.progress.warn(f"the run can go on from step {step}: fastgan train --resume {self.out}")
 
     def _loop(self, signals: Signals) -> str:
-        recipe, clock = self.recipe, self.clock
-        clock.start(self.step)
+        self.clock.start(self.step)
         while True:
-            self._between_steps = False
-            real, labels = zip(*(next(self.batches) for _ in range(recipe.d_steps)), strict=True)
-            metrics = self.train_step(real, labels if recipe.conditional else None)
-            self.step += 1
-            self.images_seen += recipe.batch_size * recipe.d_steps
-            clock.tick()
-            self._between_steps = True
-            self.progress.tick(self.step)
-            reason = self.stop.after_step(self.step, recipe.steps, clock.elapsed, bool(signals.received))
-            # The first step is logged too: it tells at once whether the run works at all.
-            due = recipe.eval_every and self.step % recipe.eval_every == 0
-            if due or reason or self.step == 1 or self.step % recipe.log_every == 0:
-                scores = self._evaluate() if due else {}
-                self._log(metrics, scores)
-                reason = reason or self.stop.after_log(scores, self.evaluation, self)
+            try:
+                reason = self._advance(signals)
+                seen: Collapse | DivergedError | None = self._collapse
+            except DivergedError as error:
+                reason, seen = "", error
+            self._collapse = None
+            reason = reason or (recover(self, seen) if seen is not None else "")
             if reason:
                 return reason
+
+    def _advance(self, signals: Signals) -> str:
+        """One step and what is due after it; the reason why the run ends, or ""."""
+        recipe, clock = self.recipe, self.clock
+        self._between_steps = False
+        self.schedules.apply(self.step, self.images_seen)
+        real, labels = zip(*(next(self.batches) for _ in range(recipe.d_steps)), strict=True)
+        metrics = self.train_step(real, labels if recipe.conditional else None)
+        self.step += 1
+        self.images_seen += recipe.batch_size * recipe.d_steps
+        clock.tick()
+        self._between_steps = True
+        self.progress.tick(self.step)
+        reason = self.stop.after_step(self.step, recipe.steps, clock.elapsed, bool(signals.received))
+        evaluate, look = self._due(recipe.eval_every), self._due(recipe.watch_every)
+        # The first step is logged too: it tells at once whether the run works at all.
+        if evaluate or look or reason or self.step == 1 or self.step % recipe.log_every == 0:
+            scores = self._evaluate() if evaluate else {}
+            self._log(metrics, scores, self._look() if look else {})
+            reason = reason or self.stop.after_log(scores, self.evaluation, self)
+        if not reason:
             with clock.aside():
-                if recipe.sample_every and self.step % recipe.sample_every == 0:
+                if self._due(recipe.sample_every):
                     self.draw()
-                if recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0:
+                if self._due(recipe.checkpoint_every):
                     self.save()
+        return reason
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _look(self) -> dict[str, float]:
+        """What losses do not show; see `health`."""
+        with self.clock.aside():
+            return self.health.look(self.generator, self.discriminator, self.noise, self.sample_labels)
 
     def _evaluate(self) -> dict[str, float]:
         """The generator's scores; the best generator so far is kept."""
@@ -276,9 +311,11 @@ class Trainer:
                 self.directory.save_best({**best, "count": evaluation.count})
         return scores
 
-    def _log(self, lazy: Mapping[str, Tensor], scores: dict[str, float]) -> None:
+    def _log(self, lazy: Mapping[str, Tensor], scores: dict[str, float], looked: dict[str, float]) -> None:
         """Read the metrics (this waits for the device), check them, show them, append them to the log."""
-        self.metrics = {name: float(value) for name, value in lazy.items()} | scores
+        self.metrics = {name: float(value) for name, value in lazy.items()} | scores | looked
+        if self.recipe.precision != "fp16":  # there the scaler's factor would be in them
+            self.metrics |= gradient_norms(self.generator, self.discriminator)
         step_seconds = self.clock.pace(self.step)
         record = {
             "step": self.step,
@@ -302,6 +339,7 @@ class Trainer:
 
     def warn(self, warning: str | None) -> None:
         if warning:
+            self._collapse = warning if isinstance(warning, Collapse) else self._collapse
             self.notes.append(warning)
             self.progress.warn(warning)
 

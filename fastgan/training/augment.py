@@ -1,0 +1,109 @@
+"""Differentiable augmentation: what the discriminator sees of real and generated images alike.
+
+Source: Zhao et al. 2020, Differentiable Augmentation for Data-Efficient GAN Training (arXiv:2006.10738): brightness,
+saturation and contrast; translation by up to an eighth of a side; a square of half a side cut out. Every operation
+takes a batch at once, draws from torch's global generator, is linear in the pixels up to a constant, and can be
+differentiated as often as the discriminator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["POLICIES", "Augment", "policy_of"]
+
+SHIFT, CUT = 1 / 8, 1 / 2  # of a side
+
+
+class _Shift(torch.autograd.Function):
+    """y[n, :, i, j] = x[n, :, i + rows[n], j + columns[n]], 0 outside; its adjoint is the opposite shift."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        n, _, height, width = x.shape
+        i, inside_i = _places(rows, height)
+        j, inside_j = _places(columns, width)
+        pixels = x.permute(0, 2, 3, 1)[torch.arange(n, device=x.device)[:, None, None], i[:, :, None], j[:, None, :]]
+        inside = (inside_i[:, :, None] & inside_j[:, None, :])[..., None]
+        return (pixels * inside).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, columns = ctx.saved_tensors
+        return _Shift.apply(grads[0], -rows, -columns), None, None
+
+
+def _places(shift: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """[N, side] places shifted by [N], clamped to the image, and which of them lay in it."""
+    at = torch.arange(side, device=shift.device) + shift[:, None]
+    return at.clamp(0, side - 1), (at >= 0) & (at < side)
+
+
+def _uniform(x: Tensor) -> Tensor:
+    return torch.rand(len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+
+
+def colour(x: Tensor) -> Tensor:
+    """Brightness by up to 0.5, saturation by 0 to 2 (of colour images), contrast by 0.5 to 1.5."""
+    x = x + (_uniform(x) - 0.5)
+    if x.shape[1] > 1:
+        grey = x.mean(1, keepdim=True)
+        x = torch.lerp(grey.expand_as(x), x, 2 * _uniform(x))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean.expand_as(x), x, _uniform(x) + 0.5)
+
+
+def translation(x: Tensor) -> Tensor:
+    """By up to an eighth of a side each way; black is where nothing comes from (0: mid-grey in [-1, 1])."""
+    shifts = []
+    for side in x.shape[2:]:
+        most = int(side * SHIFT + 0.5)
+        shifts.append(torch.randint(-most, most + 1, (len(x),), device=x.device))
+    moved: Tensor = _Shift.apply(x, *shifts)
+    return moved
+
+
+def cutout(x: Tensor) -> Tensor:
+    """A square of half a side becomes 0; its centre lies anywhere in the image."""
+    inside = []
+    for side in x.shape[2:]:
+        size = int(side * CUT + 0.5)
+        centre = torch.randint(0, side + (1 - size % 2), (len(x), 1), device=x.device)
+        start = centre - size // 2
+        at = torch.arange(side, device=x.device)
+        inside.append((at >= start) & (at < start + size))
+    cut = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return x * ~cut
+
+
+POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"colour": colour, "translation": translation, "cutout": cutout}
+
+
+def policy_of(text: str) -> tuple[str, ...]:
+    """The operations that a text names, such as "colour,translation,cutout". Raises ValueError for any other."""
+    names = tuple(name.strip() for name in text.split(","))
+    names = tuple("colour" if name == "color" else name for name in names)
+    if not set(names) <= set(POLICIES) or len(set(names)) < len(names):
+        raise ValueError(f"recipe: augment must be none or some of {','.join(POLICIES)}, got {text!r}")
+    return names
+
+
+class Augment:
+    """The discriminator's input: `policy` first, then normal noise of deviation `noise`, a 0-dim tensor on the device.
+
+    Noise that fades as the run goes on: Sonderby et al. 2017 (arXiv:1610.04490), "instance noise".
+    """
+
+    def __init__(self, policy: tuple[str, ...], noise: Tensor | None = None):
+        self.policy, self.noise = policy, noise
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] images in about [-1, 1] -> the same shape."""
+        for name in self.policy:
+            x = POLICIES[name](x)
+        return x if self.noise is None else x + self.noise.to(x.dtype) * torch.randn_like(x)

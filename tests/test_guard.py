@@ -1,0 +1,203 @@
+"""The guard beyond losses: variety, gradients, overfitting, and what follows a collapse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_run import TINY, assert_same_state, noise, trainer
+
+import fastgan
+from fastgan.cli import main
+from fastgan.data.imageset import ImageSet
+from fastgan.training import checkpoint, recovery
+from fastgan.training.guard import GROWN, LOOKS, STARTED, STEEP, Collapse, Guard
+from fastgan.training.health import Health, gradient_norms
+from fastgan.training.rundir import read_log
+from fastgan.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with fastgan.backend("reference"):
+        yield
+
+
+def look(diversity, coverage=0.9):
+    return {"diversity": diversity, "coverage": coverage}
+
+
+def told(guard, readings, start=STARTED, every=100):
+    """[(step, warning)] of readings, one every so many steps."""
+    found = [(start + i * every, guard.check(start + i * every, reading)) for i, reading in enumerate(readings)]
+    return [(step, text) for step, text in found if text]
+
+
+def test_loss_of_variety_is_told_once_and_again_after_a_recovery():
+    guard = Guard("bce", 64)
+    fine, lost = [look(0.8)] * 3, [look(0.1, 0.05)] * 5
+    warnings = told(guard, fine + lost + fine + lost)
+    assert [step for step, _ in warnings] == [STARTED + 100 * (3 + LOOKS - 1), STARTED + 100 * (11 + LOOKS - 1)]
+    assert isinstance(warnings[0][1], Collapse)
+    assert "few kinds of pictures (10% of the images' variety, at best it had 80%; 5% of the images" in warnings[0][1]
+    assert guard.healthy == STARTED + 100 * 10
+
+
+def test_an_untrained_generator_is_no_collapse():
+    assert not told(Guard("bce", 64), [look(0.05, 0.0)] * 10, start=0, every=STARTED // 11)
+
+
+def test_variety_that_falls_and_still_covers_is_no_collapse():
+    assert not told(Guard("bce", 64), [look(1.0), *[look(0.45, 0.5)] * 5])
+
+
+def test_gradients_that_explode():
+    guard = Guard("bce", 64)
+    usual = [{"g_grad": 1.0 + i % 3, "d_grad": 2.0} for i in range(20)]
+    assert not told(guard, usual)
+    ((step, text),) = told(guard, [{"g_grad": 3 * STEEP, "d_grad": 2.0}] * 5, start=5000)
+    assert step == 5000 + 100 * (GROWN - 1) and isinstance(text, Collapse)
+    assert "the generator's gradients explode" in text
+
+
+def test_a_discriminator_that_knows_its_images_by_heart():
+    guard = Guard("bce", 64)
+    ((_, text),) = told(guard, [{"overfit": v} for v in (0.1, 0.9, 0.3, 0.9, 0.9, 0.9)])
+    assert "90% of the way to generated ones" in text and "augment=" in text and not isinstance(text, Collapse)
+
+
+def test_what_health_sees():
+    images = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    known, held = ImageSet(images[:20]), ImageSet(images[20:])
+    health = Health(known, held, labelled=False)
+    z = torch.arange(20.0)[:, None]
+
+    class Memory(torch.nn.Module):  # returns the image whose number z is, or always the same one
+        def __init__(self, kinds):
+            super().__init__()
+            self.pixels = torch.nn.Parameter(images[:20].float() / 127.5 - 1)
+            self.kinds = kinds
+
+        def forward(self, z):
+            return self.pixels[(z[:, 0].long() % self.kinds)]
+
+    class Judge(torch.nn.Module):  # knows its training images
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            pixels = (x * 127.5 + 127.5).round().to(torch.uint8)
+            return self.weight * (pixels.flatten(1)[:, None] == images[:20].flatten(1)).all(2).any(1).float()
+
+    state = torch.get_rng_state()
+    found = health.look(Memory(20), Judge(), z, None)
+    assert found["diversity"] == pytest.approx(1.0, rel=1e-3) and found["coverage"] == 1.0
+    assert found["overfit"] == 0.0  # generated and known images alike
+    lost = health.look(Memory(1), Judge(), z, None)
+    assert lost["diversity"] < 1e-3 and lost["coverage"] < 0.5
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_gradient_norms():
+    layer = torch.nn.Linear(2, 1)
+    assert gradient_norms(layer, layer) == {}
+    layer(torch.ones(1, 2)).sum().backward()
+    assert gradient_norms(layer, layer) == pytest.approx({"g_grad": 3**0.5, "d_grad": 3**0.5})
+
+
+# ---- what follows ---------------------------------------------------------------------------------------------------
+
+LONG = TINY.replace(steps=20, watch_every=2, checkpoint_every=2, keep_checkpoints=20, sample_count=8, log_every=2)
+
+
+def failing(path, steps, on_collapse, recipe=LONG, **options):
+    """A run that is seen to collapse at `steps`, each time it comes there with full rates or half of them."""
+    run = trainer(noise(), path, recipe, on_collapse=on_collapse, **options)
+    return _seen(run, steps)
+
+
+def _seen(run, steps):
+    run.guard.check = lambda step, metrics, check=run.guard.check: (
+        Collapse(f"step {step}: seen") if step in steps and run.schedules.slowed > 0.25 else check(step, metrics)
+    )
+    return run
+
+
+def test_warning_goes_on(tmp_path, capsys):
+    result = failing(tmp_path / "run", (10,), "warn").fit()
+    assert (result.step, result.reason) == (20, "steps") and "warning: step 10: seen" in capsys.readouterr().err
+
+
+def test_stop(tmp_path):
+    result = failing(tmp_path / "run", (10,), "stop").fit()
+    assert (result.step, result.reason) == (10, "collapse")
+    assert "stopped at a collapse" in (tmp_path / "run/report.html").read_text()
+
+
+def test_rollback_goes_on_from_the_last_good_checkpoint_at_half_the_rates(tmp_path, capsys):
+    run = failing(tmp_path / "run", (10,), "rollback")
+    run.guard.healthy = 6
+    result = run.fit()
+    said = capsys.readouterr().err
+    assert (result.step, result.reason, run.rollbacks) == (20, "steps", 2)
+    assert "step 10: gone back to step 8 with 0.5 of the rates (rollback 1 of 3)" in said
+    assert "with 0.25 of the rates (rollback 2 of 3)" in said
+    assert run.train_step.g_optimizer.param_groups[0]["lr"] == pytest.approx(TINY.g_lr / 4)
+    assert [r["step"] for r in read_log(tmp_path / "run/log.jsonl")] == [1, *range(2, 21, 2)]
+
+
+def test_a_run_that_was_rolled_back_resumes_exactly(tmp_path):
+    whole = failing(tmp_path / "whole", (10,), "rollback")
+    whole.fit()
+    failing(tmp_path / "parts", (10,), "rollback", target=lambda run: run.step == 14).fit()
+    torch.manual_seed(77)
+    parts = _seen(Trainer(resume=tmp_path / "parts", images=noise(), quiet=True, on_collapse="rollback"), (10,))
+    parts.fit()
+    assert_same_state(whole, parts)
+    assert parts.rollbacks == 2
+
+
+def test_rollback_from_numbers_that_are_not_finite(tmp_path):
+    run = trainer(noise(), tmp_path / "run", LONG, on_collapse="rollback")
+    original = run.train_step.run
+
+    def poisoned(*args):
+        metrics = original(*args)
+        return metrics | {"g_loss": torch.tensor(float("nan"))} if run.step == 11 and run.rollbacks == 0 else metrics
+
+    run.train_step.run = poisoned
+    result = run.fit()
+    assert (result.step, run.rollbacks) == (20, 1)
+
+
+def test_rollbacks_come_to_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "MOST", 1)
+    result = failing(tmp_path / "run", (10,), "rollback").fit()
+    assert (result.step, result.reason) == (10, "collapse")
+
+
+def test_without_a_good_checkpoint_the_run_stops(tmp_path, capsys):
+    result = failing(tmp_path / "run", (10,), "rollback", LONG.replace(checkpoint_every=0)).fit()
+    assert result.reason == "collapse" and "no checkpoint is older than it" in capsys.readouterr().err
+
+
+def test_checkpoints_after_the_good_one_are_put_aside(tmp_path):
+    run = trainer(noise(), tmp_path / "run", LONG, on_collapse="rollback")
+    check = run.guard.check
+
+    def sick(step, metrics):
+        run.guard.healthy = min(run.guard.healthy, 4)
+        return Collapse("seen") if step == 10 and run.rollbacks == 0 else check(step, metrics)
+
+    run.guard.check = sick
+    run.fit()
+    kept = checkpoint.list_steps(tmp_path / "run/checkpoints")
+    aside = sorted(p.name for p in (tmp_path / "run/checkpoints").glob("*.collapsed"))
+    assert aside == [f"step-{step:07d}.collapsed" for step in (6, 8, 10)] and kept[:2] == [2, 4]
+
+
+def test_wrong_actions(tmp_path, capsys):
+    with pytest.raises(ValueError, match="on_collapse must be one of warn, rollback, stop, got 'panic'"):
+        trainer(noise(), tmp_path / "run", TINY, on_collapse="panic")
+    assert main(["train", "--recipe", "dcgan-28", "--out", str(tmp_path / "a"), "--on-collapse", "panic"]) == 2
+    assert "invalid choice: 'panic'" in capsys.readouterr().err
