@@ -106,6 +106,67 @@ def load_tile(x, at, mask):
     return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def load_norm(weight, bias, mean, var, g, c, C, CG, eps):
+    """(mean, rstd, weight, bias) of channels c in statistic group g, [1, channels] each."""
+    centre = load_group(mean, g, c, C, CG)
+    r = 1.0 / tl.sqrt(load_group(var, g, c, C, CG) + eps)
+    return centre, r, load_channels(weight, c, C, 1.0)[None, :], load_channels(bias, c, C, 0.0)[None, :]
+
+
+@triton.jit
+def load_inside(vector, c, C, inside, default):
+    """vector[c], `default` where there is none, 0 outside the group: [1, channels]."""
+    return tl.where(inside, load_channels(vector, c, C, default), 0.0)[None, :]
+
+
+# ---- a program's place -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def chunk_place(S, C, chunks, rows, BLOCK_C: tl.constexpr):
+    """(g chunks + chunk, statistic group g, channels, first row, row behind the last) of a program that sums."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    part = tl.program_id(0) // blocks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = (part % chunks) * rows
+    return part, part // chunks, c, first, tl.minimum(first + rows, S)
+
+
+@triton.jit
+def merge_place(C, CG, blocks, PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of a program that merges the sums of one group: (statistic group g, channels, which are inside, offsets of their
+    sums [CHUNKS, channels], which are inside, places in a [G, NG] array, which are inside)."""
+    g = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
+    k = tl.arange(0, CHUNKS)
+    at = (g * CHUNKS + k)[:, None] * C + c[None, :]
+    mask = (k >= 0)[:, None] & inside[None, :]
+    places, within = group_places(g, block, c, inside, C // CG, PER_CHANNEL)
+    return g, c, inside, at, mask, places, within
+
+
+@triton.jit
+def tile_place(S, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(statistic group, rows, channels, which elements are inside) of a program of an elementwise pass."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    tiles = tl.cdiv(S, BLOCK_S)
+    g = tl.program_id(0) // blocks // tiles
+    s = (tl.program_id(0) // blocks) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return g, s, c, (s < S)[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def resident_place(S, C, CG, blocks, PER_CHANNEL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(part of the statistic groups, block, channels, which are inside, rows, which elements are inside)."""
+    block = tl.program_id(0) % blocks
+    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
+    s = tl.arange(0, BLOCK_S)
+    return tl.program_id(0) // blocks, block, c, inside, s, (s < S)[:, None] & inside[None, :]
+
+
 # ---- streamed: sums --------------------------------------------------------------------------------------------------
 
 
@@ -117,18 +178,14 @@ def moments_kernel(
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """mean and sum of squared differences [G, chunks, C] of each channel over `rows` rows: a tile's own mean first, so
     that a large mean costs no digits, then Chan's merge from tile to tile."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // blocks  # g chunks + chunk
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = (part % chunks) * rows
-    last = tl.minimum(first + rows, S)
+    part, g, c, first, last = chunk_place(S, C, chunks, rows, BLOCK_C)
     count = 0.0
     average = tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         mask = (s < last)[:, None] & (c < C)[None, :]
-        v = load_tile(x, group_offsets(part // chunks, s, S, c, C, P, CHANNELS_LAST, WIDE), mask)
+        v = load_tile(x, group_offsets(g, s, S, c, C, P, CHANNELS_LAST, WIDE), mask)
         n = tl.minimum(last - start, BLOCK_S).to(tl.float32)
         m = tl.sum(v, 0) / n
         d = tl.where(mask, v - m[None, :], 0.0)
@@ -144,19 +201,13 @@ def merge_moments_kernel(
     PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """mean and var [G, NG] from the moments of CHUNKS chunks and CG channels, with one program a group."""
-    g = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
-    k = tl.arange(0, CHUNKS)
-    at = (g * CHUNKS + k)[:, None] * C + c[None, :]
-    mask = (k >= 0)[:, None] & inside[None, :]
-    held = tl.minimum(tl.maximum(S - k * rows, 0), rows).to(tl.float32)  # rows in chunk k
+    _, _, _, at, mask, places, within = merge_place(C, CG, blocks, PER_CHANNEL, CHUNKS, BLOCK_C)
+    held = tl.minimum(tl.maximum(S - tl.arange(0, CHUNKS) * rows, 0), rows).to(tl.float32)  # rows in each chunk
     n = tl.where(mask, held[:, None], 0.0)
     m = tl.load(partial_mean + at, mask=mask, other=0.0)
     average = over_group(n * m, PER_CHANNEL) * inv_m
     d = m - average
     squares = tl.load(partial_square + at, mask=mask, other=0.0) + n * d * d
-    places, within = group_places(g, block, c, inside, C // CG, PER_CHANNEL)
     tl.store(mean + places, average, mask=within)
     tl.store(var + places, over_group(squares, PER_CHANNEL) * inv_m, mask=within)
 
@@ -169,16 +220,9 @@ def backward_sums_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """partial [2, G, chunks, C]: sum dt, sum dt xhat; dt = dy phi'(t). arrays: G chunks, the size of one of the two."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // blocks
-    g = part // chunks
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = (part % chunks) * rows
-    last = tl.minimum(first + rows, S)
-    centre = load_group(mean, g, c, C, CG)
-    r = 1.0 / tl.sqrt(load_group(var, g, c, C, CG) + eps)
-    scale = load_channels(weight, c, C, 1.0)[None, :] * r
-    shift = load_channels(bias, c, C, 0.0)[None, :]
+    part, g, c, first, last = chunk_place(S, C, chunks, rows, BLOCK_C)
+    centre, r, gamma, shift = load_norm(weight, bias, mean, var, g, c, C, CG, eps)
+    scale = gamma * r
     c1 = tl.zeros((BLOCK_C,), tl.float32)
     c2 = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(first, last, BLOCK_S):
@@ -201,21 +245,14 @@ def merge_backward_kernel(
     PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """sums [2, G, NG]: means over the group of weight dt, weight dt xhat; dbias, dweight [G, C]: sums dt, dt xhat."""
-    g = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    NG = C // CG
-    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
-    k = tl.arange(0, CHUNKS)
-    mask = (k >= 0)[:, None] & inside[None, :]
-    gamma = tl.where(inside, load_channels(weight, c, C, 1.0), 0.0)[None, :]
-    places, within = group_places(g, block, c, inside, NG, PER_CHANNEL)
-    at = (g * CHUNKS + k)[:, None] * C + c[None, :]
+    g, c, inside, at, mask, places, within = merge_place(C, CG, blocks, PER_CHANNEL, CHUNKS, BLOCK_C)
+    gamma = load_inside(weight, c, C, inside, 1.0)
     c1 = tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)
     c2 = tl.sum(tl.load(partial + groups * CHUNKS * C + at, mask=mask, other=0.0), 0)
     tl.store(dbias + g * C + c, c1, mask=inside)
     tl.store(dweight + g * C + c, c2, mask=inside)
     tl.store(sums + places, over_group(gamma * c1[None, :], PER_CHANNEL) * inv_m, mask=within)
-    tl.store(sums + groups * NG + places, over_group(gamma * c2[None, :], PER_CHANNEL) * inv_m, mask=within)
+    tl.store(sums + groups * (C // CG) + places, over_group(gamma * c2[None, :], PER_CHANNEL) * inv_m, mask=within)
 
 
 # Bound: 3 accesses an element, or 2 where there is no ddx; the double backward's first pass.
@@ -226,16 +263,9 @@ def double_backward_sums_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """partial [5, G, chunks, C]: sums of dt, dt xhat, w, w xhat, w dt; w = ddx."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // blocks
-    g = part // chunks
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = (part % chunks) * rows
-    last = tl.minimum(first + rows, S)
-    centre = load_group(mean, g, c, C, CG)
-    r = 1.0 / tl.sqrt(load_group(var, g, c, C, CG) + eps)
-    scale = load_channels(weight, c, C, 1.0)[None, :] * r
-    shift = load_channels(bias, c, C, 0.0)[None, :]
+    part, g, c, first, last = chunk_place(S, C, chunks, rows, BLOCK_C)
+    centre, r, gamma, shift = load_norm(weight, bias, mean, var, g, c, C, CG, eps)
+    scale = gamma * r
     c1 = tl.zeros((BLOCK_C,), tl.float32)
     c2 = tl.zeros((BLOCK_C,), tl.float32)
     w1 = tl.zeros((BLOCK_C,), tl.float32)
@@ -286,17 +316,10 @@ def merge_double_backward_kernel(
     PER_CHANNEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """coefficients [5, G, NG] of the elementwise pass, and d_weight [G, C]."""
-    g = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    NG = C // CG
-    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
-    places, within = group_places(g, block, c, inside, NG, PER_CHANNEL)
-    gamma = tl.where(inside, load_channels(weight, c, C, 1.0), 0.0)[None, :]
-    vg = tl.where(inside, load_channels(ddweight, c, C, 0.0), 0.0)[None, :]
+    g, c, inside, at, mask, places, within = merge_place(C, CG, blocks, PER_CHANNEL, CHUNKS, BLOCK_C)
+    gamma = load_inside(weight, c, C, inside, 1.0)
+    vg = load_inside(ddweight, c, C, inside, 0.0)
     r = 1.0 / tl.sqrt(tl.load(var + places, mask=within, other=1.0) + eps)
-    k = tl.arange(0, CHUNKS)
-    mask = (k >= 0)[:, None] & inside[None, :]
-    at = (g * CHUNKS + k)[:, None] * C + c[None, :]
     one = groups * CHUNKS * C  # elements of one of the five
     c1 = tl.sum(tl.load(partial + at, mask=mask, other=0.0), 0)[None, :]
     c2 = tl.sum(tl.load(partial + one + at, mask=mask, other=0.0), 0)[None, :]
@@ -306,7 +329,7 @@ def merge_double_backward_kernel(
     W1, W2, along_w, along, constant, share = double_backward_coefficients(
         c1, c2, w1, w2, a0, gamma, vg, r, inv_m, PER_CHANNEL
     )
-    size = groups * NG
+    size = groups * (C // CG)
     tl.store(coefficients + places, W1, mask=within)
     tl.store(coefficients + size + places, W2, mask=within)
     tl.store(coefficients + 2 * size + places, along_w, mask=within)
@@ -326,16 +349,11 @@ def norm_act_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """y = phi(weight (x - mean) rstd + bias)."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    tiles = tl.cdiv(S, BLOCK_S)
-    g = tl.program_id(0) // blocks // tiles
-    s = (tl.program_id(0) // blocks) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (s < S)[:, None] & (c < C)[None, :]
-    r = 1.0 / tl.sqrt(load_group(var, g, c, C, CG) + eps)
-    scale = load_channels(weight, c, C, 1.0)[None, :] * r
+    g, s, c, mask = tile_place(S, C, BLOCK_S, BLOCK_C)
     at = group_offsets(g, s, S, c, C, P, CHANNELS_LAST, WIDE)
-    t = (load_tile(x, at, mask) - load_group(mean, g, c, C, CG)) * scale + load_channels(bias, c, C, 0.0)[None, :]
+    v = load_tile(x, at, mask)
+    centre, r, gamma, beta = load_norm(weight, bias, mean, var, g, c, C, CG, eps)
+    t = (v - centre) * (gamma * r) + beta
     tl.store(y + at, activate(t, slope, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
@@ -347,18 +365,12 @@ def norm_act_backward_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """dx = rstd (weight dt - sums[0] - xhat sums[1])."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    tiles = tl.cdiv(S, BLOCK_S)
-    g = tl.program_id(0) // blocks // tiles
-    s = (tl.program_id(0) // blocks) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (s < S)[:, None] & (c < C)[None, :]
-    r = 1.0 / tl.sqrt(load_group(var, g, c, C, CG) + eps)
-    gamma = load_channels(weight, c, C, 1.0)[None, :]
+    g, s, c, mask = tile_place(S, C, BLOCK_S, BLOCK_C)
     at = group_offsets(g, s, S, c, C, P, CHANNELS_LAST, WIDE)
-    xhat = (load_tile(x, at, mask) - load_group(mean, g, c, C, CG)) * r
-    t = xhat * gamma + load_channels(bias, c, C, 0.0)[None, :]
-    dt = activate_backward(load_tile(dy, at, mask), t, slope, ACTIVATION)
+    v = load_tile(x, at, mask)
+    centre, r, gamma, beta = load_norm(weight, bias, mean, var, g, c, C, CG, eps)
+    xhat = (v - centre) * r
+    dt = activate_backward(load_tile(dy, at, mask), xhat * gamma + beta, slope, ACTIVATION)
     s1 = load_group(sums, g, c, C, CG)
     s2 = load_group(sums + groups * (C // CG), g, c, C, CG)
     tl.store(dx + at, (r * (gamma * dt - s1 - xhat * s2)).to(dx.dtype.element_ty), mask=mask)
@@ -393,18 +405,13 @@ def norm_act_double_backward_kernel(
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
-    blocks = tl.cdiv(C, BLOCK_C)
-    tiles = tl.cdiv(S, BLOCK_S)
-    g = tl.program_id(0) // blocks // tiles
-    s = (tl.program_id(0) // blocks) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (s < S)[:, None] & (c < C)[None, :]
+    g, s, c, mask = tile_place(S, C, BLOCK_S, BLOCK_C)
     size = groups * (C // CG)
     at = group_offsets(g, s, S, c, C, P, CHANNELS_LAST, WIDE)
+    gy, w, v = load_tile(dy, at, mask), load_ddx(ddx, at, mask), load_tile(x, at, mask)
+    centre, r, gamma, beta = load_norm(weight, bias, mean, var, g, c, C, CG, eps)
     u, q = double_backward_elements(
-        load_tile(dy, at, mask), load_ddx(ddx, at, mask), load_tile(x, at, mask) - load_group(mean, g, c, C, CG),
-        1.0 / tl.sqrt(load_group(var, g, c, C, CG) + eps),
-        load_channels(weight, c, C, 1.0)[None, :], load_channels(bias, c, C, 0.0)[None, :],
+        gy, w, v - centre, r, gamma, beta,
         load_channels(ddweight, c, C, 0.0)[None, :], load_channels(ddbias, c, C, 0.0)[None, :],
         load_group(coefficients, g, c, C, CG), load_group(coefficients + size, g, c, C, CG),
         load_group(coefficients + 2 * size, g, c, C, CG), load_group(coefficients + 3 * size, g, c, C, CG),
@@ -425,11 +432,7 @@ def resident_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """Statistics and y of one statistic group by one norm group, or by BLOCK_C channels where CG = 1."""
-    g = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
-    s = tl.arange(0, BLOCK_S)
-    mask = (s < S)[:, None] & inside[None, :]
+    g, block, c, inside, s, mask = resident_place(S, C, CG, blocks, PER_CHANNEL, BLOCK_S, BLOCK_C)
     at = group_offsets(g, s, S, c, C, P, CHANNELS_LAST, WIDE)
     v = load_tile(x, at, mask)
     average = over_group(v, PER_CHANNEL) * inv_m
@@ -451,12 +454,8 @@ def resident_backward_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """dx of `each` statistic groups by one block, one after the other; dbias, dweight [parts, C] of them."""
-    part = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
-    s = tl.arange(0, BLOCK_S)
-    mask = (s < S)[:, None] & inside[None, :]
-    gamma = tl.where(inside, load_channels(weight, c, C, 1.0), 0.0)[None, :]
+    part, block, c, inside, s, mask = resident_place(S, C, CG, blocks, PER_CHANNEL, BLOCK_S, BLOCK_C)
+    gamma = load_inside(weight, c, C, inside, 1.0)
     beta = load_channels(bias, c, C, 0.0)[None, :]
     sum_dt = tl.zeros((BLOCK_C,), tl.float32)
     sum_dt_xhat = tl.zeros((BLOCK_C,), tl.float32)
@@ -488,14 +487,10 @@ def resident_double_backward_kernel(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
     """d_dy and d_x of `each` statistic groups by one block; d_weight [parts, C] of them."""
-    part = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    c, inside = group_channels(block, C, CG, PER_CHANNEL, BLOCK_C)
-    s = tl.arange(0, BLOCK_S)
-    mask = (s < S)[:, None] & inside[None, :]
-    gamma = tl.where(inside, load_channels(weight, c, C, 1.0), 0.0)[None, :]
+    part, block, c, inside, s, mask = resident_place(S, C, CG, blocks, PER_CHANNEL, BLOCK_S, BLOCK_C)
+    gamma = load_inside(weight, c, C, inside, 1.0)
     beta = load_channels(bias, c, C, 0.0)[None, :]
-    vg = tl.where(inside, load_channels(ddweight, c, C, 0.0), 0.0)[None, :]
+    vg = load_inside(ddweight, c, C, inside, 0.0)
     vb = load_channels(ddbias, c, C, 0.0)[None, :]
     total = tl.zeros((1, BLOCK_C), tl.float32)
     for i in range(0, tl.minimum(each, groups - part * each)):
@@ -595,31 +590,46 @@ def declines_plan(p: Plan) -> str:
     return ""
 
 
-def _warps(p: Plan) -> int:
-    return min(16, max(1, p.block_s * p.block_c // 512))
-
-
-def _constants(p: Plan, x: Tensor, activation: str | None = None) -> dict[str, Any]:
+def _elements(p: Plan, x: Tensor, activation: str | None = None) -> dict[str, Any]:
+    """Constants of a kernel that visits elements."""
     chosen = {} if activation is None else {"ACTIVATION": activation}
-    return {**chosen, "CHANNELS_LAST": p.channels_last, "WIDE": wide(x)}
+    return {**chosen, "CHANNELS_LAST": p.channels_last, "WIDE": wide(x), "BLOCK_S": p.block_s, "BLOCK_C": p.block_c}
 
 
-def _blocks(p: Plan) -> dict[str, int]:
-    return {"BLOCK_S": p.block_s, "BLOCK_C": p.block_c}
+def _resident(p: Plan, kernel: Any, parts: int, activation: str, x: Tensor, *arguments: Any) -> None:
+    """A kernel that holds `parts` by blocks of groups in registers; arguments: all of them, x among them."""
+    constants = _elements(p, x, activation)
+    blocks = {name: constants.pop(name) for name in ("BLOCK_S", "BLOCK_C")}
+    warps = min(16, max(1, p.block_s * p.block_c // 512))
+    constants = {**constants, "PER_CHANNEL": p.CG == 1, **blocks}
+    launch(kernel, parts * p.group_blocks, *arguments, num_warps=warps, **constants)
 
 
-def _merged(p: Plan, chunks: int) -> dict[str, int | bool]:
-    return {"PER_CHANNEL": p.CG == 1, "CHUNKS": chunks, "BLOCK_C": p.group_block}
+def _sums(
+    p: Plan, kernel: Any, words: int, activation: str, eps: float, slope: float, x: Tensor, *tensors: Tensor | None
+) -> Tensor:
+    """[words, G, chunks, C] float32: sums of each chunk and channel."""
+    chunks, rows = p.chunks()
+    sums = x.new_empty(words, p.G, chunks, p.C, dtype=torch.float32)
+    numbers = p.S, p.C, p.P, p.CG, chunks, rows, p.G * chunks, eps, slope
+    programs = p.G * chunks * triton.cdiv(p.C, p.block_c)
+    launch(kernel, programs, *tensors, sums, *numbers, **_elements(p, x, activation))
+    return sums
+
+
+def _merge(p: Plan, kernel: Any, *arguments: Any) -> None:
+    """A kernel that merges the chunks of each group's sums."""
+    constants = {"PER_CHANNEL": p.CG == 1, "CHUNKS": p.chunks()[0], "BLOCK_C": p.group_block}
+    launch(kernel, p.G * p.group_blocks, *arguments, **constants)
 
 
 def _statistics(p: Plan, x: Tensor, mean: Tensor, var: Tensor) -> None:
     """mean and var of a dense x, streamed."""
     chunks, rows = p.chunks()
     moments = x.new_empty(2, p.G, chunks, p.C, dtype=torch.float32)
-    programs, sizes = p.G * chunks * triton.cdiv(p.C, p.block_c), (p.S, p.C, p.P, chunks, rows)
-    launch(moments_kernel, programs, x, moments[0], moments[1], *sizes, **_constants(p, x), **_blocks(p))
-    numbers = p.S, p.C, p.CG, p.group_blocks, rows, p.inv_m
-    launch(merge_moments_kernel, p.G * p.group_blocks, *moments, mean, var, *numbers, **_merged(p, chunks))
+    programs = p.G * chunks * triton.cdiv(p.C, p.block_c)
+    launch(moments_kernel, programs, x, *moments, p.S, p.C, p.P, chunks, rows, **_elements(p, x))
+    _merge(p, merge_moments_kernel, *moments, mean, var, p.S, p.C, p.CG, p.group_blocks, rows, p.inv_m)
 
 
 def batch_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -635,19 +645,15 @@ def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
     x = dense(x, is_channels_last(x))
     weight, bias = contiguous(weight, bias)
     y, slope = torch.empty_like(x), float(slope)
-    if statistics is not None:
-        mean, var = statistics
-    else:
-        mean, var = (x.new_empty(p.G, p.NG, dtype=torch.float32) for _ in range(2))
-        if p.resident:
-            numbers = p.S, p.C, p.P, p.CG, p.group_blocks, p.inv_m, eps, slope
-            constants = dict(**_constants(p, x, activation), PER_CHANNEL=p.CG == 1, **_blocks(p))
-            tensors = x, weight, bias, mean, var, y
-            launch(resident_kernel, p.G * p.group_blocks, *tensors, *numbers, num_warps=_warps(p), **constants)
-            return y, mean, var
+    mean, var = statistics or (x.new_empty(p.G, p.NG, dtype=torch.float32) for _ in range(2))
+    tensors, sizes = (x, weight, bias, mean, var, y), (p.S, p.C, p.P, p.CG)
+    if p.resident and statistics is None:
+        numbers = *sizes, p.group_blocks, p.inv_m, eps, slope
+        _resident(p, resident_kernel, p.G, activation, x, *tensors, *numbers)
+        return y, mean, var
+    if statistics is None:
         _statistics(p, x, mean, var)
-    tensors, numbers = (x, weight, bias, mean, var, y), (p.S, p.C, p.P, p.CG, eps, slope)
-    launch(norm_act_kernel, p.tiles, *tensors, *numbers, **_constants(p, x, activation), **_blocks(p))
+    launch(norm_act_kernel, p.tiles, *tensors, *sizes, eps, slope, **_elements(p, x, activation))
     return y, mean, var
 
 
@@ -663,27 +669,20 @@ def backward(p: Plan, dy, x, weight, bias, mean, var, training, eps, activation,
     dy, x = (dense(t, is_channels_last(x)) for t in (dy, x))
     weight, bias, mean, var = contiguous(weight, bias, mean, var)
     dx, slope, inv_m = torch.empty_like(x), float(slope), p.inv_m if training else 0.0
-    sizes, constants = (p.S, p.C, p.P, p.CG), _constants(p, x, activation)
+    sizes, tensors = (p.S, p.C, p.P, p.CG), (dy, x, weight, bias, mean, var)
+    parts, each = _parts(p) if p.resident else (p.G, 1)
+    dbias, dweight = (x.new_empty(parts, p.C, dtype=torch.float32) for _ in range(2))
     if p.resident:
-        parts, each = _parts(p)
-        dbias, dweight = (x.new_empty(parts, p.C, dtype=torch.float32) for _ in range(2))
-        tensors = dy, x, weight, bias, mean, var, dx, dbias, dweight
         numbers = *sizes, p.group_blocks, p.G, each, inv_m, eps, slope
-        constants = dict(**constants, PER_CHANNEL=p.CG == 1, **_blocks(p))
-        launch(resident_backward_kernel, parts * p.group_blocks, *tensors, *numbers, num_warps=_warps(p), **constants)
+        _resident(p, resident_backward_kernel, parts, activation, x, *tensors, dx, dbias, dweight, *numbers)
     else:
-        chunks, rows = p.chunks()
-        sums = x.new_empty(2, p.G, chunks, p.C, dtype=torch.float32)
-        programs, tensors = p.G * chunks * triton.cdiv(p.C, p.block_c), (dy, x, weight, bias, mean, var, sums)
-        numbers = *sizes, chunks, rows, p.G * chunks, eps, slope
-        launch(backward_sums_kernel, programs, *tensors, *numbers, **constants, **_blocks(p))
+        sums = _sums(p, backward_sums_kernel, 2, activation, eps, slope, x, *tensors)
         means = x.new_empty(2, p.G, p.NG, dtype=torch.float32)
-        dbias, dweight = (x.new_empty(p.G, p.C, dtype=torch.float32) for _ in range(2))
-        tensors, numbers = (sums, weight, means, dbias, dweight), (p.C, p.CG, p.group_blocks, p.G, inv_m)
-        launch(merge_backward_kernel, p.G * p.group_blocks, *tensors, *numbers, **_merged(p, chunks))
+        numbers = p.C, p.CG, p.group_blocks, p.G, inv_m
+        _merge(p, merge_backward_kernel, sums, weight, means, dbias, dweight, *numbers)
         warps = 8 if wide(x) else 4  # at 4, 64-bit offsets made 8 spilled bytes on sm_86 and sm_89
-        tensors, numbers = (dy, x, weight, bias, mean, var, means, dx), (*sizes, p.G, eps, slope)
-        launch(norm_act_backward_kernel, p.tiles, *tensors, *numbers, num_warps=warps, **constants, **_blocks(p))
+        options = dict(num_warps=warps, **_elements(p, x, activation))
+        launch(norm_act_backward_kernel, p.tiles, *tensors, means, dx, *sizes, p.G, eps, slope, **options)
     dweight, dbias = column_sums(dweight, dbias)
     return dx, dweight, dbias
 
@@ -695,29 +694,21 @@ def double_backward(p: Plan, dy, ddx, ddweight, ddbias, x, weight, bias, mean, v
     ddweight, ddbias, weight, bias, mean, var = contiguous(ddweight, ddbias, weight, bias, mean, var)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     slope, inv_m = float(slope), p.inv_m if training else 0.0
-    sizes, constants = (p.S, p.C, p.P, p.CG), _constants(p, x, activation)
+    sizes, tensors = (p.S, p.C, p.P, p.CG), (dy, ddx, ddweight, ddbias, x, weight, bias, mean, var)
+    parts, each = _parts(p) if p.resident else (p.G, 1)
+    d_weight = x.new_empty(parts, p.C, dtype=torch.float32)
     if p.resident:
-        parts, each = _parts(p)
-        d_weight = x.new_empty(parts, p.C, dtype=torch.float32)
-        tensors = dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, d_dy, d_x, d_weight
         numbers = *sizes, p.group_blocks, p.G, each, inv_m, eps, slope
-        constants = dict(**constants, PER_CHANNEL=p.CG == 1, **_blocks(p))
-        programs, warps = parts * p.group_blocks, _warps(p)
-        launch(resident_double_backward_kernel, programs, *tensors, *numbers, num_warps=warps, **constants)
+        _resident(p, resident_double_backward_kernel, parts, activation, x, *tensors, d_dy, d_x, d_weight, *numbers)
         return d_dy, d_x, column_sums(d_weight)[0]
-    chunks, rows = p.chunks()
-    sums = x.new_empty(5, p.G, chunks, p.C, dtype=torch.float32)
-    programs, tensors = p.G * chunks * triton.cdiv(p.C, p.block_c), (dy, ddx, x, weight, bias, mean, var, sums)
-    numbers = *sizes, chunks, rows, p.G * chunks, eps, slope
-    launch(double_backward_sums_kernel, programs, *tensors, *numbers, **constants, **_blocks(p))
+    kernel, read = double_backward_sums_kernel, (dy, ddx, x, weight, bias, mean, var)
+    sums = _sums(p, kernel, 5, activation, eps, slope, x, *read)
     coefficients = x.new_empty(5, p.G, p.NG, dtype=torch.float32)
-    d_weight = x.new_empty(p.G, p.C, dtype=torch.float32)
-    tensors = sums, weight, ddweight, var, coefficients, d_weight
     numbers = p.C, p.CG, p.group_blocks, p.G, eps, inv_m
-    launch(merge_double_backward_kernel, p.G * p.group_blocks, *tensors, *numbers, **_merged(p, chunks))
-    tensors = dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, coefficients, d_dy, d_x
+    _merge(p, merge_double_backward_kernel, sums, weight, ddweight, var, coefficients, d_weight, *numbers)
     # 8 elements a thread: at 16, five tensors in float32 spilled on sm_80
-    options = dict(num_warps=8, **constants, **_blocks(p))
+    options = dict(num_warps=8, **_elements(p, x, activation))
+    tensors = *tensors, coefficients, d_dy, d_x
     launch(norm_act_double_backward_kernel, p.tiles, *tensors, *sizes, p.G, eps, slope, **options)
     return d_dy, d_x, column_sums(d_weight)[0]
 
