@@ -102,7 +102,7 @@ def reference(x, weight, bias, running_mean, running_var, training, eps, activat
     else:
         mean, var = (s.to(dtype, copy=True).unsqueeze(0) for s in (running_mean, running_var))
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    y = _activation.apply(_normalise(x, mean, var, weight, bias, eps), activation, slope)
+    y = _activation.overwrite(_normalise(x, mean, var, weight, bias, eps), activation, slope)
     return dense(y, is_channels_last(x)), *computed(mean, var, training, running_mean)
 
 

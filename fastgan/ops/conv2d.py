@@ -148,7 +148,7 @@ def backends(launch: Callable[..., Tensor], declines: Callable[..., str]) -> dic
 
 def reference(x, weight, bias, stride, padding, dilation, groups, activation, slope):
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
+    return dense(_activation.overwrite(y, activation, slope), channels_last(x, weight))
 
 
 def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail):

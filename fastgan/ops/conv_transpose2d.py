@@ -91,7 +91,7 @@ def cost_statistics(
 
 def reference(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
     y = torch.nn.functional.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    return dense(_activation.apply(y, activation, slope), channels_last(x, weight))
+    return dense(_activation.overwrite(y, activation, slope), channels_last(x, weight))
 
 
 def run(core, kernel, x, weight, bias, stride, padding, output_padding, groups, dilation, *tail):
