@@ -62,6 +62,7 @@ ELEMENTWISE = (
     "grad_norm_penalty",
     "sample_dot",
     "adam",
+    "attention",
     "upfirdn2d",
     "program",
 )

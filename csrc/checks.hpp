@@ -59,6 +59,10 @@ void check(const char* op, const Conv& a) {
   within(op, "act", a.act, ACT_IDENTITY, ACT_SIGMOID);
 }
 
+inline void check(const char* op, const AttentionShape& s) {
+  for (int64_t v : {s.N, s.heads, s.rows, s.keys, s.d, s.dv}) within(op, "every size", v, 1, INT32_MAX);
+}
+
 inline void check(const char* op, const GanLossShape& s) {
   if (s.n_fake < 1 || s.n_real < 0)
     refuse(std::string(op) + ": n_fake must be at least 1 and n_real at least 0, got " + text(s.n_fake) + " and " +

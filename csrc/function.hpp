@@ -62,7 +62,7 @@ struct Function {
 };
 
 struct alignas(8) Frame {
-  std::byte bytes[384];  // at least those of any kernel's structs
+  std::byte bytes[768];  // at least those of any kernel's structs
 };
 
 // The fields of structs in a row.

@@ -46,10 +46,11 @@ class Core:
         """module().<kernel>(*args) on x's device; the kernel asks a tensor among args for its address."""
         getattr(self.module(), kernel)(*args, torch.get_num_threads())
 
-    def declines(self, first: Tensor, *rest: Tensor | None) -> str:
-        """Why the kernels leave these activations to the reference, or ""."""
-        if first.dtype not in self.dtypes:
-            names = [str(d).partition(".")[2] for d in self.dtypes]
+    def declines(self, first: Tensor, *rest: Tensor | None, also: tuple[torch.dtype, ...] = ()) -> str:
+        """Why the kernels leave these activations to the reference, or ""; also: dtypes that a launcher converts."""
+        dtypes = (*self.dtypes, *also)
+        if first.dtype not in dtypes:
+            names = [str(d).partition(".")[2] for d in dtypes]
             return f"{self.name} kernels compute in {', '.join(names[:-1])} and {names[-1]}, got {first.dtype}"
         if any(t is not None and (t.dtype != first.dtype or t.device != first.device) for t in rest):
             return f"{self.name} kernels take activations of one dtype and one device"

@@ -155,6 +155,33 @@ FG_STRUCT(BnFoldArgs, (const float*, weight), (const float*, bias),  // [K] or n
 FG_STRUCT(BnUpdateArgs, (const float*, mean), (const float*, var), (float*, running_mean), (float*, running_var),
           (int64_t*, batches), (int64_t, G), (int64_t, C), (int64_t, count), (float, momentum), (Threads, threads));
 
+// Attention of every head, in base e: P = exp(scale q k^T + bias - lse), y = P v. q [N,heads,rows,d], k
+// [N,heads,keys,d], v [N,heads,keys,dv] and what has their shapes lie by their strides, whose last is 1. bias is
+// float32 [N,heads,rows,keys] by its strides (0: shared). causal: row i sees the keys up to i.
+FG_STRUCT(AttentionShape, (DType, dtype), (int64_t, N), (int64_t, heads), (int64_t, rows), (int64_t, keys),
+          (int64_t, d), (int64_t, dv), (bool, causal), (float, scale), (Threads, threads));
+
+// lse [N,heads,rows]: the logarithm of each row's sum of exponentials, 0 for a row that sees no key.
+FG_STRUCT(AttentionForwardArgs, (const void*, q), (const void*, k), (const void*, v), (const float*, bias), (void*, y),
+          (float*, lse), (Strides, q_strides), (Strides, k_strides), (Strides, v_strides), (Strides, bias_strides),
+          (Strides, y_strides));
+
+// dbias is float32 [1 or N, 1 or heads, rows, keys] by its strides, summed over the heads that share it, or null.
+FG_STRUCT(AttentionBackwardArgs, (const void*, dy), (const void*, q), (const void*, k), (const void*, v),
+          (const float*, bias), (const void*, y), (const float*, lse), (void*, dq), (void*, dk), (void*, dv_out),
+          (float*, dbias), (Strides, dy_strides), (Strides, q_strides), (Strides, k_strides), (Strides, v_strides),
+          (Strides, bias_strides), (Strides, y_strides), (Strides, dq_strides), (Strides, dk_strides),
+          (Strides, dv_strides), (Strides, dbias_strides));
+
+// ddq, ddk, ddv and ddbias (laid out as dbias) may be null: zero. d_dy, d_q, d_k, d_v, d_bias: as y, dq, dk, dv, dbias.
+FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (const void*, ddk), (const void*, ddv),
+          (const float*, ddbias), (const void*, q), (const void*, k), (const void*, v), (const float*, bias),
+          (const float*, lse), (void*, d_dy), (void*, d_q), (void*, d_k), (void*, d_v), (float*, d_bias),
+          (Strides, dy_strides), (Strides, ddq_strides), (Strides, ddk_strides), (Strides, ddv_strides),
+          (Strides, ddbias_strides), (Strides, q_strides), (Strides, k_strides), (Strides, v_strides),
+          (Strides, bias_strides), (Strides, d_dy_strides), (Strides, d_q_strides), (Strides, d_k_strides),
+          (Strides, d_v_strides), (Strides, d_bias_strides));
+
 // Every kernel with its structs, a shape first: those that use each table's instructions to the full, and those that
 // gain nothing from AVX512_BF16 or AMX (as setup.py knows).
 // clang-format off: a line each
@@ -181,6 +208,11 @@ FG_STRUCT(BnUpdateArgs, (const float*, mean), (const float*, var), (float*, runn
   f(adam, AdamArgs)                                                                \
   f(upfirdn2d, Upfirdn2dArgs)
 // clang-format on
+// Attention has no CUDA C++ kernel yet.
+#define FG_ATTENTION_KERNELS(f)                                    \
+  f(attention_forward, AttentionShape, AttentionForwardArgs)       \
+      f(attention_backward, AttentionShape, AttentionBackwardArgs) \
+          f(attention_double_backward, AttentionShape, AttentionDoubleBackwardArgs)
 // What a program needs besides, on a CPU.
 #define FG_PROGRAM_KERNELS(f) f(relayout, RelayoutArgs) f(bn_fold, BnFoldArgs) f(bn_update, BnUpdateArgs)
 #define FG_KERNELS(f)   \
@@ -188,6 +220,7 @@ FG_STRUCT(BnUpdateArgs, (const float*, mean), (const float*, var), (float*, runn
   FG_ELEMENTWISE_KERNELS(f)
 #define FG_CPU_KERNELS(f) \
   FG_KERNELS(f)           \
+  FG_ATTENTION_KERNELS(f) \
   FG_PROGRAM_KERNELS(f)
 
 template <class... Structs>

@@ -17,6 +17,7 @@ FG_PRODUCT_KERNELS(FG_DECLARE)
 }
 namespace fg::ELEMENTWISE {
 FG_ELEMENTWISE_KERNELS(FG_DECLARE)
+FG_ATTENTION_KERNELS(FG_DECLARE)
 FG_PROGRAM_KERNELS(FG_DECLARE)
 }  // namespace fg::ELEMENTWISE
 
@@ -26,6 +27,6 @@ namespace fg::ISA {
 #define FG_ELEMENTWISE(kernel, ...) ELEMENTWISE::kernel,
 extern const Table table;
 const Table table = {FG_STRING(ISA), FG_PRODUCT_KERNELS(FG_PRODUCT) FG_ELEMENTWISE_KERNELS(FG_ELEMENTWISE)
-                                         FG_PROGRAM_KERNELS(FG_ELEMENTWISE)};
+                                         FG_ATTENTION_KERNELS(FG_ELEMENTWISE) FG_PROGRAM_KERNELS(FG_ELEMENTWISE)};
 
 }  // namespace fg::ISA

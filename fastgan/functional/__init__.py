@@ -4,6 +4,7 @@ Every function is differentiable twice or more, runs on the best backend (see `f
 of x's dtype and layout. Forward-mode AD and torch.func transforms raise NotImplementedError.
 """
 
+from fastgan.functional.attention import l2_attention, scaled_dot_product_attention
 from fastgan.functional.blocks import conv2d_bias_act, conv2d_bn_act, conv_transpose2d_bn_act
 from fastgan.functional.convolution import (
     conv1d,
@@ -39,6 +40,8 @@ __all__ = [
     "gradient_penalty",
     "in_act",
     "interpolate",
+    "l2_attention",
     "ln_act",
+    "scaled_dot_product_attention",
     "upfirdn2d",
 ]

@@ -2,6 +2,7 @@
 
 from fastgan.ops import (
     adam,
+    attention,
     bias_act,
     bn_act,
     conv2d,
@@ -17,6 +18,7 @@ from fastgan.ops import (
 
 __all__ = [
     "adam",
+    "attention",
     "bias_act",
     "bn_act",
     "conv2d",

@@ -1,0 +1,308 @@
+"""Attention to second order against plain PyTorch, and what its arguments may be."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import BACKENDS, DTYPES, assert_close, distance, leaves, orders
+
+import fastgan
+from fastgan import functional
+from fastgan._op import OPS
+from fastgan.choice import native as native_core
+from fastgan.choice import watching
+
+INFINITE = float("inf")
+
+
+def plain(q, k, v, bias=None, causal=False, scale=None):
+    """The composite; rows without a key give zeros, as torch's own."""
+    s = q @ k.mT * (scale or 1 / math.sqrt(q.shape[-1]))
+    s = s if bias is None else s + bias
+    s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INFINITE) if causal else s
+    empty = (s == -INFINITE).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0) @ v
+
+
+def heads(n, h, rows, keys, d, e):
+    return [torch.randn(n, h, *size, dtype=torch.float64) for size in ((rows, d), (keys, d), (keys, e))]
+
+
+def against_plain(ours, composite, inputs, dtype, backend, ran=None):
+    """As checks.against_plain, with plain PyTorch's bfloat16 beside ours: results and both derivatives."""
+    rounded = [t.to(dtype).double() for t in inputs]
+    layout = torch.contiguous_format
+    want = orders(composite, leaves(rounded, torch.float64, layout))
+    theirs = orders(composite, leaves(rounded, dtype, layout))
+    seen = set()
+    with fastgan.backend(backend), watching(lambda op, name, why: seen.add((op.name, name))):
+        got = orders(ours, leaves(rounded, dtype, layout))
+    for i, (g, w, t) in enumerate(zip(got, want, theirs, strict=True)):
+        assert g.dtype == dtype
+        assert_close(g, w, dtype, distance(t, w), f"result {i} on {backend}")
+    if backend == "native" and dtype != torch.float64:
+        names = {"attention", "attention_backward", "attention_double_backward"}
+        assert {(name, "native") for name in names} <= seen, seen
+
+
+CASES = [  # N, heads, rows, keys, d, e, causal
+    (2, 3, 5, 7, 4, 6, False),
+    (1, 2, 1, 1, 1, 1, False),
+    (2, 1, 50, 50, 16, 16, True),
+    (1, 2, 13, 29, 33, 17, True),
+    (1, 1, 101, 401, 24, 40, False),
+    (1, 1, 100, 390, 64, 64, True),
+    (1, 1, 9, 70, 256, 256, False),
+    (1, 3, 2, 40, 8, 8, True),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_composite_to_second_order(case, dtype, backend):
+    *sizes, causal = case
+    ours = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    against_plain(ours, lambda q, k, v: plain(q, k, v, causal=causal), heads(*sizes), dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 50, 61), (3, 50, 61), (1, 3, 50, 61), (2, 1, 50, 61), (50, 61), (2, 1, 1, 61)]
+)
+def test_a_bias_with_gradient(shape, dtype, backend):
+    inputs = [*heads(2, 3, 50, 61, 12, 8), torch.randn(shape, dtype=torch.float64)]
+    ours = lambda q, k, v, b: functional.scaled_dot_product_attention(q, k, v, b, scale=0.7)
+    against_plain(ours, lambda q, k, v, b: plain(q, k, v, b, scale=0.7), inputs, dtype, backend)
+
+
+def masks(rows, keys):
+    some = torch.rand(rows, keys) > 0.4
+    empty = some.clone()
+    empty[[0, 3]] = False
+    padding = (torch.arange(keys) < torch.tensor([keys - 2, 0])[:, None]).view(2, 1, 1, keys)
+    return {"some": some, "rows without keys": empty, "padding, and a sample without keys": padding}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", masks(4, 4))
+@pytest.mark.parametrize("floating", [False, True])
+def test_masks(floating, which, dtype, backend):
+    mask = masks(11, 19)[which]
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -INFINITE)
+    ours = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, bias.to(q.dtype) if floating else mask)
+    against_plain(ours, lambda q, k, v: plain(q, k, v, bias.to(q.dtype)), heads(2, 2, 11, 19, 5, 5), dtype, backend)
+    with fastgan.backend(backend):
+        q, k, v = (t.float() for t in heads(2, 2, 11, 19, 5, 5))
+        got = functional.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, mask))
+
+
+def test_derivatives_are_exact():
+    args = [t.requires_grad_() for t in heads(1, 2, 3, 4, 2, 3)]
+    bias = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    ours = lambda q, k, v, b: OPS["attention"](q, k, v, b, False, 0.8)[0]
+    assert torch.autograd.gradcheck(ours, (*args, bias)) and torch.autograd.gradgradcheck(ours, (*args, bias))
+    causal = lambda q, k, v: OPS["attention"](q, k, v, None, True, 0.8)[0]
+    assert torch.autograd.gradcheck(causal, args) and torch.autograd.gradgradcheck(causal, args)
+
+
+def test_the_formulas_hold_to_ten_digits():
+    """The closed form of docs/maths.md beside autograd of the composite, each cotangent by itself and all together."""
+    inputs = [*heads(2, 2, 9, 11, 5, 7), torch.randn(2, 9, 11, dtype=torch.float64)]
+    inputs = [t.requires_grad_() for t in inputs]
+    dy = torch.randn(2, 2, 9, 7, dtype=torch.float64, requires_grad=True)
+    ours = torch.autograd.grad(functional.scaled_dot_product_attention(*inputs), inputs, dy, create_graph=True)
+    theirs = torch.autograd.grad(plain(*inputs), inputs, dy, create_graph=True)
+    w = [torch.randn_like(t) for t in inputs]
+    for chosen in ([0], [1], [2], [3], [0, 1, 2, 3]):
+        scalar = lambda grads: sum((grads[i] * w[i]).sum() for i in chosen)  # noqa: B023 (called at once)
+        leaves = [*inputs, dy]
+        got, want = (
+            torch.autograd.grad(scalar(g), leaves, retain_graph=True, allow_unused=True) for g in (ours, theirs)
+        )
+        for a, b, leaf in zip(got, want, leaves, strict=True):
+            assert a.abs().max() < 1e-10 * leaf.numel() if b is None else distance(a, b) < 1e-10
+
+
+def test_the_third_derivative_raises():
+    q, k, v = (t.requires_grad_() for t in heads(1, 1, 3, 3, 2, 2))
+    first = torch.autograd.grad(functional.scaled_dot_product_attention(q, k, v).sum(), q, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), q, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="attention_double_backward: derivatives of this order"):
+        torch.autograd.grad(second.sum(), q)
+
+
+# ---- what the arguments may be ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("q", "k"), [((2, 0, 4), (2, 3, 4)), ((2, 3, 4), (2, 0, 4)), ((1, 3, 4), (1, 1, 4))], ids=str)
+def test_lengths_of_zero_and_one(q, k, backend):
+    q, k = torch.randn(2, *q), torch.randn(2, *k)
+    with fastgan.backend(backend):
+        got = functional.scaled_dot_product_attention(q, k, k)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, k))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), INFINITE, -INFINITE])
+@pytest.mark.parametrize("keys", [5, 800])
+def test_what_is_not_finite_stays_in_its_rows(keys, bad, backend):
+    q, k, v = (t.float() for t in heads(1, 2, 50, keys, 8, 8))
+    q[0, 1, 3, 2] = bad
+    with fastgan.backend(backend):
+        got = functional.scaled_dot_product_attention(q, k, v)
+    # torch's fused kernel gives numbers for a row of fewer keys than a vector has lanes whose scores are all NaN
+    want = plain(q, k, v) if backend == "native" else F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(got.isnan(), want.isnan()) and (want.isnan().any() or backend == "reference")
+    torch.testing.assert_close(got.nan_to_num(), want.nan_to_num(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_do_not_overflow(backend):
+    q, k, v = (t.float() for t in heads(1, 2, 50, 800, 16, 16))
+    ours = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, scale=40.0)
+    with fastgan.backend(backend):
+        got = orders(ours, leaves((q, k, v), torch.float32, torch.contiguous_format))
+    want = orders(lambda q, k, v: plain(q, k, v, scale=40.0), leaves((q, k, v), torch.float64, torch.contiguous_format))
+    for g, w in zip(got, want, strict=True):
+        assert g.isfinite().all() and distance(g, w) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_that_lie_apart(backend):
+    """Slices of one projection, [N, L, 3, heads, d], and outputs that lie as the input's memory."""
+    qkv = torch.randn(2, 9, 3, 4, 8, requires_grad=True)
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    with fastgan.backend(backend):
+        y = functional.scaled_dot_product_attention(q, k, v)
+        (gradient,) = torch.autograd.grad(y.square().sum(), qkv, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), qkv)
+    assert y.transpose(1, 2).is_contiguous()  # so that joining the heads is a view
+    z = plain(q, k, v)
+    torch.testing.assert_close(y, z)
+    (want,) = torch.autograd.grad(z.square().sum(), qkv, create_graph=True)
+    torch.testing.assert_close(gradient, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(second, torch.autograd.grad(want.square().sum(), qkv)[0], atol=1e-4, rtol=1e-3)
+    last = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]  # d is not the innermost
+    with fastgan.backend(backend):
+        torch.testing.assert_close(functional.scaled_dot_product_attention(*last), z)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "mask"),
+    [
+        ((5, 4), (7, 4), (5, 7)),
+        ((3, 5, 4), (3, 7, 4), (3, 1, 7)),
+        ((2, 3, 2, 5, 4), (2, 3, 2, 7, 4), (3, 1, 5, 7)),
+        ((2, 1, 5, 4), (1, 3, 7, 4), (5, 7)),
+    ],
+    ids=str,
+)
+def test_leading_sizes_as_in_torch(q, k, mask):
+    q, k, mask = torch.randn(q), torch.randn(k), torch.rand(mask) > 0.3
+    torch.testing.assert_close(
+        functional.scaled_dot_product_attention(q, k, k, mask),
+        plain(q, k, k, torch.zeros(mask.shape).masked_fill(~mask, -INFINITE)),
+    )
+
+
+def test_fewer_key_heads_and_dropout():
+    q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 4)
+    got = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    k = torch.randn(2, 6, 7, 4)
+    everything = functional.scaled_dot_product_attention(q, k, k, dropout_p=1.0)
+    assert torch.equal(everything, torch.zeros_like(everything))
+    torch.manual_seed(1)
+    mean = sum(functional.scaled_dot_product_attention(q, k, k, dropout_p=0.2) for _ in range(2000)) / 2000
+    torch.testing.assert_close(mean, plain(q, k, k), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"key": torch.zeros(2, 7, 5)}, ValueError, "must agree in their last size"),
+        ({"key": torch.zeros(2, 7, 4).half()}, TypeError, "of one floating dtype"),
+        ({"key": torch.zeros(3, 7, 4), "value": torch.zeros(3, 7, 4)}, ValueError, "must broadcast against each other"),
+        ({"attn_mask": torch.zeros(5, 6)}, ValueError, r"attn_mask must broadcast against \(2, 5, 7\)"),
+        ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "must be bool or floating"),
+        ({"attn_mask": torch.zeros(5, 7), "is_causal": True}, ValueError, "must be None where is_causal is True"),
+        ({"query": torch.zeros(4)}, ValueError, r"must be \[N, ..., L, d\]"),
+    ],
+    ids=str,
+)
+def test_refusals_are_one_sentence(change, error, sentence):
+    arguments = {"query": torch.zeros(2, 5, 4), "key": torch.zeros(2, 7, 4), "value": torch.zeros(2, 7, 4)} | change
+    with pytest.raises(error, match=sentence):
+        functional.scaled_dot_product_attention(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_by_distance(dtype):
+    composite = lambda q, k, v: torch.softmax(-0.3 * (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1), -1) @ v
+    ours = lambda q, k, v: functional.l2_attention(q, k, v, scale=0.3)
+    against_plain(ours, composite, heads(2, 2, 9, 13, 6, 5), dtype, "reference")
+
+
+# ---- the native kernels ----------------------------------------------------------------------------------------------
+
+native = pytest.mark.skipif("native" not in BACKENDS, reason="fastgan._C is not built here")
+
+
+def results(case, threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    *sizes, causal = case
+    with fastgan.backend("native"):
+        run = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return orders(run, leaves(heads(*sizes), torch.float32, torch.contiguous_format))
+
+
+@native
+@pytest.mark.parametrize("case", [(1, 1, 211, 150, 8, 8, False), (1, 3, 120, 120, 8, 8, True)], ids=str)
+def test_threads_share_a_head_and_add_in_order(case):
+    once, again, alone = results(case, 3), results(case, 3), results(case, 1)
+    for a, b, c in zip(once, again, alone, strict=True):
+        assert torch.equal(a, b) and distance(a, c) < 1e-5
+
+
+@native
+@pytest.mark.parametrize("table", ["portable", "avx2", "avx512"])
+def test_every_table(table):
+    module = native_core()[0]
+    if module.tables().get(table) != "":
+        pytest.skip("this machine lacks it")
+    module.use_table(table)
+    try:
+        for case in CASES[2:6]:
+            *sizes, causal = case
+            ours = lambda q, k, v, c=causal: functional.scaled_dot_product_attention(q, k, v, is_causal=c)
+            composite = lambda q, k, v, c=causal: plain(q, k, v, causal=c)
+            against_plain(ours, composite, heads(*sizes), torch.float32, "native")
+    finally:
+        module.use_table(None)
+
+
+@native
+def test_memory_is_linear_in_the_keys_at_every_order():
+    """Scratch of twice the length is at most twice as much; the scores of one head alone would be four times."""
+
+    def scratch(length):
+        module = native_core()[0]
+        q, k, v = (t.float().requires_grad_() for t in heads(1, 1, length, length, 8, 8))
+        with fastgan.backend("native"):
+            module.scratch_highest(True)
+            first = torch.autograd.grad(
+                functional.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v), create_graph=True
+            )
+            torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+        return module.scratch_highest()
+
+    base = scratch(64)
+    small, large = scratch(1024) - base, scratch(2048) - base
+    assert large < 2.5 * max(small, 1) + (1 << 20) and large < 2048 * 2048 * 4
