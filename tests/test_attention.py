@@ -306,3 +306,46 @@ def test_memory_is_linear_in_the_keys_at_every_order():
     base = scratch(64)
     small, large = scratch(1024) - base, scratch(2048) - base
     assert large < 2.5 * max(small, 1) + (1 << 20) and large < 2048 * 2048 * 4
+
+
+# ---- traced ----------------------------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """A transformer block with a forward of its own."""
+
+    def __init__(self, width=16, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.out = torch.nn.LayerNorm(width), torch.nn.Linear(width, 3 * width), None
+        self.out = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(n, length, width))
+
+
+def test_a_traced_block_has_second_derivatives():
+    """PyTorch's fused attention has none, so the way that it would take is not among the part's."""
+    block, x = Block(), torch.randn(2, 9, 16, requires_grad=True)
+
+    def second(run):
+        (gradient,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = second(block)
+    with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product_flash"):
+        second(block)
+    compiled = torch.compile(block, backend="fastgan")
+    ran = set()
+    with watching(lambda op, name, why: ran.add(op.name)):
+        for _ in range(3):
+            torch.testing.assert_close(second(compiled), want, atol=1e-4, rtol=1e-4)
+    assert {"attention", "attention_backward", "attention_double_backward"} <= ran
+    converted = fastgan.convert(Block(), trace="auto")
+    for _ in range(3):
+        assert second(converted).isfinite().all()
+    assert "attention" in str(fastgan.explain(converted))

@@ -163,3 +163,32 @@ def test_what_scales_must_be():
         functional.gan_loss([x, x], [x, x], kind="bce", side="d", weights=[1.0])
     with pytest.raises(TypeError, match="tensors or lists"):
         functional.gan_loss([[x]], [[x]], kind="bce", side="d")
+
+
+# ---- around the loss -------------------------------------------------------------------------------------------------
+
+
+def test_lecam_is_the_papers_formula():
+    fake, real = torch.randn(5, 1, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64, requires_grad=True)
+    a_fake, a_real = torch.tensor(-0.3, dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
+    got = functional.lecam_regularization(fake, real, a_fake, a_real)
+    torch.testing.assert_close(got, ((real + 0.3) ** 2).mean() + ((fake - 0.8) ** 2).mean())
+    got.backward()
+    torch.testing.assert_close(real.grad, 2 * (real.detach() + 0.3) / 7)
+    with pytest.raises(ValueError, match="one value each, got 5 and 1"):
+        functional.lecam_regularization(fake, real, fake, a_real)
+
+
+def test_the_adaptive_weight_levels_the_pulls():
+    w = torch.randn(3, 4, requires_grad=True)
+    reconstruction, adversarial = (w * 2).square().sum(), w.sum()
+    got = functional.adaptive_weight(reconstruction, adversarial, w)
+    want = 8 * w.detach().norm() / (12**0.5 + 1e-4)
+    torch.testing.assert_close(got, want)
+    assert not got.requires_grad
+    (reconstruction + got * adversarial).backward()  # both graphs are still there
+    assert functional.adaptive_weight((w * 2).sum() * 1e9, (w * 0).sum(), w) == 1e4
+    with pytest.raises(ValueError, match="must require a gradient"):
+        functional.adaptive_weight(reconstruction, adversarial, w.detach())
+    with pytest.raises(ValueError, match="must be scalars"):
+        functional.adaptive_weight(w, adversarial, w)

@@ -267,3 +267,32 @@ def test_a_function_a_method_and_a_partial_are_discriminators_too():
 def test_an_output_without_logits_gets_one_sentence():
     with pytest.raises(TypeError, match="output must be logits"):
         functional.gradient_penalty(lambda x: {"a": x, "b": x}, torch.randn(2, 3), kind="r1", weight=1.0)
+
+
+# ---- approximate R1 --------------------------------------------------------------------------------------------------
+
+
+def test_approximate_r1_has_the_mean_of_r1():
+    """Of a linear discriminator the estimate is without bias: its mean over 20,000 samples of noise is |w|^2."""
+    w = torch.randn(5, dtype=torch.float64)
+    x = torch.zeros(20000, 5, dtype=torch.float64)
+    exact = functional.gradient_penalty(lambda x: x @ w, x, kind="r1", weight=3.0)
+    got = functional.gradient_penalty(lambda x: x @ w, x, kind="r1-approximate", weight=3.0, sigma=0.1)
+    assert abs(got / exact - 1) < 0.05  # a standard deviation of (w n)^2 is sqrt(2) of its mean, 0.01 here
+    other = functional.gradient_penalty(lambda x: x @ w, x + 1, x, kind="r2-approximate", weight=3.0, sigma=0.1)
+    assert abs(other / exact - 1) < 0.05
+
+
+def test_approximate_r1_is_the_papers_formula():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    x, sigma = torch.randn(6, 4, dtype=torch.float64), 0.03
+    got = functional.gradient_penalty(
+        net, x, kind="r1-approximate", weight=2.0, sigma=sigma, generator=torch.Generator().manual_seed(5)
+    )
+    noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    want = 2.0 / (2 * sigma**2) * (net(x) - net(x + sigma * noise)).square().mean()
+    torch.testing.assert_close(got, want)
+    got.backward()
+    assert net[0].weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="sigma must be above 0, got 0"):
+        functional.gradient_penalty(net, x, kind="r1-approximate", weight=1.0, sigma=0)

@@ -15,13 +15,14 @@ from fastgan.functional.convolution import (
     conv_transpose2d_statistics,
 )
 from fastgan.functional.elementwise import bias_act
-from fastgan.functional.losses import gan_loss, gan_loss_statistics
+from fastgan.functional.losses import adaptive_weight, gan_loss, gan_loss_statistics, lecam_regularization
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
 from fastgan.functional.penalties import grad_norm_penalty, interpolate
 from fastgan.functional.resampling import upfirdn2d
 from fastgan.penalties import gradient_penalty
 
 __all__ = [
+    "adaptive_weight",
     "bias_act",
     "bn_act",
     "conv1d",
@@ -41,6 +42,7 @@ __all__ = [
     "in_act",
     "interpolate",
     "l2_attention",
+    "lecam_regularization",
     "ln_act",
     "scaled_dot_product_attention",
     "upfirdn2d",

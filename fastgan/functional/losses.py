@@ -146,3 +146,69 @@ def _check(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothed: bo
         raise TypeError(f"{name}: logits must be floating tensors, got {fake.dtype}")
     if smoothed and kind not in _gan_loss.SMOOTHED:
         raise ValueError(f"{name}: label_smoothing needs one of {', '.join(_gan_loss.SMOOTHED)}, got kind {kind!r}")
+
+
+# ---- around a loss ---------------------------------------------------------------------------------------------------
+
+
+def lecam_regularization(
+    logits_fake: Tensor, logits_real: Tensor, average_fake: Tensor, average_real: Tensor
+) -> Tensor:
+    """mean (D(real) - average_fake)^2 + mean (D(fake) - average_real)^2, for discriminators of few data.
+
+    Tseng et al., Regularizing Generative Adversarial Networks under Limited Data (2021), equation 4; it is added to D's
+    loss with a weight (0.3 there for few data). The averages are moving averages of the logits of earlier steps, which
+    the caller keeps: `average_real.lerp_(logits_real.detach().mean(), 0.01)` after each step.
+
+    Args:
+        logits_fake, logits_real: D(fake) and D(real), any shape, floating.
+        average_fake, average_real: one value each, without gradient.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: an average of more than one value.
+    """
+    if average_fake.numel() != 1 or average_real.numel() != 1:
+        raise ValueError(
+            "lecam_regularization: average_fake and average_real must have one value each, got "
+            f"{average_fake.numel()} and {average_real.numel()}"
+        )
+    fake, real = (t.to(accumulation_dtype(t.dtype)) for t in (logits_fake, logits_real))
+    toward_fake = (real - average_fake.detach().reshape(())).square().mean()
+    return toward_fake + (fake - average_real.detach().reshape(())).square().mean()
+
+
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, delta: float = 1e-4, highest: float = 1e4
+) -> Tensor:
+    """VQGAN's weight of the adversarial loss: |d reconstruction / d w| / (|d adversarial / d w| + delta).
+
+    Esser et al., Taming Transformers for High-Resolution Image Synthesis (2021), equation 7, w the last layer's weight
+    of the generator (decoder): so that both losses pull equally hard there. Both graphs are kept for the backward pass.
+
+    Args:
+        reconstruction, adversarial: scalar losses that depend on last_layer.
+        last_layer: a parameter that requires a gradient.
+        delta: added to the adversarial norm, > 0.
+        highest: the largest weight.
+
+    Returns:
+        A scalar without gradient, in [0, highest], to multiply the adversarial loss with.
+
+    Raises:
+        ValueError: a loss is no scalar, or last_layer requires no gradient.
+    """
+    if reconstruction.numel() != 1 or adversarial.numel() != 1:
+        raise ValueError(
+            "adaptive_weight: the losses must be scalars, got shapes "
+            f"{tuple(reconstruction.shape)} and {tuple(adversarial.shape)}"
+        )
+    if not last_layer.requires_grad:
+        raise ValueError("adaptive_weight: last_layer must require a gradient, got one that does not")
+    norms = [
+        torch.linalg.vector_norm(torch.autograd.grad(loss, last_layer, retain_graph=True)[0], dtype=torch.float32)
+        for loss in (reconstruction, adversarial)
+    ]
+    return (norms[0] / (norms[1] + delta)).clamp(0.0, highest)

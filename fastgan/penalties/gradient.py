@@ -18,7 +18,8 @@ from fastgan._logits import logits_of
 from fastgan.ops import interpolate
 from fastgan.penalties import linearised, tape
 
-KINDS = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
+APPROXIMATE = ("r1-approximate", "r2-approximate")  # of the first order alone
+KINDS = ("wgan-gp", "dragan", "r1", "r2", "r1r2", *APPROXIMATE)
 SQUARED = ("r1", "r2", "r1r2")  # weight/2 mean |g|^2, at the loss's own samples
 
 
@@ -31,6 +32,7 @@ def gradient_penalty(
     weight: float,
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,
+    sigma: float = 0.01,
 ) -> Tensor:
     """The gradient penalty of a discriminator, differentiable once more.
 
@@ -38,28 +40,56 @@ def gradient_penalty(
         discriminator: any module or function x -> logits (or x, labels -> logits). Of several logits, in a list, tuple
             or dict or beside features (`fastgan._logits.logits_of`), the gradient is that of their sum.
         real: [N, *] real samples.
-        fake: [N, *] generated samples; needed for "wgan-gp", "r2" and "r1r2".
+        fake: [N, *] generated samples; needed for "wgan-gp", "r2", "r1r2" and "r2-approximate".
         kind: "wgan-gp": weight mean (|g| - 1)^2 at e real + (1-e) fake, one uniform e a sample (Gulrajani et al. 2017);
             "dragan": the same at real + 0.5 std(real) u, u uniform noise in [0, 1) (Kodali et al. 2017);
-            "r1" (real), "r2" (fake): weight/2 mean |g|^2 (Mescheder et al. 2018); "r1r2": their sum.
+            "r1" (real), "r2" (fake): weight/2 mean |g|^2 (Mescheder et al. 2018); "r1r2": their sum;
+            "r1-approximate" (real), "r2-approximate" (fake): weight/2 mean ((D(x + sigma n) - D(x)) / sigma)^2, n
+            normal noise, which needs no second derivative (Lin et al., arXiv 2501.08316, whose lambda is weight / (2
+            sigma^2)). Its mean over n is R1 but for terms of sigma^2; docs/attention.md compares both.
         weight: the penalty's coefficient (lambda of WGAN-GP, gamma of R1).
         labels: [N] passed to the discriminator as its second argument.
         generator: of the random numbers.
+        sigma: the standard deviation of the noise of the approximate kinds, > 0.
 
     Returns:
         The scalar penalty, float32 (float64 for float64 inputs).
     """
     if kind not in KINDS:
         raise ValueError(f"gradient_penalty: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if fake is None and kind in ("wgan-gp", "r2", "r1r2"):
+    if fake is None and kind in ("wgan-gp", "r2", "r1r2", "r2-approximate"):
         raise ValueError(f"gradient_penalty: fake must be given for kind {kind!r}, got None")
     if fake is not None and fake.shape != real.shape:
         raise ValueError(f"gradient_penalty: fake must have real's shape {tuple(real.shape)}, got {tuple(fake.shape)}")
     if kind in SQUARED:
         at: dict[str, list[Tensor | None]] = {"r1": [real], "r2": [fake], "r1r2": [real, fake]}
         return squared_penalty([_squared_norms(discriminator, x, labels) for x in at[kind] if x is not None], weight)
+    if kind in APPROXIMATE:
+        x = fake if kind == "r2-approximate" and fake is not None else real
+        return 0.5 * weight * _squared_differences(discriminator, x.detach(), labels, generator, sigma).mean()
     points = _points(real, fake, kind, generator)
     return weight * (_norm(_squared_norms(discriminator, points, labels)) - 1).square().mean()
+
+
+def _squared_differences(
+    discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None, generator: torch.Generator | None, sigma: float
+) -> Tensor:
+    """((D(x + sigma n) - D(x)) / sigma)^2 of each sample, [N], D the sum of a sample's logits."""
+    if not sigma > 0:
+        raise ValueError(f"gradient_penalty: sigma must be above 0, got {sigma}")
+
+    def total(x: Tensor) -> Tensor:
+        output = discriminator(x) if labels is None else discriminator(x, labels)
+        wide = [logits.to(accumulation_dtype(logits.dtype)).flatten(1).sum(1) for logits in _columns(output)]
+        return torch.stack(wide).sum(0)
+
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return ((total(x + sigma * noise) - total(x)) / sigma).square()
+
+
+def _columns(output: Any) -> list[Tensor]:
+    """Every logit as [N, *]."""
+    return [logits.unsqueeze(1) if logits.dim() == 1 else logits for logits in logits_of(output)]
 
 
 def squared_penalty(squared_norms: list[Tensor], weight: float) -> Tensor:

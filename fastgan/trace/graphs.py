@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fastgan.choice import Contest, forced
 from fastgan.trace.layout import in_channels_last
-from fastgan.trace.rewrite import Group, rewritten
+from fastgan.trace.rewrite import Group, attention, rewritten
 
 # Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's
 # autograd.Function loses its second derivative.
@@ -94,5 +94,13 @@ def traced(module: fx.GraphModule, example_inputs: list[Any], left: Collection[t
     digest = hashlib.sha256(f"{module.graph}{ours.graph}".encode()).hexdigest()[:24]
     numbers = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
     turned = in_channels_last(ours)
-    ways = {"ours": ours.forward} | ({"channels_last": turned.forward} if turned else {}) | {"plain": module.forward}
+    ways = {"ours": ours.forward} | ({"channels_last": turned.forward} if turned else {}) | _theirs(module, groups)
     return Graph(ways, groups, digest, numbers)
+
+
+def _theirs(module: fx.GraphModule, groups: list[Group]) -> dict[str, Callable[..., Any]]:
+    """PyTorch's way, but for attention: its fused kernels have no second derivative."""
+    others = {group.key for group in groups if group.target is not attention}
+    if len(others) == len({group.key for group in groups}):
+        return {"plain": module.forward}
+    return {"plain but attention": rewritten(module, others)[0].forward} if others else {}

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastgan import functional
+from fastgan.choice import has_kernel
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSIDE = tuple(str(Path(m.__file__ or "").parent) for m in (torch, functional))  # not a user's source line
@@ -45,6 +46,11 @@ def add_act(a: Tensor, b: Tensor, *, activation: str, negative_slope: float) -> 
     if activation == "leaky_relu":
         return F.leaky_relu_(total, negative_slope)
     return {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}[activation](total)
+
+
+def attention(x: Tensor, key: Tensor, value: Tensor, *, activation: str | None = None, **options: Any) -> Tensor:
+    """torch's scaled_dot_product_attention, which PyTorch's own fused kernels differentiate once only."""
+    return functional.scaled_dot_product_attention(x, key, value, **options)
 
 
 def channel_bias_act(x: Tensor, bias: Tensor, **activation: Any) -> Tensor:
@@ -100,6 +106,17 @@ def _signal(arguments: dict[str, Any]) -> str:
 def _rows(arguments: dict[str, Any]) -> str:
     x = _value(arguments["x"])
     return "" if isinstance(x, Tensor) and x.dim() == 2 and x.dtype in FLOATING else "not [N, F]"
+
+
+def _attends(arguments: dict[str, Any]) -> str:
+    x = _value(arguments["x"])
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.dim() < 3:
+        return "not [N, ..., L, d]"
+    if arguments["dropout_p"] != 0.0:  # a number at each call, or one that is not known yet
+        return "its probabilities have a dropout"
+    if x.device.type != "cpu" and not has_kernel("attention", x.device.type):
+        return f"fastgan has no kernel of attention for {x.device.type}"
+    return ""
 
 
 def _normable(arguments: dict[str, Any]) -> str:
@@ -164,6 +181,16 @@ PATTERNS: dict[Any, Pattern] = {
         SIGNED,
         fits=_normable,
     ),
+    F.scaled_dot_product_attention: Pattern(
+        "attention",
+        {
+            **{"x": REQUIRED, "key": REQUIRED, "value": REQUIRED, "attn_mask": None, "dropout_p": 0.0},
+            **{"is_causal": False, "scale": None, "enable_gqa": False},
+        },
+        attention,
+        (),
+        fits=_attends,
+    ),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), SUM),
 }
 FOLDED: dict[str, Callable[..., Tensor]] = {
@@ -191,7 +218,7 @@ def _called(node: fx.Node, table: dict[Any, Any]) -> Any:
 
 def _arguments(node: fx.Node, parameters: dict[str, Any]) -> dict[str, Any] | None:
     """A call's arguments by our names, or None where it passes others."""
-    names, given = list(parameters), {"input": "x", "other": "b", "use_batch_stats": "use_input_stats"}
+    names, given = list(parameters), {"input": "x", "query": "x", "other": "b", "use_batch_stats": "use_input_stats"}
     arguments = dict(zip(names, node.args, strict=False))
     arguments |= {given.get(name, name): value for name, value in node.kwargs.items()}
     if len(node.args) > len(names) or not set(arguments) <= set(names):
