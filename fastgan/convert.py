@@ -10,7 +10,7 @@ runs as it then is, and a slice of a chain, or a child called alone, gives plain
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,12 +132,8 @@ class Group:
         """The activation's name."""
         return "identity" if self.activation is None else ACTIVATIONS[type(self.activation)]
 
-    def suits_programs(self) -> bool:
-        """Whether a program has kernels for the layer."""
-        return type(self.layer) in (FusedConv2d, FusedConvTranspose2d, FusedBatchNorm2d) and not has_hooks(self.layer)
-
     def program_layer(self) -> program.Layer:
-        conv, norm = (None, self.layer) if isinstance(self.layer, FusedBatchNorm2d) else (self.layer, self.norm)
+        conv, norm = (self.layer, self.norm) if isinstance(self.layer, CONVOLUTIONS) else (None, self.layer)
         return program.Layer(conv, norm, self.act, self.activation)
 
 
@@ -178,34 +174,74 @@ def _normed(conv: Any, norm: Any) -> bool:
 
 
 class Stretch:
-    """Neighbouring groups that run as one program where that is known to be the same, else one after the other."""
+    """Neighbouring parts that run as one program where that is known to be the same, else one after the other."""
 
-    def __init__(self, groups: list[Group]):
-        self.groups = groups
-        self.run = program.Run([group.program_layer() for group in groups])
+    def __init__(self, parts: list[Any], layers: list[program.Layer]):
+        self.parts, self.run = parts, program.Run(layers)
 
     def __call__(self, input: Any) -> Any:
         if program.applies(input):
             found = self.run(input)
             if found is not None:
                 return found
-        for group in self.groups:
-            input = group(input)
+        for part in self.parts:
+            input = part(input)
         return input
 
 
-def _stretches(parts: Iterable[Group | nn.Module]) -> list[Stretch | Group | nn.Module]:
+def _stretches(parts: Sequence[Group | nn.Module]) -> list[Stretch | Group | nn.Module]:
     """The parts of a chain with neighbours that a program can take put together."""
     found: list[Any] = []
-    for part in parts:
-        group = part if isinstance(part, Group) else Group(part)
-        if not group.suits_programs():
-            found.append(part)
-        elif found and isinstance(found[-1], Stretch):
-            found[-1] = Stretch([*found[-1].groups, group])
+    at = 0
+    while at < len(parts):
+        taken, layers = _stretch(parts[at:])
+        # a linear layer alone is one call of torch's: nothing to gain
+        if layers and not (len(layers) == 1 and isinstance(layers[0].conv, nn.Linear)):
+            found.append(Stretch(list(parts[at : at + taken]), layers))
         else:
-            found.append(Stretch([group]))
+            taken = max(taken, 1)
+            found += parts[at : at + taken]
+        at += taken
     return found
+
+
+def _stretch(parts: Sequence[Group | nn.Module]) -> tuple[int, list[program.Layer]]:
+    """(how many of the first parts a program can take, their layers); it begins with a layer that has parameters."""
+    layers: list[program.Layer] = []
+    at = 0
+    while at < len(parts):
+        part = parts[at]
+        flat = bool(layers) and _flattens(part) and at + 1 < len(parts) and _plain(parts[at + 1], (nn.Linear,))
+        layer = program.Layer(parts[at + 1], None, "identity", None, True) if flat else _program_layer(part)
+        if layer is None or not (layers or layer.parameters()):
+            break
+        layers.append(layer)
+        at += 2 if flat else 1
+    return at, layers
+
+
+def _program_layer(part: Any) -> program.Layer | None:
+    """A part of a chain as a layer of a program, or None where a program has no kernels for it."""
+    group = part if isinstance(part, Group) else Group(part)
+    if _plain(group.layer, FUSED.values()):
+        return None if _stands_alone(group.layer) else group.program_layer()
+    if _plain(part, (nn.Linear,)):
+        return program.Layer(part, None, "identity", None)
+    if _plain(part, ACTIVATIONS) and getattr(part, "negative_slope", 0.0) >= 0:
+        return program.Layer(None, None, ACTIVATIONS[type(part)], part)
+    return None
+
+
+def _stands_alone(norm: Any) -> bool:
+    """Whether a norm is of a kind that programs do not know: they would refuse its neighbours with it."""
+    if isinstance(norm, nn.LayerNorm):
+        return len(norm.normalized_shape) != 1
+    return isinstance(norm, nn.InstanceNorm2d) and norm.running_mean is not None
+
+
+def _flattens(part: Any) -> bool:
+    """Whether part makes a row of each sample."""
+    return _plain(part, (nn.Flatten,)) and (part.start_dim, part.end_dim) == (1, -1)
 
 
 class Chain(Forward):
@@ -234,8 +270,8 @@ class Chain(Forward):
         children: Any = self.owner._modules.values()
         seen = (*children, *((type(m), has_hooks(m), m._compiled_call_impl) for m in children))
         if seen != self.seen:
-            groups = _groups(self.owner)
-            self.seen, self.parts = seen, list(groups) if self.is_replica else _stretches(groups)
+            groups = list(_groups(self.owner))
+            self.seen, self.parts = seen, groups if self.is_replica else _stretches(groups)
         return self.parts
 
     def __getstate__(self) -> dict[str, Any]:

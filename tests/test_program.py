@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import pickle
 import random
 
@@ -48,11 +49,22 @@ def chain(kind: str, bias: bool = True) -> nn.Sequential:
             nn.BatchNorm2d(3), nn.ReLU(),
             nn.Conv2d(3, 4, 1, bias=bias), nn.BatchNorm2d(4, track_running_stats=False),
         ],
+        "sample norms": [
+            nn.Conv2d(3, 8, 3, 1, 1, bias=bias), nn.GroupNorm(2, 8), nn.LeakyReLU(0.2),
+            nn.Conv2d(8, 6, 3, 1, 1, bias=bias), nn.InstanceNorm2d(6, affine=True), nn.ReLU(),
+            nn.Conv2d(6, 4, 3, bias=bias), nn.GroupNorm(1, 4, affine=False), nn.Conv2d(4, 2, 1, bias=bias),
+        ],
+        "linear head": [
+            nn.Conv2d(3, 5, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2), nn.Flatten(),
+            nn.Linear(80, 7, bias=bias), nn.BatchNorm1d(7), nn.ReLU(),
+            nn.Linear(7, 6, bias=bias), nn.LayerNorm(6), nn.LeakyReLU(0.1),
+            nn.Linear(6, 5, bias=bias), nn.LeakyReLU(0.2), nn.Linear(5, 1, bias=bias),
+        ],
     }  # fmt: skip  # a layer of a network a line
     return nn.Sequential(*layers[kind])
 
 
-KINDS = ["conv", "conv+act", "conv+bn+act", "discriminator", "generator", "norm first"]
+KINDS = ["conv", "conv+act", "conv+bn+act", "discriminator", "generator", "norm first", "sample norms", "linear head"]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -116,9 +128,12 @@ def test_a_program_gives_the_ops_numbers(kind, layout, ran):
         assert len(ran) == 1
         with op_by_op():  # in the layout that a program has inside: the kernels of the other one sum in another order
             want, want_grads = outcome(b, x.to(memory_format=torch.channels_last))
-        assert torch.equal(y, want) and y.stride() == model(x).stride()
+        # PyTorch's instance norm gives up channels_last, ours keeps it
+        like = want if kind == "sample norms" and layout == torch.channels_last else model(x)
+        assert torch.equal(y, want) and y.stride() == like.stride()
         assert_same(grads, want_grads)
         assert_same(a.state_dict().values(), b.state_dict().values(), exact=False)
+    b.load_state_dict(a.state_dict())  # running statistics are equal but for their last bit
     a.eval(), b.eval()
     if kind == "norm first":  # its last norm has no running statistics, so the ops run, in the layout of x
         return
@@ -132,7 +147,7 @@ def test_a_program_gives_the_ops_numbers(kind, layout, ran):
 def test_a_program_gives_plain_torchs_numbers(kind):
     model = chain(kind).double()
     a = fastgan.convert(copy.deepcopy(model).float())
-    x = torch.randn(6, 3, 9, 8)
+    x = torch.randn(6, 3, 8 if kind == "linear head" else 9, 8)
     y, grads = outcome(a, x)
     want, want_grads = outcome(
         model, x.double(), torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
@@ -145,7 +160,7 @@ def test_a_program_gives_plain_torchs_numbers(kind):
         torch.testing.assert_close(a.state_dict()[name].to(value.dtype), value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["conv+bn+act", "discriminator", "generator"])
+@pytest.mark.parametrize("kind", ["conv+bn+act", "discriminator", "generator", "sample norms", "linear head"])
 def test_gradients_of_the_input_and_of_some_parameters(kind):
     a, b = both(chain(kind, bias=False))
     for model in (a, b):
@@ -158,7 +173,7 @@ def test_gradients_of_the_input_and_of_some_parameters(kind):
     assert_same([y, *grads], [want, *want_grads])
 
 
-@pytest.mark.parametrize("kind", ["conv+act", "discriminator", "generator"])
+@pytest.mark.parametrize("kind", ["conv+act", "discriminator", "generator", "sample norms", "linear head"])
 def test_second_derivatives_are_the_ops(kind, ran):
     a, b = both(chain(kind, bias=False))
     x = torch.randn(4, 3, 8, 8)
@@ -241,7 +256,7 @@ def test_statistics_of_parts_of_the_batch(groups, ran):
     assert len(ran) == 1
 
 
-@pytest.mark.parametrize("kind", ["conv+act", "discriminator", "generator"])
+@pytest.mark.parametrize("kind", ["conv+act", "discriminator", "generator", "sample norms", "linear head"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 def test_autocast(kind, layout, ran):
     a, b = both(chain(kind, bias=False))
@@ -432,3 +447,62 @@ def test_relayout_moves_every_bit(rows, columns, table, core_on):
         codes = [DTYPE_CODES[moved.dtype], DTYPE_CODES[y.dtype]]
         core.relayout(*codes, moved.data_ptr(), y.data_ptr(), 3, rows, columns, 2)
         assert torch.equal(y, moved.transpose(1, 2).to(y.dtype))
+
+
+# ---- linear layers --------------------------------------------------------------------------------------------------
+
+
+def perceptron(norm=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    sizes = (5, 9, 7, 3)
+    layers = [[nn.Linear(a, b), norm(b), nn.LeakyReLU(0.2, inplace=True)] for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*itertools.chain(*layers), nn.Linear(3, 1), nn.Sigmoid())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, lambda b: nn.GroupNorm(1, b)])
+def test_a_perceptron_is_one_program(norm, ran):
+    model = perceptron(norm)
+    a = fastgan.convert(copy.deepcopy(model))
+    double = copy.deepcopy(model).double()
+    for training in (True, False):
+        a.train(training), double.train(training)
+        x = torch.randn(6, 5)
+        for _ in range(3):
+            ran.clear()
+            with torch.set_grad_enabled(training):  # a norm in eval mode under gradients is the ops'
+                y, want = a(x), double(x.double())
+            assert len(ran) == 1 and y.stride() == want.stride()
+            torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6)
+        if training:
+            y.square().sum().backward(), want.square().sum().backward()
+            for p, q in zip(a.parameters(), double.parameters(), strict=True):
+                torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_spare_memory_serves_one_run_at_a_time(ran):
+    """Two forwards before either backward, and inference mode between them."""
+    a, b = both(perceptron())
+    xs = [torch.randn(6, 5, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    for _ in range(2):
+        with torch.inference_mode():
+            a(xs[3])
+        losses = [a(x).square().sum() for x in xs[:3]]
+        got = [torch.autograd.grad(loss, list(a.parameters())) for loss in reversed(losses)]
+        with op_by_op():
+            losses = [b(x).square().sum() for x in xs[:3]]
+            want = [torch.autograd.grad(loss, list(b.parameters())) for loss in reversed(losses)]
+        for mine, theirs in zip(got, want, strict=True):
+            assert_same(mine, theirs, exact=False)
+    assert len(ran) == 8
+
+
+def test_a_linear_layer_alone_and_an_activation_in_place_stay_torchs(ran):
+    a = fastgan.convert(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3), nn.Flatten(), nn.Dropout(0.0)))
+    x = torch.randn(2, 4)
+    kept = x.clone()
+    a(x)
+    assert not ran and torch.equal(x, kept.relu())
+    y = fastgan.convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))(x)
+    y.mul_(2)  # a last layer without activation needs no y for its backward
+    y.sum().backward()
+    assert len(ran) == 1

@@ -1,30 +1,42 @@
-"""One layer of a program: a convolution, a batch norm or both, and the activation after them, as the user's modules."""
+"""One layer of a program: a product (convolution or linear), a norm and an activation, as the user's modules."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import _activation, functional
 
 _conv_facts = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups")
+_sample_norm_facts: dict[type, Callable[[Any], Any]] = {
+    nn.GroupNorm: attrgetter("eps", "num_groups"),
+    nn.InstanceNorm2d: attrgetter("eps", "num_features"),
+    nn.LayerNorm: attrgetter("eps", "normalized_shape"),
+}
 
 
 @dataclass
 class Layer:
-    """conv: nn.Conv2d, nn.ConvTranspose2d or None; norm: a converted nn.BatchNorm2d or None; act: a module or None."""
+    """A product, a norm and an activation in this order, each of which may be absent.
+
+    conv: nn.Conv2d, nn.ConvTranspose2d, nn.Linear or None. norm: a converted nn.BatchNorm1d or 2d after any of them; a
+    converted nn.GroupNorm, nn.InstanceNorm2d or nn.LayerNorm; or None. activation: its name, "identity" for none, and
+    act: its module or None. flatten: whether the layer's input goes through nn.Flatten() first.
+    """
 
     conv: Any
     norm: Any
     activation: str
     act: Any
+    flatten: bool = False
 
     @property
     def slope(self) -> float:
@@ -36,26 +48,38 @@ class Layer:
         return [p[name] for p in owners for name in ("weight", "bias")]
 
     def buffers(self) -> list[Tensor | None]:
-        """The norm's running mean, running variance and count of batches."""
-        if self.norm is None:
+        """A batch norm's running mean, running variance and count of batches."""
+        if not self.is_batch_norm():
             return []
         buffers = self.norm._buffers
         return [buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]]
 
     def facts(self) -> tuple:
         """What a plan depends on besides the tensors."""
-        conv = () if self.conv is None else _conv_facts(self.conv)
-        norm = () if self.norm is None else _norm_facts(self.norm)
-        return type(self.conv).__name__, conv, norm, self.activation, getattr(self.act, "negative_slope", 0.0)
+        conv = _conv_facts(self.conv) if self.convolves() else ()
+        names = type(self.conv).__name__, type(self.norm).__name__
+        return *names, conv, self._norm_facts(), self.activation, getattr(self.act, "negative_slope", 0.0)
+
+    def convolves(self) -> bool:
+        return isinstance(self.conv, nn.Conv2d | nn.ConvTranspose2d)
+
+    def is_batch_norm(self) -> bool:
+        return isinstance(self.norm, _BatchNorm)
+
+    def _norm_facts(self) -> Any:
+        if self.norm is None or self.is_batch_norm():
+            return () if self.norm is None else _norm_facts(self.norm)
+        return next(facts(self.norm) for kind, facts in _sample_norm_facts.items() if isinstance(self.norm, kind))
 
     def frozen(self) -> Layer:
         """The layer as it is set now, on modules that share the user's tensors."""
-        return Layer(copy.copy(self.conv), copy.copy(self.norm), self.activation, copy.copy(self.act))
+        modules = copy.copy(self.conv), copy.copy(self.norm)
+        return Layer(*modules, self.activation, copy.copy(self.act), self.flatten)
 
     def refusal(self, differentiated: bool) -> str:
         """Why the layer cannot be part of a program, or ""."""
-        conv, norm = self.conv, self.norm
-        if conv is not None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+        conv, norm = self.conv, self.norm if self.is_batch_norm() else None
+        if self.convolves() and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
             return "padding other than by a number of zeros"
         if isinstance(conv, nn.ConvTranspose2d) and any(
             extra >= step for extra, step in zip(conv.output_padding, conv.stride, strict=True)
@@ -65,6 +89,8 @@ class Layer:
             return "a cumulative average of statistics"
         if norm is not None and not norm.training and (differentiated or norm.running_mean is None):
             return "a norm in eval mode without running statistics, or under gradients"
+        if getattr(self.norm, "running_mean", None) is not None and norm is None:
+            return "an instance norm with running statistics"
         tensors = [t for t in (*self.parameters(), *self.buffers()[:2]) if t is not None]
         if any(t.dtype != torch.float32 or not t.is_cpu or not dense(t) for t in tensors):
             return "parameters that are not dense float32 on the CPU"
@@ -76,17 +102,29 @@ def dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
+def _sample_normed(norm: Any, x: Tensor, weight: Any, bias: Any, activation: str, slope: float) -> Tensor:
+    """The op of a group, instance or layer norm, on other parameters than the module's."""
+    act: Any = {"activation": activation, "negative_slope": slope}
+    if isinstance(norm, nn.LayerNorm):
+        return functional.ln_act(x, norm.normalized_shape, weight, bias, norm.eps, **act)
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
+    return functional.gn_act(x, groups, weight, bias, norm.eps, **act)
+
+
 def replay(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
     """The layers op by op, in training, running statistics untouched: what a program's backward falls back to."""
     rest = iter(parameters)
     for layer in layers:
         activation, slope = layer.activation, layer.slope
-        if layer.conv is not None:
+        x = x.flatten(1) if layer.flatten else x
+        if isinstance(layer.conv, nn.Linear):
+            x = torch.nn.functional.linear(x, next(rest), next(rest))  # type: ignore[arg-type]
+        elif layer.conv is not None:
             epilogue = (
                 dict(activation=activation, negative_slope=slope) if layer.norm is None else dict(activation=None)
             )
             x = convolved(layer.conv, x, next(rest), next(rest), **epilogue)
-        if layer.norm is not None:
+        if layer.is_batch_norm():
             x = functional.bn_act(
                 x,
                 weight=next(rest),
@@ -97,6 +135,10 @@ def replay(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Tensor | Non
                 negative_slope=slope,
                 stat_groups=layer.norm.stat_groups,
             )
+        elif layer.norm is not None:
+            x = _sample_normed(layer.norm, x, next(rest), next(rest), activation, slope)
+        elif layer.conv is None or isinstance(layer.conv, nn.Linear):
+            x = _activation.apply(x, activation, slope)
     return x
 
 
@@ -113,13 +155,18 @@ def plain(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Any], buffers
     rest, kept = iter(parameters), iter(buffers)
     for layer in layers:
         conv, norm = layer.conv, layer.norm
-        if isinstance(conv, nn.ConvTranspose2d):
+        x = x.flatten(1) if layer.flatten else x
+        if isinstance(conv, nn.Linear):
+            x = torch.nn.functional.linear(x, next(rest), next(rest))
+        elif isinstance(conv, nn.ConvTranspose2d):
             geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
             x = torch.nn.functional.conv_transpose2d(x, next(rest), next(rest), *geometry)  # type: ignore[arg-type]
         elif conv is not None:
             x = torch.conv2d(x, next(rest), next(rest), conv.stride, conv.padding, conv.dilation, conv.groups)
-        if norm is not None:
+        if layer.is_batch_norm():
             x = _plain_norm(norm, x, next(rest), next(rest), next(kept), next(kept), next(kept))
+        elif norm is not None:
+            x = _plain_sample_norm(norm, x, next(rest), next(rest))
         x = _activation.apply(x, layer.activation, layer.slope)
     return x
 
@@ -136,3 +183,11 @@ def _plain_norm(norm: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: An
         for part in (x.chunk(groups) if groups > 1 else (x,))
     ]
     return parts[0] if groups == 1 else torch.cat(parts)
+
+
+def _plain_sample_norm(norm: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    if isinstance(norm, nn.GroupNorm):
+        return torch.nn.functional.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return torch.nn.functional.instance_norm(x, weight=weight, bias=bias, eps=norm.eps)

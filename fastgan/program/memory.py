@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 ALIGNMENT = 64  # bytes: a cache line, and a whole AVX-512 register
 ARENA = 0  # the slot of the arena
 
@@ -53,6 +56,48 @@ def arrange(places: Sequence[Place]) -> int:
         placed.append(place)
         size = max(size, place.offset + place.bytes)
     return size
+
+
+class Arena:
+    """The memory of one run of a program, with the views that its products have asked for."""
+
+    __slots__ = ("tensor", "views")
+
+    def __init__(self, size: int):
+        self.tensor = torch.empty(size, dtype=torch.uint8)
+        self.views: dict[tuple, Tensor] = {}
+
+    def view(self, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A matrix at `offset`; made once, since a view costs as much as a small product (3 us)."""
+        found = self.views.get((offset, shape, dtype))
+        if found is None:
+            size = shape[0] * shape[1] * dtype.itemsize
+            found = self.views[offset, shape, dtype] = self.tensor[offset : offset + size].view(dtype).view(shape)
+        return found
+
+
+class Spares:
+    """Arenas that wait for the next run of their program: views that need not be made, pages that are mapped.
+
+    Those above LARGEST go back to torch's allocator: others may need the memory, and there the views are small change.
+    """
+
+    LARGEST = 1 << 20  # bytes
+    COUNT = 2  # a discriminator's real and fake pass before their backward
+
+    def __init__(self, size: int):
+        self.size, self.arenas = size, list[Arena]()
+
+    def take(self) -> Arena:
+        try:
+            return self.arenas.pop()
+        except IndexError:
+            return Arena(self.size)
+
+    def give(self, arena: Arena) -> None:
+        # a tensor of inference mode may not be written to outside of it
+        if self.size <= self.LARGEST and len(self.arenas) < self.COUNT and not arena.tensor.is_inference():
+            self.arenas.append(arena)
 
 
 def _aligned(offset: int) -> int:

@@ -4,7 +4,7 @@ The steps call the kernels that the ops of the same layers call one by one (fast
 the numbers are theirs to the bit. What a program saves is the rest: a Python call, a dispatch, an autograd node, a
 layout conversion and an allocation for every layer.
 
-Inside, every activation is dense channels_last, as the kernels want it.
+Inside, every activation is dense channels_last, as the kernels want it; a matrix [N, C] is an image of one pixel.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
 from fastgan.program.layer import Layer
 from fastgan.program.memory import ARENA, Place, arrange
+from fastgan.program.product import PRODUCTS, Native, Product, Steps
 
 FLOAT32 = _native.DTYPE_CODES[torch.float32]
 IDENTITY = _activation.CODES["identity"], 0.0
@@ -51,8 +52,10 @@ class _Pass:
     conv: Any = None  # the packed ConvShape
     weight_strides: tuple[int, ...] = ()
     t: Place | None = None  # the norm's input
-    statistics: tuple[Place, ...] = ()  # mean, var of the batch
+    statistics: tuple[Place, ...] = ()  # mean, var of the batch, or of each sample's groups
+    norm: str = ""  # its kernels: "bn_act" or "gn_act"
     norm_shape: tuple = field(default=())
+    image: Shape | None = None  # what x was before it was flattened
 
 
 def strides(shape: Shape, channels_last: bool) -> Shape:
@@ -88,30 +91,41 @@ class Plan:
         self.input_channels_last = self.output_channels_last = is_channels_last(x)
         self.passes: list[_Pass] = []
 
-        shape = tuple(x.shape)
+        self.flat = x.dim() == 2  # whether the tensor at hand is [N, C]
+        shape = (*x.shape, 1, 1) if self.flat else tuple(x.shape)
         h = self._enter(self.input, shape, self.input_channels_last, self.input_code)
         first = 1  # index of a layer's first parameter among `wanted`
         for i in range(len(layers)):
             h, shape = self._layer(i, h, shape, parameters[i], first)
             first += len(parameters[i])
-        self.shape = shape
         self._leave(h, self.output, shape, self.output_channels_last, self.code)
         self.forward_steps = len(self.steps)
         # Where both layouts are one, torch's elementwise activation takes the contiguous strides.
         elementwise = layers[-1].activation != "identity" and plain_order(shape)
-        self.strides = strides(shape, self.output_channels_last and not elementwise)
-        self.reads_output = self.passes[-1].y is self.output and self.passes[-1].t is None
+        flat = 2 if self.flat else 4
+        self.shape = shape[:flat]  # of y
+        self.strides = strides(shape, self.output_channels_last and not elementwise)[:flat]
+        final = self.passes[-1]
+        self.reads_output = final.y is self.output and final.t is None and final.epilogue[0] != IDENTITY[0]
         if self.gradients:
-            self._backward()
+            self._backward(shape)
         self.arena_bytes = arrange(self.places)
 
-    def program(self, first: int, last: int, unwanted: frozenset[int] = frozenset()) -> Any:
-        """The steps [first, last) as a native program, without those that serve unwanted gradients alone."""
-        program = self.core.Program()
+    def program(self, first: int, last: int, unwanted: frozenset[int] = frozenset()) -> Steps:
+        """The steps [first, last), without those that serve unwanted gradients alone."""
+        parts: list[Native | Product] = []
         for kernel, fields, only in self.steps[first:last]:
-            if only is None or only not in unwanted:
-                program.append(kernel, *(f.pointer() if isinstance(f, Place) else f for f in fields))
-        return program
+            if only is not None and only in unwanted:
+                continue
+            if kernel in PRODUCTS:
+                parts.append(Product(kernel, fields))
+                continue
+            native = parts[-1] if parts else None
+            if not isinstance(native, Native):
+                native = Native(self.core.Program())
+                parts.append(native)
+            native.program.append(kernel, *(f.pointer() if isinstance(f, Place) else f for f in fields))
+        return Steps(parts)
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
@@ -132,6 +146,14 @@ class Plan:
             if isinstance(value, Place):
                 value.touch(len(self.steps))
         self.steps.append((kernel, fields, only))
+
+    def _product(self, kernel: str, *matrices: tuple[Place | None, tuple[int, int]], only: int | None = None) -> None:
+        """A step on matrices, each a place and its shape."""
+        for place, _ in matrices:
+            if place is not None:
+                place.touch(len(self.steps))
+        operands = tuple(place and (place, shape, self.dtype) for place, shape in matrices)
+        self.steps.append((kernel, operands, only))
 
     def _enter(self, place: Place, shape: Shape, channels_last: bool, code: int) -> Place:
         """The outer tensor as the kernels want it: itself, or its copy in the arena."""
@@ -162,28 +184,69 @@ class Plan:
         layer, last = self.layers[i], i == len(self.layers) - 1
         names = [*(("weight", "bias") if layer.conv is not None else ())]
         names += ["gamma", "beta"] if layer.norm is not None else []
+        image = shape if layer.flatten else None
+        if layer.flatten:
+            x, shape = self._flattened(x, shape)
         tensors = dict(zip(names, layer.parameters(), strict=True))
         epilogue = _activation.CODES[layer.activation], layer.slope
         present = {name: slot if tensors[name] is not None else None for name, slot in zip(names, slots, strict=True)}
         gradients = {name: self.gradients.get(first + j) for j, name in enumerate(names)}
         found = _Pass(layer, x, shape, x, shape, epilogue, present, gradients, first)
+        found.image = image
         self.passes.append(found)
-        if layer.conv is not None:
+        if layer.conv is not None and self.flat != isinstance(layer.conv, nn.Linear):
+            raise Unfit
+        if isinstance(layer.conv, nn.Linear):
+            if shape[1] != layer.conv.in_features:
+                raise Unfit
+            found.y_shape = shape[0], layer.conv.out_features, 1, 1
+        elif layer.conv is not None:
             weight: Any = tensors["weight"]
             self.output_channels_last |= is_channels_last(weight)
             found.weight_strides = weight.stride()
             found.conv, found.y_shape = self._geometry(layer.conv, weight, shape)
         out = found.y_shape
         found.y = self._edge(self.output, out, self.output_channels_last, self.code) if last else self._image(out)
-        if layer.norm is not None and layer.norm.num_features != found.y_shape[1]:
-            raise Unfit
         if layer.norm is None:
-            self._convolve(found, found.parameters["weight"], found.parameters["bias"], found.y, found.epilogue)
+            self._compute(found)
+        elif not layer.is_batch_norm():
+            self._normalise_samples(found)
+        elif self.flat != isinstance(layer.norm, nn.BatchNorm1d) or layer.norm.num_features != out[1]:
+            raise Unfit
         elif layer.norm.training:
             self._normalise(i, found)
         else:
             self._normalise_in_eval(i, found, tensors)
         return found.y, found.y_shape
+
+    def _flattened(self, x: Place, shape: Shape) -> tuple[Place, Shape]:
+        """The image as nn.Flatten leaves it: a row in NCHW order."""
+        n, c, h, w = shape
+        if self.flat:
+            raise Unfit
+        self.flat, row = True, (n, c * h * w, 1, 1)
+        if plain_order(shape):
+            return x, row
+        flat = self._image(row)
+        self._step("relayout", self.code, self.code, x, flat, n, h * w, c)
+        return flat, row
+
+    def _compute(self, p: _Pass) -> None:
+        """A layer without a norm: a convolution with its epilogue, a linear layer or an activation alone."""
+        if isinstance(p.layer.conv, nn.Linear):
+            if p.epilogue != IDENTITY:
+                raise Unfit
+            self._multiply(p, p.y)
+        elif p.layer.conv is not None:
+            self._convolve(p, p.parameters["weight"], p.parameters["bias"], p.y, p.epilogue)
+        else:
+            n, c, h, w = p.y_shape
+            self._step("bias_act_forward", self.code, p.x, None, p.y, n, c, h * w, True, *p.epilogue, *PLAIN)
+
+    def _multiply(self, p: _Pass, y: Place) -> None:
+        n, c, k = p.x_shape[0], p.x_shape[1], p.y_shape[1]
+        weight, bias = p.parameters["weight"], p.parameters["bias"]
+        self._product("linear", (p.x, (n, c)), (weight, (k, c)), (bias, (1, k)), (y, (n, k)))
 
     def _geometry(self, conv: Any, weight: Tensor, shape: Shape) -> tuple[Any, Shape]:
         like = torch.empty(shape, device="meta")
@@ -223,7 +286,10 @@ class Plan:
         if p.layer.conv is None:
             return p.x
         t = self._image(p.y_shape)
-        self._convolve(p, p.parameters["weight"], p.parameters["bias"], t, IDENTITY)
+        if isinstance(p.layer.conv, nn.Linear):
+            self._multiply(p, t)
+        else:
+            self._convolve(p, p.parameters["weight"], p.parameters["bias"], t, IDENTITY)
         return t
 
     def _norm_fields(self, p: _Pass, groups: int, training: bool) -> tuple:
@@ -237,17 +303,34 @@ class Plan:
             raise Unfit
         p.t = self._norm_input(p)
         p.statistics = self._arena(groups, c), self._arena(groups, c)
-        p.norm_shape = self._norm_fields(p, groups, True)
+        p.norm, p.norm_shape = "bn_act", self._norm_fields(p, groups, True)
         vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
         self._step("bn_act_forward", self.code, p.t, *vectors, p.y, *p.norm_shape)
         if norm.track_running_stats and norm.running_mean is not None:
             count = n // groups * h * w
             self._step("bn_update", *p.statistics, *self.buffers[i], groups, c, count, float(norm.momentum))
 
+    def _normalise_samples(self, p: _Pass) -> None:
+        """Group, instance and layer norm: groups of a sample's channels have statistics of their own."""
+        norm, (n, c, h, w) = p.layer.norm, p.y_shape
+        if isinstance(norm, nn.LayerNorm):
+            groups, fits = 1, self.flat and tuple(norm.normalized_shape) == (c,)
+        elif isinstance(norm, nn.GroupNorm):
+            groups, fits = norm.num_groups, c == norm.num_channels and n * c * h * w > norm.num_groups
+        else:
+            groups, fits = c, not self.flat and c == norm.num_features and h * w > 1
+        if not fits:
+            raise Unfit
+        p.t = self._norm_input(p)
+        p.statistics = self._arena(n, groups), self._arena(n, groups)
+        p.norm, p.norm_shape = "gn_act", (n, c, h * w, groups, True, float(norm.eps), *p.epilogue)
+        vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
+        self._step("gn_act_forward", self.code, p.t, *vectors, p.y, *p.norm_shape)
+
     def _normalise_in_eval(self, i: int, p: _Pass, tensors: dict[str, Any]) -> None:
         layer, (mean, var, _) = p.layer, self.buffers[i]
         vectors = p.parameters["gamma"], p.parameters["beta"], mean, var
-        if layer.conv is None or not _folds(layer.conv, tensors["weight"], p.x_shape):
+        if not layer.convolves() or not _folds(layer.conv, tensors["weight"], p.x_shape):
             t = self._norm_input(p)
             self._step("bn_act_forward", self.code, t, *vectors, p.y, *self._norm_fields(p, 1, False))
             return
@@ -268,25 +351,35 @@ class Plan:
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _backward(self) -> None:
+    def _backward(self, shape: Shape) -> None:
         bottom = 0 if 0 in self.gradients else self._lowest()
-        dy = self._enter(self.cotangent, self.shape, self.output_channels_last, self.code)
+        dy = self._enter(self.cotangent, shape, self.output_channels_last, self.code)
         for i in range(len(self.passes) - 1, bottom - 1, -1):
             p = self.passes[i]
             dx: Place | None = None
-            if i > bottom:
+            if i > bottom or (p.image is not None and 0 in self.gradients):
                 dx = self._image(p.x_shape)
             elif 0 in self.gradients:
                 dx = self._edge(self.gradients[0], p.x_shape, self.input_channels_last, self.input_code)
             through = dx if p.layer.conv is None else None
             dt = self._epilogue_backward(p, dy, through)
-            if p.layer.conv is not None:
+            if isinstance(p.layer.conv, nn.Linear):
+                self._product_backward(p, dt, dx, only=0 if i == bottom else None)
+            elif p.layer.conv is not None:
                 self._convolution_backward(p, dt, dx, only=0 if i == bottom else None)
             if dx is not None:
-                dy = dx
+                dy = self._unflattened(dx, p.image) if p.image is not None else dx
         if 0 in self.gradients:
-            edge = self.passes[0].x_shape, self.input_channels_last, self.input_code
+            edge = self.passes[0].image or self.passes[0].x_shape, self.input_channels_last, self.input_code
             self._leave(dy, self.gradients[0], *edge, only=0)
+
+    def _unflattened(self, row: Place, shape: Shape) -> Place:
+        n, c, h, w = shape
+        if plain_order(shape):
+            return row
+        image = self._image(shape)
+        self._step("relayout", self.code, self.code, row, image, n, c, h * w)
+        return image
 
     def _lowest(self) -> int:
         """The first layer that learns: nothing below it is differentiated."""
@@ -302,7 +395,7 @@ class Plan:
                 dt = dy
                 fields: tuple[Place | None, ...] = dy, dy, None
             else:
-                dt = self._image(p.y_shape)
+                dt = out or self._image(p.y_shape)
                 fields = dy, p.y, dt
             if dbias is not None or dt is not dy:
                 self._step("bias_act_backward", self.code, *fields, dbias, *shape, *p.epilogue, *PLAIN)
@@ -310,10 +403,17 @@ class Plan:
         dt = out or self._image(p.y_shape)
         vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
         found = p.gradients["gamma"], p.gradients["beta"]
-        self._step("bn_act_backward", self.code, dy, p.t, *vectors, dt, *found, *p.norm_shape)
+        self._step(f"{p.norm}_backward", self.code, dy, p.t, *vectors, dt, *found, *p.norm_shape)
         if dbias is not None:
             self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, *PLAIN, only=p.first + 1)
         return dt
+
+    def _product_backward(self, p: _Pass, dt: Place, dx: Place | None, only: int | None) -> None:
+        n, c, k = p.x_shape[0], p.x_shape[1], p.y_shape[1]
+        if (dw := p.gradients["weight"]) is not None:
+            self._product("linear_weight", (dt, (n, k)), (p.x, (n, c)), (dw, (k, c)), only=p.first)
+        if dx is not None:
+            self._product("linear_input", (dt, (n, k)), (p.parameters["weight"], (k, c)), (dx, (n, c)), only=only)
 
     def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, only: int | None) -> None:
         transposed = isinstance(p.layer.conv, nn.ConvTranspose2d)

@@ -19,7 +19,9 @@ from torch import Tensor
 from fastgan._op import is_observed, reaches
 from fastgan.choice import STATE, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
+from fastgan.program.memory import Arena, Spares
 from fastgan.program.plan import Plan, Unfit
+from fastgan.program.product import Steps
 
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_WAYS = 64  # of one run of layers: another batch size needs another
@@ -60,21 +62,22 @@ class Compiled:
         self.plan = plan
         self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
         self.forward = plan.program(0, plan.forward_steps)
-        self.backwards: dict[frozenset[int], Any] = {}
+        self.spares = Spares(plan.arena_bytes)
+        self.backwards: dict[frozenset[int], Steps] = {}
         self.updates = any(layer.norm is not None and layer.norm.training for layer in layers)
 
-    def backward(self, unwanted: frozenset[int]) -> Any:
+    def backward(self, unwanted: frozenset[int]) -> Steps:
         program = self.backwards.get(unwanted)
         if program is None:
             plan = self.plan
             program = self.backwards[unwanted] = plan.program(plan.forward_steps, len(plan.steps), unwanted)
         return program
 
-    def run(self, x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[Tensor, Arena]:
         """(y, arena)."""
         plan = self.plan
         y = torch.empty_strided(plan.shape, plan.strides, dtype=plan.dtype)
-        arena = torch.empty(plan.arena_bytes, dtype=torch.uint8)
+        arena = self.spares.take()
         self.forward.run(torch.get_num_threads(), arena, x, y, *parameters, *buffers)
         return y, arena
 
@@ -82,7 +85,8 @@ class Compiled:
         if self.plan.gradients:
             y = Node.apply(self, buffers, x, *parameters)
         else:
-            y, _ = self.run(x, parameters, buffers)
+            y, arena = self.run(x, parameters, buffers)
+            self.spares.give(arena)
         if self.updates:
             torch.autograd.graph.increment_version([b for b in buffers if b is not None])
         return y
@@ -106,8 +110,8 @@ class Node(torch.autograd.Function):
             return None, None, *_replayed(ctx, dy, x, parameters)
         compiled, plan = ctx.compiled, ctx.compiled.plan
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
-        layout = torch.channels_last if plan.output_channels_last else torch.contiguous_format
-        dy = dy.contiguous(memory_format=layout)
+        turned = plan.output_channels_last and dy.dim() == 4
+        dy = dy.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
         tensors = [x, *parameters]
         found: list[Tensor | None] = [None] * len(tensors)
         for i in plan.gradients:
@@ -117,6 +121,7 @@ class Node(torch.autograd.Function):
         unwanted = frozenset(i for i in plan.gradients if not reaches(nodes[i]))
         slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *(found[i] for i in plan.gradients)
         compiled.backward(unwanted).run(torch.get_num_threads(), *slots)
+        compiled.spares.give(arena)
         for i in unwanted:
             found[i] = None
         return None, None, *found
@@ -185,6 +190,8 @@ class Run:
                 "plain": functools.partial(plain, self.layers),
                 "channels_last": functools.partial(_turned, self.layers, compiled.plan.output_channels_last),
             }
+            if x.dim() == 2:
+                del ways["channels_last"]
             count = len(parameters)
             apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
             self.ways[key] = ways[
@@ -193,7 +200,7 @@ class Run:
         return self.ways[key]
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
-        fits = x.dim() == 4 and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
+        fits = x.dim() in (2, 4) and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
         if not torch.is_autocast_enabled("cpu"):  # float32 parameters take no other input
             fits = fits and dtype == torch.float32
         if self.layers[0].conv is None:  # a norm under autocast computes in its input's type
@@ -207,4 +214,4 @@ class Run:
 def _turned(layers: Sequence[Layer], channels_last: bool, x: Tensor, parameters: Any, buffers: Any) -> Tensor:
     """Plain PyTorch in channels_last, whatever the input's layout."""
     y = plain(layers, x.contiguous(memory_format=torch.channels_last), parameters, buffers)
-    return y if channels_last else y.contiguous()
+    return y if channels_last or y.dim() == 2 else y.contiguous()
