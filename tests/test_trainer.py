@@ -163,6 +163,8 @@ def test_a_run_and_its_directory(images, tmp_path):
         "log.jsonl",
         "samples",
         "checkpoints",
+        "pictures",
+        "ending.json",
         "report.html",
     }
     assert [p.name for p in sorted((result.out / "samples").iterdir())] == [f"step-{k:07d}.png" for k in (0, 2, 4, 6)]
@@ -184,7 +186,7 @@ def test_a_run_and_its_directory(images, tmp_path):
     config = json.loads((result.out / "config.json").read_text())
     assert Recipe.from_dict(config["recipe"]) == TINY and config["machine"]["torch"] == torch.__version__
     page = (result.out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "<polyline" in page and "http" not in page
+    assert page.count("data:image/png;base64,") == 1 + 1 + 4 + 1 and "<polyline" in page and "http" not in page
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     Commands = object
 
-__all__ = ["Commands", "nonnegative_int", "positive_float", "positive_int", "seed"]
+__all__ = ["Commands", "batch_size", "nonnegative_int", "positive_float", "positive_int", "seed"]
 
 
 def _whole(text: str, least: int) -> int:
@@ -28,6 +28,11 @@ def _whole(text: str, least: int) -> int:
 def positive_int(text: str) -> int:
     """1, 2, ..."""
     return _whole(text, 1)
+
+
+def batch_size(text: str) -> int | str:
+    """1, 2, ... or auto."""
+    return text if text == "auto" else _whole(text, 1)
 
 
 def nonnegative_int(text: str) -> int:

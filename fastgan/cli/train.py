@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from fastgan.training.plan import plan
+from fastgan.training.plan import chosen_batch, plan
 from fastgan.training.precision import NAMES
 from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.recovery import ACTIONS
 from fastgan.training.rundir import RunDirectory
 from fastgan.training.trainer import Trainer
 
-from .arguments import Commands, positive_float, positive_int, seed
+from .arguments import Commands, batch_size, positive_float, positive_int, seed
 
 
 def _epilog() -> str:
@@ -47,7 +47,9 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
     parser.add_argument("--steps", type=positive_int, help="generator updates in all")
-    parser.add_argument("--batch-size", type=positive_int)
+    parser.add_argument(
+        "--batch-size", type=batch_size, metavar="N|auto", help="auto: the smallest that is nearly as fast as twice it"
+    )
     parser.add_argument(
         "--precision", choices=NAMES, help="auto (default): bf16 where this machine is faster in it, else fp32"
     )
@@ -77,6 +79,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         default="warn",
         help="where the generator is lost: warn (default), go back to the last good checkpoint at half the rates, stop",
     )
+    parser.add_argument("--tensorboard", action="store_true", help="event files too (needs the package tensorboard)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
@@ -90,7 +93,14 @@ def run(args: argparse.Namespace) -> int:
         given["conditional"] = True
     if not args.resume:
         given.setdefault("precision", "auto")
+    automatic = given.get("batch_size") == "auto"
+    if automatic:
+        del given["batch_size"]
     recipe = _recipe(args).replace(**given).with_settings(args.settings)
+    if automatic:
+        if args.resume:
+            raise ValueError("train: --batch-size auto is for a new run, a resumed one keeps its own")
+        recipe = chosen_batch(recipe, device=args.device or "auto", backend=args.backend)
     if args.dry_run:
         print(plan(recipe, device=args.device or "auto", backend=args.backend))
         return 0
@@ -107,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         target=args.target,
         patience=args.patience,
         on_collapse=args.on_collapse,
+        tensorboard=args.tensorboard,
         quiet=args.quiet,
         allow_changed_data=args.allow_changed_data,
     ).fit()

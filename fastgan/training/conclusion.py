@@ -10,6 +10,7 @@ from fastgan.choice import settle
 from fastgan.convert import explain
 
 from . import checkpoint, report
+from .nearest import compare_with_images
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -34,12 +35,15 @@ def conclude(run: Trainer, reason: str) -> Result:
     """Save, draw, report, and say so."""
     path = run.save()
     run.rng = checkpoint.rng_state()
-    run.draw()
+    made = run.draw()
     words = run.stop.in_words(reason, run.evaluation)
     if run.evaluation.best is not None:
         run.notes.append(_evaluated(run))
         run.progress.note(run.notes[-1])
     try:
+        if reason != "interrupted":  # who interrupts is in haste
+            said = compare_with_images(run.directory, run.batches.source.images, made, run.columns)
+            run.notes += [said] if said else []
         page = report.write_report(run.directory, status=words, notes=run.notes, explanation=_explanation(run))
     except Exception as error:  # the run is saved; its report can be made again
         page = None

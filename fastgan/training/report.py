@@ -1,43 +1,209 @@
-"""report.html of a run: pictures, curves, configuration and machine in one file, readable offline."""
+"""report.html of a run, and of several side by side: one file, readable offline, from the runs' own files."""
 
 from __future__ import annotations
 
 import base64
 import html
-import math
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgan._writing import write
 
+from .charts import STROKES, curves
 from .progress import duration
 from .rundir import RunDirectory, read_log
 
-__all__ = ["write_report"]
+__all__ = ["comparison", "page", "write_report"]
 
-_MAX_GRIDS = 8  # pictures of the way there; each is a few hundred kB at 64 images of 64x64
+_MAX_GRIDS = 16  # pictures of the way there; each is a few hundred kB at 64 images of 64x64
 _LARGEST = 1e30  # beyond it a curve is no picture
-_MAX_POINTS = 600  # points a curve: more than pixels help nobody
 
 _STYLE = """
-:root { --ink: #1c1e21; --soft: #6b7178; --line: #d9dce0; --paper: #fff; --a: #1f6feb; --b: #d1571b; }
+:root { --ink: #1c1e21; --soft: #6b7178; --line: #d9dce0; --paper: #fff; --a: #1f6feb; --b: #d1571b; --c: #2a8f5b;
+  --d: #8b5cf6; --e: #b7791f; --f: #0e7490; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8ea; --soft: #9aa1a9; --line: #3a3f45; --paper: #15181b; --a: #6ea8fe; --b: #f0956a; } }
+  :root { --ink: #e6e8ea; --soft: #9aa1a9; --line: #3a3f45; --paper: #15181b; --a: #6ea8fe; --b: #f0956a; --c: #6cc79b;
+    --d: #b79bfa; --e: #e0b15c; --f: #5cc3dc; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 .soft { color: var(--soft); } .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
 .facts b { display: block; font-size: 1.3rem; } img { image-rendering: pixelated; max-width: 100%; }
-.hero { width: min(100%, 34rem); } .way { display: grid; gap: .8rem;
-  grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); }
-.way img { width: 100%; } figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
+.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); align-items: start; }
+.pair img, .way img { width: 100%; } .way { max-width: 34rem; } .way input { width: 100%; accent-color: var(--a); }
+.way figure:not(.now) { display: none; }
+figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke-width: 1.5; stroke-linejoin: round; }
-.a { stroke: var(--a); } .b { stroke: var(--b); } .key-a { color: var(--a); } .key-b { color: var(--b); }
-table { border-collapse: collapse; } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; }
-td:first-child { color: var(--soft); } pre { overflow-x: auto; font-size: .8rem; }
-"""
+table { border-collapse: collapse; } td, th { padding: .1rem 1.2rem .1rem 0; vertical-align: top; text-align: left; }
+td:first-child { color: var(--soft); overflow-wrap: anywhere; } pre { overflow-x: auto; font-size: .8rem; }
+""" + "".join(f".{s} {{ stroke: var(--{s}); }} .key-{s} {{ color: var(--{s}); }}\n" for s in STROKES)
+
+_SLIDER = """<script>
+for (const way of document.querySelectorAll(".way")) {
+  const figures = way.querySelectorAll("figure"), slider = way.querySelector("input");
+  slider.addEventListener("input", () => figures.forEach((f, i) => f.classList.toggle("now", i == slider.value)));
+}
+</script>"""
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    folder: str | Path | RunDirectory, *, status: str, notes: Iterable[str] = (), explanation: str = ""
+) -> Path:
+    """Write ``report.html`` from the run directory's own files and return its path.
+
+    `status`: how the run ended, in a few words. `notes`: warnings it gave. `explanation`: the text of
+    `fastgan.explain` for both networks. They are kept in ending.json, for `fastgan report`.
+    """
+    run = folder if isinstance(folder, RunDirectory) else RunDirectory(folder)
+    ending = {"status": status, "notes": list(notes), "explanation": explanation}
+    write(run.report, page(run, ending=ending))
+    write(run.ending, json.dumps(ending, indent=1) + "\n")  # last: where it is, the run came to its end
+    return run.report
+
+
+def page(run: RunDirectory, *, ending: Mapping[str, Any] | None = None, refresh: int = 0) -> str:
+    """The report of a run, also of one under way, as HTML.
+
+    ending: None reads ending.json. refresh: seconds after which a browser asks again; 0: never.
+    """
+    ending = ending or run.read_ending()
+    body = "\n".join(_sections(run, **ending))
+    return _document(run.path.resolve().name, body, refresh)
+
+
+def _document(title: str, body: str, refresh: int = 0) -> str:
+    again = f"<meta http-equiv='refresh' content='{refresh}'>" if refresh else ""
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width'>{again}"
+        f"<title>fastgan: {html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{body}\n{_SLIDER}</body></html>\n"
+    )
+
+
+def _sections(run: RunDirectory, status: str, notes: Iterable[str], explanation: str) -> Iterable[str]:
+    config, records = run.read_config(), read_log(run.log)
+    recipe = config["recipe"]
+    yield f"<h1>{html.escape(recipe['name'])} on {html.escape(str(recipe['data']))}</h1>"
+    made = f"fastgan {config.get('fastgan')}, {config['started']}"
+    yield f"<p class='soft'>{html.escape(made)}</p>"
+    yield f"<div class='facts'>{_facts(records, status)}</div>"
+    yield from _pictures(run, config.get("classes"))
+    for note in notes:
+        yield f"<p><b>Note:</b> {html.escape(note)}</p>"
+    yield from _charts(records)
+    yield "<h2>Recipe</h2>" + _table(recipe)
+    yield "<h2>Machine</h2>" + _table(config.get("machine", {}))
+    if explanation:
+        yield f"<h2>Layers</h2><pre>{html.escape(explanation)}</pre>"
+
+
+def _pictures(run: RunDirectory, classes: Sequence[str] | None) -> Iterable[str]:
+    grids = _choose(sorted(run.samples.glob("step-*.png")), _MAX_GRIDS)
+    if grids:
+        rows = f"; rows: {', '.join(classes[:12])}" if classes else ""
+        latest = _picture(grids[-1], f"samples from fixed noise, {_step(grids[-1])}{rows}")
+        real = run.pictures / "real.png"
+        beside = _picture(real, "images of the training set") if real.exists() else ""
+        yield f"<div class='pair'>{latest}{beside}</div>"
+    if len(grids) > 1:
+        now = len(grids) - 1
+        figures = "".join(_picture(p, _step(p), "now" if i == now else "") for i, p in enumerate(grids))
+        slider = f"<input type='range' min='0' max='{now}' value='{now}' aria-label='samples over time'>"
+        yield f"<h2>Samples over time</h2><div class='way'>{slider}{figures}</div>"
+    if (nearest := run.pictures / "nearest.png").exists():
+        caption = "samples above, below each the training image whose features are nearest"
+        yield "<h2>Nearest training images</h2>" + _picture(nearest, caption)
+
+
+def _charts(records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    def chart(
+        title: str, keys: Mapping[str, str], span: tuple[float, float] | None = None, always: bool = False
+    ) -> str:
+        found = {name: _series(records, key) for key, name in keys.items()}
+        shown = {name: points for name, points in found.items() if len(points) > 1}
+        return f"<h2>{title}</h2>{curves(shown or found, span)}" if shown or always else ""
+
+    yield chart("Kernel distance", {"kcd": "kcd, features of small; lower is nearer"})
+    yield chart("Losses", {"d_loss": "discriminator", "g_loss": "generator"}, always=True)
+    yield chart("Mean scores", {"d_real": "D(x)", "d_fake": "D(G(z))"}, (0.0, 1.0), always=True)
+    watched = {"diversity": "variety beside the images'", "coverage": "coverage", "overfit": "overfitting of D"}
+    yield chart("Health", watched)
+    yield chart("Gradient norms", {"d_grad": "discriminator", "g_grad": "generator"})
+    yield chart("Penalty", {"penalty": "penalty"})
+    yield f"<h2>Speed</h2>{curves({'images/s': _series(records[1:], 'images_per_second')})}"
+
+
+COMPARED = (  # title, and what over what
+    ("Kernel distance over steps", "kcd", "step"),
+    ("Kernel distance over time", "kcd", "seconds"),
+    ("Discriminator's loss", "d_loss", "step"),
+    ("Images/s", "images_per_second", "step"),
+)
+
+
+# ---- several runs ---------------------------------------------------------------------------------------------------
+
+
+def comparison(runs: Sequence[RunDirectory]) -> str:
+    """Runs side by side as HTML: what differs in their recipes, how far they came, their curves and last samples."""
+    names = _names(runs)
+    configs = [run.read_config() for run in runs]
+    logs = [read_log(run.log) for run in runs]
+    rows = [_standing(name, run, log) for name, run, log in zip(names, runs, logs, strict=True)]
+    body = [f"<h1>{len(runs)} runs</h1>", _rows(rows), "<h2>What differs</h2>", _rows(_differences(names, configs))]
+    for title, key in (
+        ("Kernel distance", "kcd"),
+        ("Discriminator's loss", "d_loss"),
+        ("Images/s", "images_per_second"),
+    ):
+        for over, x in (("steps", "step"), ("seconds", "seconds")) if key == "kcd" else (("steps", "step"),):
+            series = {name: _series(log, key, x) for name, log in zip(names, logs, strict=True)}
+            shown = {name: points for name, points in series.items() if len(points) > 1}
+            body.append(f"<h2>{title}</h2>{curves(shown, over=over)}" if shown else "")
+    pictures = []
+    for name, run in zip(names, runs, strict=True):
+        if grids := sorted(run.samples.glob("step-*.png")):
+            pictures.append(_picture(grids[-1], f"{name}, {_step(grids[-1])}"))
+    body.append(f"<h2>Samples</h2><div class='pair'>{''.join(pictures)}</div>")
+    return _document(", ".join(names), "\n".join(body))
+
+
+def _names(runs: Sequence[RunDirectory]) -> list[str]:
+    """The directories' own names where they differ, else their paths."""
+    short = [run.path.resolve().name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.path) for run in runs]
+
+
+def _standing(name: str, run: RunDirectory, log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    scores = [(value, r["step"]) for r in log if (value := _number(r, "kcd")) is not None]
+    best, at = min(scores, default=(None, None))
+    last = log[-1] if log else {}
+    return {
+        "run": name,
+        "ended": str(run.read_ending()["status"]),
+        "steps": f"{last.get('step', 0):,}",
+        "time": duration(_number(last, "seconds") or 0.0),
+        "best kcd": "none" if best is None else f"{best:.4f} at step {at:,}",
+        "images/s": _median_speed(log),
+    }
+
+
+def _differences(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row for each recipe field, device or version that is not the same in all runs."""
+    flat = [{**c["recipe"], "device": c.get("device"), "fastgan": c.get("fastgan")} for c in configs]
+    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key != "source"]
+    differing = [key for key in keys if len({json.dumps(f.get(key)) for f in flat}) > 1]
+    return [{"field": key} | {n: str(f.get(key)) for n, f in zip(names, flat, strict=True)} for key in differing]
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
 def _step(grid: Path) -> str:
@@ -54,62 +220,18 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
     return float(value) if abs(value) < _LARGEST else None  # false for NaN
 
 
-def _picture(path: Path, kind: str, caption: str) -> str:
+def _series(records: Sequence[Mapping[str, Any]], key: str, over: str = "step") -> list[tuple[float, float]]:
+    found = [(_number(r, over), _number(r, key)) for r in records]
+    return [(x, y) for x, y in found if x is not None and y is not None]
+
+
+def _picture(path: Path, caption: str, kind: str = "") -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     caption = html.escape(caption)
     return (
-        f'<figure><img class="{kind}" src="data:image/png;base64,{data}" alt="{caption}">'
+        f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{caption}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between `low` and `high`; one where they are the same."""
-    if not high > low:
-        return [low]
-    raw = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(raw))
-    unit = next(u * power for u in (1, 2, 2.5, 5, 10) if u * power >= raw)
-    first = math.ceil(low / unit)
-    return [unit * k for k in range(first, math.floor(high / unit) + 1)]
-
-
-def _curves(
-    records: Sequence[Mapping[str, Any]], keys: Mapping[str, str], span: tuple[float, float] | None = None
-) -> str:
-    """An SVG of up to two values over the steps; `keys` maps record keys to titles, `span` fixes the axis."""
-    read = [(r["step"], [_number(r, key) for key in keys]) for r in records]
-    rows = [(step, [v for v in found if v is not None]) for step, found in read if None not in found]
-    rows = rows[:: max(1, math.ceil(len(rows) / _MAX_POINTS))]
-    if len(rows) < 2:
-        return '<p class="soft">fewer than two logged steps</p>'
-    steps = [step for step, _ in rows]
-    values = [value for _, found in rows for value in found]
-    low, high = span or (min(values), max(values))
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1.0):
-        low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
-    width, height, left, bottom = 860.0, 220.0, 48.0, 24.0
-
-    def x(step: float) -> float:
-        return left + (width - left - 8) * (step - steps[0]) / max(1, steps[-1] - steps[0])
-
-    def y(value: float) -> float:
-        return 8 + (height - bottom - 8) * (1 - (value - low) / (high - low))
-
-    parts = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img">']
-    for tick in _ticks(low, high):
-        parts.append(f'<line class="axis" x1="{left:g}" x2="{width - 8:g}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{left - 6:g}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for tick in _ticks(steps[0], steps[-1]):
-        parts.append(f'<text x="{x(tick):.1f}" y="{height - 6:g}" text-anchor="middle">{tick:.6g}</text>')
-    for index, stroke in enumerate("ab"[: len(keys)]):
-        points = " ".join(f"{x(step):.1f},{y(found[index]):.1f}" for step, found in rows)
-        parts.append(f'<polyline class="{stroke}" points="{points}"/>')
-    legend = " &nbsp; ".join(
-        f'<span class="key-{stroke}">&#9632; {html.escape(title)}</span>'
-        for stroke, title in zip("ab", keys.values(), strict=False)
-    )
-    return f"<p>{legend} <span class='soft'>over steps</span></p>" + "".join(parts) + "</svg>"
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -120,17 +242,28 @@ def _table(rows: Mapping[str, Any]) -> str:
     return f"<table>{cells}</table>"
 
 
+def _rows(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return "<p class='soft'>nothing</p>"
+    head = "".join(f"<th>{html.escape(key)}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _median_speed(records: Sequence[Mapping[str, Any]]) -> str:
+    # The first record holds warm-up: proofs, races and lazy initialisation.
+    speeds = sorted(y for _, y in _series(records[1:] or records, "images_per_second"))
+    return f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "none"
+
+
 def _facts(records: Sequence[Mapping[str, Any]], status: str) -> str:
     last = records[-1] if records else {}
-    # The first record holds warm-up: proofs, races and lazy initialisation.
-    found = [_number(r, "images_per_second") for r in (records[1:] or records)]
-    speeds = sorted(speed for speed in found if speed is not None)
     facts = {
         "ended": status,
         "steps": f"{last.get('step', 0):,}",
         "images seen": f"{_number(last, 'images') or 0:,.0f}",
         "training time": duration(_number(last, "seconds") or 0.0),
-        "images/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "none",
+        "images/s (median)": _median_speed(records),
         "memory": f"{_number(last, 'memory_mb') or 0:,.0f} MB",
     }
     return "".join(f"<div><span class='soft'>{k}</span><b>{html.escape(v)}</b></div>" for k, v in facts.items())
@@ -141,54 +274,3 @@ def _choose(paths: Sequence[Path], count: int) -> list[Path]:
     if len(paths) <= count:
         return list(paths)
     return [paths[round(k * (len(paths) - 1) / (count - 1))] for k in range(count)]
-
-
-def _sections(run: RunDirectory, status: str, notes: Iterable[str], explanation: str) -> Iterable[str]:
-    config, records = run.read_config(), read_log(run.log)
-    recipe = config["recipe"]
-    grids = sorted(run.samples.glob("step-*.png"))
-
-    yield f"<h1>{html.escape(recipe['name'])} on {html.escape(str(recipe['data']))}</h1>"
-    made = f"fastgan {config.get('fastgan')}, {config['started']}"
-    yield f"<p class='soft'>{html.escape(made)}</p>"
-    yield f"<div class='facts'>{_facts(records, status)}</div>"
-    if grids:
-        yield _picture(grids[-1], "hero", f"samples from fixed noise, {_step(grids[-1])}")
-    for note in notes:
-        yield f"<p><b>Note:</b> {html.escape(note)}</p>"
-    yield "<h2>Losses</h2>" + _curves(records, {"d_loss": "discriminator", "g_loss": "generator"})
-    yield "<h2>Mean scores</h2>" + _curves(records, {"d_real": "D(x)", "d_fake": "D(G(z))"}, (0.0, 1.0))
-    if any(_number(r, "kcd") is not None for r in records):
-        yield "<h2>Kernel distance</h2>" + _curves(
-            [r for r in records if "kcd" in r], {"kcd": "kcd, features of small; lower is nearer"}
-        )
-    if any(_number(r, "penalty") for r in records):
-        yield "<h2>Penalty</h2>" + _curves(records, {"penalty": "penalty"})
-    yield "<h2>Speed</h2>" + _curves(records[1:], {"images_per_second": "images/s"})
-    if len(grids) > 1:
-        way = "".join(_picture(p, "", _step(p)) for p in _choose(grids[:-1], _MAX_GRIDS))
-        yield f"<h2>The way there</h2><div class='way'>{way}</div>"
-    yield "<h2>Recipe</h2>" + _table(recipe)
-    yield "<h2>Machine</h2>" + _table(config.get("machine", {}))
-    if explanation:
-        yield f"<h2>Layers</h2><pre>{html.escape(explanation)}</pre>"
-
-
-def write_report(
-    folder: str | Path | RunDirectory, *, status: str, notes: Iterable[str] = (), explanation: str = ""
-) -> Path:
-    """Write ``report.html`` from the run directory's own files and return its path.
-
-    `status`: how the run ended, in a few words. `notes`: warnings it gave. `explanation`: the text of
-    `fastgan.explain` for both networks.
-    """
-    run = folder if isinstance(folder, RunDirectory) else RunDirectory(folder)
-    body = "\n".join(_sections(run, status, notes, explanation))
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>fastgan: {html.escape(run.path.resolve().name)}</title><style>{_STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
-    write(run.report, page)
-    return run.report

@@ -1,6 +1,7 @@
 """The run directory: every file of a run, who may write it, and what is left of it after a crash.
 
-    config.json  log.jsonl  samples/  checkpoints/  best/  report.html     and, while a process trains in it, lock
+    config.json  log.jsonl  samples/  checkpoints/  best/  pictures/  tensorboard/  report.html  ending.json
+    and, while a process trains in it, lock
 
 Whole files appear whole or not at all; the log grows by a line at a time, and a torn last line is cut when the run
 goes on.
@@ -25,7 +26,17 @@ __all__ = ["RunDirectory", "read_log"]
 
 # What a run directory holds; --overwrite deletes these names and nothing else. The configuration goes first: a
 # directory without one is no run that could be resumed by mistake.
-CONTENTS = ("config.json", "log.jsonl", "samples", "checkpoints", "best", "report.html")
+CONTENTS = (
+    "config.json",
+    "log.jsonl",
+    "samples",
+    "checkpoints",
+    "best",
+    "pictures",
+    "tensorboard",
+    "ending.json",
+    "report.html",
+)
 _LOCK = "lock"
 
 
@@ -61,6 +72,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.log = self.path / "log.jsonl"
+        self.pictures = self.path / "pictures"
+        self.ending = self.path / "ending.json"
         self.report = self.path / "report.html"
         self._config = self.path / "config.json"
         self._lock = RunLock(self.path / _LOCK)
@@ -121,14 +134,15 @@ class RunDirectory:
                     path.unlink(missing_ok=True)
         # The configuration first: without one nothing else may lie here, or the run could neither go on nor begin.
         _writing.write(self._config, json.dumps(config, indent=2) + "\n")
-        self.report.unlink(missing_ok=True)
+        for path in (self.ending, self.report):
+            path.unlink(missing_ok=True)
         kept = [record for record in read_log(self.log) if record["step"] <= step] if step else []
         _writing.write(self.log, "".join(json.dumps(record) + "\n" for record in kept))
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: its report is the last file that it writes, and the first to go."""
-        return self.report.exists()
+        """Whether the run came to its end: ending.json is the last file that it writes, and the first to go."""
+        return self.ending.exists()
 
     def read_config(self) -> dict[str, Any]:
         """config.json, its recipe checked. Raises ValueError where there is none."""
@@ -145,6 +159,20 @@ class RunDirectory:
                 f"run: {self._config} must be the configuration of a run, reading it gave: {error}"
             ) from error
         return dict(config)
+
+    def read_ending(self) -> dict[str, Any]:
+        """How the run ended: "status", "notes" and "explanation"; of a run under way, that it is."""
+        found: Any = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            found = json.loads(self.ending.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            found = {}
+        notes = found.get("notes", [])
+        return {
+            "status": str(found.get("status", "not yet")),
+            "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
+            "explanation": str(found.get("explanation", "")),
+        }
 
     # ---- its way --------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from fastgan.choice import backend, begin_run
 
 from . import checkpoint, snapshot
 from .assembly import assemble, resolve_device
+from .board import Board
 from .clock import Clock
 from .conclusion import Result, conclude
 from .evaluation import Evaluation
@@ -58,6 +59,7 @@ class Trainer:
     patience: the run ends after so many evaluations in a row without a lower kernel distance.
     on_collapse: "warn", "rollback" (go back to the last good checkpoint, halve both rates, go on; at most three times)
         or "stop", where the guard sees one image for all, a loss of variety, gradients or numbers that explode.
+    tensorboard: write event files to out/tensorboard too; ImportError where the package is absent.
     quiet: show warnings only.
     images: an image set to use in place of the recipe's data.
     networks: (generator, discriminator) to train in place of the recipe's model.
@@ -81,6 +83,7 @@ class Trainer:
         target: Callable[[Trainer], bool] | str | None = None,
         patience: int | None = None,
         on_collapse: str = "warn",
+        tensorboard: bool = False,
         quiet: bool = False,
         images: Any = None,
         networks: tuple[nn.Module, nn.Module] | None = None,
@@ -107,6 +110,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.progress = progress_for(quiet=quiet)
         self.notes: list[str] = []
+        self._board = Board(self.out / "tensorboard") if tensorboard else None
         self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
         pixels = self.recipe.channels * self.recipe.image_size**2
@@ -137,10 +141,10 @@ class Trainer:
             channels_last=True,
         )
         self.sample_labels: Tensor | None = None
-        self._columns: int | None = None
+        self.columns: int | None = None
         count = recipe.sample_count
         if recipe.conditional:
-            self.sample_labels, self._columns = class_rows(count, recipe.classes)
+            self.sample_labels, self.columns = class_rows(count, recipe.classes)
             count = len(self.sample_labels)
         self.noise = latents(count, recipe.latent, seed=recipe.seed)
         labels = self.images.labels if recipe.conditional else None
@@ -215,6 +219,8 @@ class Trainer:
                 return conclude(self, reason)
             finally:
                 self.progress.stop()
+                if self._board:
+                    self._board.close()
 
     def _begin(self) -> None:
         """Make the run directory, or check that it is still as it was when this run was read from it."""
@@ -335,6 +341,8 @@ class Trainer:
         if self.stop.time_limit is not None:
             left = min(left, self.stop.time_limit - self.clock.elapsed)
         self.progress.log({**record, "seconds_left": left})
+        if self._board:
+            self._board.log(record)
         self.warn(self.guard.check(self.step, self.metrics))
 
     def warn(self, warning: str | None) -> None:
@@ -343,10 +351,13 @@ class Trainer:
             self.notes.append(warning)
             self.progress.warn(warning)
 
-    def draw(self) -> None:
-        """The sample grid of this step, from the run's fixed noise."""
+    def draw(self) -> Tensor:
+        """The sample grid of this step, from the run's fixed noise; returns its pictures."""
         images = draw(self.sampler, self.noise, self.sample_labels)
-        data.save_grid(images, self.directory.grid(self.step), columns=self._columns)
+        data.save_grid(images, self.directory.grid(self.step), columns=self.columns)
+        if self._board:
+            self._board.draw(self.step, images, self.columns)
         self.warn(self.guard.check_samples(self.step, images))
         first = max(self.generator.parameters(), key=lambda p: p.dim())
         self.warn(self.guard.check_movement(self.step, first.flatten()[:4096]))
+        return images
