@@ -42,7 +42,7 @@ LIMIT ?= 300
 
 recipes: setup  ## train the penalty recipes at reduced width, five minutes each, into runs/recipes
 	@echo "$$RECIPES" | while read -r name options settings; do \
-		$(BIN)/fastgan train --recipe $$name --out runs/recipes/$$name --overwrite --precision bf16 \
+		$(BIN)/fastgan train --recipe $$name --out runs/recipes/$$name --overwrite \
 			--time-limit $(LIMIT) --set sample_every=0 --set "model_options=$$options" $$settings || exit 1; \
 	done
 
