@@ -447,3 +447,15 @@ def test_inductor_and_autocast_take_a_converted_model():
         a, b = ours(image), plain(image)
     assert a.dtype == b.dtype
     torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_a_trace_is_paid_from_the_account_of_races():
+    """So that races wait behind it, and the first step of a hand-written model keeps its bound."""
+    _, model, arguments = twins("unet")
+    account = STATE.account
+    spent, begin = account.spent, account.clock()
+    model(*arguments)
+    assert account.spent - spent > 0.5 * (account.clock() - begin)
+    spent = account.spent
+    model(*arguments)
+    assert account.spent == spent

@@ -1,7 +1,8 @@
-"""The account that proofs and races are paid from, and what a call is expected to cost.
+"""The account that proofs, races and traces are paid from, and what a call is expected to cost.
 
 The rule. The account starts with HELD seconds, holds no more than that, and regains RATE seconds in each second of the
-clock. A proof or a race begins only where its expected time is on the account, and pays what it took.
+clock. A proof or a race begins only where its expected time is on the account, and pays what it took. Dynamo's trace of
+a forward (`fastgan.trace`) asks nobody; it pays afterwards, so that the races behind it wait.
 
 What follows. A step that takes `own` seconds beside proofs and races spends at most HELD + RATE (own + spent) on them,
 so it takes at most (own + HELD) / (1 - RATE) = 1.33 own + 1.33 seconds. `own` is not more than PyTorch's warm step and
@@ -85,9 +86,12 @@ class Account:
         try:
             yield
         finally:
-            took = self.clock() - begin
-            self._balance = self.balance - took
-            self.spent += took
+            self.charge(self.clock() - begin)
+
+    def charge(self, seconds: float) -> None:
+        """Take seconds that have passed from the account."""
+        self._balance = self.balance - seconds
+        self.spent += seconds
 
     def known(self, kind: tuple) -> bool:
         return kind in self._slowest

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastgan._forward import Forward
 from fastgan._hooks import WEIGHT_HOOKS, has_global_hooks, has_hooks_on_values
 from fastgan._op import PLAIN, is_traced
-from fastgan.choice import forced
+from fastgan.choice import STATE, forced
 from fastgan.trace.graphs import Graph, traced
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -95,8 +95,12 @@ class Part(Forward):
             return self.plain(*args, **kwargs)
         compiled = self._compiled or self._compile()
         graphs, before = len(self.graphs), [graph.calls for graph in self.graphs]
+        account = STATE.account
+        begin, paid = account.clock(), account.spent
         with torch.compiler.set_stance("eager_on_recompile") if known else _tracing():
             found = compiled(*args, **kwargs)
+        if len(self.graphs) != graphs:  # the call's own run is a small part of what it took
+            account.charge(account.clock() - begin - (account.spent - paid))
         ran = [graph for graph, calls in zip(self.graphs, before, strict=False) if graph.calls != calls]
         self._learn(kind, known, ran, traced=len(self.graphs) != graphs)
         return found
