@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo faults recipes test slowest check lint types docs bench evidence scaling quality slow cuda arm gpu-static clean
+.PHONY: help setup demo faults recipes test slowest check lint types docs bench evidence scaling quality time-to-quality slow cuda arm gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -82,6 +82,10 @@ scaling: setup  ## the training step over batch size, image size and threads, 12
 
 quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 minutes; a verdict and a picture
 	$(BIN)/python benchmarks/quality.py
+
+time-to-quality: setup  ## seconds until the same kernel distance, PyTorch and fastgan, three seeds, at most 8 minutes; a picture
+	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
+	$(BIN)/python benchmarks/time_to_quality.py --png docs/images/time-to-quality.png
 
 faults: setup  ## every call that writes a run's files interrupted once, the disk full at each, twenty kills
 	$(BIN)/python -m pytest -q tests/faults

@@ -174,7 +174,7 @@ def test_data(data, tmp_path, monkeypatch, capsys):
     ("command", "message"),
     [
         ("frobnicate", "invalid choice: 'frobnicate'"),
-        ("train", "--recipe NAME must be given, one of mlp-28, dcgan-28, dcgan-64"),
+        ("train", "--recipe NAME or --data must be given, or --resume DIR; recipes: fastgan, mlp-28, dcgan-28"),
         ("train --recipe dcgan-99 --out x", "there is no recipe 'dcgan-99'"),
         ("train --recipe dcgan-28", "--out DIR must say where the run is written"),
         ("train --recipe dcgan-28 --steps 0 --out x", "must be a whole number of at least 1, got '0'"),

@@ -10,7 +10,7 @@ import fastgan
 from fastgan.cli import main
 from fastgan.data.imageset import ImageSet
 from fastgan.training import checkpoint, recovery
-from fastgan.training.guard import GROWN, LOOKS, STARTED, STEEP, Collapse, Guard
+from fastgan.training.guard import CLIFF, GROWN, LOOKS, STARTED, STEEP, Collapse, Guard
 from fastgan.training.health import Health, gradient_norms
 from fastgan.training.rundir import read_log
 from fastgan.training.trainer import Trainer
@@ -38,7 +38,10 @@ def test_loss_of_variety_is_told_once_and_again_after_a_recovery():
     warnings = told(guard, fine + lost + fine + lost)
     assert [step for step, _ in warnings] == [STARTED + 100 * (3 + LOOKS - 1), STARTED + 100 * (11 + LOOKS - 1)]
     assert isinstance(warnings[0][1], Collapse)
-    assert "few kinds of pictures (10% of the images' variety, at best it had 80%; 5% of the images" in warnings[0][1]
+    assert (
+        "few kinds of pictures (10% of the images' variety; 5% of the images have a picture near, at best it was 90%"
+        in warnings[0][1]
+    )
     assert guard.healthy == STARTED + 100 * 10
 
 
@@ -46,8 +49,11 @@ def test_an_untrained_generator_is_no_collapse():
     assert not told(Guard("bce", 64), [look(0.05, 0.0)] * 10, start=0, every=STARTED // 11)
 
 
-def test_variety_that_falls_and_still_covers_is_no_collapse():
-    assert not told(Guard("bce", 64), [look(1.0), *[look(0.45, 0.5)] * 5])
+def test_coverage_that_falls_is_a_collapse_and_coverage_that_never_was_is_none():
+    ((step, _),) = told(Guard("bce", 64), [look(0.7, 0.5), *[look(0.6, 0.1)] * 3])
+    assert step == STARTED + 100 * LOOKS
+    assert not told(Guard("bce", 64), [look(0.7, 0.5), *[look(0.45, 0.2)] * 5])
+    assert not told(Guard("bce", 64), [look(0.7, 0.2), *[look(0.6, 0.0)] * 5])
 
 
 def test_gradients_that_explode():
@@ -57,6 +63,9 @@ def test_gradients_that_explode():
     ((step, text),) = told(guard, [{"g_grad": 3 * STEEP, "d_grad": 2.0}] * 5, start=5000)
     assert step == 5000 + 100 * (GROWN - 1) and isinstance(text, Collapse)
     assert "the generator's gradients explode" in text
+    guard = Guard("bce", 64)
+    ((step, _),) = told(guard, [*usual, {"g_grad": 2.0, "d_grad": 3 * CLIFF}, *usual])
+    assert step == STARTED + 100 * len(usual)
 
 
 def test_a_discriminator_that_knows_its_images_by_heart():

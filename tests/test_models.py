@@ -13,6 +13,7 @@ COUNTS = {
     "mlp-28": (1_510_032, 533_505),
     "dcgan-28": (2_305_472, 212_865),
     "dcgan-64": (3_576_704, 2_765_568),
+    "fastgan": (1_100_224, 694_208),
     "sngan-32": (4_276_739, 1_053_825),
     "r3gan-small": (294_595, 286_592),
 }
@@ -20,7 +21,11 @@ COUNTS = {
 SMALL = {
     "mlp-28": {"image_size": 8, "channels": 2, "latent": 5, "g_widths": (6, 7), "d_widths": (9,)},
     "dcgan-28": {"image_size": 12, "channels": 3, "latent": 5, "g_width": 4, "d_width": 6, "dropout": 0.1},
-    "dcgan-64": {"image_size": 32, "channels": 1, "latent": 5, "g_width": 4, "d_width": 6, "d_norm": False},
+    "dcgan-64": {
+        **{"image_size": 32, "channels": 1, "latent": 5},
+        **{"g_width": 4, "d_width": 6, "d_norm": False, "most": 9},
+    },
+    "fastgan": {"image_size": 16, "channels": 1, "latent": 5, "width": 4, "d_norm": True, "most": 6},
     "sngan-32": {"image_size": 16, "channels": 1, "latent": 5, "g_width": 4, "d_width": 6},
     "r3gan-small": {
         "image_size": 16,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgan.ops.gan_loss import formula
 from fastgan.training.ema import EMA
 from fastgan.training.recipes import Recipe
+from fastgan.training.schedules import average_decay
 from fastgan.training.step import PENALTY_WEIGHTS, PRECISIONS
 
 SLOPE = 0.2
@@ -113,7 +114,8 @@ def textbook_step(
     g_forward, d_forward = (compiled(g), compiled(d)) if compile else (g, d)
     scaling: Any = dict(init_scale=SCALE, enabled=recipe.precision == "fp16")
     g_scaler, d_scaler = (torch.amp.GradScaler(device.type, **scaling) for _ in range(2))
-    average = None if recipe.ema is None else EMA(g, recipe.ema)
+    decay = average_decay(recipe, 1 << 30)  # that of a run without end: the ramp changes numbers, not the work
+    average = None if decay is None else EMA(g, decay)
     updates, every = itertools.count(), recipe.penalty_every
 
     def autocast() -> torch.autocast:

@@ -14,6 +14,8 @@ from fastgan.training.trainer import Trainer
 
 from .arguments import Commands, batch_size, positive_float, positive_int, seed
 
+DEFAULT = "fastgan"  # the recipe of a run that names none
+
 
 def _epilog() -> str:
     lines = ["recipes (their fields and values: --recipe NAME --dry-run):"]
@@ -22,6 +24,7 @@ def _epilog() -> str:
     lines += [
         "",
         "examples:",
+        "  fastgan train --data ~/pictures --out runs/pictures",
         "  fastgan train --recipe dcgan-28 --data fashion-mnist --out runs/garments",
         "  fastgan train --recipe dcgan-64 --data ~/pictures --out runs/mine --set flip=true --set ema=0.999",
         "  fastgan train --resume runs/garments --steps 20000",
@@ -38,7 +41,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", metavar="NAME", help="the recipe to follow (listed below)")
+    parser.add_argument("--recipe", metavar="NAME", help="the recipe to follow (listed below; default fastgan)")
     parser.add_argument("--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip")
     parser.add_argument("--conditional", action="store_true", help="both networks take the images' classes")
     parser.add_argument("--labels", metavar="FILE.csv", help="classes of a folder's images, a line FILE,LABEL each")
@@ -131,8 +134,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             raise ValueError("train: --resume goes on with the run's own recipe, leave out --recipe")
         return Recipe.from_dict(RunDirectory(args.resume).read_config()["recipe"])
     named = recipes()
+    if args.recipe is None and args.data is None:
+        raise ValueError(f"train: --recipe NAME or --data must be given, or --resume DIR; recipes: {', '.join(named)}")
     if args.recipe is None:
-        raise ValueError(f"train: --recipe NAME must be given, one of {', '.join(named)}; or --resume DIR")
+        return named[DEFAULT]
     if args.recipe not in named:
         raise ValueError(f"train: there is no recipe {args.recipe!r}, choose one of {', '.join(named)}")
     return named[args.recipe]

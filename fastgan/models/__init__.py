@@ -25,6 +25,7 @@ from .dcgan import (
     DCGANGenerator,
     KerasDCGANDiscriminator,
     KerasDCGANGenerator,
+    build_by_size,
     build_dcgan,
     build_keras_dcgan,
 )
@@ -80,6 +81,7 @@ _PRESETS = {
             "TensorFlow's Keras tutorial, tensorflow.org/tutorials/generative/dcgan",
         ),
         Preset("dcgan-64", build_dcgan, "pytorch/examples dcgan, after Radford et al. 2016 (arXiv:1511.06434)"),
+        Preset("fastgan", build_by_size, "the networks of dcgan-64, their width by image size, no norm in D"),
         Preset("sngan-32", build_sngan, "Miyato et al. 2018 (arXiv:1802.05957), table 4"),
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
     )

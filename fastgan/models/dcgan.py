@@ -9,6 +9,7 @@ Sources
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,13 @@ def _stages(name: str, image_size: int) -> int:
     return image_size.bit_length() - 3
 
 
+def _widths(name: str, stages: int, width: int, most: int | None) -> list[int]:
+    """Channels of each stage from the image inwards: `width`, twice that, ..., at most `most`."""
+    if most is not None and most < width:
+        raise ValueError(f"{name}: most must be none or at least the width, {width}, got {most!r}")
+    return [min(width << stage, most or width << stage) for stage in range(stages)]
+
+
 # ------------------------------------------------------------------------------------------ dcgan-64
 
 
@@ -46,30 +54,31 @@ class DCGANGenerator(nn.Module):
 
     4x4 transposed convolutions without bias, strides 1, 2, 2, ...; batch norm and ReLU after each but the
     last, which ends in tanh. `width` is the number of channels before the last layer and doubles towards the
-    latent (at 64 pixels: 8, 4, 2, 1 times `width`). 3,576,704 parameters at the defaults.
+    latent (at 64 pixels: 8, 4, 2, 1 times `width`), up to `most`. 3,576,704 parameters at the defaults.
     """
 
     per_sample = True  # samples meet only inside batch norm
 
-    def __init__(self, *, image_size: int = 64, channels: int = 3, latent: int = 100, width: int = 64):
+    def __init__(
+        self, *, image_size: int = 64, channels: int = 3, latent: int = 100, width: int = 64, most: int | None = None
+    ):
         super().__init__()
         stages = _stages("DCGANGenerator", image_size)
         _check_positive("DCGANGenerator", channels=channels, latent=latent, width=width)
+        widths = _widths("DCGANGenerator", stages, width, most)[::-1]
         self.latent, self.image_size, self.channels = latent, image_size, channels
-        before = width << (stages - 1)
         layers: list[nn.Module] = [
-            nn.ConvTranspose2d(latent, before, 4, 1, 0, bias=False),
-            nn.BatchNorm2d(before),
+            nn.ConvTranspose2d(latent, widths[0], 4, 1, 0, bias=False),
+            nn.BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         ]
-        for _ in range(stages - 1):
+        for before, after in pairwise(widths):
             layers += [
-                nn.ConvTranspose2d(before, before // 2, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(before // 2),
+                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(after),
                 nn.ReLU(inplace=True),
             ]
-            before //= 2
-        layers += [nn.ConvTranspose2d(before, channels, 4, 2, 1, bias=False), nn.Tanh()]
+        layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1, bias=False), nn.Tanh()]
         self.main = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -88,24 +97,25 @@ class DCGANDiscriminator(nn.Module):
 
     per_sample = True
 
-    def __init__(self, *, image_size: int = 64, channels: int = 3, width: int = 64, norm: bool = True):
+    def __init__(
+        self, *, image_size: int = 64, channels: int = 3, width: int = 64, norm: bool = True, most: int | None = None
+    ):
         super().__init__()
         stages = _stages("DCGANDiscriminator", image_size)
         _check_positive("DCGANDiscriminator", channels=channels, width=width)
+        widths = _widths("DCGANDiscriminator", stages, width, most)
         self.image_size, self.channels = image_size, channels
         layers: list[nn.Module] = [
             nn.Conv2d(channels, width, 4, 2, 1, bias=False),
             nn.LeakyReLU(0.2, inplace=True),
         ]
-        before = width
-        for _ in range(stages - 1):
+        for before, after in pairwise(widths):
             layers += [
-                nn.Conv2d(before, before * 2, 4, 2, 1, bias=not norm),
-                *([nn.BatchNorm2d(before * 2)] if norm else []),
+                nn.Conv2d(before, after, 4, 2, 1, bias=not norm),
+                *([nn.BatchNorm2d(after)] if norm else []),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
-            before *= 2
-        self.main = nn.Sequential(*layers, nn.Conv2d(before, 1, 4, 1, 0, bias=False))
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.main(images)
@@ -155,15 +165,17 @@ def build_dcgan(
     g_width: int = 64,
     d_width: int = 64,
     d_norm: bool = True,
+    most: int | None = None,
     classes: int = 0,
 ) -> tuple[nn.Module, nn.Module]:
     """Both networks of `dcgan-64`, initialised as in the paper. `g_width` and `d_width`: its ngf and ndf.
 
+    No layer has more than `most` channels.
     With `classes` the generator's norms scale and shift by class, and the discriminator projects.
     """
     check_classes("dcgan-64", classes)
-    generator = DCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width)
-    discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, norm=d_norm)
+    generator = DCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width, most=most)
+    discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, norm=d_norm, most=most)
     init_dcgan(generator)
     init_dcgan(discriminator)
     if not classes:
@@ -172,6 +184,31 @@ def build_dcgan(
     width = int(head.in_channels)  # type: ignore[arg-type]
     projection = ProjectionDiscriminator(features, head, classes=classes, width=width, like=discriminator)
     return ConditionalDCGANGenerator(generator, classes=classes), projection
+
+
+# Channels at full size by image size: a step costs about the same from 32 to 128 pixels (docs/losses-and-recipes.md).
+BY_SIZE = {16: 64, 32: 48, 64: 32, 128: 16, 256: 8}
+
+
+def build_by_size(
+    *,
+    image_size: int = 64,
+    channels: int = 3,
+    latent: int = 100,
+    width: int | None = None,
+    d_norm: bool = False,
+    most: int = 256,
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """The networks of `dcgan-64` for a few minutes on a few cores: `width` by image size where it is None.
+
+    The discriminator has no norm, for R1. Sizes: 16, 32, 64, 128, 256.
+    """
+    if image_size not in BY_SIZE:
+        raise ValueError(f"fastgan: image_size must be one of {', '.join(map(str, BY_SIZE))}, got {image_size!r}")
+    width = BY_SIZE[image_size] if width is None else width
+    sizes = {"image_size": image_size, "channels": channels, "latent": latent, "classes": classes}
+    return build_dcgan(g_width=width, d_width=width, d_norm=d_norm, most=most, **sizes)
 
 
 # ------------------------------------------------------------------------------------------ dcgan-28

@@ -110,6 +110,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.progress = progress_for(quiet=quiet)
         self.notes: list[str] = []
+        self._penalty: dict[str, Tensor] = {}
         self._board = Board(self.out / "tensorboard") if tensorboard else None
         self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
@@ -278,6 +279,8 @@ class Trainer:
         self.schedules.apply(self.step, self.images_seen)
         real, labels = zip(*(next(self.batches) for _ in range(recipe.d_steps)), strict=True)
         metrics = self.train_step(real, labels if recipe.conditional else None)
+        if "penalty" in metrics:  # of a lazy penalty the last value is logged
+            self._penalty = {"penalty": metrics["penalty"]}
         self.step += 1
         self.images_seen += recipe.batch_size * recipe.d_steps
         clock.tick()
@@ -288,7 +291,7 @@ class Trainer:
         # The first step is logged too: it tells at once whether the run works at all.
         if evaluate or look or reason or self.step == 1 or self.step % recipe.log_every == 0:
             scores = self._evaluate() if evaluate else {}
-            self._log(metrics, scores, self._look() if look else {})
+            self._log(self._penalty | metrics, scores, self._look() if look else {})
             reason = reason or self.stop.after_log(scores, self.evaluation, self)
         if not reason:
             with clock.aside():
