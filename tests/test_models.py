@@ -25,7 +25,7 @@ SMALL = {
         **{"image_size": 32, "channels": 1, "latent": 5},
         **{"g_width": 4, "d_width": 6, "d_norm": False, "most": 9},
     },
-    "fastgan": {"image_size": 16, "channels": 1, "latent": 5, "width": 4, "d_norm": True, "most": 6},
+    "fastgan": {"image_size": 16, "channels": 1, "latent": 5, "g_width": 4, "d_width": 5, "d_norm": True, "most": 6},
     "sngan-32": {"image_size": 16, "channels": 1, "latent": 5, "g_width": 4, "d_width": 6},
     "r3gan-small": {
         "image_size": 16,

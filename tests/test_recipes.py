@@ -10,7 +10,7 @@ from fastgan.training.recipes import recipes
 NARROW = {
     "mlp-28": {},
     "dcgan-28": {"g_width": 8, "d_width": 8},
-    "fastgan": {"width": 8},
+    "fastgan": {"g_width": 8, "d_width": 8},
     "dcgan-64": {"g_width": 8, "d_width": 8},
     "sngan-32": {"g_width": 16, "d_width": 16},
     "r3gan-small": {"g_width": 32, "d_width": 32},

@@ -195,20 +195,21 @@ def build_by_size(
     image_size: int = 64,
     channels: int = 3,
     latent: int = 100,
-    width: int | None = None,
+    g_width: int | None = None,
+    d_width: int | None = None,
     d_norm: bool = False,
     most: int = 256,
     classes: int = 0,
 ) -> tuple[nn.Module, nn.Module]:
-    """The networks of `dcgan-64` for a few minutes on a few cores: `width` by image size where it is None.
+    """The networks of `dcgan-64` for a few minutes on a few cores: widths by image size where they are None.
 
     The discriminator has no norm, for R1. Sizes: 16, 32, 64, 128, 256.
     """
     if image_size not in BY_SIZE:
         raise ValueError(f"fastgan: image_size must be one of {', '.join(map(str, BY_SIZE))}, got {image_size!r}")
-    width = BY_SIZE[image_size] if width is None else width
+    g_width, d_width = (BY_SIZE[image_size] if width is None else width for width in (g_width, d_width))
     sizes = {"image_size": image_size, "channels": channels, "latent": latent, "classes": classes}
-    return build_dcgan(g_width=width, d_width=width, d_norm=d_norm, most=most, **sizes)
+    return build_dcgan(g_width=g_width, d_width=d_width, d_norm=d_norm, most=most, **sizes)
 
 
 # ------------------------------------------------------------------------------------------ dcgan-28
