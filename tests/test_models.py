@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastgan import models
+from fastgan.training.step import mixes_samples
 
 # Parameter counts: published by the sources or derived in each class' docstring.
 COUNTS = {
@@ -23,9 +24,18 @@ SMALL = {
     "dcgan-28": {"image_size": 12, "channels": 3, "latent": 5, "g_width": 4, "d_width": 6, "dropout": 0.1},
     "dcgan-64": {
         **{"image_size": 32, "channels": 1, "latent": 5},
-        **{"g_width": 4, "d_width": 6, "d_norm": False, "most": 9},
+        **{"g_width": 4, "d_width": 6, "d_norm": False, "d_deviation": True, "most": 9},
     },
-    "fastgan": {"image_size": 16, "channels": 1, "latent": 5, "g_width": 4, "d_width": 5, "d_norm": True, "most": 6},
+    "fastgan": {
+        "image_size": 16,
+        "channels": 1,
+        "latent": 5,
+        "g_width": 4,
+        "d_width": 5,
+        "d_norm": True,
+        "d_deviation": False,
+        "most": 6,
+    },
     "sngan-32": {"image_size": 16, "channels": 1, "latent": 5, "g_width": 4, "d_width": 6},
     "r3gan-small": {
         "image_size": 16,
@@ -169,3 +179,19 @@ def test_channels_last_needs_no_copy():
 def test_errors(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         models.build(name, **overrides)
+
+
+def test_minibatch_deviation_is_its_formula():
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, 3, 3, dtype=torch.double)
+    found = models.MinibatchDeviation()(x)
+    assert torch.equal(found[:, :2], x)
+    for n in range(6):  # groups of three: samples n, n + 2, n + 4
+        group = x[n % 2 :: 2]
+        want = group.std(0, correction=0).mean()
+        assert torch.allclose(found[n, 2], want.expand(3, 3), rtol=1e-6)
+
+
+def test_samples_that_meet_in_a_batch_are_seen():
+    _, discriminator = models.build("dcgan-64", image_size=16, d_width=4, d_norm=False, d_deviation=True)
+    assert "MinibatchDeviation" in mixes_samples(discriminator)

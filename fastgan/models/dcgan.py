@@ -86,19 +86,43 @@ class DCGANGenerator(nn.Module):
         return images
 
 
+class MinibatchDeviation(nn.Module):
+    """[N, C, H, W] -> [N, C + 1, H, W]: a plane with the mean deviation of features over a group of samples.
+
+    A discriminator sees by it that pictures are too much alike. Groups are of 4 samples, or of the greatest number
+    below that divides N. Source: Karras et al. 2018 (arXiv:1710.10196), section 3; groups as in StyleGAN.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        group = next(size for size in (4, 3, 2, 1) if n % size == 0)
+        groups = x.float().unflatten(0, (group, n // group))
+        deviation = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [n / group]
+        plane = deviation.repeat(group).view(n, 1, 1, 1).expand(n, 1, height, width)
+        return torch.cat([x, plane.to(x.dtype)], 1)
+
+
 class DCGANDiscriminator(nn.Module):
     """Images ``[N, channels, image_size, image_size]`` to logits ``[N]`` (no sigmoid: the losses take
     logits).
 
     The generator's mirror: 4x4 convolutions with stride 2 and LeakyReLU(0.2), batch norm on all but the
     first; the last maps 4x4 to one number. 2,765,568 parameters at the defaults.
+    With `deviation` the last layer also sees how much the samples of a batch differ (`MinibatchDeviation`).
     Without `norm` a bias takes each batch norm's place: a critic for gradient penalties, which batch norm would couple.
     """
 
     per_sample = True
 
     def __init__(
-        self, *, image_size: int = 64, channels: int = 3, width: int = 64, norm: bool = True, most: int | None = None
+        self,
+        *,
+        image_size: int = 64,
+        channels: int = 3,
+        width: int = 64,
+        norm: bool = True,
+        most: int | None = None,
+        deviation: bool = False,
     ):
         super().__init__()
         stages = _stages("DCGANDiscriminator", image_size)
@@ -115,7 +139,9 @@ class DCGANDiscriminator(nn.Module):
                 *([nn.BatchNorm2d(after)] if norm else []),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False))
+        if deviation:
+            layers.append(MinibatchDeviation())
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1] + deviation, 1, 4, 1, 0, bias=False))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.main(images)
@@ -165,6 +191,7 @@ def build_dcgan(
     g_width: int = 64,
     d_width: int = 64,
     d_norm: bool = True,
+    d_deviation: bool = False,
     most: int | None = None,
     classes: int = 0,
 ) -> tuple[nn.Module, nn.Module]:
@@ -175,7 +202,9 @@ def build_dcgan(
     """
     check_classes("dcgan-64", classes)
     generator = DCGANGenerator(image_size=image_size, channels=channels, latent=latent, width=g_width, most=most)
-    discriminator = DCGANDiscriminator(image_size=image_size, channels=channels, width=d_width, norm=d_norm, most=most)
+    discriminator = DCGANDiscriminator(
+        image_size=image_size, channels=channels, width=d_width, norm=d_norm, most=most, deviation=d_deviation
+    )
     init_dcgan(generator)
     init_dcgan(discriminator)
     if not classes:
@@ -198,6 +227,7 @@ def build_by_size(
     g_width: int | None = None,
     d_width: int | None = None,
     d_norm: bool = False,
+    d_deviation: bool = False,
     most: int = 256,
     classes: int = 0,
 ) -> tuple[nn.Module, nn.Module]:
@@ -209,7 +239,7 @@ def build_by_size(
         raise ValueError(f"fastgan: image_size must be one of {', '.join(map(str, BY_SIZE))}, got {image_size!r}")
     g_width, d_width = (BY_SIZE[image_size] if width is None else width for width in (g_width, d_width))
     sizes = {"image_size": image_size, "channels": channels, "latent": latent, "classes": classes}
-    return build_dcgan(g_width=g_width, d_width=d_width, d_norm=d_norm, most=most, **sizes)
+    return build_dcgan(g_width=g_width, d_width=d_width, d_norm=d_norm, d_deviation=d_deviation, most=most, **sizes)
 
 
 # ------------------------------------------------------------------------------------------ dcgan-28

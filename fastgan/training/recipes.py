@@ -295,15 +295,14 @@ _RECIPES = {
             steps=20_000,
             penalty="r1",
             penalty_weight=1.0,
-            penalty_every=8,
             betas=(0.0, 0.99),
             g_lr=4e-4,
             d_lr=4e-4,
             ema_half_life=10_000.0,
             eval_every=500,
             source="the default on a folder, chosen by experiment (docs/losses-and-recipes.md): R1 as Mescheder et al. "
-            "2018, every 8th step (lazy, with 8 times the weight) and averaged as Karras et al. 2020 "
-            "(arXiv:1912.04958, 2006.06676); networks of dcgan-64 with widths by image size",
+            "2018 (arXiv:1801.04406), averaged as Karras et al. 2020 (arXiv:2006.06676); networks of dcgan-64 with "
+            "widths by image size",
         ),
         Recipe(
             name="mlp-28",
