@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastgan import data
 from fastgan._writing import atomic_file, atomic_path, target_of
+from fastgan.data.decode import decode, reason
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
+from fastgan.training.latent import PICTURES, principal_directions, project
 
 from .arguments import Commands, positive_int, seed
 
@@ -40,6 +42,13 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         default="slerp",
         help="great arcs, which keep the length that latents have (default), or straight lines",
     )
+    parser.add_argument(
+        "--along",
+        choices=("latents", "components"),
+        default="latents",
+        help="from latent to latent (default), or along the directions in which pictures change most, a walk each",
+    )
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="pass this image; repeat it")
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
     parser.add_argument("--stops", type=positive_int, default=4, help="latents that a walk passes (default 4)")
     parser.add_argument("--walks", type=positive_int, default=9, help="walks side by side (default 9)")
@@ -62,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
         _require_ffmpeg()
     frames = args.frames or (10 if kind == ".png" else 80)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
-    stops = sampling.latents(args.walks * args.stops, config["recipe"]["latent"], seed=args.seed)
-    walks = [sampling.walk(z, frames, mode=args.mode) for z in stops.view(args.walks, args.stops, -1)]
     labels = _labels(args, config)
+    walks = _walks(args, generator, config["recipe"], labels, frames)
     each = None if labels is None else torch.tensor(labels).repeat_interleave(frames)
     images = sampling.draw(generator, torch.cat(walks), each).unflatten(0, (args.walks, frames))
     if kind == ".png":
@@ -75,6 +83,45 @@ def run(args: argparse.Namespace) -> int:
         _save_mp4(_pictures(images), args.out)
     print(f"{args.walks} walks of {frames} frames: {args.out}")
     return 0
+
+
+def _walks(
+    args: argparse.Namespace, generator: nn.Module, recipe: dict[str, Any], labels: list[int] | None, frames: int
+) -> list[Tensor]:
+    """Latents [frames, latent] of each walk."""
+    count, latent = args.walks * args.stops, recipe["latent"]
+    if args.along == "components":
+        if args.image:
+            raise ValueError("interpolate: --image goes with --along latents, leave one out")
+        z = sampling.latents(max(PICTURES, args.walks + 1), latent, seed=args.seed)
+        classes = None if labels is None else torch.tensor(labels).repeat(len(z))[: len(z)]
+        directions = principal_directions(generator, z, classes, count=args.walks)
+        # there and back, to twice the deviation of a latent along it: a closed path, as the others
+        swing = 2 * torch.sin(torch.arange(frames) * 2 * torch.pi / frames)
+        return [z[0] + swing[:, None] * direction for direction in directions]
+    stops = sampling.latents(count, latent, seed=args.seed)
+    if len(args.image) > count:
+        raise ValueError(f"interpolate: --image must be given at most {count} times, a stop of a walk each")
+    if args.image:
+        images = _images(args.image, recipe)
+        given = None if labels is None else torch.tensor(labels)[torch.arange(len(images)) // args.stops % args.walks]
+        stops[: len(images)] = project(generator, images, given, starts=stops)[0]
+    return [sampling.walk(z, frames, mode=args.mode) for z in stops.view(args.walks, args.stops, -1)]
+
+
+def _images(files: list[str], recipe: dict[str, Any]) -> Tensor:
+    """[N, C, H, W] in [-1, 1] of image files, cut and resized as training images are."""
+    pictures = []
+    for file in files:
+        try:
+            with Path(file).open("rb") as opened:
+                pixels, _ = decode(opened, recipe["image_size"], recipe["channels"])
+        except Exception as error:  # damaged files make Pillow raise nearly anything
+            raise ValueError(
+                f"interpolate: --image must be a readable image, {file} is not: {reason(error)}"
+            ) from error
+        pictures.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    return torch.stack(pictures).float() / 127.5 - 1
 
 
 def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | None:

@@ -1,0 +1,90 @@
+"""Directions in a generator's latent space, and the latents of a given image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .sampling import draw, evaluating
+
+__all__ = ["class_direction", "principal_directions", "project"]
+
+PICTURES = 512  # that directions are found from
+
+
+def principal_directions(generator: nn.Module, z: Tensor, labels: Tensor | None = None, *, count: int = 8) -> Tensor:
+    """[count, latent] directions of length 1 along which pictures change most, the most first.
+
+    The principal components of pictures [N, pixels], and for each the latents' regression on its coordinate; Harkonen
+    et al. 2020 (arXiv:2004.02546) do so with activations. z: [N, latent], N above `count`.
+
+    Raises:
+        ValueError: fewer latents than directions, or a direction that no picture follows.
+    """
+    if not 0 < count < len(z):
+        raise ValueError(f"directions: there must be 1 to {len(z) - 1} of {len(z)} latents, got {count}")
+    pictures = draw(generator, z, labels).flatten(1)
+    pictures -= pictures.mean(0)
+    _, _, axes = torch.pca_lowrank(pictures, count, center=False, niter=4)
+    coordinates = pictures @ axes  # [N, count]
+    return _unit((coordinates - coordinates.mean(0)).T @ (z - z.mean(0)))
+
+
+def class_direction(z: Tensor, is_in: Tensor) -> Tensor:
+    """[latent] direction of length 1 from latents outside of a class to those inside: the difference of their means.
+
+    z: [N, latent]; is_in: bool [N], such as what a classifier says of the pictures. Raises ValueError where one side is
+    empty.
+    """
+    if not 0 < int(is_in.sum()) < len(z):
+        raise ValueError(f"directions: both sides must have latents, got {int(is_in.sum())} of {len(z)} inside")
+    return _unit((z[is_in].mean(0) - z[~is_in].mean(0))[None])[0]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    lengths = rows.norm(dim=1, keepdim=True)
+    if not bool((lengths > 1e-12).all()):
+        raise ValueError("directions: pictures must follow the latents, got a generator that ignores them")
+    return rows / lengths
+
+
+def project(
+    generator: nn.Module, images: Tensor, labels: Tensor | None = None, *, starts: Tensor, steps: int = 200
+) -> tuple[Tensor, Tensor]:
+    """Latents whose pictures are nearest to `images`, by Adam on the squared difference of pixels.
+
+    Args:
+        generator: in whatever mode it is, it runs in eval mode.
+        images: [N, C, H, W] in [-1, 1].
+        labels: [N] for a conditional generator.
+        starts: [K, latent]; each image begins at the one whose picture is nearest.
+        steps: of Adam, at a rate of 0.05 that falls to 0.
+
+    Returns:
+        ([N, latent], [N] mean squared differences).
+
+    Raises:
+        ValueError: images of another size than the generator's.
+    """
+    device = next(generator.parameters()).device
+    first = draw(generator, starts, None if labels is None else labels[:1].expand(len(starts)))
+    if first.shape[1:] != images.shape[1:]:
+        sizes = f"{list(first.shape[1:])}, got {list(images.shape[1:])}"
+        raise ValueError(f"project: images must be as the generator's, [C, H, W] = {sizes}")
+    nearest = torch.cdist(images.flatten(1), first.flatten(1)).argmin(1)
+    z = starts[nearest].clone().to(device).requires_grad_()
+    goal, inputs = images.to(device), () if labels is None else (labels.to(device),)
+    adam = torch.optim.Adam([z], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+
+    def distances() -> Tensor:
+        return (generator(z, *inputs).float() - goal).square().flatten(1).mean(1)
+
+    with evaluating(generator), torch.enable_grad():
+        for _ in range(steps):
+            (z.grad,) = torch.autograd.grad(distances().sum(), z)
+            adam.step()
+            schedule.step()
+        with torch.no_grad():
+            found = distances()
+    return z.detach().cpu(), found.cpu()

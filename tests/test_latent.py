@@ -1,0 +1,91 @@
+"""Directions in latent space and projection, on generators whose answers are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from tiny_run import TINY, noise, trainer
+from torch import nn
+
+import fastgan
+from fastgan.cli import main
+from fastgan.training.latent import class_direction, principal_directions, project
+
+
+class Linear(nn.Module):
+    """Pictures [N, 1, 4, 4] = W z, where latent k moves pixel k, less with each k."""
+
+    def __init__(self, latent=5):
+        super().__init__()
+        weight = torch.zeros(16, latent)
+        weight[range(latent), range(latent)] = 0.5 ** torch.arange(latent)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, z, labels=None):
+        pictures = z @ self.weight.T
+        if labels is not None:
+            pictures = pictures + labels[:, None]
+        return pictures.view(-1, 1, 4, 4)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_principal_directions_of_a_linear_generator():
+    found = principal_directions(Linear(), normal(4000, 5), count=3)
+    assert torch.allclose(found.norm(dim=1), torch.ones(3))
+    assert torch.allclose(found.abs(), torch.eye(5)[:3], atol=0.1)
+
+
+def test_the_direction_of_a_class():
+    z = normal(4000, 5)
+    assert torch.allclose(class_direction(z, z[:, 2] > 0), torch.eye(5)[2], atol=0.06)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_projection_finds_the_latents(labelled):
+    generator = Linear()
+    z = normal(6, 5)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2]) if labelled else None
+    before = generator.weight.detach().clone()
+    found, error = project(generator, generator(z, labels).detach(), labels, starts=normal(64, 5) * 0.5, steps=400)
+    assert torch.allclose(found[:, :3], z[:, :3], atol=0.02) and error.max() < 1e-4
+    assert torch.equal(generator.weight, before) and generator.weight.grad is None and generator.training
+
+
+def test_wrong_questions():
+    with pytest.raises(ValueError, match="there must be 1 to 3 of 4 latents, got 4"):
+        principal_directions(Linear(), normal(4, 5), count=4)
+    with pytest.raises(ValueError, match="both sides must have latents, got 4 of 4 inside"):
+        class_direction(normal(4, 5), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"images must be as the generator's, \[C, H, W\] = \[1, 4, 4\], got \[1, 3, 3\]"
+    ):
+        project(Linear(), torch.zeros(1, 1, 3, 3), starts=normal(2, 5))
+
+
+def test_interpolate_along_components_and_through_images(tmp_path, capsys):
+    with fastgan.backend("reference"):
+        trainer(noise(), tmp_path / "run", TINY.replace(steps=1)).fit()
+    Image.new("RGB", (20, 12), (90, 10, 10)).save(tmp_path / "picture.png")
+    (tmp_path / "text.png").write_text("no picture")
+
+    def walk(*options):
+        command = ["interpolate", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "walk.png")]
+        return main([*command, "--walks=2", "--stops=2", "--frames=3", *options]), capsys.readouterr().err
+
+    assert walk("--along", "components") == (0, "")
+    with Image.open(tmp_path / "walk.png") as sheet:
+        assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
+    assert walk("--image", str(tmp_path / "picture.png")) == (0, "")
+    for options, message in (
+        (["--image", str(tmp_path / "text.png")], "--image must be a readable image"),
+        (["--image", "absent.png"], "absent.png is not: no such file"),
+        (["--image", "a.png", "--along", "components"], "--image goes with --along latents"),
+        ([f"--image={tmp_path}/picture.png"] * 5, "at most 4 times"),
+        (["--along", "rivers"], "invalid choice: 'rivers'"),
+    ):
+        code, said = walk(*options)
+        assert code == 2 and message in said
