@@ -223,8 +223,8 @@ def first_step_page(results: dict[str, Any]) -> list[str]:
     return [
         "Seconds. Each row is two fresh processes, ours with an empty cache. `choosing` is what proofs, races and "
         "traces took in the first step. `open` counts the cases that had no time left and are settled after a run, of "
-        "all cases. PyTorch runs the same recipe in channels_last. The bound is 1.5 times its warm step plus 2 s. Where "
-        "a step of PyTorch takes over 10 s it ran once, and counts as its warm one.",
+        "all cases. PyTorch runs the same recipe in channels_last. The bound is 1.5 times its warm step plus 2 s. "
+        "Where a step of PyTorch takes over 10 s it ran once, and counts as its warm one.",
         "",
         f"{sum(row['holds'] for row in rows)} of {len(rows)} first steps are within the bound.",
         "",
