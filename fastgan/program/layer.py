@@ -21,6 +21,7 @@ _sample_norm_facts: dict[type, Callable[[Any], Any]] = {
     nn.InstanceNorm2d: attrgetter("eps", "num_features"),
     nn.LayerNorm: attrgetter("eps", "normalized_shape"),
 }
+_slope = attrgetter("negative_slope")
 
 
 @dataclass
@@ -42,34 +43,41 @@ class Layer:
     def slope(self) -> float:
         return float(getattr(self.act, "negative_slope", 0.0))
 
-    def parameters(self) -> list[Tensor | None]:
-        """Convolution's weight and bias, norm's weight and bias; None for those that are absent."""
+    def parameter_places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the product's weight and bias and the norm's weight and bias stand: module dictionaries and keys."""
         owners = [m._parameters for m in (self.conv, self.norm) if m is not None]
-        return [p[name] for p in owners for name in ("weight", "bias")]
+        return [(owner, name) for owner in owners for name in ("weight", "bias")]
+
+    def parameters(self) -> list[Tensor | None]:
+        """The product's weight and bias, the norm's weight and bias; None for those that are absent."""
+        return [owner[name] for owner, name in self.parameter_places()]
+
+    def buffer_places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where a batch norm's running mean, running variance and count of batches stand."""
+        names = ("running_mean", "running_var", "num_batches_tracked") if self.is_batch_norm() else ()
+        return [(self.norm._buffers, name) for name in names]
 
     def buffers(self) -> list[Tensor | None]:
         """A batch norm's running mean, running variance and count of batches."""
-        if not self.is_batch_norm():
-            return []
-        buffers = self.norm._buffers
-        return [buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]]
+        return [owner[name] for owner, name in self.buffer_places()]
 
-    def facts(self) -> tuple:
-        """What a plan depends on besides the tensors."""
-        conv = _conv_facts(self.conv) if self.convolves() else ()
-        names = type(self.conv).__name__, type(self.norm).__name__
-        return *names, conv, self._norm_facts(), self.activation, getattr(self.act, "negative_slope", 0.0)
+    def kinds(self) -> tuple:
+        """What a plan depends on besides the tensors, and stays as it is."""
+        return type(self.conv).__name__, type(self.norm).__name__, self.activation, self.flatten
+
+    def fact_readers(self) -> list[tuple[Callable[[Any], Any], Any]]:
+        """What a plan depends on besides the tensors, and may be set between calls: functions of modules."""
+        found: list[tuple[Callable[[Any], Any], Any]] = [(_conv_facts, self.conv)] if self.convolves() else []
+        if self.is_batch_norm():
+            found.append((_norm_facts, self.norm))
+        found += [(read, self.norm) for kind, read in _sample_norm_facts.items() if isinstance(self.norm, kind)]
+        return found + ([(_slope, self.act)] if self.activation == "leaky_relu" else [])
 
     def convolves(self) -> bool:
         return isinstance(self.conv, nn.Conv2d | nn.ConvTranspose2d)
 
     def is_batch_norm(self) -> bool:
         return isinstance(self.norm, _BatchNorm)
-
-    def _norm_facts(self) -> Any:
-        if self.norm is None or self.is_batch_norm():
-            return () if self.norm is None else _norm_facts(self.norm)
-        return next(facts(self.norm) for kind, facts in _sample_norm_facts.items() if isinstance(self.norm, kind))
 
     def frozen(self) -> Layer:
         """The layer as it is set now, on modules that share the user's tensors."""

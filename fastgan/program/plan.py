@@ -75,8 +75,12 @@ class Plan:
     autocast, bfloat16; wanted: what gets a gradient: x first, then every parameter of every layer, absent ones
     included. Parameters, their gradients and statistics are float32.
 
+    asked: those of `wanted` whose steps a backward pass can do without.
+
     The slots of a run are: the arena, x, y, parameters, buffers, the cotangent of y, and the wanted gradients.
     """
+
+    WORTH_ASKING = 400_000  # multiplications, 8 us at 50 a nanosecond
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wanted: Sequence[bool]):
         self.core = _native.CPU.module()
@@ -88,6 +92,7 @@ class Plan:
         self.buffers = [[self._slot() for _ in layer.buffers()] for layer in layers]
         self.cotangent = self._slot()
         self.gradients = {i: self._slot() for i, wants in enumerate(wanted) if wants}
+        self.asked = {0} & self.gradients.keys()  # whose steps are left out where their gradient is not asked for
         self.input_channels_last = self.output_channels_last = is_channels_last(x)
         self.passes: list[_Pass] = []
 
@@ -364,9 +369,9 @@ class Plan:
             through = dx if p.layer.conv is None else None
             dt = self._epilogue_backward(p, dy, through)
             if isinstance(p.layer.conv, nn.Linear):
-                self._product_backward(p, dt, dx, only=0 if i == bottom else None)
+                self._product_backward(p, dt, dx, 0 if i == bottom else None)
             elif p.layer.conv is not None:
-                self._convolution_backward(p, dt, dx, only=0 if i == bottom else None)
+                self._convolution_backward(p, dt, dx, 0 if i == bottom else None)
             if dx is not None:
                 dy = self._unflattened(dx, p.image) if p.image is not None else dx
         if 0 in self.gradients:
@@ -405,25 +410,37 @@ class Plan:
         found = p.gradients["gamma"], p.gradients["beta"]
         self._step(f"{p.norm}_backward", self.code, dy, p.t, *vectors, dt, *found, *p.norm_shape)
         if dbias is not None:
-            self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, *PLAIN, only=p.first + 1)
+            self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, *PLAIN)
         return dt
 
-    def _product_backward(self, p: _Pass, dt: Place, dx: Place | None, only: int | None) -> None:
+    def _weight_only(self, p: _Pass, pixels: int) -> int | None:
+        """The weight's index, where making its gradient for nothing costs more than to ask for it: asking for a leaf
+        under torch.autograd.grad takes 8 us, an exception of torch's own."""
+        if pixels * p.layer.conv.weight.numel() < self.WORTH_ASKING:
+            return None
+        self.asked.add(p.first)
+        return p.first
+
+    def _product_backward(self, p: _Pass, dt: Place, dx: Place | None, input_only: int | None) -> None:
         n, c, k = p.x_shape[0], p.x_shape[1], p.y_shape[1]
         if (dw := p.gradients["weight"]) is not None:
-            self._product("linear_weight", (dt, (n, k)), (p.x, (n, c)), (dw, (k, c)), only=p.first)
+            only = self._weight_only(p, n)
+            self._product("linear_weight", (dt, (n, k)), (p.x, (n, c)), (dw, (k, c)), only=only)
         if dx is not None:
-            self._product("linear_input", (dt, (n, k)), (p.parameters["weight"], (k, c)), (dx, (n, c)), only=only)
+            weight = p.parameters["weight"], (k, c)
+            self._product("linear_input", (dt, (n, k)), weight, (dx, (n, c)), only=input_only)
 
-    def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, only: int | None) -> None:
+    def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, input_only: int | None) -> None:
         transposed = isinstance(p.layer.conv, nn.ConvTranspose2d)
         if (dw := p.gradients["weight"]) is not None:
             images = (dt, p.x) if transposed else (p.x, dt)
-            self._step("conv2d_weight", p.conv, self.code, *images, dw, FLOAT32, p.weight_strides, only=p.first)
+            n, _, h, w = p.x_shape if transposed else p.y_shape
+            only = self._weight_only(p, n * h * w)
+            self._step("conv2d_weight", p.conv, self.code, *images, dw, FLOAT32, p.weight_strides, only=only)
         if dx is not None:
             weight = p.parameters["weight"], FLOAT32, p.weight_strides
             kernel = "conv2d" if transposed else "conv_transpose2d"
-            self._step(kernel, p.conv, self.code, dt, *weight, None, dx, *IDENTITY, only=only)
+            self._step(kernel, p.conv, self.code, dt, *weight, None, dx, *IDENTITY, only=input_only)
 
 
 def _folds(conv: Any, weight: Tensor, shape: Shape) -> bool:

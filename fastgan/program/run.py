@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,7 +65,12 @@ class Compiled:
         self.forward = plan.program(0, plan.forward_steps)
         self.spares = Spares(plan.arena_bytes)
         self.backwards: dict[frozenset[int], Steps] = {}
-        self.updates = any(layer.norm is not None and layer.norm.training for layer in layers)
+        self.updates = any(layer.is_batch_norm() and layer.norm.training for layer in layers)
+        self.activation = layers[-1].activation
+        slots = [x, *(p for layer in layers for p in layer.parameters())]
+        edges = itertools.count()  # of the node: one for each tensor among the inputs
+        edge_of = [None if t is None else next(edges) for t in slots]
+        self.asked = [(i, edge_of[i]) for i in sorted(plan.asked)]
 
     def backward(self, unwanted: frozenset[int]) -> Steps:
         program = self.backwards.get(unwanted)
@@ -99,27 +105,34 @@ class Node(torch.autograd.Function):
     def forward(ctx: Any, compiled: Compiled, buffers: list, x: Tensor, *parameters: Any) -> Tensor:
         y, ctx.arena = compiled.run(x, parameters, buffers)
         ctx.compiled, ctx.buffers = compiled, len(buffers)
-        ctx.activation = compiled.layers[-1].activation  # who looks for a final sigmoid reads it off the graph
-        ctx.save_for_backward(x, y if compiled.plan.reads_output else None, *parameters)
+        ctx.activation = compiled.activation  # who looks for a final sigmoid reads it off the graph
+        # Parameters outlive the graph as it is; to save them as autograd does costs 0.6 us each, their versions 0.1.
+        ctx.parameters, ctx.versions = parameters, _versions(parameters)
+        ctx.save_for_backward(x, y if compiled.plan.reads_output else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, y, *parameters = ctx.saved_tensors
+        (x, y), parameters = ctx.saved_tensors, ctx.parameters
+        if ctx.versions != _versions(parameters):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "a parameter of a converted chain; update parameters after the last backward pass that needs them"
+            )
         if torch.is_grad_enabled() or ctx.arena is None:
             return None, None, *_replayed(ctx, dy, x, parameters)
         compiled, plan = ctx.compiled, ctx.compiled.plan
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
         turned = plan.output_channels_last and dy.dim() == 4
         dy = dy.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
-        tensors = [x, *parameters]
+        tensors = (x, *parameters)
         found: list[Tensor | None] = [None] * len(tensors)
         for i in plan.gradients:
             found[i] = torch.empty_like(tensors[i])
-        edges = iter(ctx.next_functions)  # one for each tensor among the inputs
-        nodes = [None if t is None else next(edges)[0] for t in tensors]
-        unwanted = frozenset(i for i in plan.gradients if not reaches(nodes[i]))
-        slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *(found[i] for i in plan.gradients)
+        edges = ctx.next_functions
+        unwanted = frozenset([i for i, edge in compiled.asked if not reaches(edges[edge][0])])
+        made = [found[i] for i in plan.gradients]
+        slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *made
         compiled.backward(unwanted).run(torch.get_num_threads(), *slots)
         compiled.spares.give(arena)
         for i in unwanted:
@@ -127,7 +140,11 @@ class Node(torch.autograd.Function):
         return None, None, *found
 
 
-def _replayed(ctx: Any, dy: Tensor, x: Tensor, parameters: list) -> list[Tensor | None]:
+def _versions(parameters: Sequence[Tensor | None]) -> list[int]:
+    return [p._version for p in parameters if p is not None]
+
+
+def _replayed(ctx: Any, dy: Tensor, x: Tensor, parameters: Sequence[Any]) -> list[Tensor | None]:
     """The gradients by the ops: differentiable where grad mode is on."""
     again = torch.is_grad_enabled()
     tensors = [x, *parameters]
@@ -149,6 +166,10 @@ class Run:
 
     def __init__(self, layers: list[Layer]):
         self.layers = layers
+        self.kinds = tuple(layer.kinds() for layer in layers)
+        self.parameters = [place for layer in layers for place in layer.parameter_places()]
+        self.buffers = [place for layer in layers for place in layer.buffer_places()]
+        self.facts = [fact for layer in layers for fact in layer.fact_readers()]
         self.ways: dict[tuple, Way | None] = {}
         self.last: tuple[tuple, Way | None] = (), None  # comparing with it is half the cost of hashing
 
@@ -158,19 +179,20 @@ class Run:
         if grad and x.requires_grad and x.is_leaf:
             return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        parameters = [p for layer in self.layers for p in layer.parameters()]
+        parameters = [owner[name] for owner, name in self.parameters]
         key = (
             x.shape,
             x.stride(),
             x.dtype,
             dtype,
-            tuple(p is not None and p.requires_grad for p in (x, *parameters)) if grad else None,
-            tuple((p.stride(), p.dtype) if p is not None else None for p in parameters),
-            tuple(layer.facts() for layer in self.layers),
+            (x.requires_grad, *[p is not None and p.requires_grad for p in parameters]) if grad else None,
+            (*[(p.stride(), p.dtype) if p is not None else None for p in parameters],),
+            (*[read(module) for read, module in self.facts],),
+            self.kinds,
             torch.get_num_threads(),
             forced(),
         )
-        buffers = [b for layer in self.layers for b in layer.buffers()]
+        buffers = [owner[name] for owner, name in self.buffers]
         before, way = self.last
         if key != before:
             way = self.ways[key] if key in self.ways else self._chosen(key, x, dtype, parameters, buffers)
