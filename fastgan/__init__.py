@@ -5,7 +5,7 @@ import warnings as _warnings
 
 import torch as _torch  # noqa: F401  first: its OpenMP runtime is the one that fastgan._C binds to
 
-from fastgan import data, functional, models, nn, ops, testing
+from fastgan import compat, data, functional, models, nn, ops, testing
 from fastgan._version import __version__ as __version__
 from fastgan.choice import backend, backends, racing
 from fastgan.convert import convert, explain, revert
@@ -22,6 +22,7 @@ __all__ = [
     "Trainer",
     "backend",
     "backends",
+    "compat",
     "convert",
     "data",
     "doctor",

@@ -22,21 +22,26 @@ namespace {
 // taps[j] sample[first + m step + j].
 struct Phase {
   int64_t first, count, outputs;
-  int64_t tap;  // of the first sample, in steps of `up` from there
+  int64_t tap;    // of the first sample, in steps of `up` from there
+  int64_t array;  // of a plane's samples: the one that holds the first sample of output 0, and its place in `padded`
+  int64_t start;
 };
 
 struct Axis {
   int64_t in, out, taps, up, down, pad, phases, step;
+  Phase* table;  // [phases], found once: a row's divisions took as long as 32 outputs of it
 
-  Axis(int64_t in_, int64_t out_, int64_t taps_, int64_t up_, int64_t down_, int64_t pad_)
-      : in(in_), out(out_), taps(taps_), up(up_), down(down_), pad(pad_) {
+  Axis(int64_t in_, int64_t out_, int64_t taps_, int64_t up_, int64_t down_, int64_t pad_, Phase* memory)
+      : in(in_), out(out_), taps(taps_), up(up_), down(down_), pad(pad_), table(memory) {
     const int64_t common = std::gcd(up, down);
     phases = up / common;
     step = down / common;
+    for (int64_t r = 0; r < phases; ++r) table[r] = found(r);
   }
-  Phase phase(int64_t r) const {
+  const Phase& phase(int64_t r) const { return table[r]; }
+  Phase found(int64_t r) const {
     const int64_t start = r * down - pad, tap = ((-start) % up + up) % up;
-    return {(start + tap) / up, tap < taps ? (taps - 1 - tap) / up + 1 : 0, (out - r + phases - 1) / phases, tap};
+    return {(start + tap) / up, tap < taps ? (taps - 1 - tap) / up + 1 : 0, (out - r + phases - 1) / phases, tap, 0, 0};
   }
 };
 
@@ -103,12 +108,21 @@ struct Rows {
     int64_t highest = INT64_MIN;
     lowest = INT64_MAX;
     for (int64_t r = 0; r < h.phases && r < h.out; ++r) {
-      const Phase p = h.phase(r);
+      const Phase& p = h.phase(r);
       lowest = std::min(lowest, p.first);
       highest = std::max(highest, p.first + (p.outputs - 1) * h.step + std::max<int64_t>(p.count, 1) - 1);
     }
     samples = highest - lowest + 1;
     lane = (samples + h.step - 1) / h.step + SLACK;
+  }
+  // Where the phases' samples lie: the same for all threads.
+  void place() const {
+    for (int64_t r = 0; r < horizontal.phases; ++r) {
+      Phase& p = horizontal.table[r];
+      const int64_t at = p.first - lowest;
+      p.array = at % horizontal.step;
+      p.start = p.array * lane + at / horizontal.step;
+    }
   }
   int64_t step() const { return unit == 1 ? horizontal.step : 1; }  // arrays in which the samples are kept
   int64_t padded_floats() const { return unit == 1 ? lane * horizontal.step : samples * unit + SLACK; }
@@ -161,8 +175,8 @@ struct Rows {
   template <int V>
   FG_INLINE_MEMBER void along(const Phase& p, const float* taps, int64_t m, vf (&acc)[V]) const {
     for (int i = 0; i < V; ++i) acc[i] = zero();
-    int64_t array = (p.first - lowest) % horizontal.step;
-    const float* from = padded + array * lane + (p.first - lowest) / horizontal.step + m;
+    int64_t array = p.array;
+    const float* from = padded + p.start + m;
     for (int64_t j = 0; j < p.count; ++j) {
       const vf w = set1(taps[p.tap + j * horizontal.up]);
       for (int i = 0; i < V; ++i) acc[i] = fma(load(from + i * VF), w, acc[i]);
@@ -176,7 +190,7 @@ struct Rows {
 
   // A plane's row of one or two phases, straight to y. The last vector reads into the slack.
   void plane_row(const float* taps, T* y) const {
-    const Phase even = horizontal.phase(0);
+    const Phase& even = horizontal.phase(0);
     if (horizontal.phases == 1) {
       vf v[4];
       int64_t m = 0;
@@ -184,14 +198,16 @@ struct Rows {
         along(even, taps, m, v);
         for (int i = 0; i < 4; ++i) store(y + m + i * VF, v[i]);
       }
-      for (; m < horizontal.out; m += VF) {
-        vf one[1];
-        along(even, taps, m, one);
-        store_some(y + m, one[0], static_cast<int>(std::min<int64_t>(VF, horizontal.out - m)));
+      for (; m < horizontal.out; m += 2 * VF) {
+        vf two[2];
+        along(even, taps, m, two);
+        for (int i = 0; i < 2; ++i)
+          if (const int64_t left = horizontal.out - m - i * VF; left > 0)
+            store_some(y + m + i * VF, two[i], static_cast<int>(std::min<int64_t>(VF, left)));
       }
       return;
     }
-    const Phase odd = horizontal.phase(1);
+    const Phase& odd = horizontal.phase(1);
     for (int64_t m = 0; m < even.outputs; m += 2 * VF) {
       vf e[2], o[2];
       along(even, taps, m, e);
@@ -211,7 +227,7 @@ struct Rows {
   void add_plane_row(const float* taps) const {
     float* into = out;
     for (int64_t r = 0; r < horizontal.phases; ++r) {
-      const Phase p = horizontal.phase(r);
+      const Phase& p = horizontal.phase(r);
       for (int64_t m = 0; m < p.outputs; m += VF) {
         vf v[1];
         along(p, taps, m, v);
@@ -228,7 +244,7 @@ struct Rows {
     const bool whole = h.phases == 1 && h.step == 1;  // the row is one run of pixels
     const int64_t runs = whole ? 1 : h.out, length = whole ? h.out * unit : unit;
     for (int64_t r = 0; r < h.phases && r < h.out; ++r) {
-      const Phase p = h.phase(r);
+      const Phase& p = h.phase(r);
       for (int64_t o = r, m = 0; o < runs; o += h.phases, ++m) {
         const float* from = padded + (p.first - lowest + m * h.step) * unit;
         each(0, length, [&](int64_t i, int n) {
@@ -263,7 +279,7 @@ struct Rows {
 
   // Output row oy of an image (channels_last) or of a plane.
   void operator()(int64_t image, int64_t oy) {
-    const Phase p = vertical.phase(oy % vertical.phases);
+    const Phase& p = vertical.phase(oy % vertical.phases);
     const int64_t first = p.first + oy / vertical.phases * vertical.step;
     T* y = static_cast<T*>(a.y) + (image * vertical.out + oy) * horizontal.out * unit;
     if (filter.product) {
@@ -290,13 +306,16 @@ struct Rows {
 
 template <class T>
 void filtered(const Upfirdn2dArgs& a) {
-  const Axis vertical(a.H, a.OH, a.KH, a.up_y, a.down_y, a.pad_y),
-      horizontal(a.W, a.OW, a.KW, a.up_x, a.down_x, a.pad_x);
+  const Scratch<Phase> phases(a.up_y + a.up_x);
+  const Axis vertical(a.H, a.OH, a.KH, a.up_y, a.down_y, a.pad_y, phases.data);
+  const Axis horizontal(a.W, a.OW, a.KW, a.up_x, a.down_x, a.pad_x, phases.data + a.up_y);
   const int64_t images = a.channels_last ? a.N : a.N * a.C, rows = images * a.OH;
   const int threads = team_for(a.N * a.C * a.OH * a.OW, a.threads);
   const Scratch<float> taps(Filter::floats(a));
   const Filter filter(a, taps.data);
-  const size_t own = (Rows<T>(a, filter, vertical, horizontal).floats() + VF - 1) / VF * VF;
+  const Rows<T> all(a, filter, vertical, horizontal);
+  all.place();
+  const size_t own = (all.floats() + VF - 1) / VF * VF;
   const Scratch<float> memory(threads * own);
 #pragma omp parallel num_threads(threads)
   {

@@ -16,9 +16,10 @@ from fastgan.functional.convolution import (
 )
 from fastgan.functional.elementwise import bias_act
 from fastgan.functional.losses import adaptive_weight, gan_loss, gan_loss_statistics, lecam_regularization
+from fastgan.functional.modulation import modulated_conv2d
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
 from fastgan.functional.penalties import grad_norm_penalty, interpolate
-from fastgan.functional.resampling import upfirdn2d
+from fastgan.functional.resampling import conv2d_resample, filtered_lrelu, upfirdn2d
 from fastgan.penalties import gradient_penalty
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "conv2d",
     "conv2d_bias_act",
     "conv2d_bn_act",
+    "conv2d_resample",
     "conv2d_statistics",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_bn_act",
     "conv_transpose2d_statistics",
+    "filtered_lrelu",
     "gan_loss",
     "gan_loss_statistics",
     "gn_act",
@@ -44,6 +47,7 @@ __all__ = [
     "l2_attention",
     "lecam_regularization",
     "ln_act",
+    "modulated_conv2d",
     "scaled_dot_product_attention",
     "upfirdn2d",
 ]

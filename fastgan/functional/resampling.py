@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgan.functional.checks import Size2, pair
+from fastgan.functional.convolution import conv2d, conv_transpose2d
+from fastgan.functional.elementwise import bias_act
 from fastgan.ops import upfirdn2d as _upfirdn2d
 
 
@@ -87,3 +89,141 @@ def pads(op: str, padding: int | Sequence[int]) -> list[int]:
             f"{op}: padding must be an int, (x, y) or (x before, x after, y before, y after), got {padding!r}"
         )
     return found
+
+
+def filtered_lrelu(
+    x: Tensor,
+    fu: Tensor | None = None,
+    fd: Tensor | None = None,
+    bias: Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: int | Sequence[int] = 0,
+    gain: float = math.sqrt(2),
+    negative_slope: float = 0.2,
+    clamp: float | None = None,
+    flip_filter: bool = False,
+) -> Tensor:
+    """StyleGAN3's activation: bias, upsampling by fu, leaky ReLU with gain and clamp, downsampling by fd.
+
+    A composition of `upfirdn2d`, `bias_act` and `upfirdn2d`: the upsampled image goes through memory, three times.
+
+    Args:
+        x: [N, C, H, W], floating.
+        fu, fd: filters as `upfirdn2d` takes them; fu's result is multiplied by up^2, which keeps the magnitude.
+        bias: [C] or None, added before the upsampling.
+        up, down: factors of both axes.
+        padding: as `upfirdn2d`, of the upsampled image.
+        gain: of the leaky ReLU, above 0.
+        negative_slope: of the leaky ReLU, >= 0.
+        clamp: None, or the largest absolute value behind the leaky ReLU.
+        flip_filter: False: convolution; True: correlation; of both filters.
+
+    Returns:
+        [N, C, (H up + padding - (KH of fu - 1) - (KH of fd - 1) + down - 1) // down, ...], x's dtype and layout.
+
+    Raises:
+        ValueError, TypeError: as `upfirdn2d` and `bias_act`.
+    """
+    check_image("filtered_lrelu", x)
+    if bias is not None:
+        x = bias_act(x, bias, activation=None)
+    x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
+    x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
+    return upfirdn2d(x, fd, 1, down, 0, flip_filter)
+
+
+def conv2d_resample(
+    x: Tensor,
+    weight: Tensor,
+    f: Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    flip_weight: bool = True,
+    flip_filter: bool = False,
+) -> Tensor:
+    """A convolution between upsampling and downsampling by f, in the order that takes the fewest multiplications.
+
+    The definition: `upfirdn2d` by f with `up` and the padding, a convolution by weight, `upfirdn2d` by f with `down`.
+    Filters commute, so a convolution of an upsampled image is a transposed one of the small image with the filter
+    behind it, and one that is downsampled a strided one with the filter before it.
+
+    Args:
+        x: [N, C, H, W], floating.
+        weight: [K, C/groups, R, S], x's dtype and device.
+        f: filter as `upfirdn2d` takes it.
+        up, down: factors of both axes.
+        padding: as `upfirdn2d`, of the upsampled image; what keeps f centred is added.
+        groups: of the convolution.
+        flip_weight: True: correlation, as torch's convolutions; False: convolution.
+        flip_filter: as `upfirdn2d`.
+
+    Returns:
+        [N, K, OH, OW], x's dtype.
+
+    Raises:
+        ValueError, TypeError: as `upfirdn2d` and `conv2d`.
+    """
+    name = "conv2d_resample"
+    check_image(name, x)
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight must have 4 dimensions, got shape {tuple(weight.shape)}")
+    for factor, value in (("up", up), ("down", down)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {factor} must be an int >= 1, got {value!r}")
+    f = filter_of(name, "f", f, x)
+    around, gain = _centred(pads(name, padding), f, up, down), float(up) ** 2
+    x0, x1, y0, y1 = around
+    kernel = weight if flip_weight else weight.flip([2, 3])
+    pointwise = weight.shape[2] == weight.shape[3] == 1
+    if pointwise and up == 1 and down > 1:  # on the few pixels that are kept
+        return conv2d(upfirdn2d(x, f, 1, down, around, flip_filter), kernel, groups=groups)
+    if pointwise and up > 1 and down == 1:  # on the few pixels that there are
+        return upfirdn2d(conv2d(x, kernel, groups=groups), f, up, 1, around, flip_filter, gain)
+    if up == 1 and down > 1:
+        return conv2d(upfirdn2d(x, f, 1, 1, around, flip_filter), kernel, stride=down, groups=groups)
+    if up > 1:
+        y = _transposed(x, weight, f, up, around, groups, flip_weight, flip_filter, gain)
+        return upfirdn2d(y, f, 1, down, 0, flip_filter) if down > 1 else y
+    if x0 == x1 >= 0 and y0 == y1 >= 0:
+        return conv2d(x, kernel, padding=[y0, x0], groups=groups)
+    return conv2d(upfirdn2d(x, None, 1, 1, around), kernel, groups=groups)
+
+
+def _centred(around: list[int], f: Tensor, up: int, down: int) -> list[int]:
+    """The padding with what keeps f centred on the pixels that are upsampled and on those that are kept."""
+    kh, kw = _upfirdn2d.taps_of(f)
+    for side, taps in enumerate((kw, kw, kh, kh)):
+        before = 1 - side % 2
+        if up > 1:
+            around[side] += (taps + up - 1) // 2 if before else (taps - up) // 2
+        if down > 1:
+            around[side] += (taps - down + 1) // 2 if before else (taps - down) // 2
+    return around
+
+
+def _transposed(
+    x: Tensor,
+    weight: Tensor,
+    f: Tensor,
+    up: int,
+    around: list[int],
+    groups: int,
+    flip_weight: bool,
+    flip_filter: bool,
+    gain: float,
+) -> Tensor:
+    """f of (weight of the zero-stuffed x): a transposed convolution turns its weight, so a correlation's is turned."""
+    k, c, r, s = weight.shape
+    if groups > 1:
+        weight = weight.reshape(groups, k // groups, c, r, s).transpose(1, 2).reshape(groups * c, k // groups, r, s)
+    else:
+        weight = weight.transpose(0, 1)
+    weight = weight.flip([2, 3]) if flip_weight else weight
+    # the transposed convolution pads by R - 1 before and R - up behind; what it makes too much of, it need not make
+    x0, x1, y0, y1 = (p - lost for p, lost in zip(around, (s - 1, s - up, r - 1, r - up), strict=True))
+    cut_x, cut_y = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
+    y = conv_transpose2d(x, weight, stride=up, padding=[cut_y, cut_x], groups=groups)
+    return upfirdn2d(y, f, 1, 1, [x0 + cut_x, x1 + cut_x, y0 + cut_y, y1 + cut_y], flip_filter, gain)

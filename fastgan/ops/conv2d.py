@@ -29,8 +29,9 @@ Source       Dumoulin and Visin, A guide to convolution arithmetic for deep lear
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -143,6 +144,27 @@ def backends(launch: Callable[..., Tensor], declines: Callable[..., str]) -> dic
     return {core.name: Backend(functools.partial(launch, core), functools.partial(declines, core)) for core in cores}
 
 
+# ---- gradients of weights --------------------------------------------------------------------------------------------
+
+_skipping = False  # of the process: a GPU's backward passes run in threads of their own
+
+
+@contextlib.contextmanager
+def without_weight_gradients(skip: bool = True) -> Iterator[None]:
+    """Within: the backward of a convolution makes no gradient of its weight, whoever asks for one."""
+    global _skipping
+    before, _skipping = _skipping, _skipping or skip
+    try:
+        yield
+    finally:
+        _skipping = before
+
+
+def weight_is_wanted(ctx: Any, index: int) -> bool:
+    """`wanted` of a convolution's weight, input `index`."""
+    return not _skipping and wanted(ctx, index)
+
+
 # ---- the op ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +230,7 @@ def _backward(ctx, dy):
         dx = OPS["conv_transpose2d"](
             dt, weight, None, ctx.stride, ctx.padding, extra, ctx.groups, ctx.dilation, "identity", 0.0
         )
-    if wanted(ctx, 1):
+    if weight_is_wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](x, dt, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 6
 

@@ -44,6 +44,7 @@ from fastgan.ops.conv2d import (
     saves_statistics,
     statistics_backends,
     statistics_like,
+    weight_is_wanted,
     with_statistics,
 )
 
@@ -151,7 +152,7 @@ def _backward(ctx, dy):
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
         dx = dx[:, :, : x.shape[2], : x.shape[3]]
-    if wanted(ctx, 1):
+    if weight_is_wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7
 

@@ -1,0 +1,5 @@
+"""Other projects' op signatures, on fastgan's ops."""
+
+from fastgan.compat import stylegan
+
+__all__ = ["stylegan"]
