@@ -10,7 +10,7 @@ import fastgan
 from fastgan.cli import main
 from fastgan.data.imageset import ImageSet
 from fastgan.training import checkpoint, recovery
-from fastgan.training.guard import CLIFF, GROWN, LOOKS, STARTED, STEEP, Collapse, Guard
+from fastgan.training.guard import CLIFF, GROWN, LATE, LOOKS, STARTED, STEEP, Collapse, Guard
 from fastgan.training.health import Health, gradient_norms
 from fastgan.training.rundir import read_log
 from fastgan.training.trainer import Trainer
@@ -45,8 +45,10 @@ def test_loss_of_variety_is_told_once_and_again_after_a_recovery():
     assert guard.healthy == STARTED + 100 * 10
 
 
-def test_an_untrained_generator_is_no_collapse():
+def test_an_untrained_generator_is_no_collapse_and_one_that_stays_so_is():
     assert not told(Guard("bce", 64), [look(0.05, 0.0)] * 10, start=0, every=STARTED // 11)
+    ((step, _),) = told(Guard("bce", 64), [look(0.1, 0.0)] * 100)
+    assert step == LATE + 100 * (LOOKS - 1)
 
 
 def test_coverage_that_falls_is_a_collapse_and_coverage_that_never_was_is_none():

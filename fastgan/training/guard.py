@@ -42,13 +42,17 @@ MOVING_STEPS, MOVED = 50, 1e-3
 # Variety (`health`): the mean distance between two pictures' features over that between two images'; and the share of
 # images with a picture near, beside the greatest so far where that says anything. What these find and miss stands in
 # docs/troubleshooting.md.
-NARROW, FALLEN, COVERED = 0.2, 0.35, 0.3
+NARROW, FALLEN, COVERED = 0.2, 0.4, 0.3
+# A generator that was never twice as varied as NARROW may be a slow starter: r1-dcgan-64 at width 16 has 0.06 at step
+# 200 and 0.16 at step 1,200. It is lost if it still is so after this many steps.
+LATE = 5000
 LOOKS = 2  # in a row
 # A gradient's norm over its running mean over so many logged steps: so much three times in a row, or so much once. In
-# their first 400 steps small networks have up to 60, later 8; an LSGAN without norm had 36,000 as it broke.
-STEEP, CLIFF, USUAL = 20.0, 1000.0, 20
+# their first 200 steps small networks have up to 60, later 6; an LSGAN without norm had 36,000 as it broke, and a
+# discriminator at fifty times its rate 160.
+STEEP, CLIFF, USUAL = 15.0, 100.0, 20
 BY_HEART = 0.5  # of the way from training images to generated ones is where held-out images are
-KEPT = ("_sure", "_grown", "_flat", "_varied", "_best", "_narrow", "_known", "_steep", "healthy")
+KEPT = ("_sure", "_grown", "_flat", "_varied", "_widest", "_best", "_narrow", "_known", "_steep", "healthy")
 
 
 class DivergedError(RuntimeError):
@@ -71,6 +75,7 @@ class Guard:
         self._flat = False
         self._varied = False  # whether the samples ever were
         self._first: tuple[int, Tensor] | None = None
+        self._widest = 0.0  # the greatest diversity so far
         self._best = 0.0  # the greatest coverage so far
         self._narrow = self._known = self._steep = 0  # looks in a row at which that was so
         self._norms: dict[str, float] = {}  # running means of gradients' norms
@@ -143,9 +148,10 @@ class Guard:
         if "diversity" not in metrics:
             return None
         diversity, coverage = metrics["diversity"], metrics["coverage"]
-        self._best = max(self._best, coverage)
+        self._widest, self._best = max(self._widest, diversity), max(self._best, coverage)
         fallen = self._best >= COVERED and coverage < FALLEN * self._best
-        narrow = step >= self._started and (diversity < NARROW or fallen)
+        lost = diversity < NARROW and (self._widest >= 2 * NARROW or step >= LATE)
+        narrow = step >= self._started and (lost or fallen)
         self._narrow = self._narrow + 1 if narrow else 0
         if not narrow and not (self._steep or self._grown or self._flat):
             self.healthy = step

@@ -103,7 +103,7 @@ class Recipe:
     #: steps between evaluations (kernel and Frechet distance on the backbone "small"); 0: none
     eval_every: int = 0
     #: steps between looks for a collapse (variety of pictures, gradients, overfitting); 0: none
-    watch_every: int = 200
+    watch_every: int = 100
     #: images kept from training, to see the discriminator overfit
     held_out: int = 0
     #: checkpoints kept in the run directory, newest first
