@@ -212,3 +212,61 @@ def test_labels_of_other_pictures_are_never_taken(tmp_path, monkeypatch):
         fastgan.data.prepare(tmp_path / "new.npz", out)
     found = fastgan.data.load(out)
     assert len(found) == 9 and found.labels is None
+
+
+# ------------------------------------------------------------------------------------------ as many as were asked for
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run without labels and one with."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *TINY, "--data=emoji-64", f"--out={folder / 'plain'}"]) == 0
+    assert main(["train", *TINY, "--data=emoji-64", "--conditional", f"--out={folder / 'labels'}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("count", [10**12, 10**20])
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sample --run plain --n COUNT --out x.png", "latents: "),
+        ("sample --run labels --n COUNT --out x.png", "labels: "),
+        ("sample --run labels --label 0 --n COUNT --out x.png", "labels: "),
+        ("interpolate --run plain --frames COUNT --out x.gif", "interpolate: 9 walks of "),
+        ("interpolate --run plain --stops COUNT --out x.gif", "latents: "),
+        ("interpolate --run labels --walks COUNT --out x.gif", "interpolate: "),
+        ("interpolate --run plain --along components --frames COUNT --out x.gif", "interpolate: "),
+        ("train --conditional --data emoji-64 --out new --set sample_count=COUNT", "labels: "),
+    ],
+)
+def test_more_pictures_than_memory_is_one_sentence(runs, monkeypatch, capsys, command, message, count):
+    monkeypatch.chdir(runs)
+    verb, *words = command.replace("COUNT", str(count)).split()
+    assert main([verb, *(TINY if verb == "train" else ()), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and "must fit in memory, it needs" in error
+    assert sorted(p.name for p in runs.iterdir()) == ["labels", "plain"]
+
+
+def test_a_gif_is_counted_before_its_pictures_are_made(runs, monkeypatch, capsys):
+    """Its pictures are enlarged to 64 pixels and more, so the walks may fit where it does not."""
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr("fastgan.data.memory.free_bytes", lambda device: 4000)
+    assert main(["interpolate", "--run=plain", "--frames=3", "--walks=1", "--stops=2", "--out=x.gif"]) == 2
+    assert "a GIF of 3 frames of" in capsys.readouterr().err and not (runs / "x.gif").exists()
+
+
+def test_prepare_replaces_no_file_but_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    card = tmp_path / "set.json"
+    for content in ('{"mine": 1}', "[1, 2]", "no json \xff"):
+        card.write_bytes(content.encode("latin-1"))
+        assert main(["data", "prepare", "emoji-64", "--limit=5", "--out=set.npy"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "set.json, where the labels go, must be of an earlier prepare" in error
+        assert card.read_bytes() == content.encode("latin-1") and [p.name for p in tmp_path.iterdir()] == ["set.json"]
+    card.unlink()
+    for count in (5, 7):  # its own it does
+        assert main(["data", "prepare", "emoji-64", f"--limit={count}", "--out=set.npy"]) == 0
+        assert len(fastgan.data.load("set.npy").labels) == count

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from fastgan import data
 from fastgan._writing import atomic_file, atomic_path, target_of
 from fastgan.data.decode import decode, reason
+from fastgan.data.memory import require
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
 from fastgan.training.latent import PICTURES, principal_directions, project
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         _require_ffmpeg()
     frames = args.frames or (10 if kind == ".png" else 80)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
+    numbers = args.walks * frames * config["recipe"]["latent"]
+    require(4 * numbers, "cpu", f"interpolate: {args.walks:,} walks of {frames:,} frames")
     labels = _labels(args, config)
     walks = _walks(args, generator, config["recipe"], labels, frames)
     each = None if labels is None else torch.tensor(labels).repeat_interleave(frames)
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if kind == ".png":
         data.save_grid(images.flatten(0, 1), args.out, columns=frames)
     elif kind == ".gif":
-        _save_gif(_pictures(images), args.out)
+        _save_gif(_pictures(images), frames, args.out)
     else:
         _save_mp4(_pictures(images), args.out)
     print(f"{args.walks} walks of {frames} frames: {args.out}")
@@ -132,7 +135,7 @@ def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | Non
     return [walk % classes for walk in range(args.walks)] if classes else None
 
 
-def _pictures(images: Tensor) -> Iterable[Tensor]:
+def _pictures(images: Tensor) -> Iterator[Tensor]:
     """A uint8 picture ``[height, width, 3]`` a frame, of images ``[walks, frames, C, H, W]`` in [-1, 1]."""
     scale = max(1, math.ceil(_TILE / images.shape[-1]))
     for frame in images.unbind(1):
@@ -140,10 +143,14 @@ def _pictures(images: Tensor) -> Iterable[Tensor]:
         yield page.repeat_interleave(scale, 0).repeat_interleave(scale, 1).expand(-1, -1, 3)
 
 
-def _save_gif(pictures: Iterable[Tensor], path: str) -> None:
+def _save_gif(pictures: Iterator[Tensor], frames: int, path: str) -> None:
     from PIL import Image
 
-    first, *rest = [Image.fromarray(p.numpy()) for p in pictures]
+    start = next(pictures)
+    require(
+        frames * start.numel(), "cpu", f"interpolate: a GIF of {frames:,} frames of {tuple(start.shape[:2])} pixels"
+    )
+    first, *rest = [Image.fromarray(p.numpy()) for p in (start, *pictures)]
     with atomic_file(path) as file:
         first.save(file, format="GIF", save_all=True, append_images=rest, duration=1000 // _FPS, loop=0)
 
@@ -158,7 +165,7 @@ def _require_ffmpeg() -> None:
         ) from error
 
 
-def _save_mp4(pictures: Iterable[Tensor], path: str) -> None:
+def _save_mp4(pictures: Iterator[Tensor], path: str) -> None:
     ffmpeg = importlib.import_module("imageio_ffmpeg")
     with atomic_path(path) as part, contextlib.ExitStack() as stack:
         writer = None

@@ -9,6 +9,7 @@ import torch
 
 from fastgan import data
 from fastgan._writing import target_of
+from fastgan.data.memory import require
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     recipe, labels, columns = config["recipe"], None, args.columns
     if args.label is not None:
+        require(8 * args.n, "cpu", f"labels: {args.n:,} numbers")
         labels = torch.full((args.n,), sampling.class_number(config, args.label))
     elif recipe.get("conditional"):
         labels, rows = sampling.class_rows(args.n, recipe["classes"])

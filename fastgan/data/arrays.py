@@ -105,18 +105,22 @@ def from_npy(path: Path) -> Array:
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"load: a .npy must hold an array of numbers, {path} does not: {error}") from error
     array = Array(path.stem, values, path=path)
-    card = path.with_suffix(".json")
-    if card.is_file():
-        try:
-            facts = json.loads(card.read_text())
-        except ValueError:
-            facts = None
-        if isinstance(facts, dict) and "fastgan" in facts:
-            array.name = facts["name"]
-            array.classes = facts["classes"]
-            array.labels = None if facts["labels"] is None else np.asarray(facts["labels"], np.int64)
-            array.skipped = [(name, why) for name, why in facts["skipped"]]
+    facts = read_card(path.with_suffix(".json"))
+    if facts is not None:
+        array.name = facts["name"]
+        array.classes = facts["classes"]
+        array.labels = None if facts["labels"] is None else np.asarray(facts["labels"], np.int64)
+        array.skipped = [(name, why) for name, why in facts["skipped"]]
     return array
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """What `prepare` wrote beside a .npy, or None where `path` does not exist or is something else."""
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and "fastgan" in facts else None
 
 
 def from_npz(path: Path) -> Array:

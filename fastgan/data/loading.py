@@ -146,7 +146,8 @@ def prepare(
 ) -> Path:
     """Decode `source` once to `out`, a .npy of uint8 [M, C, H, W], with its labels in a .json beside it.
 
-    `load(out)` is then ready at once; arguments and errors are those of `load`. Returns the path.
+    `load(out)` is then ready at once; arguments and errors are those of `load`. Returns the path. Both files replace
+    what an earlier `prepare` left there; ValueError for any other .json in that place.
 
     white: what is white in 16-bit greys: a number, "sbit" (2^bits - 1 with the significant bits that a PNG file names,
         else 65535), or "max" (the greatest number in the set; logged in one line). Cameras and scanners write 10 to 14
@@ -157,6 +158,12 @@ def prepare(
         raise ValueError(f"prepare: out must be a .npy file, got {out}; call it {out.name}.npy")
     wanted = Wanted(image_size, channels, limit, progress, white)
     target = target_of(out)
+    card = target_of(_card(out))
+    if card.exists() and arrays.read_card(card) is None:
+        raise ValueError(
+            f"prepare: {_card(out)}, where the labels go, must be of an earlier prepare or not exist yet; move it or "
+            "choose another out"
+        )
     with closing(open_source(source)) as opened:
         if white == "max":
             top = _greatest(opened, wanted) or WHITE

@@ -84,6 +84,8 @@ def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:
         raise ValueError(f"walk: mode must be slerp or lerp, got {mode!r}")
     if z.ndim != 2 or z.shape[0] < 2 or frames < 1:
         raise ValueError(f"walk: it needs 2 latents [K, size] and 1 frame, got {tuple(z.shape)} and {frames}")
+    # both ends and the path between them, in float64
+    require(3 * 8 * frames * z.shape[1], "cpu", f"walk: {frames:,} frames of {z.shape[1]:,} numbers")
     t = torch.arange(frames, dtype=torch.float64) * z.shape[0] / frames
     start = t.long().clamp(max=z.shape[0] - 1)
     a, b = z[start].double(), z[(start + 1) % z.shape[0]].double()
@@ -101,6 +103,7 @@ def class_rows(count: int, classes: int) -> tuple[Tensor, int]:
     """(labels int64 ``[rows columns]``, columns) of a sheet with a row a class, of about `count` pictures."""
     rows = min(classes, count)
     columns = count // rows
+    require(8 * rows * columns, "cpu", f"labels: {count:,} numbers")
     return torch.arange(rows).repeat_interleave(columns), columns
 
 

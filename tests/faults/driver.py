@@ -1,8 +1,11 @@
 """Trains a tiny run in a forked child whose file calls are harmed, then goes on with it in another: see test_faults.py.
 
-    LD_PRELOAD=shim.so python driver.py FOLDER HOW STRIDE OFFSET      HOW: die, torn or full
+    LD_PRELOAD=shim.so python driver.py FOLDER HOW STRIDE OFFSET      HOW: die, torn or full; harms call OFFSET + 1 and
+                                                                      every STRIDE-th from there on
+    LD_PRELOAD=shim.so python driver.py FOLDER room TRIALS SEED       the disk is full after a random number of bytes
 
-Prints a line of JSON for each trial that went wrong, and at last the number of calls and of trials.
+Prints a line of JSON for each trial that went wrong, and at last the number of calls, of bytes, of trials and of
+those that ended with a sentence.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import ctypes
 import io
 import json
 import os
+import random
 import shutil
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +29,9 @@ from fastgan.training import checkpoint
 from fastgan.training.rundir import RunDirectory, read_log
 from fastgan.training.trainer import Trainer
 
-HOW = {"count": 0, "die": 1, "torn": 2, "full": 3}
+HOW = {"count": 0, "die": 1, "torn": 2, "full": 3, "room": 4}
 shim = ctypes.CDLL(None)
+shim.fault_bytes.restype = shim.fault_count.restype = ctypes.c_long
 RECIPE = TINY.replace(steps=4, sample_every=2, checkpoint_every=1, ema=None, sample_count=2)
 
 
@@ -60,7 +66,7 @@ def start(out: Path, at: int, how: str) -> None:
         run.fit()
     finally:
         if how == "count":
-            (out.parent / "count").write_text(str(shim.fault_count()))
+            (out.parent / "count").write_text(f"{shim.fault_count()} {shim.fault_bytes()}")
         shim.fault_arm(b"/nowhere", ctypes.c_long(0), -1)
 
 
@@ -87,18 +93,23 @@ def facts(out: Path) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)  # a fork after a parallel region would deadlock
-    folder, how, stride, offset = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    folder, how, many, which = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     straight = folder / "straight"
     status, said = child(lambda: start(straight, 0, "count"))
     if status:
         raise SystemExit(f"the straight run failed: {said}")
-    want, calls, trials = facts(straight), int((folder / "count").read_text()), 0
-    for at in range(1 + offset, calls + 1, stride):
+    want = facts(straight)
+    calls, written = map(int, (folder / "count").read_text().split())
+    refused = 0
+    places: Sequence[int] = range(1 + which, calls + 1, many)
+    if how == "room":
+        places = sorted(random.Random(which).sample(range(written), many))
+    for at in places:
         out, wrong = folder / "run", []
         shutil.rmtree(out, ignore_errors=True)
-        trials += 1
         status, said = child(lambda out=out, at=at: start(out, at, how))
-        if how == "full":
+        refused += status == 2
+        if how in ("full", "room"):
             lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
             if status not in (0, 2) or (status == 2 and (len(lines) != 1 or "the disk is full" not in lines[0])):
                 wrong.append(f"status {status}, said {said}")
@@ -112,8 +123,8 @@ def main() -> None:
             found = facts(out)
             wrong += [key for key in want if found[key] != want[key]]
         if wrong:
-            print(json.dumps({"call": at, "checkpoints": kept, "wrong": wrong}), flush=True)
-    print(json.dumps({"calls": calls, "trials": trials}))
+            print(json.dumps({"at": at, "checkpoints": kept, "wrong": wrong}), flush=True)
+    print(json.dumps({"calls": calls, "bytes": written, "trials": len(places), "refused": refused}))
 
 
 main()

@@ -2,7 +2,8 @@
  *
  * LD_PRELOAD. Nothing happens until fault_arm(folder, at, how) is called in the process:
  *   how 0: only count    1: die before the call    2: die after half of it (a write; else before it)    3: the disk is full
- * fault_count() gives the calls so far.
+ *   4: `at` bytes are left on the disk; the write that would pass them writes what fits
+ * fault_count() gives the calls so far, fault_bytes() the bytes written.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,17 +18,18 @@
 #include <unistd.h>
 
 static char folder[4096];
-static long at, count;
+static long at, count, bytes;
 static int how = -1;
 
 void fault_arm(const char *path, long number, int kind) {
     snprintf(folder, sizeof folder, "%s", path);
     at = number;
-    count = 0;
+    count = bytes = 0;
     how = kind;
 }
 
 long fault_count(void) { return count; }
+long fault_bytes(void) { return bytes; }
 
 static void die(void) { kill(getpid(), SIGKILL); }
 
@@ -45,11 +47,20 @@ static int fd_below(int fd) {
 
 /* 0: go on. 1: fail with ENOSPC. 2: do half of it, then die. */
 static int harm(int grows) {
-    if (++count < at || how <= 0) return 0;
+    ++count;
+    if (how == 4) { errno = ENOSPC; return grows && bytes >= at; }
+    if (count < at || how <= 0) return 0;
     if (how == 3) { errno = ENOSPC; return grows; }  /* full from here on; what needs no room goes on */
     if (count > at) return 0;
     if (how == 1) die();
     return 2;
+}
+
+/* How much of a write fits. */
+static size_t room(size_t size) {
+    if (how == 4 && bytes + (long)size > at) size = (size_t)(at - bytes);
+    bytes += (long)size;
+    return size;
 }
 
 #define REAL(type, name, ...) static type (*real)(__VA_ARGS__); if (!real) real = (type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
@@ -75,6 +86,7 @@ ssize_t write(int fd, const void *data, size_t size) {
         int h = harm(1);
         if (h == 1) return -1;
         if (h == 2) { real(fd, data, size / 2); die(); }
+        size = room(size);
     }
     return real(fd, data, size);
 }
@@ -85,6 +97,7 @@ ssize_t pwrite64(int fd, const void *data, size_t size, off64_t place) {
         int h = harm(1);
         if (h == 1) return -1;
         if (h == 2) { real(fd, data, size / 2, place); die(); }
+        size = room(size);
     }
     return real(fd, data, size, place);
 }

@@ -38,9 +38,9 @@ def shim(tmp_path_factory):
     return path
 
 
-def harm(shim, folder, how, stride, offset=0):
+def harm(shim, folder, how, many, which=0):
     env = os.environ | {"LD_PRELOAD": str(shim), "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, HERE / "driver.py", folder, how, str(stride), str(offset)]
+    command = [sys.executable, HERE / "driver.py", folder, how, str(many), str(which)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *wrong, last = map(json.loads, done.stdout.splitlines())
@@ -59,6 +59,13 @@ def test_every_call(shim, tmp_path, how):
 def test_some_calls(shim, tmp_path, how):
     """Another set of calls each day."""
     assert harm(shim, tmp_path, how, 17, random.Random(time.strftime("%j") + how).randrange(17))["trials"] >= 3
+
+
+@pytest.mark.parametrize("trials", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_disk_that_fills_up_after_any_number_of_bytes(shim, tmp_path, trials):
+    """In the midst of a write, which is then a short one. Other places each day."""
+    last = harm(shim, tmp_path, "room", trials, int(time.strftime("%j")))
+    assert last["trials"] == trials <= 2 * last["refused"]  # a full disk at the run's end costs a picture or the report
 
 
 def kill_while_saving(out, kills, rng):
