@@ -65,7 +65,7 @@ def test_some_calls(shim, tmp_path, how):
 def test_a_disk_that_fills_up_after_any_number_of_bytes(shim, tmp_path, trials):
     """In the midst of a write, which is then a short one. Other places each day."""
     last = harm(shim, tmp_path, "room", trials, int(time.strftime("%j")))
-    assert last["trials"] == trials <= 2 * last["refused"]  # a full disk at the run's end costs a picture or the report
+    assert last["trials"] == trials and last["bytes"] > 10_000
 
 
 def kill_while_saving(out, kills, rng):
