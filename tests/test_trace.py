@@ -403,7 +403,7 @@ def test_a_race_goes_on_until_the_account_has_paid_for_it(monkeypatch):
             clock.now += 0.5
             answers.append(race(arguments))
         assert answers[-1] == race(arguments) == "plain" and len(answers) > 3
-    assert race.samples % 2 == 0
+    assert min(race.samples.values()) > 1
 
 
 def test_what_a_trace_costs_beside_its_run_counts(monkeypatch):

@@ -42,9 +42,9 @@ class Contest:
     def __init__(self, case: tuple, ways: dict[str, Run], plain: Collection[str] = ("plain",), overhead: float = 0.0):
         self.case, self.ways, self.plain, self.overhead = case, ways, plain, overhead
         self.settled = False  # whether the answer stands; else it is asked for again
-        self.first: dict[str, float] = {}  # seconds of first runs: the ops' own races, the first touch of memory
+        self.first: dict[str, float] = {}  # seconds of first runs, which decide nothing: the ops' own races are in them
         self.best: dict[str, float] = {}
-        self.samples = 0
+        self.samples = dict.fromkeys(ways, 0)
 
     def __call__(self, arguments: Sequence[Any]) -> str:
         """The way that these arguments take now; the first one where racing is off or a backend forced."""
@@ -69,7 +69,7 @@ class Contest:
     @property
     def winner(self) -> str:
         """The fastest way so far."""
-        if not self.best or any(name not in self.best for name in self._alive()):
+        if len(self.best) < len(self.ways):
             return next(iter(self.ways))
         return min(self.best, key=self._seconds)
 
@@ -87,20 +87,19 @@ class Contest:
         return self.best[name] + (0.0 if name in self.plain else self.overhead)
 
     def _alive(self) -> list[str]:
-        """The ways that are not cut off by their first run."""
-        limit = max(BEHIND * min(self.first.values(), default=0.0), FIRST_CALL)
-        return [name for name in self.ways if self.first.get(name, 0.0) < limit]
+        """The ways that are not far behind."""
+        limit = BEHIND * min(self.best.values(), default=float("inf"))
+        return [name for name in self.ways if self.best.get(name, 0.0) <= limit]
 
     def _next(self) -> str:
         """The way that runs next."""
         new = [name for name in self.ways if name not in self.first]
-        alive = self._alive()
-        return new[0] if new else alive[self.samples % len(alive)]
+        return new[0] if new else min(self._alive(), key=self.samples.__getitem__)
 
     def _affords(self, account: Account, begin: float) -> bool:
         """Whether the account has what the next run is expected to take; a full one pays for a run of any length."""
-        name = self._next()
-        expected = self.first.get(name, BEHIND * min(self.first.values(), default=0.0))
+        quickest = BEHIND * min(self.first.values(), default=0.0)
+        expected = self.best.get(self._next(), quickest)
         return account.balance - (account.clock() - begin) >= min(expected, account.held)
 
     def _advance(self, arguments: Sequence[Any], device: torch.device, account: Account) -> None:
@@ -113,25 +112,22 @@ class Contest:
                 took = _seconds(self.ways[name], arguments, device)
                 if name in self.first:
                     self.best[name] = min(self.best.get(name, took), took)
-                    self.samples += 1
+                    self.samples[name] += 1
                 else:
                     self.first[name] = took
                 self.settled = self._over()
 
     def _over(self) -> bool:
-        if len(self.first) < len(self.ways):
+        if len(self.best) < len(self.ways):
             return False
         alive = self._alive()
-        if len(alive) == 1:
-            self.best.setdefault(alive[0], self.first[alive[0]])
+        short = min(self.best.values()) < FIRST_CALL  # 50 us are lost in the noise of one look at the clock
+        rounds = min(self.samples[name] for name in alive)
+        if len(alive) == 1 or rounds >= (4 * ROUNDS if short else ROUNDS):
             return True
-        rounds, rest = divmod(self.samples, len(alive))
-        short = min(self.first.values()) < FIRST_CALL  # 50 us are lost in the noise of one look at the clock
-        if rest or rounds < (ROUNDS if short else 1):
-            return False
         low, second = sorted(map(self._seconds, alive))[:2]
         # one round may be a noisy moment of the winner's rival
-        return second > CLEAR * low if rounds < (4 * ROUNDS if short else ROUNDS) else True
+        return second > CLEAR * low and rounds > (ROUNDS if short else 1)
 
 
 def _bfloat16(arguments: Sequence[Any]) -> bool:
