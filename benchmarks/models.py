@@ -77,12 +77,12 @@ def arm_of_step(build: Callable[[], tuple[Any, ...]], ours: bool, layout: torch.
     """One update of both networks, on networks of its own."""
     torch.manual_seed(0)
     networks, inputs, step = build()
-    placed = [m.to(memory_format=layout) for m in networks]
+    models = [placed(m, layout) for m in networks]
     inputs = tuple(in_layout(x, layout) for x in inputs)
     if ours:
-        placed = [fastgan.convert(m) for m in placed]
-    adams = [torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True) for m in placed]
-    return lambda: step(*placed, *adams, *inputs)
+        models = [fastgan.convert(m) for m in models]
+    adams = [torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.9), fused=True) for m in models]
+    return lambda: step(*models, *adams, *inputs)
 
 
 # ---- the tests' networks --------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def arm_of_network(name: str, ours: bool, layout: torch.memory_format) -> Callab
     torch.manual_seed(0)
     model, arguments = handwritten.FAMILIES[name]()
     inputs = [in_layout(repeated(x), layout) for x in arguments]
-    model = model.float().to(memory_format=layout)
+    model = placed(model.float(), layout)
     return forward_backward(fastgan.convert(model) if ours else model, inputs)
 
 
@@ -109,6 +109,13 @@ def repeated(x: Tensor) -> Tensor:
     """The argument of a test as float32 at batch BATCH."""
     x = x.float() if x.is_floating_point() else x
     return x.repeat(-(-BATCH // len(x)), *[1] * (x.dim() - 1))[:BATCH]
+
+
+def placed(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The network with its images' weights in a layout."""
+    for p in model.parameters():
+        p.data = in_layout(p.data, layout)
+    return model
 
 
 def in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
