@@ -132,6 +132,12 @@ CASES = {
     "two-passes": dict(convert=False, dropout=0.3),
     "augment": dict(augment=lambda x: x + 0.1 * torch.randn_like(x)),
     "bf16": dict(precision="bf16", penalty="r1"),
+    "extra-losses": dict(
+        penalty="r1",
+        extra_d_loss=lambda o: 0.01 * o.d_real.square().mean(),
+        extra_g_loss=lambda o: (o.fake - o.real).abs().mean() + (o.d_fake - o.d_real).abs().mean(),
+    ),
+    "clipped-parts": dict(loss="wasserstein", grad_clip=0.1, weight_clip=0.05, accumulate=2),
 }
 
 
@@ -205,6 +211,25 @@ def test_drawn_latents_by_a_callable(graphs):
     ours, theirs = pair(latent=draw, seeded=True, d_steps=2)
     walk(ours, theirs, 8)
     assert graphs.replays == 5
+
+
+class Noisy(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z, noise):
+        return self.net(z + 0.1 * noise)
+
+
+@pytest.mark.parametrize("d_steps", [1, 2])
+def test_latents_in_tuples(graphs, d_steps):
+    draw = lambda n, device, rng: (torch.randn(n, 5, 1, 1).double(), torch.rand(n, 5, 1, 1).double())
+    ours, theirs = pair(latent=draw, d_steps=d_steps)
+    for one in (ours, theirs):
+        one.generator = Noisy(one.generator)
+    walk(ours, theirs, 8)
+    assert graphs.replays >= 3 and ours._capture.declined == ""
 
 
 def test_learning_rates_may_change_at_every_step(graphs):

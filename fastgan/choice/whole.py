@@ -7,6 +7,7 @@ candidates, and the winner is remembered on disk as theirs are.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from fastgan.choice.budget import Account
 from fastgan.choice.choosing import remember, remembered
 from fastgan.choice.forcing import forced
 from fastgan.choice.hardware import torch_multiplies_bfloat16
-from fastgan.choice.race import BEHIND, CLEAR, FIRST_CALL, ROUNDS
+from fastgan.choice.race import BEHIND, CLEAR, ROUNDS
 from fastgan.choice.state import STATE
 
 Run = Callable[..., Any]
+SHORT = 10e-3  # seconds; below them four times as many runs are compared: 50 us are lost in the noise of a few
 
 
 def fastest(case: tuple, ways: dict[str, Run], arguments: Sequence[Any], plain: Collection[str] = ("plain",)) -> str:
@@ -43,8 +45,7 @@ class Contest:
         self.case, self.ways, self.plain, self.overhead = case, ways, plain, overhead
         self.settled = False  # whether the answer stands; else it is asked for again
         self.first: dict[str, float] = {}  # seconds of first runs, which decide nothing: the ops' own races are in them
-        self.best: dict[str, float] = {}
-        self.samples = dict.fromkeys(ways, 0)
+        self.samples: dict[str, list[float]] = {name: [] for name in ways}  # further runs, ascending
 
     def __call__(self, arguments: Sequence[Any]) -> str:
         """The way that these arguments take now; the first one where racing is off or a backend forced."""
@@ -62,16 +63,15 @@ class Contest:
         if self._affords(account, account.clock()):
             with account.paying():
                 self._advance(arguments, device, account)
-            if self.settled:
+            if self.settled and (self._spread() <= CLEAR or self._ahead() >= self._spread()):
                 remember(self.case, f"config {self.winner}")
         return self.winner
 
     @property
     def winner(self) -> str:
         """The fastest way so far."""
-        if len(self.best) < len(self.ways):
-            return next(iter(self.ways))
-        return min(self.best, key=self._seconds)
+        raced = self._raced()
+        return min(raced, key=self._seconds) if len(raced) == len(self.ways) else next(iter(self.ways))
 
     def _known(self, arguments: Sequence[Any], device: torch.device) -> bool:
         """Whether nothing is left to race: the winner is remembered, or alone; the other ways are dropped."""
@@ -83,23 +83,35 @@ class Contest:
         self.settled = len(self.ways) == 1
         return self.settled
 
+    def _raced(self) -> list[str]:
+        return [name for name in self.ways if self.samples[name]]
+
     def _seconds(self, name: str) -> float:
-        return self.best[name] + (0.0 if name in self.plain else self.overhead)
+        return self.samples[name][0] + (0.0 if name in self.plain else self.overhead)
+
+    def _ahead(self) -> float:
+        """The second best time over the best."""
+        best, *rest = sorted(map(self._seconds, self._raced()))
+        return rest[0] / best if rest else 1.0
+
+    def _spread(self) -> float:
+        """How far the two best runs of a way lie apart, at worst: 1 on a quiet machine."""
+        return max(s[1] / s[0] for s in self.samples.values() if len(s) > 1)
 
     def _alive(self) -> list[str]:
-        """The ways that are not far behind."""
-        limit = BEHIND * min(self.best.values(), default=float("inf"))
-        return [name for name in self.ways if self.best.get(name, 0.0) <= limit]
+        """The ways that are not far behind; one run alone may have met a busy moment, which costs up to 100 times."""
+        limit = BEHIND * min((s[0] for s in self.samples.values() if s), default=float("inf"))
+        return [name for name in self.ways if len(self.samples[name]) < 2 or self.samples[name][0] <= limit]
 
     def _next(self) -> str:
         """The way that runs next."""
         new = [name for name in self.ways if name not in self.first]
-        return new[0] if new else min(self._alive(), key=self.samples.__getitem__)
+        return new[0] if new else min(self._alive(), key=lambda name: len(self.samples[name]))
 
     def _affords(self, account: Account, begin: float) -> bool:
         """Whether the account has what the next run is expected to take; a full one pays for a run of any length."""
         quickest = BEHIND * min(self.first.values(), default=0.0)
-        expected = self.best.get(self._next(), quickest)
+        expected = min(self.samples[self._next()], default=quickest)
         return account.balance - (account.clock() - begin) >= min(expected, account.held)
 
     def _advance(self, arguments: Sequence[Any], device: torch.device, account: Account) -> None:
@@ -111,23 +123,20 @@ class Contest:
                 name = self._next()
                 took = _seconds(self.ways[name], arguments, device)
                 if name in self.first:
-                    self.best[name] = min(self.best.get(name, took), took)
-                    self.samples[name] += 1
+                    bisect.insort(self.samples[name], took)
                 else:
                     self.first[name] = took
                 self.settled = self._over()
 
     def _over(self) -> bool:
-        if len(self.best) < len(self.ways):
-            return False
         alive = self._alive()
-        short = min(self.best.values()) < FIRST_CALL  # 50 us are lost in the noise of one look at the clock
-        rounds = min(self.samples[name] for name in alive)
-        if len(alive) == 1 or rounds >= (4 * ROUNDS if short else ROUNDS):
-            return True
-        low, second = sorted(map(self._seconds, alive))[:2]
-        # one round may be a noisy moment of the winner's rival
-        return second > CLEAR * low and rounds > (ROUNDS if short else 1)
+        rounds = min(len(self.samples[name]) for name in alive)
+        if rounds < 2:
+            return False
+        short = min(map(self._seconds, alive)) < SHORT
+        least, most = (ROUNDS, 4 * ROUNDS) if short else (2, ROUNDS)
+        clear = len(alive) == 1 or self._ahead() > CLEAR
+        return rounds >= most or (rounds >= least and clear and self._spread() < CLEAR)
 
 
 def _bfloat16(arguments: Sequence[Any]) -> bool:

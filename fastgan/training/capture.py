@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan.choice import forced
@@ -390,11 +391,15 @@ class _Rates:
                 group["capturable"] = flag
 
 
-# ---- inputs: None, a tensor, or a sequence of these, one for each D update -------------------------------------------
+# ---- inputs: None, a tensor, or a sequence of these, one for each D update; of latents, also a tuple of tensors ------
 
 
 def _parts(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return [leaf for part in value for leaf in _parts(part)] if isinstance(value, list | tuple) else [value]
+
+
+def _nesting(value: Any) -> Any:
+    return tuple(map(_nesting, value)) if isinstance(value, list | tuple) else None
 
 
 def _unfit(inputs: tuple, device: torch.device) -> str:
@@ -408,12 +413,11 @@ def _unfit(inputs: tuple, device: torch.device) -> str:
 
 def _signature(value: Any) -> tuple:
     parts = [None if p is None else (p.shape, p.stride(), p.dtype) for p in _parts(value)]
-    return (isinstance(value, list | tuple), *parts)
+    return (_nesting(value), *parts)
 
 
 def _buffers(value: Any) -> Any:
-    made = [None if p is None else torch.empty_like(p) for p in _parts(value)]
-    return made if isinstance(value, list | tuple) else made[0]
+    return tree_map(lambda part: None if part is None else torch.empty_like(part), value)
 
 
 def _load(buffers: Any, given: Any) -> None:

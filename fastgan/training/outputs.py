@@ -1,14 +1,18 @@
-"""What passes between a step and its user's own losses, in parts and halves, and how gradients are clipped."""
+"""What passes between a step, its networks and its user's own losses, and how gradients are clipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastgan._logits import logits_of
 
 CLIPPING = ("norm", "value")
 
@@ -19,7 +23,7 @@ class Outputs:
 
     real, fake: [N, *] images as the discriminator saw them, augmented; in the generator's update gradients flow through
     fake. d_real, d_fake: the discriminator's whole outputs on them, features included; in the generator's update d_real
-    is without gradients. labels: [N] or None. z: the latents.
+    is without gradients. labels: [N] or None. z: the latents, a tuple where the generator takes several.
     """
 
     real: Tensor
@@ -31,6 +35,55 @@ class Outputs:
 
 
 ExtraLoss = Callable[[Outputs], Tensor]
+
+
+class Several(nn.ModuleList):
+    """Discriminators that judge the same images: {"logits": those of all, "outputs": what each returned}."""
+
+    per_sample = True  # of its own; its members are looked at one by one
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__(members)
+
+    def forward(self, x: Tensor, *labels: Any) -> dict[str, list[Any]]:
+        outputs = [member(x, *labels) for member in self]
+        return {"logits": [t for output in outputs for t in logits_of(output)], "outputs": outputs}
+
+
+def as_one(discriminator: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    """A discriminator as it is; several of them, in a list, a tuple or an nn.ModuleList, as one module."""
+    several = isinstance(discriminator, list | tuple) or type(discriminator) is nn.ModuleList
+    return Several(discriminator) if several else discriminator  # type: ignore[arg-type, return-value]
+
+
+def members_of(discriminator: nn.Module) -> list[nn.Module]:
+    """The discriminators that a module stands for."""
+    return list(discriminator) if isinstance(discriminator, Several) else [discriminator]
+
+
+def check_takes_labels(network: nn.Module, name: str, inputs: int) -> None:
+    """ValueError where a network cannot be called with its inputs and labels."""
+    for member in members_of(network):
+        with contextlib.suppress(ValueError):  # code without a signature, as TorchScript's
+            signature = inspect.signature(member.forward)
+            try:
+                signature.bind(*range(inputs + 1))
+            except TypeError:
+                break
+    else:
+        return
+    raise ValueError(
+        f"GANStep: the {name} must take labels after its input where a step is given labels, got "
+        f"{type(member).__name__}.forward{signature}; add the argument, or leave the labels out"
+    )
+
+
+def scalar(name: str, value: Any) -> Tensor:
+    """What an extra loss returned. Raises ValueError for what is no 0-dim tensor."""
+    if not isinstance(value, Tensor) or value.dim():
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"GANStep: {name} must return a scalar tensor, got {found}; take a mean or a sum")
+    return value
 
 
 def halves(output: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -71,26 +71,31 @@ class Watch:
             return run()
         restore = _snapshot(self.discriminator) if self.may_fold else None
         found = run()
-        if self.updates == 0 and (what := final_squashing(logits_of(found[0])[-1])):
+        if self.updates == 0 and (what := _squashed(found[0])):
             self._fold(what)
             if restore is not None:
                 restore()
             found = run()
+            if what := _squashed(found[0]):
+                self._refuse(what)
         self._look([t for output in found for t in logits_of(output)])
         return found
 
     def _fold(self, what: str) -> None:
         path, last = _last(self.discriminator)
         if what != "sigmoid" or type(last) is not nn.Sigmoid:
-            raise ValueError(
-                f"GANStep: the discriminator must return logits, got the output of {SQUASHING[what]}; "
-                "return the value before it"
-            )
+            self._refuse(what)
         last.__class__ = Folded
         warnings.warn(
             f"GANStep: the discriminator's final sigmoid ({path}) is folded into the loss; "
             "the discriminator returns logits from now on",
             stacklevel=6,
+        )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"GANStep: the discriminator must return logits, got the output of {SQUASHING[what]}; "
+            "return the value before it"
         )
 
     def _look(self, logits: list[Tensor]) -> None:
@@ -110,6 +115,11 @@ class Watch:
                 "updates; if they are probabilities, return the value before the sigmoid",
                 stacklevel=6,
             )
+
+
+def _squashed(output: Any) -> str:
+    """What squashed the logits of some scale last, or ""."""
+    return next(filter(None, map(final_squashing, logits_of(output))), "")
 
 
 def final_squashing(logits: Tensor) -> str:

@@ -24,12 +24,23 @@ from fastgan.nn.norm import stat_groups
 from fastgan.training.adam import Adam
 from fastgan.training.capture import Capture, capturable_device, graphs_of, not_capturable
 from fastgan.training.ema import EMA
-from fastgan.training.outputs import ExtraLoss, Outputs, clip, clipping, halves, parts_of
+from fastgan.training.outputs import (
+    ExtraLoss,
+    Outputs,
+    as_one,
+    check_takes_labels,
+    clip,
+    clipping,
+    halves,
+    members_of,
+    parts_of,
+    scalar,
+)
 from fastgan.training.precision import NAMES as PRECISION_NAMES
 from fastgan.training.precision import resolve, warn
 from fastgan.training.probabilities import Watch
 
-Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Tensor]
+Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Any]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PENALTY_WEIGHTS = {"wgan-gp": 10.0, "dragan": 10.0, "r1": 10.0, "r2": 10.0, "r1r2": 1.0}
 
@@ -89,11 +100,12 @@ class GANStep:
     the same fake, its optimiser (the order of PyTorch's DCGAN example).
 
     Args:
-        generator: z -> images, or (z, labels) -> images.
+        generator: z -> images, or (z, labels) -> images; a tuple of latents is given as so many arguments.
         discriminator: images -> logits, or (images, labels) -> logits; the logits may be a tensor, a list of them (one
             a scale), or come beside features or in a dict (`fastgan._logits.logits_of`). A final nn.Sigmoid is folded
-            into the loss, with one line that says so.
-        latent: an int or a shape (normal noise), or callable(n, device, generator) -> z.
+            into the loss, with one line that says so. Several discriminators, in a list, a tuple or an nn.ModuleList,
+            judge the same images: their losses and penalties add up (`outputs.Several`).
+        latent: an int or a shape (normal noise), or callable(n, device, generator) -> z, a tensor or a tuple of them.
         g_optimizer, d_optimizer: over the two modules' parameters; fused=True reads nothing back.
         loss: "bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic" or "relativistic-average".
         penalty: None, "wgan-gp", "dragan", "r1", "r2" or "r1r2" on the discriminator.
@@ -125,7 +137,7 @@ class GANStep:
     def __init__(
         self,
         generator: nn.Module,
-        discriminator: nn.Module,
+        discriminator: nn.Module | Sequence[nn.Module],
         *,
         latent: Latent,
         g_optimizer: torch.optim.Optimizer,
@@ -156,7 +168,7 @@ class GANStep:
             counts = f"{d_steps}, {penalty_every} and {accumulate}"
             raise ValueError(f"GANStep: d_steps, penalty_every and accumulate must be >= 1, got {counts}")
         _check_updates(weight_clip, accumulate, loss, penalty, (g_optimizer, d_optimizer))
-        self.generator, self.discriminator = generator, discriminator
+        self.generator, self.discriminator = generator, as_one(discriminator)
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
@@ -176,7 +188,8 @@ class GANStep:
         self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.d_updates = 0
         self._capture = self._capturing(capture)
-        self._watch = Watch(discriminator, reads=self._capture is None and self.device.type == "cpu")
+        self._labelled = False  # whether both networks are known to take labels
+        self._watch = Watch(self.discriminator, reads=self._capture is None and self.device.type == "cpu")
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -186,16 +199,24 @@ class GANStep:
         Args:
             real: [N, C, H, W], or a sequence of d_steps such batches.
             labels: [N] or None (a sequence beside a sequence of real batches); given to both networks.
-            z: latents for the step, drawn where None (a sequence for d_steps > 1 gives each update its own).
+            z: latents for the step, drawn where None (a sequence for d_steps > 1 gives each update its own). A tuple
+                for d_steps = 1 is one batch of latents for a generator that takes several.
 
         Returns:
             0-dim tensors on the device: "d_loss" (without the penalty), "g_loss", "d_real" and "d_fake" (mean sigmoid
             of the logits before D's update), "logit_real", "logit_fake", and "penalty" where it was computed. Reading
             one with float() synchronises.
         """
+        if self.d_steps == 1 and isinstance(z, tuple):
+            z = [z]
         if z is None and callable(self.latent):
             # outside the capture: a user's function may draw from anywhere
             z = [self.draw_latent(self._nth(real, i).shape[0]) for i in range(self.d_steps)]
+        if labels is not None and not self._labelled:
+            several = isinstance(z, list) and isinstance(z[0], tuple)
+            check_takes_labels(self.generator, "generator", len(z[0]) if several else 1)
+            check_takes_labels(self.discriminator, "discriminator", 1)
+            self._labelled = True
         every = self.penalty_every
         due = tuple(self.penalty is not None and (self.d_updates + i) % every == 0 for i in range(self.d_steps))
         captured = None if self._watch.may_fold else self._capture
@@ -238,7 +259,7 @@ class GANStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
         with self._autocast():
-            merged = self._logits_and_penalty(real, fake, labels) if due and self.extra_d_loss is None else None
+            merged = self._logits_and_penalty(real, fake, labels) if due else None
             run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
             on_real, on_fake = self._watch.outputs(run)
         loss, statistics = functional.gan_loss_statistics(
@@ -257,18 +278,18 @@ class GANStep:
             loss = loss + value
         if self.extra_d_loss is not None:
             with self._autocast():
-                extra = self.extra_d_loss(Outputs(real, fake, on_real, on_fake, labels, z))
+                extra = scalar("extra_d_loss", self.extra_d_loss(Outputs(real, fake, on_real, on_fake, labels, z)))
             metrics["extra_d_loss"] = extra.detach()
             loss = loss + extra
         return loss, metrics
 
     def _penalise(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
-        """The penalty, by passes of its own."""
+        """The penalty, by passes of its own; of several discriminators the sum."""
         with self._autocast():
             kind, weight = self.penalty or "", self.penalty_weight * self.penalty_every
-            return functional.gradient_penalty(
-                self.discriminator, real, fake, kind=kind, weight=weight, labels=labels, generator=self.rng
-            )
+            options: Any = dict(kind=kind, weight=weight, labels=labels, generator=self.rng)
+            found = [functional.gradient_penalty(d, real, fake, **options) for d in members_of(self.discriminator)]
+            return found[0] if len(found) == 1 else torch.stack(found).sum()
 
     def _logits_and_penalty(
         self, real: Tensor, fake: Tensor, labels: Tensor | None
@@ -279,7 +300,7 @@ class GANStep:
         iteration, a dropout mask), or where D does not qualify (`penalties.logits_and_norms`).
         """
         d, forward = self.discriminator, penalties.forward_logits_and_norms
-        if self.penalty not in penalties.SQUARED or mixes_samples(d):
+        if self.penalty not in penalties.SQUARED or len(members_of(d)) > 1 or mixes_samples(d):
             return None
         weight = self.penalty_weight * self.penalty_every
         if self.penalty == "r1r2":
@@ -329,7 +350,7 @@ class GANStep:
             loss = functional.gan_loss(_logits(on_fake), logits_real, kind=self.loss, side="g")
             metrics = {"g_loss": loss.detach()}
             if self.extra_g_loss is not None:
-                extra = self.extra_g_loss(Outputs(real, fake, on_real, on_fake, labels, z))
+                extra = scalar("extra_g_loss", self.extra_g_loss(Outputs(real, fake, on_real, on_fake, labels, z)))
                 metrics["extra_g_loss"] = extra.detach()
                 loss = loss + extra
         return loss, metrics
@@ -397,8 +418,10 @@ class GANStep:
         said = f"D(real) and D(fake): {passes}; precision {self._resolved}; {self._runs_as()}"
         if self.penalty is None:
             return said
-        route = penalties.verdict(self.discriminator) or "decided at its first step"
-        merged = self.penalty in penalties.SQUARED and not reason and route.startswith("forward")
+        members = members_of(self.discriminator)
+        route = penalties.verdict(members[0]) or "decided at its first step"
+        alone = self.penalty in penalties.SQUARED and not reason and len(members) == 1
+        merged = alone and route.startswith("forward")
         return f"{said}\npenalty: {route}" + (", together with the loss" if merged else "")
 
     # ---- capture --------------------------------------------------------------------------------------------------
@@ -508,8 +531,10 @@ def _check_updates(
             raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
 
 
-def _call(module: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
-    return module(x) if labels is None else module(x, labels)
+def _call(module: nn.Module, x: Any, labels: Tensor | None) -> Any:
+    """The network on its input, a tensor or a tuple of several, and on labels where there are any."""
+    inputs = x if isinstance(x, tuple) else (x,)
+    return module(*inputs) if labels is None else module(*inputs, labels)
 
 
 def _twice(labels: Tensor | None) -> Tensor | None:
