@@ -2,7 +2,7 @@
 
     python benchmarks/models.py                           # this machine's own instructions
     python benchmarks/models.py --table avx2              # both held to AVX2
-    python benchmarks/models.py --only sngan-32 vocoder   # some rows; the others stay as they are in the file
+    python benchmarks/models.py --only "sngan-32 step" vocoder  # some rows; the others stay as they are in the file
 
 Three rows are whole training steps of the hand-written networks in examples/, at the sizes named there: the same loop
 with fused Adam for every arm, the networks converted or not. The other rows are the networks of tests/handwritten.py,
@@ -67,9 +67,9 @@ def sound() -> tuple[Any, ...]:
 
 
 STEPS = {  # name -> (what builds it, batch, what it is, the ratio to reach)
-    "sngan-32": (sngan, 32, "residual SNGAN, 32 x 32, width 64: step", 1.3),
-    "pix2pix-256": (unet, 16, "U-Net + PatchGAN, 256 x 256, width 16: step", 1.2),
-    "vocoder": (sound, 16, "HiFi-GAN-like, 8,192 samples, width 128: step", 1.2),
+    "sngan-32 step": (sngan, 32, "residual SNGAN, 32 x 32, width 64: step", 1.3),
+    "pix2pix-256 step": (unet, 16, "U-Net + PatchGAN, 256 x 256, width 16: step", 1.2),
+    "vocoder step": (sound, 16, "HiFi-GAN-like, 8,192 samples, width 128: step", 1.2),
 }
 
 
