@@ -98,7 +98,9 @@ class Op(Chosen):
             if not isinstance(a, Tensor) or not a.is_floating_point():
                 return a
             noise = torch.empty_like(a, requires_grad=False).normal_(generator=rng)
-            return noise.abs_().add_(0.5) if name.endswith("var") else noise
+            # exp(score - lse) of a few dozen keys then sums to about 1: a float16 proof of attention must not overflow
+            least = 0.5 if name.endswith("var") else 4.0 if name == "lse" else None
+            return noise if least is None else noise.abs_().add_(least)
 
         return tuple(draw(name, a) for name, a in zip(self.names, args, strict=True))
 

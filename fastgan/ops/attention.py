@@ -14,7 +14,8 @@ Traffic      each of q, k, v, y once forward; the natively computed scores stay 
              accesses an element of [N,H,L,S] forward, about 12 backward and 60 in the double backward
 FLOPs        2 N H L S (d + e) forward, 2 N H L S (3 d + 2 e) backward, 2 N H L S (7 d + 5 e) double backward
 Determinism  bit-equal from run to run for one thread count
-Backends     native, reference
+Backends     triton (d and e to 128; float32 to 64, its double backward to 32; a bias' gradient takes memory of
+             [N,H,L,S]), native, reference
 Source       Dao et al., FlashAttention (2022), for the first derivative; the second derived in docs/maths.md, section 6
 """
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype
 from fastgan._op import OPS, Op, draw, wanted
-from fastgan.choice import Backend
+from fastgan.choice import Backend, triton
 
 
 def _products(q: Tensor, k: Tensor, of_d: int, v: Tensor, of_e: int) -> int:
@@ -68,7 +69,7 @@ def empty_like_heads(shape: Any, like: Tensor, dtype: torch.dtype | None = None)
     return like.new_empty(shape, dtype=dtype)
 
 
-def _placed(t: Tensor, like: Tensor) -> Tensor:
+def placed(t: Tensor, like: Tensor) -> Tensor:
     """t's values in `like`'s dtype and in a new tensor of `like`'s layout."""
     return empty_like_heads(t.shape, like).copy_(t)
 
@@ -110,12 +111,12 @@ def reference(q, k, v, bias, causal, scale):
         y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=_four(bias), scale=scale
         )
-        return _placed(y, q), lse.contiguous()
+        return placed(y, q), lse.contiguous()
     wq, wk, wv, wbias = _wide(q, k, v, bias)
     s = _scores(wq, wk, wbias, causal, scale)
     lse = torch.logsumexp(s, -1)
     lse = torch.where(lse == float("-inf"), 0.0, lse)
-    return _placed((s - lse.unsqueeze(-1)).exp() @ wv, q), lse
+    return placed((s - lse.unsqueeze(-1)).exp() @ wv, q), lse
 
 
 def _four(bias: Tensor | None) -> Tensor | None:
@@ -129,12 +130,12 @@ def reference_backward(dy, q, k, v, bias, y, lse, causal, scale, bias_gradient):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, lse, 0.0, causal, attn_mask=_four(bias), scale=scale
         )
-        return *(_placed(g, t) for g, t in zip(grads, (q, k, v), strict=True)), lse.new_empty(shape)
+        return *(placed(g, t) for g, t in zip(grads, (q, k, v), strict=True)), lse.new_empty(shape)
     wdy, wq, wk, wv, wbias, wy = _wide(dy, q, k, v, bias, y)
     p = (_scores(wq, wk, wbias, causal, scale) - lse.unsqueeze(-1)).exp()
     ds = p * (wdy @ wv.mT - (wdy * wy).sum(-1, keepdim=True))
     dq, dk, dv = ds @ wk * scale, ds.mT @ wq * scale, p.mT @ wdy
-    return _placed(dq, q), _placed(dk, k), _placed(dv, v), _rows_summed(ds, shape)
+    return placed(dq, q), placed(dk, k), placed(dv, v), _rows_summed(ds, shape)
 
 
 def reference_double_backward(dy, ddq, ddk, ddv, ddbias, q, k, v, bias, lse, causal, scale, bias_gradient):
@@ -152,7 +153,7 @@ def reference_double_backward(dy, ddq, ddk, ddv, ddbias, q, k, v, bias, lse, cau
     ds, g, r = p * dp, p * a, p * (a * dp + c + shift)
     d_q, d_k = (r @ wk + ds @ uk) * scale, (r.mT @ wq + ds.mT @ uq) * scale
     d_dy, d_v = g @ wv + p @ uv, g.mT @ wdy
-    return _placed(d_dy, dy), _placed(d_q, q), _placed(d_k, k), _placed(d_v, v), _rows_summed(r, shape)
+    return placed(d_dy, dy), placed(d_q, q), placed(d_k, k), placed(d_v, v), _rows_summed(r, shape)
 
 
 # ---- the native kernels ---------------------------------------------------------------------------------------------
@@ -168,14 +169,18 @@ def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else one(t) for t in tensors]
 
 
-def _whole_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """float32 [N,H,L,S], shared dimensions with a stride of 0, the last with 1."""
+def whole_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """[N,H,L,S], shared dimensions with a stride of 0, the last with 1."""
     if bias is None:
         return None
-    bias = bias.detach().float()
+    bias = bias.detach()
     if bias.shape[-1] != k.shape[2] or bias.stride(-1) != 1:
         bias = bias.expand(*bias.shape[:-1], k.shape[2]).contiguous()
     return bias.expand(*q.shape[:3], k.shape[2])
+
+
+def _floats(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    return whole_bias(None if bias is None else bias.float(), q, k)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
@@ -205,14 +210,14 @@ def _outputs(*likes: tuple[Any, Tensor]) -> list[Tensor]:
 
 
 def _back(t: Tensor, like: Tensor) -> Tensor:
-    return t if t.dtype == like.dtype else _placed(t, like)
+    return t if t.dtype == like.dtype else placed(t, like)
 
 
 def launch(core, q, k, v, bias, causal, scale):
     (y,) = _outputs(((*q.shape[:3], v.shape[3]), q))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q_, k_, v_ = _rows(q, k, v)
-    inputs = [(t, True) for t in (q_, k_, v_, _whole_bias(bias, q, k))]
+    inputs = [(t, True) for t in (q_, k_, v_, _floats(bias, q, k))]
     _call(core, "forward", q_, k_, v_, causal, scale, inputs, [(y, True), (lse, False)])
     return _back(y, q), lse
 
@@ -226,7 +231,7 @@ def launch_backward(core, dy, q, k, v, bias, y, lse, causal, scale, bias_gradien
     grads = _outputs((q.shape, q), (k.shape, k), (v.shape, v))
     dbias = _new_bias_gradient(q, k, bias, bias_gradient)
     dy_, q_, k_, v_, y_ = _rows(dy, q, k, v, y)
-    inputs = [(t, True) for t in (dy_, q_, k_, v_, _whole_bias(bias, q, k), y_)]
+    inputs = [(t, True) for t in (dy_, q_, k_, v_, _floats(bias, q, k), y_)]
     outputs = [*((g, True) for g in grads), (dbias if dbias.dim() == 4 else None, True)]
     _call(core, "backward", q_, k_, v_, causal, scale, [*inputs, (lse.contiguous(), False)], outputs)
     return *(_back(g, t) for g, t in zip(grads, (q, k, v), strict=True)), dbias
@@ -237,17 +242,18 @@ def launch_double_backward(core, dy, ddq, ddk, ddv, ddbias, q, k, v, bias, lse, 
     d_bias = _new_bias_gradient(q, k, bias, bias_gradient)
     dy_, ddq_, ddk_, ddv_, q_, k_, v_ = _rows(dy, ddq, ddk, ddv, q, k, v)
     ddbias = None if ddbias is None else ddbias.float().contiguous()
-    inputs = [(t, True) for t in (dy_, ddq_, ddk_, ddv_, ddbias, q_, k_, v_, _whole_bias(bias, q, k))]
+    inputs = [(t, True) for t in (dy_, ddq_, ddk_, ddv_, ddbias, q_, k_, v_, _floats(bias, q, k))]
     outputs = [*((g, True) for g in grads), (d_bias if d_bias.dim() == 4 else None, True)]
     _call(core, "double_backward", q_, k_, v_, causal, scale, [*inputs, (lse.contiguous(), False)], outputs)
     return *(_back(g, t) for g, t in zip(grads, (dy, q, k, v), strict=True)), d_bias
 
 
-def _backends(launcher: Any, activations: Any) -> dict[str, Backend]:
+def _backends(name: str, launcher: Any, activations: Any) -> dict[str, Backend]:
     def declines(*args: Any) -> str:
         return _native.CPU.declines(*activations(*args), also=(torch.float16,))
 
-    return {"native": Backend(functools.partial(launcher, _native.CPU), declines)}
+    native = Backend(functools.partial(launcher, _native.CPU), declines)
+    return {"native": native, "triton": triton("attention", name)}
 
 
 # ---- shapes and ops -------------------------------------------------------------------------------------------------
@@ -275,7 +281,7 @@ op = Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends=_backends(launch, lambda q, k, v, *rest: (q, k, v)),
+    backends=_backends("attention", launch, lambda q, k, v, *rest: (q, k, v)),
     autocast="lower",
     example=lambda: (*draw(*SHAPES, BIAS), False, 0.5),
 )
@@ -285,8 +291,8 @@ backward = Op(
     " float scale, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends=_backends(launch_backward, lambda dy, q, k, v, bias, y, *rest: (dy, q, k, v, y)),
-    example=lambda: (*draw(OUT, *SHAPES, BIAS, OUT, LSE), False, 0.5, True),
+    backends=_backends("attention_backward", launch_backward, lambda dy, q, k, v, bias, y, *rest: (dy, q, k, v, y)),
+    example=lambda: (*draw(OUT, *SHAPES, BIAS, OUT), draw(LSE)[0].abs() + 2, False, 0.5, True),
 )
 
 double_backward = Op(
@@ -296,9 +302,11 @@ double_backward = Op(
     reference=reference_double_backward,
     fake=fake_double_backward,
     backends=_backends(
-        launch_double_backward, lambda dy, ddq, ddk, ddv, ddbias, q, k, v, *rest: (dy, ddq, ddk, ddv, q, k, v)
+        "attention_double_backward",
+        launch_double_backward,
+        lambda dy, ddq, ddk, ddv, ddbias, q, k, v, *rest: (dy, ddq, ddk, ddv, q, k, v),
     ),
-    example=lambda: (*draw(OUT, *SHAPES, (1, *BIAS), *SHAPES, BIAS, LSE), False, 0.5, True),
+    example=lambda: (*draw(OUT, *SHAPES, (1, *BIAS), *SHAPES, BIAS), draw(LSE)[0].abs() + 2, False, 0.5, True),
 )
 
 

@@ -26,8 +26,8 @@ FAULTS = {
     "off by one": ("bias_act", "(s < S)[:, None]", "(s <= S)[:, None]", "bias_act", "outside every argument"),
     "missing mask": (
         "bias_act",
-        "ACTIVATION).to(y.dtype.element_ty), mask=mask)",
-        "ACTIVATION).to(y.dtype.element_ty))",
+        "v.to(y.dtype.element_ty), mask=mask)",
+        "v.to(y.dtype.element_ty))",
         "bias_act",
         "race|outside every argument",
     ),
@@ -65,6 +65,25 @@ FAULTS = {
     "a tap is forgotten": ("upfirdn2d", "(KW + UP_X - 1) // UP_X", "KW // UP_X", "upfirdn2d", "value"),
     "the padding is read": ("upfirdn2d", "(column >= 0) & ", "", "upfirdn2d", "value|outside"),
     "outputs of two programs": ("upfirdn2d", "program * BLOCK +", "program * (BLOCK // 2) +", "upfirdn2d", "race"),
+    "a key past the end": ("attention", "(j < S)[None, :]", "(j <= S)[None, :]", "attention", "value|outside|race"),
+    "sums keep their old maximum": ("attention", "total = total * shrink +", "total = total +", "attention", "value"),
+    "rows of two programs": ("attention", "% blocks) * BLOCK +", "% blocks) * (BLOCK // 2) +", "attention", "race"),
+    "delta is forgotten": ("attention", "p * (dp - row_delta[:, None])", "p * dp", "attention_backward", "value"),
+    "the last keys' rows": (
+        "attention",
+        "range(begin, L, BLOCK)",
+        "range(begin, L - 3, BLOCK)",
+        "attention_backward",
+        "value",
+    ),
+    "a row sum is forgotten": ("attention", " + shift[:, None])", ")", "attention_double_backward", "value"),
+    "half of a's product": (
+        "attention",
+        "(product(ddq, tl.trans(k), PRECISION) + product(q, tl.trans(ddk), PRECISION))",
+        "product(ddq, tl.trans(k), PRECISION)",
+        "attention_double_backward",
+        "value",
+    ),
     "norm without its root": ("grad_norm_penalty", "tl.sqrt(squares)", "squares", "grad_norm_penalty", "value"),
 }
 
@@ -76,7 +95,7 @@ def planted(folder, package, file="", before="", after=""):
     for source in KERNELS.glob("*.py"):
         text = source.read_text().replace("fastgan.kernels", package)
         text = text.replace("RESIDENT = 8192", "RESIDENT = 1").replace("TILE = 2048", "TILE = 64")
-        text = text.replace("LEAST_PIXELS = 64", "LEAST_PIXELS = 1")
+        text = text.replace("LEAST_PIXELS = 64", "LEAST_PIXELS = 1").replace("LONGEST_BLOCK = 64", "LONGEST_BLOCK = 16")
         if source.stem == file:
             assert before in text, f"{file}.py has no {before!r} any more"
             text = text.replace(before, after)
@@ -88,6 +107,9 @@ def arguments(name):
     x, other = torch.randn(4, 18, 5, 3), torch.randn(4, 18, 5, 3)
     weight, bias = torch.rand(18) + 0.5, torch.randn(18)
     mean, var = torch.randn(2, 18), torch.rand(2, 18) + 0.5
+    q, k = torch.randn(1, 2, 35, 8), torch.randn(1, 2, 18, 8)
+    square = torch.randn(35, 18)
+    lse = torch.logsumexp((q + 1) @ k.mT * 0.5 + square, -1)
     of_sample, var_of_sample = torch.randn(4, 2), torch.rand(4, 2) + 0.5
     return {
         "bias_act": (x[:3], bias, "tanh", 0.0, 1.4, 1.0),
@@ -114,6 +136,12 @@ def arguments(name):
         "gan_loss": (x.flatten()[:40], other.flatten()[:50], "bce", "d", 0.0),
         "interpolate": (x, other, torch.rand(4), None),
         "grad_norm_penalty": (x, 1.0),
+        "attention": (q, k, k + 1, square, False, 0.5),
+        "attention_backward": (q, q + 1, k, k + 1, square, q - 1, lse, False, 0.5, True),
+        "attention_double_backward": (
+            *(q, q, k, k + 2, torch.randn(1, 1, 35, 18), q + 1, k, k + 1, square, lse),
+            *(False, 0.5, True),
+        ),
         "upfirdn2d": (x, torch.randn(4, 3), [2, 2], [1, 1], [2, 1, 2, 1], False, 1.5),
     }[name]
 

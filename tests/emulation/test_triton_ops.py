@@ -436,3 +436,49 @@ def plain_upfirdn2d(f, up, down, padding):
 def test_upfirdn2d(f, up, down, padding, dtype, layout):
     ours = lambda x: functional.upfirdn2d(x, f, up, down, padding)
     emulated(ours, plain_upfirdn2d(f, up, down, padding), (noise(2, 3, 7, 5),), dtype, layout, ["upfirdn2d"])
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+ATTENTION = ["attention", "attention_backward", "attention_double_backward"]
+
+
+def plain_attention(q, k, v, bias=None, causal=False):
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = s if bias is None else s + bias
+    s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), float("-inf")) if causal else s
+    empty = (s == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "keys", "d", "e", "causal"), [(19, 37, 5, 5, False), (37, 19, 20, 3, True), (1, 1, 1, 1, False)]
+)
+def test_attention(rows, keys, d, e, causal, dtype, monkeypatch):
+    from fastgan.kernels import attention
+
+    monkeypatch.setattr(attention, "LONGEST_BLOCK", 16)  # several tiles of a small case
+    ours = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    plain = lambda q, k, v: plain_attention(q, k, v, causal=causal)
+    emulated(
+        ours, plain, (noise(1, 2, rows, d), noise(1, 2, keys, d), noise(1, 2, keys, e)), dtype, LAYOUTS[0], ATTENTION
+    )
+
+
+@pytest.mark.parametrize("shape", [(17, 20), (2, 1, 1, 20), (3, 17, 1)], ids=str)
+def test_attention_with_a_bias_and_rows_without_keys(shape):
+    bias = noise(*shape)
+    bias = bias.masked_fill(torch.rand(shape) > 0.7, float("-inf"))
+    bias[..., 0, :] = float("-inf")
+    inputs = noise(2, 3, 17, 8), noise(2, 3, 20, 8), noise(2, 3, 20, 6)
+    ours = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, bias.to(q))
+    emulated(ours, lambda q, k, v: plain_attention(q, k, v, bias.to(q)), inputs, torch.float32, LAYOUTS[0], ATTENTION)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(17, 20), (2, 1, 17, 20)], ids=str)
+def test_the_gradient_of_an_attentions_bias(shape, causal):
+    inputs = noise(2, 3, 17, 8), noise(2, 3, 20, 8), noise(2, 3, 20, 6), noise(*shape)
+    ours = lambda q, k, v, b: OPS["attention"](q, k, v, b, causal, 8**-0.5)[0]
+    emulated(ours, lambda *t: plain_attention(*t, causal=causal), inputs, torch.float32, LAYOUTS[0], ATTENTION)
