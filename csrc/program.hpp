@@ -90,27 +90,55 @@ inline PyObject* append_step(PyObject* self, PyObject* const* arguments, Py_ssiz
   });
 }
 
+inline std::vector<void*> addresses(PyObject* const* objects, Py_ssize_t count) {
+  std::vector<void*> found;
+  found.reserve(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) found.push_back(address("Program", "an address", objects[i]));
+  return found;
+}
+
 // program.run(threads, *addresses)
 inline PyObject* run_program(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   return translated([&]() -> PyObject* {
     if (count < 1) throw py::type_error("Program: run() must be given the number of threads, got nothing");
     const int64_t threads = integer("Program", "threads", arguments[0]);
     within("Program", "threads", threads, 1, LAST_THREADS);
-    std::vector<void*> addresses;
-    addresses.reserve(static_cast<size_t>(count));
-    for (Py_ssize_t i = 1; i < count; ++i) addresses.push_back(address("Program", "an address", arguments[i]));
-    py::cast<const Program&>(py::handle(self)).run(static_cast<int>(threads), addresses);
+    py::cast<const Program&>(py::handle(self)).run(static_cast<int>(threads), addresses(arguments + 1, count - 1));
+    Py_RETURN_NONE;
+  });
+}
+
+// program.run_parts(threads, parts, x_bytes, y_bytes, *addresses)
+inline PyObject* run_program_in_parts(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> PyObject* {
+    if (count < 7) throw py::type_error("Program: run_parts() must be given four numbers and slots 0 to 2, got less");
+    const int64_t threads = integer("Program", "threads", arguments[0]);
+    const int64_t parts = integer("Program", "parts", arguments[1]);
+    within("Program", "threads", threads, 1, LAST_THREADS);
+    within("Program", "parts", parts, 1, 1 << 30);
+    const int64_t x_bytes = integer("Program", "x_bytes", arguments[2]);
+    const int64_t y_bytes = integer("Program", "y_bytes", arguments[3]);
+    std::vector<void*> at = addresses(arguments + 4, count - 4);
+    const Program& program = py::cast<const Program&>(py::handle(self));
+    for (int64_t part = 0; part < parts; ++part) {
+      program.run(static_cast<int>(threads), at);
+      at[1] = static_cast<char*>(at[1]) + x_bytes;
+      at[2] = static_cast<char*>(at[2]) + y_bytes;
+    }
     Py_RETURN_NONE;
   });
 }
 
 inline void bind_program(py::module_& m) {
-  static PyMethodDef append, run;
+  static PyMethodDef append, run, run_parts;
   py::class_<Program> type(m, "Program", "Kernels of this module that one call runs.");
   type.def(py::init<>());
   define_method(type, &append, "append", append_step,
                 "(kernel, *arguments): one step; pointers are slots, (slot, bytes) or None, and there are no threads.");
   define_method(type, &run, "run", run_program, "(threads, *addresses): every step, with an address for each slot.");
+  define_method(type, &run_parts, "run_parts", run_program_in_parts,
+                "(threads, parts, x_bytes, y_bytes, *addresses): run() as often, the addresses of slots 1 and 2 these "
+                "bytes further each time.");
 }
 
 }  // namespace fg::binding

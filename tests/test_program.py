@@ -451,6 +451,37 @@ def test_relayout_moves_every_bit(rows, columns, table, core_on):
         assert torch.equal(y, moved.transpose(1, 2).to(y.dtype))
 
 
+@pytest.mark.parametrize("kind", ["conv+act", "conv+bn+act", "generator"])
+def test_one_number_as_cotangent(kind, ran):
+    """sum() hands back one number, expanded: it has every layout at once."""
+    a, b = both(chain(kind, bias=False))
+    x = torch.randn(4, 3, 8, 8)
+    for loss in (torch.sum, torch.mean):
+        got = torch.autograd.grad(loss(a(x)), list(a.parameters()))
+        with op_by_op():
+            want = torch.autograd.grad(loss(b(x.to(memory_format=torch.channels_last))), list(b.parameters()))
+        assert_same(got, want)
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv+bn+act", "generator", "sample norms"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+def test_a_batch_in_parts_has_the_same_bits(kind, layout, ran, monkeypatch):
+    a = fastgan.convert(chain(kind)).eval()
+    x = torch.randn(12, 3, 16, 14).to(memory_format=layout)
+    monkeypatch.setattr(Plan, "PART_PIXELS", 200)
+    found = {}
+    for size in (1 << 30, -1):
+        monkeypatch.setattr(Plan, "PART_BYTES", size)
+        next(iter(a.__dict__["forward"]._current())).run.ways.clear()
+        next(iter(a.__dict__["forward"]._current())).run.last = (), None
+        with torch.no_grad():
+            found[size] = a(x), ran[-1].parts
+    (whole, one), (parts, several) = found.values()
+    assert one == 1 and several > 1
+    assert torch.equal(whole, parts) and whole.stride() == parts.stride()
+
+
 # ---- linear layers --------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from fastgan.program.product import PRODUCTS, Native, Product, Steps
 
 FLOAT32 = _native.DTYPE_CODES[torch.float32]
 IDENTITY = _activation.CODES["identity"], 0.0
+COTANGENT = -1  # what stands for it beside the indices of gradients
 PLAIN = 1.0, -1.0  # gain and clamp of bias_act: none
 Shape = tuple[int, ...]  # N, C, H, W
 
@@ -75,11 +76,13 @@ class Plan:
     autocast, bfloat16; wanted: what gets a gradient: x first, then every parameter of every layer, absent ones
     included. Parameters, their gradients and statistics are float32.
 
-    asked: those of `wanted` whose steps a backward pass can do without.
+    asked: those of `wanted` whose steps a backward pass can do without. turned_cotangent: where the cotangent is turned
+    to, a step that COTANGENT leaves out, or None.
 
     The slots of a run are: the arena, x, y, parameters, buffers, the cotangent of y, and the wanted gradients.
     """
 
+    PART_BYTES, PART_PIXELS = 512 * 1024, 2048
     WORTH_ASKING = 400_000  # multiplications, 8 us at 50 a nanosecond
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wanted: Sequence[bool]):
@@ -132,6 +135,24 @@ class Plan:
             native.program.append(kernel, *(f.pointer() if isinstance(f, Place) else f for f in fields))
         return Steps(parts)
 
+    def useful_parts(self) -> int:
+        """In how many parts of the batch to run a plan without gradients or batch statistics; 1: as a whole.
+
+        Parts whose arena fits the second-level cache: what a step writes, the next one reads from there. Each part
+        packs the weights anew, 1 to 2 % of the time of its products where a layer has PART_PIXELS outputs.
+        """
+        native = not any(kernel in PRODUCTS for kernel, _, _ in self.steps)
+        if not native or any(layer.is_batch_norm() and layer.norm.training for layer in self.layers):
+            return 1
+        n = self.shape[0]
+        pixels = min(p.y_shape[2] * p.y_shape[3] for p in self.passes)
+        counts = [k for k in range(1, n + 1) if n % k == 0 and n // k * pixels >= self.PART_PIXELS]
+        return next((k for k in counts if self.arena_bytes <= k * self.PART_BYTES), counts[-1] if counts else 1)
+
+    def bytes(self) -> int:
+        """Of y."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     # ---- building ---------------------------------------------------------------------------------------------------
 
     def _slot(self) -> Place:
@@ -160,7 +181,7 @@ class Plan:
         operands = tuple(place and (place, shape, self.dtype) for place, shape in matrices)
         self.steps.append((kernel, operands, only))
 
-    def _enter(self, place: Place, shape: Shape, channels_last: bool, code: int) -> Place:
+    def _enter(self, place: Place, shape: Shape, channels_last: bool, code: int, **only: Any) -> Place:
         """The outer tensor as the kernels want it: itself, or its copy in the arena."""
         n, c, h, w = shape
         same_order = channels_last or plain_order(shape)
@@ -168,7 +189,7 @@ class Plan:
             return place
         inside = self._image(shape)
         sizes = (1, 1, math.prod(shape)) if same_order else (n, c, h * w)
-        self._step("relayout", code, self.code, place, inside, *sizes)
+        self._step("relayout", code, self.code, place, inside, *sizes, **only)
         return inside
 
     def _edge(self, place: Place, shape: Shape, channels_last: bool, code: int) -> Place:
@@ -358,7 +379,8 @@ class Plan:
 
     def _backward(self, shape: Shape) -> None:
         bottom = 0 if 0 in self.gradients else self._lowest()
-        dy = self._enter(self.cotangent, shape, self.output_channels_last, self.code)
+        dy = self._enter(self.cotangent, shape, self.output_channels_last, self.code, only=COTANGENT)
+        self.turned_cotangent = None if dy is self.cotangent else dy
         for i in range(len(self.passes) - 1, bottom - 1, -1):
             p = self.passes[i]
             dx: Place | None = None

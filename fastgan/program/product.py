@@ -73,6 +73,14 @@ class Steps:
         if len(parts) == 1:
             self.run = parts[0].run  # type: ignore[method-assign]
 
+    def split(self, count: int, x_bytes: int, y_bytes: int) -> None:
+        """From now on for `count` parts of the batch, one after the other; of native steps only."""
+        (native,) = self.parts
+        program = native.program  # type: ignore[union-attr]
+        self.run = lambda threads, arena, *tensors: program.run_parts(  # type: ignore[method-assign]
+            threads, count, x_bytes, y_bytes, arena.tensor, *tensors
+        )
+
     def run(self, threads: int, arena: Arena, *tensors: Tensor | None) -> None:
         for part in self.parts:
             part.run(threads, arena, *tensors)

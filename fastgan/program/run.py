@@ -21,7 +21,7 @@ from fastgan._op import is_observed, reaches
 from fastgan.choice import STATE, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
 from fastgan.program.memory import Arena, Spares
-from fastgan.program.plan import Plan, Unfit
+from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -60,9 +60,14 @@ class Compiled:
 
     def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool]):
         plan = Plan(layers, x, dtype, wants)
+        self.parts = 1 if plan.gradients else plan.useful_parts()
+        if self.parts > 1:
+            plan = Plan(layers, x[: len(x) // self.parts], dtype, wants)
         self.plan = plan
         self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
         self.forward = plan.program(0, plan.forward_steps)
+        if self.parts > 1:
+            self.forward.split(self.parts, len(x) // self.parts * x.stride(0) * x.element_size(), plan.bytes())
         self.spares = Spares(plan.arena_bytes)
         self.backwards: dict[frozenset[int], Steps] = {}
         self.updates = any(layer.is_batch_norm() and layer.norm.training for layer in layers)
@@ -82,7 +87,7 @@ class Compiled:
     def run(self, x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[Tensor, Arena]:
         """(y, arena)."""
         plan = self.plan
-        y = torch.empty_strided(plan.shape, plan.strides, dtype=plan.dtype)
+        y = torch.empty_strided((len(x), *plan.shape[1:]), plan.strides, dtype=plan.dtype)
         arena = self.spares.take()
         self.forward.run(torch.get_num_threads(), arena, x, y, *parameters, *buffers)
         return y, arena
@@ -123,20 +128,27 @@ class Node(torch.autograd.Function):
             return None, None, *_replayed(ctx, dy, x, parameters)
         compiled, plan = ctx.compiled, ctx.compiled.plan
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
-        turned = plan.output_channels_last and dy.dim() == 4
-        dy = dy.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
+        left_out = []
+        if plan.turned_cotangent is not None and not any(dy.stride()):  # of sum() and mean(): one number
+            place = plan.turned_cotangent
+            arena.view(place.offset, (1, dy.numel()), dy.dtype).fill_(dy.as_strided((), ()))
+            left_out.append(COTANGENT)
+        else:
+            turned = plan.output_channels_last and dy.dim() == 4
+            dy = dy.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
         tensors = (x, *parameters)
         found: list[Tensor | None] = [None] * len(tensors)
         for i in plan.gradients:
             found[i] = torch.empty_like(tensors[i])
         edges = ctx.next_functions
-        unwanted = frozenset([i for i, edge in compiled.asked if not reaches(edges[edge][0])])
+        left_out += [i for i, edge in compiled.asked if not reaches(edges[edge][0])]
         made = [found[i] for i in plan.gradients]
         slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *made
-        compiled.backward(unwanted).run(torch.get_num_threads(), *slots)
+        compiled.backward(frozenset(left_out)).run(torch.get_num_threads(), *slots)
         compiled.spares.give(arena)
-        for i in unwanted:
-            found[i] = None
+        for i in left_out:
+            if i != COTANGENT:
+                found[i] = None
         return None, None, *found
 
 
