@@ -18,6 +18,7 @@ Limits       a small network and small images; the seeds are few, and their spre
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -177,6 +178,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=facts.ROOT / "benchmarks" / "results", help="a file or a folder")
     parser.add_argument("--png", type=Path, help="draw the curves (needs matplotlib)")
     options = parser.parse_args()
+    if options.png and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--png needs matplotlib, which is not installed; pip install matplotlib")
     results = run(options)
     path = options.json
     path = path if path.suffix == ".json" else path / f"time-to-quality-{facts.file_name(results['machine'])}"

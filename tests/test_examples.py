@@ -1,5 +1,6 @@
 """Every script of examples/ runs, in a short form, and leaves the pictures that it promises."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -63,3 +64,14 @@ def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size, cap
         said = re.findall(r"D (\S+)  G (\S+)", capsys.readouterr().out)
         losses.append([float(value) for step in said for value in step])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_time_to_quality_measures_both(tmp_path):
+    script = EXAMPLES.parent / "benchmarks" / "time_to_quality.py"
+    out = tmp_path / "found.json"
+    options = ["--seeds=1", "--limit=60", "--every=1", "--target=1000", f"--json={out}"]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [(r["arm"], r["steps"]) for r in found["runs"]] == [("PyTorch", 1), ("fastgan", 1)]
+    assert "times as fast over 1 of 1 seeds" in found["verdict"] and found["verdict"] in done.stdout

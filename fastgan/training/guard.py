@@ -132,8 +132,7 @@ class Guard:
                 worst, name = max((worst, name), (ratio, key))
                 if mean is None or ratio <= STEEP:  # what explodes is no part of what is usual
                     self._norms[key] = metrics[key] if mean is None else mean + (metrics[key] - mean) / USUAL
-        late = step > self._started
-        self._steep = self._steep + 1 if late and worst > STEEP else 0
+        self._steep = self._steep + 1 if step > STARTED and worst > STEEP else 0
         if self._steep and worst > CLIFF:
             self._steep = max(self._steep, GROWN)
         if self._steep != GROWN:
@@ -151,7 +150,7 @@ class Guard:
         self._widest, self._best = max(self._widest, diversity), max(self._best, coverage)
         fallen = self._best >= COVERED and coverage < FALLEN * self._best
         lost = diversity < NARROW and (self._widest >= 2 * NARROW or step >= LATE)
-        narrow = step >= self._started and (lost or fallen)
+        narrow = step >= STARTED and (lost or fallen)
         self._narrow = self._narrow + 1 if narrow else 0
         if not narrow and not (self._steep or self._grown or self._flat):
             self.healthy = step

@@ -110,7 +110,7 @@ class RunDirectory:
 
     def _is_scaffold(self, entry: Path) -> bool:
         """What a run leaves that was killed before it wrote its configuration: nothing worth keeping."""
-        if entry.name in ("samples", "checkpoints"):
+        if entry.name in ("samples", "checkpoints", "pictures"):
             return not any(entry.iterdir())
         return entry.name == _LOCK or _writing.is_part(entry)
 
@@ -127,7 +127,7 @@ class RunDirectory:
 
     def begin(self, config: Mapping[str, Any], step: int) -> None:
         """Write the configuration, and make the rest what it was at `step`: no torn files, no later records."""
-        for folder in (self.path, self.samples, self.checkpoints):
+        for folder in (self.path, self.samples, self.checkpoints, self.pictures):
             with _writing.told(folder):
                 folder.mkdir(exist_ok=True)
                 for path in filter(_writing.is_part, list(folder.iterdir())):
