@@ -16,7 +16,7 @@ from torch import nn
 import fastgan
 from fastgan.choice import STATE, settle, winners
 from fastgan.training import checkpoint, sampling
-from fastgan.training.guard import PATIENCE, STARTED, UNDECIDED, DivergedError, Guard
+from fastgan.training.guard import PATIENCE, STARTED, UNDECIDED, UNFLAT, DivergedError, Guard
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import read_log
 from fastgan.training.trainer import Trainer
@@ -451,10 +451,10 @@ def test_the_guard_warns_of_one_image_for_all():
 def test_the_guard_warns_of_samples_that_were_flat_from_the_start():
     slow = Guard("bce", 64, ema=0.999)  # the average follows over 1000 steps
     guard, same = Guard("bce", 64), torch.rand(1, 1, 8, 8).expand(4, 1, 8, 8)
-    said = [guard.check_samples(step, same) for step in (0, 50, STARTED, 2 * STARTED)]
+    said = [guard.check_samples(step, same) for step in (0, STARTED, UNFLAT, 2 * UNFLAT)]
     assert [text is not None for text in said] == [False, False, True, False]
     assert "have been one image from the start" in said[2]
-    assert [k for k in (0, STARTED, 1999, 2000) if slow.check_samples(k, same)] == [2000]
+    assert [k for k in (0, UNFLAT, 1999, 2000) if slow.check_samples(k, same)] == [2000]
 
 
 def test_the_guard_warns_of_a_generator_that_does_not_move(images, tmp_path, capsys):
