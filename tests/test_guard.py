@@ -212,3 +212,24 @@ def test_wrong_actions(tmp_path, capsys):
         trainer(noise(), tmp_path / "run", TINY, on_collapse="panic")
     assert main(["train", "--recipe", "dcgan-28", "--out", str(tmp_path / "a"), "--on-collapse", "panic"]) == 2
     assert "invalid choice: 'panic'" in capsys.readouterr().err
+
+
+def test_a_run_that_really_breaks_is_told_before_it_is_seen_and_saved_by_a_rollback(tmp_path, capsys):
+    """An LSGAN without norm at a hundred times its rate breaks at step 330, and stays broken unless it goes back."""
+    recipe = fastgan.recipes()["dcgan-64"].replace(
+        model_options={"g_width": 4, "d_width": 8, "d_norm": False},
+        **{"batch_size": 8, "image_size": 16, "loss": "lsgan", "g_lr": 2e-2, "d_lr": 2e-2, "steps": 400},
+        **{"log_every": 10, "watch_every": 50, "eval_every": 200, "sample_every": 0, "checkpoint_every": 50},
+        sample_count=16,
+    )
+    found = {}
+    for action in ("warn", "rollback"):
+        run = Trainer(recipe, out=tmp_path / action, device="cpu", quiet=True, on_collapse=action)
+        run.fit()
+        found[action] = [r["kcd"] for r in read_log(tmp_path / action / "log.jsonl") if "kcd" in r]
+        first = next(note for note in run.notes if "gradients explode" in note)
+        assert 300 < int(first.split(":")[0].removeprefix("step ")) < 400
+    assert run.rollbacks == 1
+    (before, broken), (_, saved) = found["warn"], found["rollback"]
+    assert broken > 3 * before  # the metric shows at step 400 what the guard saw before
+    assert broken > 2 * saved

@@ -48,10 +48,10 @@ NARROW, FALLEN, COVERED = 0.2, 0.4, 0.3
 # 200 and 0.16 at step 1,200. It is lost if it still is so after this many steps.
 LATE = 5000
 LOOKS = 2  # in a row
-# A gradient's norm over its running mean over so many logged steps: so much three times in a row, or so much once. In
-# their first 200 steps small networks have up to 60, later 6; an LSGAN without norm had 36,000 as it broke, and a
-# discriminator at fifty times its rate 160.
-STEEP, CLIFF, USUAL = 15.0, 100.0, 20
+# A gradient's norm over its running mean over so many logged steps: so much three times in a row, or so much once.
+# After their first 200 steps healthy small networks have up to 6; an LSGAN without norm had 36,000 as it broke, a
+# discriminator at a hundred times its rate 130.
+STEEP, CLIFF, USUAL = 15.0, 50.0, 20
 BY_HEART = 0.5  # of the way from training images to generated ones is where held-out images are
 KEPT = ("_sure", "_grown", "_flat", "_varied", "_widest", "_best", "_narrow", "_known", "_steep", "healthy")
 
@@ -79,7 +79,7 @@ class Guard:
         self._widest = 0.0  # the greatest diversity so far
         self._best = 0.0  # the greatest coverage so far
         self._narrow = self._known = self._steep = 0  # looks in a row at which that was so
-        self._norms: dict[str, float] = {}  # running means of gradients' norms
+        self._norms: dict[str, tuple[float, int]] = {}  # of gradients: running mean, and over how many
         self.healthy = 0  # the step of the last look at which nothing was wrong
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
@@ -127,12 +127,15 @@ class Guard:
         """Norms far above their own running mean, in its first steps excepted."""
         worst, name = 0.0, ""
         for key in ("g_grad", "d_grad"):
-            if key in metrics:
-                mean = self._norms.get(key)
-                ratio = metrics[key] / mean if mean else 0.0
-                worst, name = max((worst, name), (ratio, key))
-                if mean is None or ratio <= STEEP:  # what explodes is no part of what is usual
-                    self._norms[key] = metrics[key] if mean is None else mean + (metrics[key] - mean) / USUAL
+            norm = metrics.get(key, 0.0)
+            if not 0 < norm < math.inf:
+                continue
+            mean, count = self._norms.get(key, (norm, 0))
+            ratio = norm / mean
+            worst, name = max((worst, name), (ratio, key))
+            if step <= STARTED or ratio <= STEEP:  # what explodes is no part of what is usual
+                count = min(count + 1, USUAL)
+                self._norms[key] = mean + (norm - mean) / count, count
         self._steep = self._steep + 1 if step > STARTED and worst > STEEP else 0
         if self._steep and worst > CLIFF:
             self._steep = max(self._steep, GROWN)
@@ -183,7 +186,7 @@ class Guard:
         """The inverse of `state_dict`."""
         for name in KEPT:
             setattr(self, name, state[name])
-        self._norms = dict(state["_norms"])
+        self._norms = {name: tuple(values) for name, values in state["_norms"].items()}
 
     def check_samples(self, step: int, images: Tensor) -> str | None:
         """A warning if all of `images` ``[N, C, H, W]`` look the same: once until they differ again, and for a
