@@ -7,6 +7,7 @@ from checks import BACKENDS, LAYOUTS
 
 import fastgan
 from fastgan import functional
+from fastgan._layout import laid_out
 
 SHAPES = [
     (3, 4, 5, 6),
@@ -67,3 +68,22 @@ def test_a_dropout_after_a_generator_of_one_channel_draws_the_same_mask(backend)
             torch.manual_seed(0)
             masks.append(F.dropout(y, 0.3) == 0)
     assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 64, 16, 16), (3, 1, 4, 4), (2, 8, 1, 1), (2, 17, 1, 33)], ids=str)
+def test_the_native_core_changes_layouts_as_torch_does(shape, dtype):
+    """NCHW images to channels_last and back by a kernel of ours: values and strides are those of torch's copies."""
+    from fastgan import _native
+
+    if not fastgan.backends()["conv2d"]["native"][0]:
+        pytest.skip("fastgan._C is not built here")
+    x = torch.randn(shape).to(dtype)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for given in (x, last, torch.randn(*shape[:3], 2 * shape[3]).to(dtype)[..., ::2]):
+        got = _native.CPU.pixels(given)
+        assert torch.equal(got, given) and got.is_contiguous(memory_format=torch.channels_last)
+    assert _native.CPU.pixels(last) is last
+    for channels_last in (False, True):
+        got = _native.CPU.image(last, channels_last)
+        assert torch.equal(got, x) and got.stride() == laid_out(last, channels_last).stride()

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last, laid_out
+from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import Backend, has_kernel, triton
 from fastgan.ops.bias_act import epilogue_backward
@@ -177,13 +177,13 @@ def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail)
     """y of a core's function that takes `tail` behind y."""
     shape = output_shape(x, weight, stride, padding, dilation)
     geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
-    code, x_ = product_code(core, x), x.contiguous(memory_format=CHANNELS_LAST)
+    code, x_ = product_code(core, x), core.pixels(x)
     (bias,), w = _native.float_vectors(bias), operand(core, weight)
     y = empty(shape, x, True)
     core.call(
         kernel, x, plan(core.module(), tuple(x.shape), shape, *geometry), code, x_, w, code, w.stride(), bias, y, *tail
     )
-    return laid_out(y, channels_last(x, weight))
+    return core.image(y, channels_last(x, weight))
 
 
 def launch(core, x, weight, bias, stride, padding, dilation, groups, activation, slope):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _native
-from fastgan._layout import CHANNELS_LAST, dense, empty
+from fastgan._layout import dense, empty
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import triton
 from fastgan.ops.conv2d import POSITIONS, backends, declines, input_padding, output_size, plan, product_code
@@ -64,7 +64,7 @@ def reference(x, dy, kernel, stride, padding, dilation, groups, weight_channels_
 def launch(core, x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):
     geometry = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups
     code = product_code(core, x)
-    x_, dy_ = x.contiguous(memory_format=CHANNELS_LAST), dy.contiguous(memory_format=CHANNELS_LAST)
+    x_, dy_ = core.pixels(x), core.pixels(dy)
     dweight = empty(weight_shape(x, dy, kernel, groups), x, weight_channels_last)
     conv = plan(core.module(), tuple(x.shape), tuple(dy.shape), *geometry)
     core.call("conv2d_weight", x, conv, code, x_, dy_, dweight, code, dweight.stride())
