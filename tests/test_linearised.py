@@ -16,6 +16,7 @@ from fastgan import functional, penalties
 from fastgan.choice import watching
 from fastgan.penalties import KINDS, gradient, linearised, logits_and_norms
 
+EXACT = [kind for kind in KINDS if kind not in gradient.APPROXIMATE]
 N = 5
 
 
@@ -209,7 +210,7 @@ def assert_route(d, name):
 
 
 @pytest.mark.parametrize("convert", [False, True], ids=["plain", "converted"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("name", ZOO)
 def test_penalty_equals_textbook_double_backward(name, kind, convert):
     ours, args = build(name)

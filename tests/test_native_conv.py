@@ -362,7 +362,7 @@ def test_an_activation_has_the_same_bits_in_every_kernel(table, act):
     one = torch.ones(1)
     fused, alone = torch.empty_like(x), torch.empty_like(x)
     _C.conv2d(plan, 0, x.data_ptr(), one.data_ptr(), 0, (1, 1, 1, 1), 0, fused.data_ptr(), ACTS[act], 0.2, 1)
-    _C.bias_act_forward(0, x.data_ptr(), 0, alone.data_ptr(), 1, 1, x.numel(), False, ACTS[act], 0.2, 1)
+    _C.bias_act_forward(0, x.data_ptr(), 0, alone.data_ptr(), 1, 1, x.numel(), False, ACTS[act], 0.2, 1.0, -1.0, 1)
     assert torch.equal(fused, alone)
 
 

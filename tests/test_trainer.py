@@ -265,7 +265,7 @@ def test_seed_decides_everything(images, tmp_path):
     ("config", "options", "message"),
     [
         (None, {"out": "new"}, "config must be a recipe"),
-        ("dcgan-99", {"out": "new"}, "no recipe 'dcgan-99', choose one of mlp-28"),
+        ("dcgan-99", {"out": "new"}, "no recipe 'dcgan-99', choose one of fastgan, mlp-28"),
         (TINY, {}, "out must be given"),
         (TINY, {"out": "full"}, "full must be new or empty, it holds files; resume"),
         (TINY, {"out": "full/file"}, "file is a file"),

@@ -108,7 +108,7 @@ class GANStep:
         latent: an int or a shape (normal noise), or callable(n, device, generator) -> z, a tensor or a tuple of them.
         g_optimizer, d_optimizer: over the two modules' parameters; fused=True reads nothing back.
         loss: "bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic" or "relativistic-average".
-        penalty: None, "wgan-gp", "dragan", "r1", "r2" or "r1r2" on the discriminator.
+        penalty: None or a kind of `fastgan.functional.gradient_penalty` ("wgan-gp", "r1", ...) on the discriminator.
         penalty_weight: its coefficient; None takes 10 (1 for r1r2).
         penalty_every: apply it on every k-th D update with k times the weight (lazy regularisation).
         d_steps: D updates a step; `real` may then be a sequence of that many batches, else one batch serves all.
