@@ -5,6 +5,7 @@ import copy
 import itertools
 import pickle
 import random
+import sys
 
 import pytest
 import torch
@@ -539,3 +540,34 @@ def test_a_linear_layer_alone_and_an_activation_in_place_stay_torchs(ran):
     y.mul_(2)  # a last layer without activation needs no y for its backward
     y.sum().backward()
     assert len(ran) == 1
+
+
+# ---- what a call costs ----------------------------------------------------------------------------------------------
+
+
+def python_calls(run):
+    """Calls that Python's profiler sees, of Python functions and of C functions; the same at every run."""
+    run(), run()
+    count = 0
+
+    def seen(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("kind, eval_calls, training_calls", [("conv+bn+act", 80, 195), ("linear head", 155, 385)])
+def test_calls_of_a_chain_have_a_ceiling(kind, eval_calls, training_calls, ran):
+    a = fastgan.convert(chain(kind))
+    x = torch.randn(4, 3, 8, 8)
+    assert python_calls(lambda: a(x).sum().backward()) <= training_calls
+    a.eval()
+    with torch.no_grad():
+        assert python_calls(lambda: a(x)) <= eval_calls
+    assert len(ran) == 6
