@@ -9,13 +9,23 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+from torch.nn.modules import module as _torch
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ["has_global_hooks", "has_hooks", "has_hooks_on_values"]
 
 WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
+
+
+def has_global_hooks() -> bool:
+    """Whether torch calls a hook for every module. Torch 2.6 has no function for this."""
+    return bool(
+        _torch._global_forward_hooks
+        or _torch._global_forward_pre_hooks
+        or _torch._global_backward_hooks
+        or _torch._global_backward_pre_hooks
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -144,7 +144,7 @@ def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
     while at < len(children):
         layer = children[at]
         at += 1
-        if not _plain(layer, FUSED.values()):
+        if not _plain(layer, tuple(FUSED.values())):
             yield layer
             continue
         group = Group(layer)
@@ -223,7 +223,7 @@ def _stretch(parts: Sequence[Group | nn.Module]) -> tuple[int, list[program.Laye
 def _program_layer(part: Any) -> program.Layer | None:
     """A part of a chain as a layer of a program, or None where a program has no kernels for it."""
     group = part if isinstance(part, Group) else Group(part)
-    if _plain(group.layer, FUSED.values()):
+    if _plain(group.layer, tuple(FUSED.values())):
         return None if _stands_alone(group.layer) else group.program_layer()
     if _plain(part, (nn.Linear,)):
         return program.Layer(part, None, "identity", None)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
+from torch.optim.adamw import adamw as torch_adamw
 
 from fastgan import _native
 from fastgan._op import Chosen, is_traced
@@ -92,10 +93,10 @@ def cost(parameters: list[Tensor], averages: list[Tensor]) -> dict[str, int]:
 def reference(parameters, gradients, exp_avgs, exp_avg_sqs, steps, averages, numbers):
     n = numbers
     rates = dict(lr=n.lr, beta1=n.beta1, beta2=n.beta2, eps=n.eps, maximize=n.maximize)
-    decay = dict(weight_decay=n.weight_decay, decoupled_weight_decay=n.decoupled)
     scale = dict(grad_scale=n.grad_scale, found_inf=n.found_inf)
-    options = dict(fused=True, amsgrad=False, **rates, **decay, **scale)
-    torch_adam(parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, **options)
+    options = dict(fused=True, amsgrad=False, weight_decay=n.weight_decay, **rates, **scale)
+    step = torch_adamw if n.decoupled else torch_adam
+    step(parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, **options)
     if averages:
         torch._foreach_lerp_(averages, parameters, numbers.weight)
     return (*parameters, *exp_avgs, *exp_avg_sqs, *averages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,13 @@ class Adam(torch.optim.Adam):
         decoupled_weight_decay: bool = False,
     ):
         flags = {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay, "fused": True}
-        super().__init__(params, lr, betas, eps, weight_decay, **flags)
+        known = inspect.signature(torch.optim.Adam).parameters
+        super().__init__(
+            params, lr, betas, eps, weight_decay, **{name: v for name, v in flags.items() if name in known}
+        )
+        # torch 2.6 does not know it
+        for group in (self.defaults, *self.param_groups):
+            group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
 
     @torch.no_grad()
     def step(
@@ -101,7 +108,7 @@ class Adam(torch.optim.Adam):
                 beta2=beta2,
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
-                decoupled=group["decoupled_weight_decay"],
+                decoupled=group.get("decoupled_weight_decay", False),  # no key in the state of an older torch
                 maximize=group["maximize"],
                 weight=weight,
                 grad_scale=getattr(self, "grad_scale", None),
