@@ -33,7 +33,7 @@ def filtered_lrelu(x: Tensor, f: Tensor, bias: Tensor, up: int, down: int, paddi
 
 
 def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
-    """Each sample's own weight, as a grouped convolution: the form that the projects train with."""
+    """Each sample's own weight, as a grouped convolution: the fused form of the projects."""
     n, c, h, w = x.shape
     own = weight[None] * styles[:, None, :, None, None]
     own = own * (own.square().sum([2, 3, 4], keepdim=True) + 1e-8).rsqrt()
@@ -42,7 +42,7 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
 
 
 def modulated_conv2d_shared(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
-    """One convolution with the activations scaled; each sample's weight is made for its length, as the projects do."""
+    """One convolution with the activations scaled, the projects' training form; own weights are made for their length."""
     own = weight[None] * styles[:, None, :, None, None]
     length = (own.square().sum([2, 3, 4]) + 1e-8).rsqrt()
     return F.conv2d(x * styles[:, :, None, None], weight, padding=1) * length[:, :, None, None]
