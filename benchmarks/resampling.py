@@ -42,7 +42,7 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
 
 
 def modulated_conv2d_shared(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
-    """One convolution with the activations scaled, the projects' training form; own weights are made for their length."""
+    """One convolution with scaled activations, the projects' training form; own weights give the lengths."""
     own = weight[None] * styles[:, None, :, None, None]
     length = (own.square().sum([2, 3, 4]) + 1e-8).rsqrt()
     return F.conv2d(x * styles[:, :, None, None], weight, padding=1) * length[:, :, None, None]
