@@ -37,12 +37,35 @@ SIGNATURES = {  # as torch_utils.ops has them: name -> arguments with their defa
 }
 
 
+OURS = {  # fastgan.functional's: they may grow, never shrink
+    "bias_act": "x bias=None activation='leaky_relu' negative_slope=0.2 gain=1.0 clamp=None",
+    "upfirdn2d": "x f up=1 down=1 padding=0 flip_filter=False gain=1.0",
+    "conv2d_resample": SIGNATURES["conv2d_resample.conv2d_resample"].replace("x w ", "x weight "),
+    "filtered_lrelu": (
+        "x fu=None fd=None bias=None up=1 down=1 padding=0 gain=1.4142135623730951 negative_slope=0.2 clamp=None "
+        "flip_filter=False"
+    ),
+    "modulated_conv2d": (
+        "x weight styles noise=None up=1 down=1 padding=0 resample_filter=None demodulate=True flip_weight=True "
+        "eps=1e-08 form='auto'"
+    ),
+}
+
+
+def signature(function):
+    parameters = inspect.signature(function).parameters.values()
+    return " ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name):
     module, _, function = name.partition(".")
-    parameters = inspect.signature(getattr(getattr(stylegan, module), function)).parameters.values()
-    found = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
-    assert " ".join(found) == SIGNATURES[name]
+    assert signature(getattr(getattr(stylegan, module), function)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_signatures_of_the_functions(name):
+    assert signature(getattr(fastgan.functional, name)).startswith(OURS[name])
 
 
 def double(*shape):
