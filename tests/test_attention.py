@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from checks import BACKENDS, DTYPES, assert_close, distance, leaves, orders
 
 import fastgan
@@ -349,3 +350,30 @@ def test_a_traced_block_has_second_derivatives():
     for _ in range(3):
         assert second(converted).isfinite().all()
     assert "attention" in str(fastgan.explain(converted))
+
+
+class FusedBlock(Block):
+    """The same on our function."""
+
+    def forward(self, x):
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(n, length, width))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_r1_through_checkpointed_attention(autocast):
+    """Activation checkpointing changes nothing of an exact penalty; autocast computes it in bfloat16."""
+    block, x = FusedBlock(), torch.randn(3, 9, 16)
+    plainly = lambda x: block(x).float().mean((1, 2))
+    again = lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).float().mean((1, 2))
+
+    def gradient(discriminator, autocast=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            penalty = functional.gradient_penalty(discriminator, x, kind="r1", weight=10.0)
+        return torch.autograd.grad(penalty, block.qkv.weight)[0]
+
+    got, want = gradient(again), gradient(plainly)
+    assert want.abs().sum() > 0 and distance(got, want) < 1e-5
+    assert distance(got, gradient(plainly, False)) < (0.05 if autocast else 1e-5)
