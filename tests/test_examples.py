@@ -54,6 +54,7 @@ def test_concepts_draws_its_pictures(tmp_path):
         ("residual_sngan.py", ["--width", 4]),
         ("pix2pix.py", ["--width", 2]),
         ("vocoder.py", ["--width", 16, "--samples", 2048]),
+        ("wgan_gp.py", ["--width", 2]),
     ],
 )
 def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size, capsys, monkeypatch):
