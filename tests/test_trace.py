@@ -312,6 +312,23 @@ def test_explain_lists_groups_by_source_line():
     assert {op for op, _, _ in report.calls} == {"conv2d"}
 
 
+def test_explain_says_why_3d_layers_stay_with_pytorch():
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.frame = nn.Conv3d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.frame(F.relu(self.conv(x)).mean(2))
+
+    plain, ours, _ = pair(Video())
+    x = torch.randn(2, 3, 4, 6, 6, dtype=torch.float64)
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    for model in (ours, fastgan.convert(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()))):
+        rows = {r.layer: r for r in fastgan.explain(model).rows}
+        assert rows["Conv3d"].runs == "torch" and "no faster" in rows["Conv3d"].why
+
+
 def test_proof_leaves_a_group_that_differs_to_pytorch(monkeypatch):
     plain, _, x = pair()
     model = copy.deepcopy(plain).eval()
