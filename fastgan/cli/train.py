@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 
+from fastgan.training.distributed import leave
 from fastgan.training.plan import chosen_batch, plan
 from fastgan.training.precision import NAMES
 from fastgan.training.recipes import Recipe, recipes
@@ -103,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if automatic:
         if args.resume:
             raise ValueError("train: --batch-size auto is for a new run, a resumed one keeps its own")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would measure, and find another
+            raise ValueError("train: --batch-size must be a number on several ranks, got auto")
         recipe = chosen_batch(recipe, device=args.device or "auto", backend=args.backend)
     if args.dry_run:
         print(plan(recipe, device=args.device or "auto", backend=args.backend))
@@ -124,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
         allow_changed_data=args.allow_changed_data,
     ).fit()
+    leave()
     return {"interrupted": 130, "collapse": 1}.get(result.reason, 0)
 
 

@@ -131,6 +131,7 @@ class ImageSet:
         flip: bool = False,
         drop_last: bool = True,
         channels_last: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> Batches:
         """An endless iterator of (images float32 [N, C, H, W] in [-1, 1], labels int64 [N] or None).
 
@@ -139,10 +140,17 @@ class ImageSet:
         global seed. flip: each image is mirrored left to right with probability 1/2. drop_last: every batch
         is full, and what an epoch leaves over is dropped; a set smaller than batch_size is then gone through
         as often as a batch needs, so that tiny sets train. With drop_last False an epoch ends with a smaller
-        batch.
+        batch. part: (k, n) gives the k-th of n equal parts of every batch; generators in the same state on n
+        processes give the whole batch between them, no image twice.
         """
         return Batches(
-            self, batch_size, generator=generator, flip=flip, drop_last=drop_last, channels_last=channels_last
+            self,
+            batch_size,
+            generator=generator,
+            flip=flip,
+            drop_last=drop_last,
+            channels_last=channels_last,
+            part=part,
         )
 
 
@@ -162,9 +170,16 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         flip: bool = False,
         drop_last: bool = True,
         channels_last: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batches: batch_size must be an integer of at least 1, got {batch_size!r}")
+        share, parts = part
+        if not 0 <= share < parts or batch_size % parts or (parts > 1 and not drop_last):
+            raise ValueError(
+                f"batches: part must be (k, n) with 0 <= k < n, n a divisor of batch_size={batch_size}, and with n > 1 "
+                f"drop_last must be True, got {part}"
+            )
         if generator is None:
             generator = torch.Generator()
             # Drawn as DataLoader does: torch.manual_seed decides, and two iterators differ.
@@ -173,6 +188,7 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         self.batch_size = batch_size
         self.flip = flip
         self.drop_last = drop_last
+        self._part = slice(share * batch_size // parts, (share + 1) * batch_size // parts)
         self.channels_last = channels_last
         self.generator = generator
         self.epoch = 0
@@ -217,7 +233,7 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
 
     def __next__(self) -> tuple[Tensor, Tensor | None]:
         source = self.source
-        order, mirror = self._next_numbers()
+        order, mirror = (numbers[self._part] for numbers in self._next_numbers())
         x = source.pick(order, mirror=mirror if self.flip else None, channels_last=self.channels_last)
         return x, None if source.labels is None else source._deliver(source.labels.index_select(0, order))
 

@@ -35,6 +35,8 @@ def conclude(run: Trainer, reason: str) -> Result:
     """Save, draw, report, and say so."""
     path = run.save()
     run.rng = checkpoint.rng_state()
+    if not run.world.first:
+        return Result(run.out, run.step, reason, run.seconds, dict(run.metrics), path)
     made = run.draw()
     words = run.stop.in_words(reason, run.evaluation)
     if run.evaluation.best is not None:

@@ -28,20 +28,25 @@ MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_ev
 
 
 def open_run(
-    out: str | Path | None, resume: str | Path | None, overwrite: bool
+    out: str | Path | None, resume: str | Path | None, overwrite: bool, *, owner: bool = True
 ) -> tuple[RunDirectory, dict[str, Any] | None, Found | None]:
-    """The run directory; for a resumed run also its configuration and its newest sound checkpoint, if it has one."""
+    """The run directory; for a resumed run also its configuration and its newest sound checkpoint, if it has one.
+
+    owner: whether this process will write there, so that nothing else may.
+    """
     if resume is not None:
         if overwrite or (out is not None and Path(out) != Path(resume)):
             raise ValueError("resume: it goes on in the run's own directory, leave out and overwrite out")
         directory = RunDirectory(resume)
         saved = directory.read_config()
-        directory.check_free()
+        if owner:
+            directory.check_free()
         return directory, saved, directory.newest()
     if out is None:
         raise ValueError("training: out must be given, the directory that the run is written to")
     directory = RunDirectory(out)
-    directory.check_new(overwrite=overwrite)
+    if owner:
+        directory.check_new(overwrite=overwrite)
     return directory, None, None
 
 

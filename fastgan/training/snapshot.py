@@ -25,6 +25,7 @@ KEYS = (
 def take(run: Trainer) -> dict[str, Any]:
     """Tensors and plain values."""
     step = run.train_step
+    own = {"rng": checkpoint.rng_state(), "winners": dict(winners())}
     return {
         "step": run.step,
         "images": run.images_seen,
@@ -36,14 +37,14 @@ def take(run: Trainer) -> dict[str, Any]:
         "d_optimizer": step.d_optimizer.state_dict(),
         "training": step.state_dict(),
         "data": run.batches.state_dict(),
-        "rng": checkpoint.rng_state(),
+        **own,
+        **({"ranks": run.world.gather(own)} if run.world.size > 1 else {}),
         "noise": run.noise,
         "evaluation": run.evaluation.state_dict(),
         "seconds_evaluating": run.evaluation.seconds,
         "guard": run.guard.state_dict(),
         "slowed": run.schedules.slowed,
         "rollbacks": run.rollbacks,
-        "winners": dict(winners()),
         "config": run.config,
     }
 
@@ -70,5 +71,9 @@ def restore(run: Trainer, state: dict[str, Any], path: Path, changed: bool) -> N
     if "guard" in state:
         run.guard.load_state_dict(state["guard"])
         run.schedules.slowed, run.rollbacks = state["slowed"], state["rollbacks"]
-    begin_run(state["winners"])
-    run.rng = state["rng"]
+    ranks = state.get("ranks", [state])
+    own = ranks[run.world.rank] if len(ranks) == run.world.size else {}  # another number of ranks draws anew
+    begin_run(own.get("winners", state["winners"]))
+    if not own:
+        run.world.seed(run.recipe.seed + 1 + run.step)
+    run.rng = own["rng"] if own else checkpoint.rng_state()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,13 @@ PER_SAMPLE = (
     *(nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle),
     *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d),
 )
+
+
+class Exchange(Protocol):
+    """Averages an update's gradients over the processes of a run (`fastgan.training.distributed`)."""
+
+    def exchange(self, parameters: Sequence[Tensor]) -> None:
+        """Called once an update, when the gradients are complete and neither clipped nor unscaled."""
 
 
 def mixes_samples(discriminator: nn.Module) -> str:
@@ -187,6 +194,7 @@ class GANStep:
         self._g_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.d_updates = 0
+        self.exchange: Exchange | None = None  # set where several processes train together
         self._capture = self._capturing(capture)
         self._labelled = False  # whether both networks are known to take labels
         self._watch = Watch(self.discriminator, reads=self._capture is None and self.device.type == "cpu")
@@ -379,6 +387,8 @@ class GANStep:
         for loss, metrics in losses:
             scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
             found.append(metrics)
+        if self.exchange is not None:
+            self.exchange.exchange([p for group in optimizer.param_groups for p in group["params"]])
         if self.grad_clip is not None:
             scaler.unscale_(optimizer)
             clip(optimizer, *self.grad_clip)
@@ -452,6 +462,8 @@ class GANStep:
 
     def uncapturable(self) -> str:
         """Why the step as it is now cannot be captured, or ""."""
+        if self.exchange is not None:
+            return "its gradients are averaged over several processes"
         for network, name in ((self.generator, "the generator"), (self.discriminator, "the discriminator")):
             for path, m in network.named_modules():
                 where = f"{name}'s {path}" if path else name

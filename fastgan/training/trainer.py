@@ -26,6 +26,7 @@ from .assembly import assemble, resolve_device
 from .board import Board
 from .clock import Clock
 from .conclusion import Result, conclude
+from .distributed import Exchange, join
 from .evaluation import Evaluation
 from .guard import Collapse, DivergedError, Guard
 from .health import Health, gradient_norms
@@ -66,6 +67,9 @@ class Trainer:
 
     allow_changed_data: go on with a run although its images are no longer what they were.
 
+    Several processes that torchrun started train one run (`world`; docs/scaling.md): batch_size counts the images of
+    all ranks, rank 0 alone writes.
+
     Raises ValueError for settings that cannot be meant, before anything is written, and `LockedError`, a ValueError,
     where another process trains in the directory.
     """
@@ -89,17 +93,23 @@ class Trainer:
         networks: tuple[nn.Module, nn.Module] | None = None,
         allow_changed_data: bool = False,
     ):
-        self.directory, saved, start = open_run(out, resume, overwrite)
+        self.world = join()
+        first = self.world.first
+        self.directory, saved, start = open_run(out, resume, overwrite, owner=first)
         self.out = self.directory.path
         self.recipe = recipe_of(config, saved)
-        self.device = resolve_device(device if device is not None else (saved["device"] if saved else "auto"))
-        self._precision = resolve(self.recipe.precision, self.device)
+        self.world.check_batch(self.recipe.batch_size)
+        place = resolve_device(device if device is not None else (saved["device"] if saved else "auto"))
+        self.device = resolve_device(self.world.place(place))
+        self._precision = self.world.gather(resolve(self.recipe.precision, self.device))[0]
         self.recipe = self.recipe.replace(precision=self._precision.name)  # what config.json holds
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         measured = bool(self.recipe.eval_every)
         self.stop = StopRules(time_limit=time_limit, target=target, patience=patience, measured=measured)
         if on_collapse not in ACTIONS:
             raise ValueError(f"training: on_collapse must be one of {', '.join(ACTIONS)}, got {on_collapse!r}")
+        if self.world.size > 1 and on_collapse != "warn":
+            raise ValueError(f"training: on_collapse must be warn on several ranks, got {on_collapse!r}")
         self.on_collapse, self.rollbacks = on_collapse, 0
         self._overwrite = overwrite
         if saved and saved["models"] != "recipe" and not networks:
@@ -108,10 +118,10 @@ class Trainer:
         self.step = 0
         self.images_seen = 0
         self.metrics: dict[str, float] = {}
-        self.progress = progress_for(quiet=quiet)
+        self.progress = progress_for(quiet=quiet or not first)
         self.notes: list[str] = []
         self._penalty: dict[str, Tensor] = {}
-        self._board = Board(self.out / "tensorboard") if tensorboard else None
+        self._board = Board(self.out / "tensorboard") if tensorboard and first else None
         self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
         pixels = self.recipe.channels * self.recipe.image_size**2
@@ -128,6 +138,7 @@ class Trainer:
         self._owned = saved is not None  # the directory holds this very run
         if start:
             snapshot.restore(self, start.state, start.path, changed)
+        self._unite()
 
     def _build(self, networks: tuple[nn.Module, nn.Module] | None) -> None:
         recipe = self.recipe
@@ -140,6 +151,7 @@ class Trainer:
             generator=torch.Generator().manual_seed(recipe.seed),
             flip=recipe.flip,
             channels_last=True,
+            part=(self.world.rank, self.world.size),
         )
         self.sample_labels: Tensor | None = None
         self.columns: int | None = None
@@ -151,8 +163,15 @@ class Trainer:
         labels = self.images.labels if recipe.conditional else None
         self.evaluation = Evaluation(self.images.images, recipe.latent, recipe.seed + 2, count, labels)
         self.health = Health(learnt, held, labelled=recipe.conditional)
-        torch.manual_seed(recipe.seed + 1)
+        self.world.seed(recipe.seed + 1)
         self.rng = checkpoint.rng_state()
+
+    def _unite(self) -> None:
+        """Make the ranks one run: the same beginning, and gradients that are averaged from here on."""
+        if self.world.size > 1:
+            self.world.require_same(self.recipe.to_dict() | {"images": self.config["images"], "step": self.step})
+            self.world.copy_first(self.generator, self.discriminator, self.train_step.ema)
+            self.train_step.exchange = Exchange(self.world)
 
     @property
     def seconds(self) -> float:
@@ -173,6 +192,8 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint; raises `DivergedError` instead if a number in it is not finite."""
         state = self.state()
+        if not self.world.first:
+            return checkpoint.path_of(self.directory.checkpoints, self.step)
         bad = checkpoint.first_nonfinite(state)
         if bad:
             raise self._diverged(bad, "not")
@@ -207,7 +228,8 @@ class Trainer:
         """
         if self.step >= self.recipe.steps and self.directory.finished:
             raise ValueError(f"training: the run has its {self.recipe.steps} steps already")
-        with self._placed(), self.directory.locked(), Signals() as signals:
+        lock = self.directory.locked() if self.world.first else contextlib.nullcontext()
+        with self._placed(), lock, Signals() as signals:
             self._begin()
             self.progress.start(self.step, self.recipe.steps)
             try:
@@ -217,7 +239,9 @@ class Trainer:
                 except Exception as error:
                     self._rescue(error)
                     raise
-                return conclude(self, reason)
+                result = conclude(self, reason)
+                self.world.agree("")  # no rank returns before rank 0 has written everything
+                return result
             finally:
                 self.progress.stop()
                 if self._board:
@@ -225,6 +249,9 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the run directory, or check that it is still as it was when this run was read from it."""
+        if not self.world.first:
+            checkpoint.set_rng_state(self.rng)
+            return
         directory = self.directory
         for path in self._damaged:
             directory.set_aside(path)
@@ -253,7 +280,7 @@ class Trainer:
         if isinstance(error, DivergedError):  # it names the last good checkpoint itself
             return
         step = self.directory.last_step()
-        if self._between_steps and self.step > step:
+        if self._between_steps and self.step > step and self.world.size == 1:  # the other ranks may be gone
             with contextlib.suppress(Exception):  # the first error is the one to hear of
                 self.save()
                 step = self.step
@@ -287,15 +314,17 @@ class Trainer:
         self._between_steps = True
         self.progress.tick(self.step)
         reason = self.stop.after_step(self.step, recipe.steps, clock.elapsed, bool(signals.received))
+        reason, first = self.world.agree(reason), self.world.first
         evaluate, look = self._due(recipe.eval_every), self._due(recipe.watch_every)
         # The first step is logged too: it tells at once whether the run works at all.
         if evaluate or look or reason or self.step == 1 or self.step % recipe.log_every == 0:
-            scores = self._evaluate() if evaluate else {}
-            self._log(self._penalty | metrics, scores, self._look() if look else {})
-            reason = reason or self.stop.after_log(scores, self.evaluation, self)
+            scores = self._evaluate() if evaluate and first else {}
+            self._log(self._penalty | metrics, scores, self._look() if look and first else {})
+            reason = reason or (self.stop.after_log(scores, self.evaluation, self) if first else "")
+            reason = self.world.agree(reason)
         if not reason:
             with clock.aside():
-                if self._due(recipe.sample_every):
+                if first and self._due(recipe.sample_every):
                     self.draw()
                 if self._due(recipe.checkpoint_every):
                     self.save()
@@ -322,7 +351,9 @@ class Trainer:
 
     def _log(self, lazy: Mapping[str, Tensor], scores: dict[str, float], looked: dict[str, float]) -> None:
         """Read the metrics (this waits for the device), check them, show them, append them to the log."""
-        self.metrics = {name: float(value) for name, value in lazy.items()} | scores | looked
+        self.metrics = self.world.mean({name: float(value) for name, value in lazy.items()}) | scores | looked
+        if not self.world.first:
+            return
         if self.recipe.precision != "fp16":  # there the scaler's factor would be in them
             self.metrics |= gradient_norms(self.generator, self.discriminator)
         step_seconds = self.clock.pace(self.step)

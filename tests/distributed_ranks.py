@@ -1,0 +1,149 @@
+"""What each rank of tests/test_distributed.py runs: ``python distributed_ranks.py FOLDER``; results in rank-K.pt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny_run import TINY, noise, tensors, trainer
+from torch import nn
+
+import fastgan
+from fastgan.nn import BatchNormAct2d
+from fastgan.training.distributed import Exchange, join, leave
+
+RANKS, PART, STEPS = 2, 3, 4
+
+# name: (options of GANStep, whether the networks have batch norm)
+CASES = {
+    "bce-r1": ({"loss": "bce", "penalty": "r1", "penalty_every": 2, "grad_clip": 0.05, "ema": 0.9}, False),
+    "wasserstein-gp": ({"loss": "wasserstein", "penalty": "wgan-gp"}, False),
+    "accumulate": ({"loss": "hinge", "penalty": "r1r2", "d_steps": 2, "accumulate": PART}, False),
+    "batch-norm": ({"loss": "bce"}, True),
+}
+
+
+class Generator(nn.Module):
+    """With a parameter that no loss reaches, and a frozen one."""
+
+    def __init__(self, norm: bool):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+        self.main = nn.Sequential(
+            nn.ConvTranspose2d(5, 4, 3),
+            BatchNormAct2d(4, activation="relu") if norm else nn.ReLU(),
+            nn.ConvTranspose2d(4, 2, 4, 2, 1),
+            nn.Tanh(),
+        )
+        self.main[2].bias.requires_grad_(False)
+
+    def forward(self, z):
+        return self.main(z[:, :, None, None])
+
+
+def networks(norm: bool, seed: int = 0) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(seed)
+    d = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 6, 3, 2, 1)),
+        *((BatchNormAct2d(6, activation="leaky_relu"),) if norm else (nn.Softplus(),)),
+        *(nn.Flatten(), nn.Linear(54, 1)),
+    )
+    return Generator(norm).double(), d.double().to(memory_format=torch.channels_last)
+
+
+def step_of(name: str, seed: int = 0) -> fastgan.GANStep:
+    options, norm = CASES[name]
+    g, d = networks(norm, seed)
+    adam = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-4) for m in (g, d)]
+    rng = torch.Generator().manual_seed(7)
+    return fastgan.GANStep(g, d, latent=5, g_optimizer=adam[0], d_optimizer=adam[1], rng=rng, **options)
+
+
+def batches(name: str):
+    """[(real, z)] of all ranks together; each a list of one for every update of D."""
+    draw = torch.Generator().manual_seed(3)
+    size, updates = RANKS * PART, CASES[name][0].get("d_steps", 1)
+    shapes = (size, 2, 6, 6), (size, 5)
+    return [
+        [[torch.randn(s, generator=draw, dtype=torch.float64) for _ in range(updates)] for s in shapes]
+        for _ in range(STEPS)
+    ]
+
+
+def weights(step: fastgan.GANStep) -> torch.Tensor:
+    """Every parameter of the networks and the average, in one row."""
+    return torch.cat([p.detach().reshape(-1) for m in step.modules() for p in m.parameters()])
+
+
+def train(name: str, world) -> dict:
+    """The parameters after each step, and the running statistics of the discriminator."""
+    step = step_of(name, seed=world.rank)  # a seed of its own: the copy makes the ranks equal
+    world.copy_first(*step.modules())
+    step.exchange = Exchange(world)
+    mine = slice(world.rank * PART, (world.rank + 1) * PART)
+    skip = lambda: torch.rand(PART, generator=step.rng, dtype=torch.float64)  # what the other rank draws
+    found, drawn = [], CASES[name][0].get("penalty") == "wgan-gp"
+    for real, z in batches(name):
+        if drawn and world.rank:
+            skip()
+        step([x[mine] for x in real], z=[x[mine] for x in z])
+        if drawn and not world.rank:
+            skip()
+        found.append(weights(step))
+    return {"weights": torch.stack(found), "buffers": [b.clone() for b in step.discriminator.buffers()]}
+
+
+def exchange(world) -> dict:
+    """Gradients that only some ranks have."""
+    p = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    p[0].grad = torch.arange(6.0).view(3, 2).t() * (world.rank + 1)
+    if world.rank:
+        p[1].grad = torch.full((4,), 8.0)
+    average = Exchange(world)
+    average.exchange(p)
+    found = {"grads": [q.grad for q in p]}
+    p[2].grad = torch.ones(1)
+    try:
+        average.exchange(p)
+    except ValueError as error:
+        found["late"] = str(error)
+    try:
+        world.require_same({"batch_size": 4, "data": f"folder-{world.rank}"})
+    except ValueError as error:
+        found["differ"] = str(error)
+    return found | {"agreed": world.agree(("time", "interrupted")[world.rank]), "mean": world.mean({"a": world.rank})}
+
+
+def runs(folder: Path, world) -> dict:
+    """A run of six steps, and one that was stopped after three and goes on."""
+    images = noise()
+    straight = trainer(images, folder / "straight")
+    straight.fit()
+    trainer(images, folder / "resumed", TINY.replace(steps=3)).fit()
+    resumed = trainer(images, None, resume=folder / "resumed")
+    began = resumed.step
+    resumed.fit()
+    # Running statistics are a rank's own; rank 0's are the run's.
+    skipped = (".seconds", ".config", ".winners", ".ranks", *(() if world.first else (".generator", ".discriminator")))
+    same = []
+    for a, b in zip(tensors(straight.state()), tensors(resumed.state()), strict=True):
+        if not a[0].startswith(skipped) and "running_" not in a[0] and ".best" not in a[0]:
+            equal = torch.equal(a[1], b[1]) if isinstance(a[1], torch.Tensor) else a[1] == b[1]
+            same.append((a[0], b[0], bool(equal)))
+    row = weights(resumed.train_step)
+    images_used = resumed.batches._next_numbers()[0][resumed.batches._part]
+    return {"same": same, "began": began, "weights": row, "next": images_used, "z": resumed.train_step.draw_latent(4)}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    world = join()
+    found = {name: train(name, world) for name in CASES}
+    found |= {"exchange": exchange(world), "runs": runs(folder, world), "world": (world.rank, world.size)}
+    torch.save(found, folder / f"rank-{world.rank}.pt")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

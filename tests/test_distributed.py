@@ -1,0 +1,200 @@
+"""Several processes train one run: two over gloo, started once for all tests but the one that kills a rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed_ranks import CASES, PART, RANKS, batches, step_of, weights
+from tiny_run import TINY, noise, trainer
+
+from fastgan.data.imageset import Batches
+from fastgan.training import checkpoint
+from fastgan.training.distributed import World, join
+from fastgan.training.rundir import read_log
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank of `distributed_ranks` found."""
+    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
+    command = [sys.executable, str(HERE / "distributed_ranks.py"), str(folder)]
+    jobs = [
+        subprocess.Popen(command, env=environment(**world, RANK=str(k)), stderr=subprocess.PIPE, text=True)
+        for k in range(RANKS)
+    ]
+    try:
+        said = [job.communicate(timeout=120)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0] * RANKS, "\n".join(text[-2000:] for text in said)
+    found = [torch.load(folder / f"rank-{k}.pt", weights_only=True) for k in range(RANKS)]
+    return found, folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_stay_equal(ranks, name):
+    a, b = (found[name]["weights"] for found in ranks[0])
+    assert torch.equal(a, b)
+    assert (a[1:] != a[:-1]).any(1).all()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, norm) in CASES.items() if not norm])
+def test_ranks_equal_one_process_with_the_whole_batch(ranks, name):
+    """Lazy R1, a gradient penalty, accumulation and several D updates; clipping sees the averaged gradient."""
+    step = step_of(name)
+    for k, (real, z) in enumerate(batches(name)):
+        step(real, z=z)
+        torch.testing.assert_close(ranks[0][0][name]["weights"][k], weights(step), rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_takes_the_statistics_of_its_rank(ranks):
+    """Beside a textbook loop in one process that runs each rank's part by itself."""
+    step = step_of("batch-norm")
+    g, d, sp = step.generator, step.discriminator, F.softplus
+    for k, ((real,), (z,)) in enumerate(batches("batch-norm")):
+        parts = list(zip(real.split(PART), z.split(PART), strict=True))
+        fakes = [g(latents) for _, latents in parts]
+        step.d_optimizer.zero_grad()
+        for (x, _), fake in zip(parts, fakes, strict=True):
+            ((sp(-d(x)).mean() + sp(d(fake.detach())).mean()) / RANKS).backward()
+        step.d_optimizer.step()
+        step.g_optimizer.zero_grad()
+        sum(sp(-d(fake)).mean() / RANKS for fake in fakes).backward()
+        step.g_optimizer.step()
+        torch.testing.assert_close(ranks[0][0]["batch-norm"]["weights"][k], weights(step), rtol=1e-9, atol=1e-11)
+    first, second = (found["batch-norm"]["buffers"] for found in ranks[0])
+    assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_gradient_of_some_ranks_counts_as_zeros_on_the_others(ranks):
+    for found in ranks[0]:
+        full, some, none = found["exchange"]["grads"]
+        assert torch.equal(full, 1.5 * torch.arange(6.0).view(3, 2).t())
+        assert torch.equal(some, torch.full((4,), 4.0)) and none is None
+        assert "from the first update on" in found["exchange"]["late"]
+
+
+def test_ranks_agree(ranks):
+    for found in ranks[0]:
+        assert found["exchange"]["agreed"] == "interrupted"
+        assert found["exchange"]["mean"] == {"a": 0.5}
+        assert re.search(r"data must be the same on every rank.*folder-0.*folder-1", found["exchange"]["differ"])
+
+
+def test_a_run_of_two_ranks_goes_on_bit_for_bit(ranks):
+    (first, second), folder = [found["runs"] for found in ranks[0]], ranks[1]
+    assert first["began"] == second["began"] == 3
+    for found in (first, second):
+        assert len(found["same"]) > 20 and [row for row in found["same"] if row[0] != row[1] or not row[2]] == []
+    assert torch.equal(first["weights"], second["weights"])
+    assert not torch.equal(first["z"], second["z"])
+    assert len(first["next"]) == len(second["next"]) == TINY.batch_size // RANKS
+    assert not set(first["next"].tolist()) & set(second["next"].tolist())
+    records = read_log(folder / "straight" / "log.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 7))
+    assert records[-1]["images"] == 6 * TINY.batch_size
+    assert (folder / "straight" / "report.html").exists() and not (folder / "straight" / "lock").exists()
+
+
+def test_one_process_goes_on_with_a_run_of_two(ranks):
+    run = trainer(noise(), None, TINY.replace(steps=8), resume=ranks[1] / "straight")
+    assert run.step == 6 and run.world == World()
+    assert run.fit().reason == "steps"
+
+
+def test_parts_make_the_batch():
+    images = noise()
+    whole, *parts = (
+        Batches(images, 6, generator=torch.Generator().manual_seed(1), flip=True, part=part)
+        for part in ((0, 1), (0, 3), (1, 3), (2, 3))
+    )
+    for _ in range(4):
+        assert torch.equal(next(whole)[0], torch.cat([next(part)[0] for part in parts]))
+    for part, last in (((0, 4), True), ((3, 3), True), ((0, 2), False)):
+        with pytest.raises(ValueError, match="part must be"):
+            images.batches(6, part=part, drop_last=last)
+
+
+def test_the_environment_must_say_which_rank_this_is(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="RANK must be a number, as torchrun sets it, got None"):
+        join()
+    with pytest.raises(ValueError, match="multiple of the 2 ranks, got 5"):
+        World(0, 2).check_batch(5)
+
+
+def test_a_killed_rank_ends_the_job(tmp_path):
+    """torchrun says which rank it was, the other one how to go on; the last checkpoint is sound."""
+    out = tmp_path / "run"
+    settings = {"g_width": 2, "d_width": 2}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()),
+        *("-m", "fastgan", "train", "--recipe", "dcgan-28", "--data", "fashion-mnist", "--out", str(out)),
+        *("--batch-size", "8", "--precision", "fp32", "--set", "checkpoint_every=20", "--set", "log_every=10"),
+        *(word for name, value in settings.items() for word in ("--set", f"model_options.{name}={value}")),
+    ]
+    with open(tmp_path / "said", "w+") as said:
+        job = subprocess.Popen(command, env=environment(FASTGAN_BACKEND="reference"), stdout=said, stderr=said)
+        try:
+            wait_for(lambda: checkpoint.list_steps(out / "checkpoints"), job)
+            victim = rank_of(job.pid, 1)
+            os.kill(victim, signal.SIGKILL)
+            began = time.monotonic()
+            code = job.wait(timeout=60)
+            assert time.monotonic() - began < 60
+        finally:
+            job.kill()
+        said.seek(0)
+        text = said.read()
+    assert code == 1 and "exitcode  : -9" in text, text[-2000:]
+    assert "all 2 ranks must reach every update, another one has ended" in text, text[-2000:]
+    assert "the run can go on from step" in text
+    found = checkpoint.newest(out / "checkpoints")
+    assert found is not None and found.damaged == {} and len(found.state["ranks"]) == 2
+
+
+def wait_for(ready, job, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+
+
+def rank_of(parent: int, rank: int) -> int:
+    """The process of a rank, a child of torchrun's."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                names = (status.parent / "environ").read_bytes().split(b"\0")
+                if f"RANK={rank}".encode() in names:
+                    return int(status.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"torchrun has no process of rank {rank}")
