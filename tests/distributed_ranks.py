@@ -124,16 +124,24 @@ def runs(folder: Path, world) -> dict:
     resumed = trainer(images, None, resume=folder / "resumed")
     began = resumed.step
     resumed.fit()
-    # Running statistics are a rank's own; rank 0's are the run's.
-    skipped = (".seconds", ".config", ".winners", ".ranks", *(() if world.first else (".generator", ".discriminator")))
-    same = []
-    for a, b in zip(tensors(straight.state()), tensors(resumed.state()), strict=True):
-        if not a[0].startswith(skipped) and "running_" not in a[0] and ".best" not in a[0]:
-            equal = torch.equal(a[1], b[1]) if isinstance(a[1], torch.Tensor) else a[1] == b[1]
-            same.append((a[0], b[0], bool(equal)))
+    # What rank 0 alone follows, and running statistics, which are each rank's own while rank 0's are the run's.
+    unlike = (".seconds", ".config", ".winners", ".ranks", *(() if world.first else (".guard",)))
+    left, right = (
+        {k: v for k, v in tensors(run.state()) if not k.startswith(unlike) and (world.first or "running_" not in k)}
+        for run in (straight, resumed)
+    )
+    equal = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    differ = sorted(left.keys() ^ right.keys()) or [k for k in left if not equal(left[k], right[k])]
     row = weights(resumed.train_step)
     images_used = resumed.batches._next_numbers()[0][resumed.batches._part]
-    return {"same": same, "began": began, "weights": row, "next": images_used, "z": resumed.train_step.draw_latent(4)}
+    return {
+        "differ": differ,
+        "compared": len(left),
+        "began": began,
+        "weights": row,
+        "next": images_used,
+        "z": resumed.train_step.draw_latent(4),
+    }
 
 
 def main(folder: Path) -> None:
