@@ -20,6 +20,7 @@ from tiny_run import TINY, noise, trainer
 from fastgan.data.imageset import Batches
 from fastgan.training import checkpoint
 from fastgan.training.distributed import World, join
+from fastgan.training.recovery import check_action
 from fastgan.training.rundir import read_log
 
 HERE = Path(__file__).parent
@@ -148,6 +149,8 @@ def test_the_environment_must_say_which_rank_this_is(monkeypatch):
         join()
     with pytest.raises(ValueError, match="multiple of the 2 ranks, got 5"):
         World(0, 2).check_batch(5)
+    with pytest.raises(ValueError, match="must be warn on several ranks, got 'stop'"):
+        check_action("stop", 2)
 
 
 def test_a_killed_rank_ends_the_job(tmp_path):

@@ -10,11 +10,19 @@ from .guard import Collapse, DivergedError
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["ACTIONS", "recover"]
+__all__ = ["ACTIONS", "check_action", "recover"]
 
 ACTIONS = ("warn", "rollback", "stop")
 SLOWER = 0.5  # factor of both rates at each rollback
 MOST = 3  # rollbacks of a run: an eighth of the rates did not help
+
+
+def check_action(action: str, ranks: int) -> None:
+    """Raise ValueError for an action that is none, or that several ranks cannot take: rank 0 alone sees a collapse."""
+    if action not in ACTIONS:
+        raise ValueError(f"training: on_collapse must be one of {', '.join(ACTIONS)}, got {action!r}")
+    if ranks > 1 and action != "warn":
+        raise ValueError(f"training: on_collapse must be warn on several ranks, got {action!r}")
 
 
 def recover(run: Trainer, seen: Collapse | DivergedError) -> str:

@@ -34,7 +34,7 @@ from .origin import changed_images, configuration, hold_out, load_images, open_r
 from .precision import resolve
 from .progress import memory_mb, progress_for
 from .recipes import Recipe
-from .recovery import ACTIONS, recover
+from .recovery import check_action, recover
 from .sampling import class_rows, draw, latents
 from .schedules import Schedules, average_decay
 from .signals import Signals
@@ -94,11 +94,9 @@ class Trainer:
         allow_changed_data: bool = False,
     ):
         self.world = join()
-        first = self.world.first
-        self.directory, saved, start = open_run(out, resume, overwrite, owner=first)
+        self.directory, saved, start = open_run(out, resume, overwrite, owner=self.world.first)
         self.out = self.directory.path
         self.recipe = recipe_of(config, saved)
-        self.world.check_batch(self.recipe.batch_size)
         place = resolve_device(device if device is not None else (saved["device"] if saved else "auto"))
         self.device = resolve_device(self.world.place(place))
         self._precision = self.world.gather(resolve(self.recipe.precision, self.device))[0]
@@ -106,10 +104,7 @@ class Trainer:
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         measured = bool(self.recipe.eval_every)
         self.stop = StopRules(time_limit=time_limit, target=target, patience=patience, measured=measured)
-        if on_collapse not in ACTIONS:
-            raise ValueError(f"training: on_collapse must be one of {', '.join(ACTIONS)}, got {on_collapse!r}")
-        if self.world.size > 1 and on_collapse != "warn":
-            raise ValueError(f"training: on_collapse must be warn on several ranks, got {on_collapse!r}")
+        check_action(on_collapse, self.world.size)
         self.on_collapse, self.rollbacks = on_collapse, 0
         self._overwrite = overwrite
         if saved and saved["models"] != "recipe" and not networks:
@@ -118,10 +113,10 @@ class Trainer:
         self.step = 0
         self.images_seen = 0
         self.metrics: dict[str, float] = {}
-        self.progress = progress_for(quiet=quiet or not first)
+        self.progress = progress_for(quiet=quiet or not self.world.first)
         self.notes: list[str] = []
         self._penalty: dict[str, Tensor] = {}
-        self._board = Board(self.out / "tensorboard") if tensorboard and first else None
+        self._board = Board(self.out / "tensorboard") if tensorboard and self.world.first else None
         self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
         pixels = self.recipe.channels * self.recipe.image_size**2
@@ -142,6 +137,7 @@ class Trainer:
 
     def _build(self, networks: tuple[nn.Module, nn.Module] | None) -> None:
         recipe = self.recipe
+        self.world.check_batch(recipe.batch_size)
         self.generator, self.discriminator, self.train_step = assemble(recipe, self.device, networks)
         self.schedules = Schedules(recipe, self.train_step)
         learnt, held = hold_out(self.images, recipe.held_out)
