@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -144,11 +146,29 @@ def runs(folder: Path, world) -> dict:
     }
 
 
+def signalled(folder: Path, world) -> list:
+    """A run whose last rank alone gets SIGTERM, after its second step: (reason, step, checkpoint)."""
+    last = world.gather(os.getpid())[-1]
+
+    def target(run) -> bool:
+        if run.step == 2:
+            os.kill(last, signal.SIGTERM)
+        return False
+
+    result = trainer(noise(), folder / "signalled", TINY.replace(steps=500), target=target).fit()
+    return [result.reason, result.step, str(result.checkpoint)]
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = join()
     found = {name: train(name, world) for name in CASES}
-    found |= {"exchange": exchange(world), "runs": runs(folder, world), "world": (world.rank, world.size)}
+    found |= {
+        "exchange": exchange(world),
+        "runs": runs(folder, world),
+        "signalled": signalled(folder, world),
+        "world": (world.rank, world.size),
+    }
     torch.save(found, folder / f"rank-{world.rank}.pt")
     leave()
 

@@ -123,6 +123,13 @@ def test_a_run_of_two_ranks_goes_on_bit_for_bit(ranks):
     assert (folder / "straight" / "report.html").exists() and not (folder / "straight" / "lock").exists()
 
 
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(ranks):
+    first, second = (found["signalled"] for found in ranks[0])
+    reason, step, path = first
+    assert first == second and reason == "interrupted" and 2 <= step < 500
+    assert checkpoint.load(path)["step"] == step
+
+
 def test_one_process_goes_on_with_a_run_of_two(ranks):
     run = trainer(noise(), None, TINY.replace(steps=8), resume=ranks[1] / "straight")
     assert run.step == 6 and run.world == World()
