@@ -147,15 +147,15 @@ def runs(folder: Path, world) -> dict:
 
 
 def signalled(folder: Path, world) -> list:
-    """A run whose last rank alone gets SIGTERM, after its second step: (reason, step, checkpoint)."""
+    """A run whose last rank alone gets SIGTERM, after its first step: (reason, step, checkpoint)."""
     last = world.gather(os.getpid())[-1]
 
     def target(run) -> bool:
-        if run.step == 2:
+        if run.step == 1:  # the only one that is logged
             os.kill(last, signal.SIGTERM)
         return False
 
-    result = trainer(noise(), folder / "signalled", TINY.replace(steps=500), target=target).fit()
+    result = trainer(noise(), folder / "signalled", TINY.replace(steps=500, log_every=1000), target=target).fit()
     return [result.reason, result.step, str(result.checkpoint)]
 
 
