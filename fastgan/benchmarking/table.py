@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 
 from fastgan.choice import native
@@ -24,6 +25,10 @@ LIMITS = {
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "amx": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
+# Inductor's cache does not tell instruction sets apart: code made for AVX2 and compiled for AVX-512 wrote beyond its
+# tensors, and the process aborted. So each table has a cache of its own.
+for _table, _limits in LIMITS.items():
+    _limits["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"fastgan-inductor-{_table}")
 
 
 def hold(table: str, before: Callable[[], None] = lambda: None) -> None:
