@@ -14,7 +14,6 @@ from torch import nn
 import fastgan
 from fastgan import program
 from fastgan._native import DTYPE_CODES
-from fastgan.choice.whole import Contest
 from fastgan.program.memory import ARENA, Place, arrange
 from fastgan.program.plan import Plan
 from fastgan.program.run import Compiled
@@ -541,24 +540,6 @@ def test_a_linear_layer_alone_and_an_activation_in_place_stay_torchs(ran):
     y.mul_(2)  # a last layer without activation needs no y for its backward
     y.sum().backward()
     assert len(ran) == 1
-
-
-def test_a_race_goes_on_until_it_is_settled(monkeypatch, tmp_path):
-    monkeypatch.setattr(Contest, "__call__", lambda self, arguments: (calls.append(self), answers.pop(0)(self))[1])
-    calls: list = []
-
-    def settled(contest):
-        contest.settled = True
-        return "plain"
-
-    answers = [lambda contest: "program", lambda contest: "program", settled]
-    a = fastgan.convert(chain("conv"))
-    x = torch.randn(2, 3, 8, 8)
-    with fastgan.racing(True):
-        for _ in range(5):
-            a(x)
-    (run,) = (part.run for part in a.__dict__["forward"].parts)
-    assert len(calls) == 3 and not run.open and not isinstance(run.last[1], Compiled)
 
 
 # ---- what a call costs ----------------------------------------------------------------------------------------------

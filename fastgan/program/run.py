@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgan._op import is_observed, reaches
-from fastgan.choice import STATE, absent, forced
-from fastgan.choice.whole import Contest
+from fastgan.choice import STATE, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
 from fastgan.program.memory import Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
@@ -184,7 +183,6 @@ class Run:
         self.buffers = [place for layer in layers for place in layer.buffer_places()]
         self.facts = [fact for layer in layers for fact in layer.fact_readers()]
         self.ways: dict[tuple, Way | None] = {}
-        self.open: dict[tuple, tuple[Contest, dict[str, Way]]] = {}  # races that go on, as far as they are paid for
         self.last: tuple[tuple, Way | None] = (), None  # comparing with it is half the cost of hashing
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -209,36 +207,31 @@ class Run:
         buffers = [owner[name] for owner, name in self.buffers]
         before, way = self.last
         if key != before:
-            known = key in self.ways and key not in self.open
-            way = self.ways[key] if known else self._chosen(key, x, dtype, parameters, buffers)
-            self.last = ((), None) if key in self.open else (key, way)
+            way = self.ways[key] if key in self.ways else self._chosen(key, x, dtype, parameters, buffers)
+            self.last = key, way
         return None if way is None else way(x, parameters, buffers)
 
     def _chosen(self, key: tuple, x: Tensor, dtype: torch.dtype, parameters: list, buffers: list) -> Way | None:
         """The fastest of a program and plain PyTorch, or None where no program is known to give the ops' numbers."""
-        if key not in self.open:
-            self._begin(key, x, dtype, parameters)
-        if key in self.open:
-            contest, ways = self.open[key]
-            self.ways[key] = ways[contest([x, *parameters, *buffers])]
-            if contest.settled:
-                del self.open[key]
-        return self.ways[key]
-
-    def _begin(self, key: tuple, x: Tensor, dtype: torch.dtype, parameters: list) -> None:
-        """A new way for the key; a race for it where there is something to race."""
         if len(self.ways) >= MAX_WAYS:
             self.ways.clear()
-            self.open.clear()
-        compiled = self.ways[key] = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
-        if compiled is None:
-            return
-        ways: dict[str, Way] = {"program": compiled, "plain": functools.partial(plain, self.layers)}
-        if x.dim() == 4:
-            ways["channels_last"] = functools.partial(_turned, self.layers, compiled.plan.output_channels_last)
-        count = len(parameters)
-        apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
-        self.open[key] = Contest(("program", *key), apart, ("plain", "channels_last")), ways
+        wants = key[4] or (False,) * (1 + len(parameters))
+        compiled = self._compiled(x, dtype, wants)
+        self.ways[key] = compiled
+        if compiled is not None:
+            ways: dict[str, Way] = {
+                "program": compiled,
+                "plain": functools.partial(plain, self.layers),
+                "channels_last": functools.partial(_turned, self.layers, compiled.plan.output_channels_last),
+            }
+            if x.dim() == 2:
+                del ways["channels_last"]
+            count = len(parameters)
+            apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
+            self.ways[key] = ways[
+                fastest(("program", *key), apart, [x, *parameters, *buffers], ("plain", "channels_last"))
+            ]
+        return self.ways[key]
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
         fits = x.dim() in (2, 4) and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
