@@ -43,6 +43,31 @@ FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
   return g;
 }
 
+// f<ACT>() of an activation that is known only at run time; the identity calls nothing.
+template <class F>
+FG_INLINE void by_act(Act act, const F& f) {
+  switch (act) {
+    case ACT_RELU:
+      return f.template operator()<ACT_RELU>();
+    case ACT_LEAKY_RELU:
+      return f.template operator()<ACT_LEAKY_RELU>();
+    case ACT_TANH:
+      return f.template operator()<ACT_TANH>();
+    case ACT_SIGMOID:
+      return f.template operator()<ACT_SIGMOID>();
+    case ACT_ELU:
+      return f.template operator()<ACT_ELU>();
+    case ACT_SELU:
+      return f.template operator()<ACT_SELU>();
+    case ACT_SOFTPLUS:
+      return f.template operator()<ACT_SOFTPLUS>();
+    case ACT_SWISH:
+      return f.template operator()<ACT_SWISH>();
+    case ACT_IDENTITY:
+      return;
+  }
+}
+
 // The same where the activation is known only at run time: at the end of a convolution's epilogue.
 static inline vf activate(vf t, Act act, float slope) {
   switch (act) {

@@ -1,6 +1,7 @@
 // y = gain act(x + bias) within ±clamp, and its gradient from the output: dx = dy gain act'(y / gain), 0 where the
 // clamp holds y, dbias = Σ dx per channel.
 #include <limits>
+#include <type_traits>
 
 #include "common/kernels.hpp"
 #include "common/scratch.hpp"
@@ -10,64 +11,89 @@
 namespace fg::ISA {
 namespace {
 
-// What gain and clamp make of an activation. PLAIN: gain 1, no clamp, and no instruction for them.
-template <Act ACT, bool PLAIN>
-struct Phi {
+// The gain 1 and no clamp of most calls.
+template <Act ACT>
+struct Plain {
+  float slope;
+  explicit Plain(const BiasActShape& s) : slope(s.slope) {}
+  FG_INLINE_MEMBER vf value(vf v) const { return activate<ACT>(v, slope); }
+  FG_INLINE_MEMBER vf gradient(vf g, vf y) const { return activate_gradient<ACT>(g, y, slope); }
+};
+
+// Any activation by one call a vector: an instance each would double this file's compile time, and the call is a tenth
+// of an exp.
+__attribute__((noinline)) vf any_value(vf v, Act act, float slope) {
+  vf y = v;
+  by_act(act, [&]<Act ACT>() { y = activate<ACT>(v, slope); });
+  return y;
+}
+__attribute__((noinline)) vf any_gradient(vf g, vf y, Act act, float slope) {
+  vf dx = g;
+  by_act(act, [&]<Act ACT>() { dx = activate_gradient<ACT>(g, y, slope); });
+  return dx;
+}
+
+// With gain and clamp. StyleGAN's leaky_relu is inlined.
+template <bool LEAKY>
+struct Scaled {
+  Act act;
   float slope, gain, limit, inverse_gain;
-  explicit Phi(const BiasActShape& s)
-      : slope(s.slope),
+  explicit Scaled(const BiasActShape& s)
+      : act(LEAKY ? ACT_LEAKY_RELU : s.act),
+        slope(s.slope),
         gain(s.gain),
         limit(s.clamp < 0.0f ? std::numeric_limits<float>::quiet_NaN() : s.clamp),  // exceeded by nothing
         inverse_gain(1.0f / s.gain) {}
 
+  FG_INLINE_MEMBER vf phi(vf v) const {
+    if constexpr (LEAKY) return activate<ACT_LEAKY_RELU>(v, slope);
+    return any_value(v, act, slope);
+  }
   FG_INLINE_MEMBER vf value(vf v) const {
-    v = activate<ACT>(v, slope);
-    if constexpr (PLAIN) return v;
-    v = v * set1(gain);
+    v = phi(v) * set1(gain);
     v = select(gt(v, set1(limit)), set1(limit), v);
     return select(gt(set1(-limit), v), set1(-limit), v);
   }
   FG_INLINE_MEMBER vf gradient(vf g, vf y) const {
-    if constexpr (PLAIN) return activate_gradient<ACT>(g, y, slope);
-    const vf out = ACT == ACT_SWISH ? activate<ACT>(y, slope) * set1(gain) : y;
-    const vf u = ACT == ACT_SWISH ? y : y * set1(inverse_gain);
-    const vf dx = activate_gradient<ACT>(g * set1(gain), u, slope);
+    const bool swish = !LEAKY && act == ACT_SWISH;  // the one whose backward reads x + bias
+    const vf out = swish ? phi(y) * set1(gain) : y, u = swish ? y : y * set1(inverse_gain);
+    g = g * set1(gain);
+    const vf dx = LEAKY ? activate_gradient<ACT_LEAKY_RELU>(g, u, slope) : any_gradient(g, u, act, slope);
     return select(le(set1(limit), abs(out)), zero(), dx);
   }
 };
 
-template <class T, class Act>
+template <class T, class Form>
 struct ForwardBody {
   static constexpr int COEFS = 1, SUMS = 0;
   const T* x;
   T* y;
-  Act act;
+  Form form;
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
-    lane.store(y, act.value(lane.load(x) + k[0]));
+    lane.store(y, form.value(lane.load(x) + k[0]));
   }
 };
 
-template <class T, class Act, bool READS, bool SUM>
+template <class T, class Form, bool READS, bool SUM>
 struct BackwardBody {
   static constexpr int COEFS = 0, SUMS = SUM ? 1 : 0;
   const T *dy, *y;
   T* dx;
-  Act act;
+  Form form;
   template <class Lane>
   FG_INLINE_MEMBER void operator()(Lane lane, const vf*, vf* s) const {
     vf g = lane.load(dy);
-    if constexpr (READS) g = act.gradient(g, lane.load(y));
+    if constexpr (READS) g = form.gradient(g, lane.load(y));
     if (dx) lane.store(dx, g);
     if constexpr (SUM) s[0] = s[0] + g;
   }
 };
 
-template <class T, Act ACT, bool PLAIN>
+template <class T, class Form>
 void forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, 1, shape.channels_last);
   if (grid.empty()) return;
-  using Form = Phi<ACT, PLAIN>;
   const ForwardBody<T, Form> body{static_cast<const T*>(args.x), static_cast<T*>(args.y), Form(shape)};
   const int threads = team_for(grid.elements(), shape.threads);
   const Scratch<float> memory(grid.padded);
@@ -79,7 +105,7 @@ void forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
   sweep_elementwise(grid, Share(grid, thread_index(), team_size()), 0, body, coef, false);
 }
 
-template <class T, Act ACT, bool PLAIN>
+template <class T, class Form>
 void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   const Grid grid(shape.N, shape.C, shape.HW, 1, shape.channels_last);
   if (grid.empty()) {
@@ -89,8 +115,7 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   }
   const T *dy = static_cast<const T*>(args.dy), *y = static_cast<const T*>(args.y);
   T* dx = static_cast<T*>(args.dx);
-  using Form = Phi<ACT, PLAIN>;
-  constexpr bool READS = ACT != ACT_IDENTITY;
+  constexpr bool READS = !std::is_same_v<Form, Plain<ACT_IDENTITY>>;
   const int threads = team_for(grid.elements(), shape.threads);
   if (!args.dbias) {
     const BackwardBody<T, Form, READS, false> body{dy, y, dx, Form(shape)};
@@ -117,59 +142,48 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   }
 }
 
-bool is_plain(const BiasActShape& s) { return s.gain == 1.0f && s.clamp < 0.0f; }
-
-// f<ACT>() of the activation at run time. Identity is leaky_relu with slope 1, to the bit.
+// f<Form>() of the shape. Identity is leaky_relu with slope 1, to the bit.
 template <class F>
-void by_act(const BiasActShape& shape, const F& f) {
-  switch (shape.act) {
-    case ACT_RELU:
-      return f.template operator()<ACT_RELU>(shape);
-    case ACT_TANH:
-      return f.template operator()<ACT_TANH>(shape);
-    case ACT_SIGMOID:
-      return f.template operator()<ACT_SIGMOID>(shape);
-    case ACT_ELU:
-      return f.template operator()<ACT_ELU>(shape);
-    case ACT_SELU:
-      return f.template operator()<ACT_SELU>(shape);
-    case ACT_SOFTPLUS:
-      return f.template operator()<ACT_SOFTPLUS>(shape);
-    case ACT_SWISH:
-      return f.template operator()<ACT_SWISH>(shape);
-    case ACT_LEAKY_RELU:
-      return f.template operator()<ACT_LEAKY_RELU>(shape);
-    case ACT_IDENTITY:
-      BiasActShape as_leaky = shape;
-      as_leaky.slope = 1.0f;
-      return f.template operator()<ACT_LEAKY_RELU>(as_leaky);
+void by_form(BiasActShape shape, const F& f) {
+  if (shape.act == ACT_IDENTITY) {
+    shape.act = ACT_LEAKY_RELU;
+    shape.slope = 1.0f;
   }
-}
-
-template <class T>
-void forward_by_act(const BiasActShape& shape, const BiasActForwardArgs& args) {
-  by_act(shape, [&]<Act ACT>(const BiasActShape& s) {
-    is_plain(s) ? forward<T, ACT, true>(s, args) : forward<T, ACT, false>(s, args);
-  });
-}
-
-template <class T>
-void backward_by_act(const BiasActShape& shape, const BiasActBackwardArgs& args) {
-  // the plain identity does not read y
-  if (shape.act == ACT_IDENTITY && is_plain(shape)) return backward<T, ACT_IDENTITY, true>(shape, args);
-  by_act(shape, [&]<Act ACT>(const BiasActShape& s) {
-    is_plain(s) ? backward<T, ACT, true>(s, args) : backward<T, ACT, false>(s, args);
-  });
+  if (shape.gain == 1.0f && shape.clamp < 0.0f) {
+    switch (shape.act) {
+      case ACT_LEAKY_RELU:
+        return f.template operator()<Plain<ACT_LEAKY_RELU>>(shape);
+      case ACT_RELU:
+        return f.template operator()<Plain<ACT_RELU>>(shape);
+      case ACT_TANH:
+        return f.template operator()<Plain<ACT_TANH>>(shape);
+      case ACT_SIGMOID:
+        return f.template operator()<Plain<ACT_SIGMOID>>(shape);
+      case ACT_SWISH:
+        return f.template operator()<Plain<ACT_SWISH>>(shape);
+      default:
+        break;
+    }
+  }
+  shape.act == ACT_LEAKY_RELU ? f.template operator()<Scaled<true>>(shape)
+                              : f.template operator()<Scaled<false>>(shape);
 }
 
 }  // namespace
 
 void bias_act_forward(const BiasActShape& shape, const BiasActForwardArgs& args) {
-  shape.dtype == BF16 ? forward_by_act<bf16>(shape, args) : forward_by_act<float>(shape, args);
+  by_form(shape, [&]<class Form>(const BiasActShape& s) {
+    s.dtype == BF16 ? forward<bf16, Form>(s, args) : forward<float, Form>(s, args);
+  });
 }
 
 void bias_act_backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
-  shape.dtype == BF16 ? backward_by_act<bf16>(shape, args) : backward_by_act<float>(shape, args);
+  const auto run = [&]<class Form>(const BiasActShape& s) {
+    s.dtype == BF16 ? backward<bf16, Form>(s, args) : backward<float, Form>(s, args);
+  };
+  if (shape.act == ACT_IDENTITY && shape.gain == 1.0f && shape.clamp < 0.0f)
+    return run.template operator()<Plain<ACT_IDENTITY>>(shape);  // does not read y
+  by_form(shape, run);
 }
 
 }  // namespace fg::ISA

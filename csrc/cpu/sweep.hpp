@@ -116,10 +116,10 @@ struct Share {
 // ------------------------------------------------------------------------------------------------ columns
 
 // A few rows of `width` columns starting at element `at`; coefficients and sums are arrays with stride `padded`. Taking
-// several rows at once reads these once for all of them. The loop over them is not unrolled: it would not be faster
-// (memory is the limit) and the body is compiled often enough.
+// several rows at once reads these once for all of them. The loop over them is not unrolled and the function is
+// not inlined: neither would be faster (memory is the limit), and the body is compiled often enough.
 template <class Body>
-static inline void sweep_rows(const Grid& grid, const Body& body, int64_t at, int64_t rows, int64_t width,
+static __attribute__((noinline)) void sweep_rows(const Grid& grid, const Body& body, int64_t at, int64_t rows, int64_t width,
                               const float* coef, float* sums) {
   vf k[Body::COEFS + 1], s[Body::SUMS + 1];
   const auto open = [&](int64_t j) {
