@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
-import torch
-
-from fastgan import data
-from fastgan._writing import target_of
-from fastgan.data.memory import require
+from fastgan.domains import domain_of
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
+from fastgan.training.recipes import Recipe
+from fastgan.training.rundir import RunDirectory
 
 from .arguments import Commands, positive_float, positive_int, seed
 
@@ -41,20 +39,13 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the grid."""
-    if Path(args.out).suffix.lower() != ".png":
-        raise ValueError(f"sample: --out must end in .png, got {args.out}")
-    target_of(args.out)
+    """Write the samples."""
+    recipe = Recipe.from_dict(RunDirectory(args.run).read_config()["recipe"])
+    domain = domain_of(recipe)
+    domain.check_out(args.out)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
-    recipe, labels, columns = config["recipe"], None, args.columns
-    if args.label is not None:
-        require(8 * args.n, "cpu", f"labels: {args.n:,} numbers")
-        labels = torch.full((args.n,), sampling.class_number(config, args.label))
-    elif recipe.get("conditional"):
-        labels, rows = sampling.class_rows(args.n, recipe["classes"])
-        columns = columns or rows
-    count = args.n if labels is None else len(labels)
-    z = sampling.latents(count, recipe["latent"], seed=args.seed, truncation=args.truncation)
-    data.save_grid(sampling.draw(generator, z, labels), args.out, columns=columns)
-    print(f"{count} samples: {args.out}")
+    options: Any = dict(seed=args.seed, label=args.label, truncation=args.truncation)
+    made, columns = domain.sample(generator, config, args.n, **options)
+    domain.save(made, args.out, args.columns or columns)
+    print(f"{len(made)} samples: {args.out}")
     return 0

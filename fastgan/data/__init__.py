@@ -1,16 +1,21 @@
-"""Image sets: bundled ones, folders, zips, idx and NumPy files, held as bytes on the training device."""
+"""Image sets: bundled ones, folders, zips, idx and NumPy files, held as bytes on the training device; other samples as
+floats."""
 
 from fastgan.data.catalogue import available
 from fastgan.data.fingerprint import fingerprint
 from fastgan.data.grid import make_grid, save_grid, to_uint8
-from fastgan.data.imageset import Batches, ImageSet
+from fastgan.data.imageset import Batches, ImageSet, Samples
 from fastgan.data.inspection import Inspection, inspect
 from fastgan.data.loading import absolute, load, prepare
+from fastgan.data.memory import require
+from fastgan.data.tensorset import TensorSet
 
 __all__ = [
     "Batches",
     "ImageSet",
     "Inspection",
+    "Samples",
+    "TensorSet",
     "absolute",
     "available",
     "fingerprint",
@@ -18,6 +23,7 @@ __all__ = [
     "load",
     "make_grid",
     "prepare",
+    "require",
     "save_grid",
     "to_uint8",
 ]

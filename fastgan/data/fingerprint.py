@@ -1,4 +1,4 @@
-"""What tells one set of training images from another: their number, size and content."""
+"""What tells one training set from another: the number of its samples, their shape and content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastgan.data.imageset import ImageSet
+from fastgan.data.imageset import Samples
 
 __all__ = ["difference", "fingerprint"]
 
@@ -18,19 +18,30 @@ WHOLE = 256 << 20
 CHUNK = 1024  # images brought to main memory at once
 
 
-def fingerprint(images: ImageSet) -> dict[str, Any]:
-    """Plain values: "count", "shape" [C, H, W], "hashed" (how many images) and "sha256" of the pixels and labels."""
-    pixels, count = images.images, len(images)
-    size = max(1, pixels[0].numel())
+def fingerprint(samples: Any) -> dict[str, Any]:
+    """Plain values: "count", "shape" of a sample, "hashed" (how many samples) and "sha256" of them and their labels.
+
+    samples: a `Samples`, or a set of several that are its `parts`.
+    """
+    digest, shapes, total = hashlib.sha256(), [], 0
+    for part in getattr(samples, "parts", (samples,)):
+        total += _hash(part, digest)
+        shapes += part.values.shape[1:]
+    return {"count": len(samples), "shape": shapes, "hashed": total, "sha256": digest.hexdigest()}
+
+
+def _hash(samples: Samples, digest: Any) -> int:
+    """The samples and their labels into `digest`; how many of them."""
+    values, count = samples.values, len(samples)
+    size = max(1, values[0].numel() * values.element_size())
     hashed = min(count, max(2, WHOLE // size))
     numbers = torch.arange(count) if hashed == count else torch.linspace(0, count - 1, hashed).round().long()
-    digest = hashlib.sha256()
-    for part in numbers.split(CHUNK):
-        at = part.to(pixels.device)
-        digest.update(pixels.index_select(0, at).cpu().numpy().data)
-        if images.labels is not None:
-            digest.update(images.labels.index_select(0, at).cpu().numpy().data)
-    return {"count": count, "shape": list(pixels.shape[1:]), "hashed": hashed, "sha256": digest.hexdigest()}
+    for some in numbers.split(CHUNK):
+        at = some.to(values.device)
+        digest.update(values.index_select(0, at).cpu().numpy().data)
+        if samples.labels is not None:
+            digest.update(samples.labels.index_select(0, at).cpu().numpy().data)
+    return hashed
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +84,17 @@ class ImageSet:
         return self.images.numel()
 
     @property
+    def values(self) -> Tensor:
+        """The samples as they lie, whatever a set holds: here the images."""
+        return self.images
+
+    def select(self, numbers: Tensor) -> ImageSet:
+        """The images of these numbers, int64 [K], as a set of their own."""
+        at = numbers.to(self.images.device)
+        labels = None if self.labels is None else self.labels[at]
+        return ImageSet(self.images[at], labels, self.classes, name=self.name, device=self.device)
+
+    @property
     def streamed(self) -> bool:
         """True if every batch is gathered in main memory (or from a file) and then copied to `device`."""
         return self.mapped is not None or self.images.device != self.device
@@ -113,15 +124,13 @@ class ImageSet:
         if mirror is not None:
             # While the pixels are bytes: a quarter of the traffic.
             x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
-        x = self._deliver(x)
+        x = self.deliver(x)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return x.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
 
-    def _deliver(self, x: Tensor) -> Tensor:
-        if x.device == self.device:
-            return x
-        pinned = x.pin_memory() if self.device.type == "cuda" and x.device.type == "cpu" else x
-        return pinned.to(self.device, non_blocking=True)
+    def deliver(self, x: Tensor) -> Tensor:
+        """`x`, gathered where the images lie, on `device`."""
+        return delivered(x, self.device)
 
     def batches(
         self,
@@ -154,8 +163,38 @@ class ImageSet:
         )
 
 
+class Samples(Protocol):
+    """A set to train on: what `Batches` and a run ask of one.
+
+    labels: int64 [M] or None, with their `classes`. skipped: [(file name, reason)]. device: where batches come out.
+    mapped: the file that the samples stay in, or None.
+    """
+
+    name: str
+    labels: Tensor | None
+    classes: list[str] | None
+    skipped: list[tuple[str, str]]
+    device: torch.device
+    mapped: Path | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def values(self) -> Tensor:
+        """[M, ...] as they lie."""
+
+    def pick(self, indices: Tensor, *, mirror: Tensor | None = None, channels_last: bool = False) -> Tensor:
+        """Samples by number, float32 [N, ...] on `device`."""
+
+    def deliver(self, x: Tensor) -> Tensor:
+        """`x`, gathered where the samples lie, on `device`."""
+
+    def select(self, numbers: Tensor) -> Samples:
+        """The samples of these numbers as a set of their own."""
+
+
 class Batches(Iterator[tuple[Tensor, Tensor | None]]):
-    """See `ImageSet.batches`. `epoch` counts the permutations begun, `position` the images of this one used.
+    """See `ImageSet.batches`. `epoch` counts the permutations begun, `position` the samples of this one used.
 
     All random numbers of an epoch are drawn at its start and moved to the images' device once, so a step
     needs no transfer and no synchronisation, and `state_dict` between any two batches is exact.
@@ -163,7 +202,7 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
 
     def __init__(
         self,
-        source: ImageSet,
+        source: Samples,
         batch_size: int,
         *,
         generator: torch.Generator | None = None,
@@ -209,7 +248,7 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         self.position = 0
 
     def _set_epoch(self, order: Tensor, mirror: Tensor) -> None:
-        home = self.source.images.device
+        home = self.source.values.device
         self._order, self._mirror = order.to(home), mirror.to(home)
 
     def _next_numbers(self) -> tuple[Tensor, Tensor]:
@@ -235,7 +274,7 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         source = self.source
         order, mirror = (numbers[self._part] for numbers in self._next_numbers())
         x = source.pick(order, mirror=mirror if self.flip else None, channels_last=self.channels_last)
-        return x, None if source.labels is None else source._deliver(source.labels.index_select(0, order))
+        return x, None if source.labels is None else source.deliver(source.labels.index_select(0, order))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next batch depends on, as CPU tensors and numbers (loads with weights_only=True)."""
@@ -266,6 +305,14 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         self.generator.set_state(state["generator"].cpu())
         self._set_epoch(state["order"], state["mirror"])
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+
+def delivered(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; to a GPU by way of pinned memory, without waiting."""
+    if x.device == device:
+        return x
+    pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return pinned.to(device, non_blocking=True)
 
 
 def _device(device: torch.device | str) -> torch.device:

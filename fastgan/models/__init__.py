@@ -57,6 +57,7 @@ __all__ = [
     "build",
     "options",
     "presets",
+    "register",
 ]
 
 
@@ -93,6 +94,12 @@ _PRESETS = {
 def presets() -> dict[str, Preset]:
     """Every preset by name."""
     return dict(_PRESETS)
+
+
+def register(preset: Preset) -> Preset:
+    """Make a model of your own known by its name, so that recipes can train it; returns it."""
+    _PRESETS[preset.name] = preset
+    return preset
 
 
 def _preset(name: str) -> Preset:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastgan.convert import convert
+from fastgan.domains import Domain, domain_of
 
 from . import needs
 from .adam import Adam
@@ -45,8 +46,11 @@ def assemble(
     device: torch.device,
     networks: tuple[nn.Module, nn.Module] | None = None,
     capture: str = "auto",
+    domain: Domain | None = None,
 ) -> tuple[nn.Module, nn.Module, GANStep]:
     """``(generator, discriminator, step)`` of a recipe on `device`: built, converted, with optimisers.
+
+    networks: in place of those of the recipe's model. domain: what the samples are, None: as the recipe says.
 
     Seeds torch's global generators with the recipe's seed.
     """
@@ -64,7 +68,7 @@ def assemble(
     step = GANStep(
         generator,
         discriminator,
-        latent=recipe.latent,
+        **(domain or domain_of(recipe)).step(generator, discriminator),
         g_optimizer=adam(generator, recipe.g_lr),
         d_optimizer=adam(discriminator, recipe.d_lr),
         loss=recipe.loss,

@@ -10,7 +10,6 @@ from fastgan.choice import settle
 from fastgan.convert import explain
 
 from . import checkpoint, report
-from .nearest import compare_with_images
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -44,7 +43,7 @@ def conclude(run: Trainer, reason: str) -> Result:
         run.progress.note(run.notes[-1])
     try:
         if reason != "interrupted":  # who interrupts is in haste
-            said = compare_with_images(run.directory, run.batches.source.images, made, run.columns)
+            said = run.domain.compare(run.directory, run.samples, made, run.columns)
             run.notes += [said] if said else []
         page = report.write_report(run.directory, status=words, notes=run.notes, explanation=_explanation(run))
     except Exception as error:  # the run is saved; its report can be made again
@@ -64,8 +63,8 @@ def _evaluated(run: Trainer) -> str:
     """What the evaluations found, how, and what they cost."""
     found = run.evaluation
     return (
-        f"best kernel distance {found.best:.4f} at step {found.best_step}, kept in best/generator.pt: "
-        f"{found.count} pictures and images, features of {found.identity}; "
+        f"best {found.words} {found.best:.4f} at step {found.best_step}, kept in best/generator.pt: "
+        f"{found.count} samples of either kind, {found.judge.identity if found.judge else ''}; "
         f"evaluation took {100 * found.seconds / max(run.seconds, found.seconds):.1f} % of the time"
     )
 

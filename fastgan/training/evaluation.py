@@ -1,9 +1,6 @@
-"""How good the generator is while it trains: distances on the backbone "small" on a schedule, and what follows of them.
+"""How good the generator is while it trains: a judge's scores on a schedule, and what follows of them.
 
-    kcd  kernel distance, unbiased, so that its value does not depend on the number of images
-    fcd  Frechet distance, comparable at equal numbers of images only
-
-Nothing here draws from the run's random generators: the latents have a seed of their own.
+Nothing here draws from the run's random generators: a judge's latents have a seed of their own.
 """
 
 from __future__ import annotations
@@ -11,8 +8,9 @@ from __future__ import annotations
 import operator
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from fastgan.metrics import cached_features, compare, features, load_backbone
 
 from .sampling import draw, latents
 
-__all__ = ["Evaluation", "Target"]
+__all__ = ["Evaluation", "FeatureJudge", "Judge", "Target"]
 
 NAMES = {"kcd": "kernel", "fcd": "frechet", "precision": "precision", "recall": "recall", "coverage": "coverage"}
 SHARE = (
@@ -42,12 +40,12 @@ class Target(NamedTuple):
     bound: float
 
     @classmethod
-    def parse(cls, text: str) -> Target:
-        """Raises ValueError for a text that is no bound on a known metric."""
+    def parse(cls, text: str, names: Sequence[str] = tuple(NAMES)) -> Target:
+        """Raises ValueError for a text that is no bound on one of the metrics `names`."""
         match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+.\deE]+)\s*", text)
-        if not match or match[1] not in NAMES:
+        if not match or match[1] not in names:
             raise ValueError(
-                f"training: target must read NAME<NUMBER or NAME>NUMBER with one of {', '.join(NAMES)}, got {text!r}"
+                f"training: target must read NAME<NUMBER or NAME>NUMBER with one of {', '.join(names)}, got {text!r}"
             )
         try:
             return cls(match[1], match[2], float(match[3]))
@@ -63,68 +61,119 @@ class Target(NamedTuple):
         return f"{self.name}{self.sign}{self.bound:g}"
 
 
-class Evaluation:
-    """Scores of the generator against `images` ([N, C, H, W] uint8), and the best of them so far.
+class Judge(Protocol):
+    """What scores a generator beside the training samples.
+
+    metric: the score that chooses the best generator; lower is better. words: what that is called. identity: what the
+    scores rest on. available: how many samples there are to compare with. batch: how many are drawn at a time.
+    """
+
+    metric: str
+    words: str
+    batch: int
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def available(self) -> int: ...
+
+    def make(self, generator: nn.Module, count: int) -> Any:
+        """What `count` samples of the generator are scored by: their features, say."""
+
+    def score(self, made: Any, count: int) -> dict[str, float]:
+        """The scores of what `make` gave; empty where a sample is not finite: the guard has words for that."""
+
+
+class FeatureJudge:
+    """Distances between pictures and `images` ([N, C, H, W] uint8) on the backbone "small".
+
+        kcd  kernel distance, unbiased, so that its value does not depend on the number of images
+        fcd  Frechet distance, comparable at equal numbers of images only
 
     labels: of the images, where the generator takes labels: it is asked for the classes that the images have.
     """
 
+    metric, words = "kcd", "kernel distance"
+
     def __init__(self, images: Tensor, latent: int, seed: int, batch: int, labels: Tensor | None = None):
-        self._images, self._latent, self._seed, self._batch = images, latent, seed, min(batch, 256)
+        self._images, self._latent, self._seed, self.batch = images, latent, seed, min(batch, 256)
         self._labels = None if labels is None else labels.cpu()
         self._backbone = load_backbone()
         self._real: Tensor | None = None
-        self.count = 0  # images of either kind; chosen at the first evaluation
-        self.best: float | None = None  # kcd
-        self.best_step = 0
-        self.waited = 0  # evaluations since the best
-        self.seconds = 0.0
 
     @property
     def identity(self) -> str:
         """Of the backbone."""
-        return self._backbone.identity
+        return f"features of {self._backbone.identity}"
 
-    def __call__(self, generator: nn.Module, step: int, interval: float) -> dict[str, float]:
-        """Scores at `step`; `interval`: seconds of training between two evaluations.
+    @property
+    def available(self) -> int:
+        """Images."""
+        return len(self._images)
 
-        Empty where an image is not finite: the guard has words for that.
-        """
-        began = time.perf_counter()
-        if not self.count:
-            self.count = self._affordable(generator, interval)
-        if self._real is None:
-            at = self._chosen(self.count).to(self._images.device)
-            self._real = cached_features(self._images[at].cpu(), self._backbone, Path(cache_dir()) / "features")
-        made = self._features(generator, self.count)
-        scores = {}
-        if made.isfinite().all():
-            found = compare(self._real, made)
-            scores = {name: found[key] for name, key in NAMES.items() if key in found}
-            self.waited += 1
-            if self.best is None or scores["kcd"] < self.best:
-                self.best, self.best_step, self.waited = scores["kcd"], step, 0
-        self.seconds += time.perf_counter() - began
-        return scores
-
-    def _affordable(self, generator: nn.Module, interval: float) -> int:
-        """As many images as `SHARE` of `interval` is enough for, at most those that there are."""
-        self._features(generator, self._batch)  # the first call also chooses kernels and loads weights
-        began = time.perf_counter()
-        self._features(generator, self._batch)
-        each = (time.perf_counter() - began) / self._batch
-        return min(len(self._images), MOST, max(LEAST, int(SHARE * interval / each)))
-
-    def _features(self, generator: nn.Module, count: int) -> Tensor:
-        """Of `count` pictures, in batches of one size: the one whose kernels the sample grid has chosen."""
-        whole = -(-count // self._batch) * self._batch
+    def make(self, generator: nn.Module, count: int) -> Tensor:
+        """Features of `count` pictures, in batches of one size: the one whose kernels the sample grid has chosen."""
+        whole = -(-count // self.batch) * self.batch
         z = latents(whole, self._latent, seed=self._seed)
         labels = None if self._labels is None else self._labels[self._chosen(count)][torch.arange(whole) % count]
-        return features(draw(generator, z, labels, batch=self._batch)[:count], self._backbone)
+        return features(draw(generator, z, labels, batch=self.batch)[:count], self._backbone)
+
+    def score(self, made: Tensor, count: int) -> dict[str, float]:
+        """Distances between the features of `make` and those of `count` images."""
+        if self._real is None:
+            at = self._chosen(count).to(self._images.device)
+            self._real = cached_features(self._images[at].cpu(), self._backbone, Path(cache_dir()) / "features")
+        if not made.isfinite().all():
+            return {}
+        found = compare(self._real, made)
+        return {name: found[key] for name, key in NAMES.items() if key in found}
 
     def _chosen(self, count: int) -> Tensor:
         """`count` numbers evenly over the images: a folder may be ordered by class."""
         return torch.linspace(0, len(self._images) - 1, count).round().long()
+
+
+class Evaluation:
+    """A judge's scores of the generator, and the best of them so far; without a judge there are none."""
+
+    def __init__(self, judge: Judge | None):
+        self.judge = judge
+        self.count = 0  # samples of either kind; chosen at the first evaluation
+        self.best: float | None = None  # of the judge's metric
+        self.best_step = 0
+        self.waited = 0  # evaluations since the best
+        self.seconds = 0.0
+
+    def __call__(self, generator: nn.Module, step: int, interval: float) -> dict[str, float]:
+        """Scores at `step`; `interval`: seconds of training between two evaluations."""
+        judge, began = self.judge, time.perf_counter()
+        if judge is None:
+            return {}
+        if not self.count:
+            self.count = self._affordable(judge, generator, interval)
+        scores = judge.score(judge.make(generator, self.count), self.count)
+        if scores:
+            self.waited += 1
+            value = scores[judge.metric]
+            if self.best is None or value < self.best:
+                self.best, self.best_step, self.waited = value, step, 0
+        self.seconds += time.perf_counter() - began
+        return scores
+
+    @property
+    def words(self) -> str:
+        """What the judge's metric is called."""
+        return self.judge.words if self.judge else ""
+
+    @staticmethod
+    def _affordable(judge: Judge, generator: nn.Module, interval: float) -> int:
+        """As many samples as `SHARE` of `interval` is enough for, at most those that there are."""
+        judge.make(generator, judge.batch)  # the first call also chooses kernels and loads weights
+        began = time.perf_counter()
+        judge.make(generator, judge.batch)
+        each = (time.perf_counter() - began) / judge.batch
+        return min(judge.available, MOST, max(LEAST, int(SHARE * interval / each)))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -65,11 +65,11 @@ class Collapse(str):
 
 
 class Guard:
-    """Watches one run, of a loss of `fastgan.GANStep` on images of so many numbers (`pixels`: C x H x W), with an
-    average of decay `ema`."""
+    """Watches one run, of a loss of `fastgan.GANStep` on samples of so many numbers (`pixels`: C x H x W), with an
+    average of decay `ema`; samples that vary by less than `flat` are one."""
 
-    def __init__(self, loss: str, pixels: int, ema: float | None = None):
-        self._loss = loss
+    def __init__(self, loss: str, pixels: int, ema: float | None = None, *, flat: float = COLLAPSED):
+        self._loss, self._least = loss, flat
         self._unflat = UNFLAT if ema is None else max(UNFLAT, round(2 / (1 - ema)))
         self._diameter = 2 * math.sqrt(pixels)
         self._sure = self._grown = 0
@@ -194,7 +194,7 @@ class Guard:
         if images.shape[0] < 2:
             return None
         spread = images.float().std(0).mean().item()
-        flat, before = spread < COLLAPSED, self._flat
+        flat, before = spread < self._least, self._flat
         if not flat:
             self._flat, self._varied = False, True
             return None

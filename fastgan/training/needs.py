@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.data.memory import require
+from fastgan.domains import domain_of
 
 from .recipes import Recipe
 from .sampling import build_models
@@ -53,9 +54,11 @@ def _activations(recipe: Recipe, generator: nn.Module, discriminator: nn.Module,
     """Numbers that the layers of both networks give for one batch; 0 where the meta device cannot tell."""
     with _counted(generator, discriminator) as count, contextlib.suppress(NotImplementedError):
         try:
-            z = torch.empty(recipe.batch_size, recipe.latent, device="meta")
-            labels = (torch.zeros(recipe.batch_size, dtype=torch.long, device="meta"),) if recipe.conditional else ()
-            discriminator(generator(z, *labels), *labels)
+            domain = domain_of(recipe)
+            _, labels, z = domain.inputs([domain.probe("meta")] * recipe.d_steps)
+            z = torch.empty(recipe.batch_size, recipe.latent, device="meta") if z is None else z[0]
+            inputs, labels = z if isinstance(z, tuple) else (z,), () if labels is None else (labels[0],)
+            discriminator(generator(*inputs, *labels), *labels)
         except ValueError as error:  # batch norm of one value a channel has no variance
             raise ValueError(
                 f"recipe: {what} must leave batch norm more than 1 value a channel: {_first(error)}"

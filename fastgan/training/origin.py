@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastgan import data
 from fastgan._version import __version__
 from fastgan.data.fingerprint import difference, fingerprint
 from fastgan.doctor import machine
+from fastgan.domains import domain_of
 
 from .checkpoint import Found
 from .recipes import Recipe, recipes
 from .rundir import RunDirectory
 
-__all__ = ["changed_images", "configuration", "hold_out", "load_images", "open_run", "recipe_of", "with_classes"]
+__all__ = ["changed_images", "configuration", "load_samples", "open_run", "recipe_of"]
 
 # What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
 MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "watch_every", "keep_checkpoints")
@@ -78,66 +77,28 @@ def recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: Mapping[st
     return recipe
 
 
-def load_images(
+def load_samples(
     recipe: Recipe, given: Any, saved: Mapping[str, Any] | None, device: torch.device
 ) -> tuple[Recipe, Any]:
-    """The images given, else those of the recipe, whose path becomes absolute: a run can go on from anywhere."""
+    """The samples given, else those of the recipe, whose path becomes absolute: a run can go on from anywhere.
+
+    The recipe comes back with what the samples decide, such as the number of classes.
+    """
     if given is None and saved and saved.get("images", {}).get("given"):
         raise ValueError("resume: the run was trained on images of its own, pass images= again")
     if given is None:
-        labels = recipe.labels and data.absolute(recipe.labels)
-        recipe = recipe.replace(data=data.absolute(recipe.data), labels=labels)
-        size, channels = recipe.image_size, recipe.channels
+        recipe = domain_of(recipe).absolute()
+        domain = domain_of(recipe)
         try:
-            given = data.load(recipe.data, image_size=size, channels=channels, labels=recipe.labels, device=device)
+            given = domain.load(device)
         except ValueError as error:
             if not saved:
                 raise
             raise ValueError(
-                f"resume: the run's images must be where they were, in {recipe.data}: {error}; "
+                f"resume: the run's {domain.noun} must be where they were, in {recipe.data}: {error}; "
                 "--data PATH says where they are now"
             ) from error
-    shape, wanted = tuple(given.images.shape[1:]), [recipe.channels, *[recipe.image_size] * 2]
-    if list(shape) != wanted:
-        raise ValueError(
-            f"training: images must be [N, {', '.join(map(str, wanted))}] "
-            f"as the recipe says, got [N, {', '.join(map(str, shape))}]"
-        )
-    return with_classes(recipe, given), given
-
-
-def with_classes(recipe: Recipe, images: Any) -> Recipe:
-    """A conditional recipe with as many classes as the images have; any other as it is."""
-    if not recipe.conditional:
-        return recipe
-    if images.labels is None:
-        raise ValueError(
-            f"training: a conditional run must have labels, {images.name} has none; put the images into a folder for "
-            "each class, or give --labels FILE.csv"
-        )
-    count = len(images.classes)
-    if count < 2 or recipe.classes not in (0, count):
-        wanted = recipe.classes or "at least 2"
-        raise ValueError(f"training: the images must have {wanted} classes, {images.name} has {count}")
-    return recipe.replace(classes=count)
-
-
-def hold_out(images: data.ImageSet, count: int) -> tuple[data.ImageSet, data.ImageSet | None]:
-    """(the images to train on, `count` of them kept back), evenly over the set; (all, None) for 0."""
-    if not count:
-        return images, None
-    if count >= len(images) or images.mapped:
-        least = f"below the {len(images)} images" if not images.mapped else "0 for images that stay in a file"
-        raise ValueError(f"training: held_out must be {least}, got {count}")
-    kept = torch.zeros(len(images), dtype=torch.bool)
-    kept[(torch.arange(count) * len(images)) // count] = True
-
-    def part(which: Tensor) -> data.ImageSet:
-        at = which.nonzero().flatten().to(images.images.device)
-        labels = None if images.labels is None else images.labels[at]
-        return data.ImageSet(images.images[at], labels, images.classes, name=images.name, device=images.device)
-
-    return part(~kept), part(kept)
+    return domain_of(recipe).fit(given), given
 
 
 def changed_images(images: Any, saved: Mapping[str, Any] | None, allow: bool) -> bool:

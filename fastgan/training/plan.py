@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fastgan.choice import backend as force_backend
+from fastgan.domains import domain_of
 
 from .assembly import assemble, resolve_device
-from .origin import load_images
+from .origin import load_samples
 from .precision import resolve
 from .progress import duration, memory_mb
 from .recipes import Recipe
@@ -26,16 +27,14 @@ _GAIN = 1.1
 
 
 def measure(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Seconds a step and memory, from two steps to warm up and up to five timed ones on random images."""
+    """Seconds a step and memory, from two steps to warm up and up to five timed ones on random samples."""
     generator, discriminator, step = assemble(recipe, device)
-    size = (recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size)
-    images = (torch.rand(size) * 2 - 1).to(device, memory_format=torch.channels_last)
-
-    labels = torch.arange(recipe.batch_size, device=device) % recipe.classes if recipe.conditional else None
+    domain = domain_of(recipe)
+    drawn = [domain.probe(device)] * recipe.d_steps
 
     def one() -> float:
         begin = time.perf_counter()
-        float(step([images] * recipe.d_steps, labels)["g_loss"])  # reading it waits for the device
+        float(step(*domain.inputs(drawn))["g_loss"])  # reading it waits for the device
         return time.perf_counter() - begin
 
     one()
@@ -63,7 +62,7 @@ def chosen_batch(recipe: Recipe, *, device: str = "auto", backend: str | None = 
     """
     place = resolve_device(device)
     if recipe.conditional and not recipe.classes:
-        recipe, _ = load_images(recipe, None, None, torch.device("cpu"))
+        recipe, _ = load_samples(recipe, None, None, torch.device("cpu"))
     best, speed = 0, 0.0
     with force_backend(backend) if backend else contextlib.nullcontext():
         for size in _SIZES:
@@ -93,7 +92,7 @@ def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) ->
     """The plan as text: every field, parameter counts, and time and memory measured on this machine."""
     place = resolve_device(device)
     if recipe.conditional and not recipe.classes:
-        recipe, _ = load_images(recipe, None, None, torch.device("cpu"))
+        recipe, _ = load_samples(recipe, None, None, torch.device("cpu"))
     with force_backend(backend) if backend else contextlib.nullcontext():
         found = measure(recipe, place)
     rows = {key: str(value) for key, value in recipe.to_dict().items()}

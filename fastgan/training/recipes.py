@@ -46,6 +46,9 @@ class Recipe:
     #: a name of `fastgan.models.presets()`, and options that its `build` takes besides the three fields below
     model: str
     model_options: dict[str, Any] = field(default_factory=dict)
+    #: what the samples are: a name of `fastgan.domains.domains()`, and what else that domain wants to know
+    domain: str = "images"
+    domain_options: dict[str, Any] = field(default_factory=dict)
     #: what `fastgan.data.load` takes: a data set's name, a folder or an archive
     data: str = "fashion-mnist"
     #: a CSV of FILE,LABEL lines for a folder of images, in place of the folders' names
@@ -135,7 +138,7 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
         if self.seed >= MAX_SEED:
             raise ValueError(f"recipe: seed must be below 2^63, got {self.seed}")
-        for name in ("name", "model", "data"):
+        for name in ("name", "model", "domain", "data"):
             text = getattr(self, name)
             if not text.strip() or "\0" in text:
                 raise ValueError(f"recipe: {name} must be neither empty nor hold a NUL character, got {text!r}")
@@ -183,16 +186,17 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
-        """A copy with ``KEY=VALUE`` texts applied; ``model_options.KEY=VALUE`` reaches into the model."""
+        """A copy with ``KEY=VALUE`` texts applied; ``model_options.KEY=VALUE`` reaches into the model, and
+        ``domain_options.KEY=VALUE`` into what the samples are."""
         changes: dict[str, Any] = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
             key = key.strip()
             if not equals or not key:
                 raise ValueError(f"recipe: a setting must read KEY=VALUE, got {setting!r}")
-            if key.startswith("model_options."):
-                options = changes.setdefault("model_options", dict(self.model_options))
-                options[key.removeprefix("model_options.")] = _literal(text.strip())
+            table, dot, option = key.partition(".")
+            if dot and table in ("model_options", "domain_options"):
+                changes.setdefault(table, dict(getattr(self, table)))[option] = _literal(text.strip())
             elif key in _field_types():
                 changes[key] = _parse(key, text.strip(), _field_types()[key])
             else:

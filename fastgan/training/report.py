@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastgan._writing import write
+from fastgan.domains import Domain, domain_of
 
 from .charts import STROKES, curves
+from .figures import picture
 from .progress import duration
+from .recipes import Recipe
 from .rundir import RunDirectory, read_log
 
 __all__ = ["comparison", "page", "write_report"]
@@ -94,35 +96,36 @@ def _sections(run: RunDirectory, status: str, notes: Iterable[str], explanation:
     made = f"fastgan {config.get('fastgan')}, {config['started']}"
     yield f"<p class='soft'>{html.escape(made)}</p>"
     yield f"<div class='facts'>{_facts(records, status)}</div>"
-    yield from _pictures(run, config.get("classes"))
+    domain = domain_of(Recipe.from_dict(recipe))
+    yield from _pictures(run, domain, config.get("classes"))
     for note in notes:
         yield f"<p><b>Note:</b> {html.escape(note)}</p>"
-    yield from _charts(records)
+    yield from _charts(records, domain)
     yield "<h2>Recipe</h2>" + _table(recipe)
     yield "<h2>Machine</h2>" + _table(config.get("machine", {}))
     if explanation:
         yield f"<h2>Layers</h2><pre>{html.escape(explanation)}</pre>"
 
 
-def _pictures(run: RunDirectory, classes: Sequence[str] | None) -> Iterable[str]:
+def _pictures(run: RunDirectory, domain: Domain, classes: Sequence[str] | None) -> Iterable[str]:
     grids = _choose(sorted(run.samples.glob("step-*.png")), _MAX_GRIDS)
     if grids:
         rows = f"; rows: {', '.join(classes[:12])}" if classes else ""
-        latest = _picture(grids[-1], f"samples from fixed noise, {_step(grids[-1])}{rows}")
+        latest = domain.show(grids[-1], f"samples from fixed noise, {_step(grids[-1])}{rows}")
         real = run.pictures / "real.png"
-        beside = _picture(real, "images of the training set") if real.exists() else ""
+        beside = domain.show(real, f"{domain.noun} of the training set") if real.exists() else ""
         yield f"<div class='pair'>{latest}{beside}</div>"
     if len(grids) > 1:
         now = len(grids) - 1
-        figures = "".join(_picture(p, _step(p), "now" if i == now else "") for i, p in enumerate(grids))
+        figures = "".join(domain.show(p, _step(p), "now" if i == now else "") for i, p in enumerate(grids))
         slider = f"<input type='range' min='0' max='{now}' value='{now}' aria-label='samples over time'>"
         yield f"<h2>Samples over time</h2><div class='way'>{slider}{figures}</div>"
     if (nearest := run.pictures / "nearest.png").exists():
         caption = "samples above, below each the training image whose features are nearest"
-        yield "<h2>Nearest training images</h2>" + _picture(nearest, caption)
+        yield "<h2>Nearest training images</h2>" + picture(nearest, caption)
 
 
-def _charts(records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _charts(records: Sequence[Mapping[str, Any]], domain: Domain) -> Iterable[str]:
     def chart(
         title: str, keys: Mapping[str, str], span: tuple[float, float] | None = None, always: bool = False
     ) -> str:
@@ -130,7 +133,8 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         shown = {name: points for name, points in found.items() if len(points) > 1}
         return f"<h2>{title}</h2>{curves(shown or found, span)}" if shown or always else ""
 
-    yield chart("Kernel distance", {"kcd": "kcd, features of small; lower is nearer"})
+    for title, keys in domain.charts.items():
+        yield chart(title, keys)
     yield chart("Losses", {"d_loss": "discriminator", "g_loss": "generator"}, always=True)
     yield chart("Mean scores", {"d_real": "D(x)", "d_fake": "D(G(z))"}, (0.0, 1.0), always=True)
     watched = {"diversity": "variety beside the images'", "coverage": "coverage", "overfit": "overfitting of D"}
@@ -168,9 +172,10 @@ def comparison(runs: Sequence[RunDirectory]) -> str:
             shown = {name: points for name, points in series.items() if len(points) > 1}
             body.append(f"<h2>{title}</h2>{curves(shown, over=over)}" if shown else "")
     pictures = []
-    for name, run in zip(names, runs, strict=True):
+    for name, run, config in zip(names, runs, configs, strict=True):
+        domain = domain_of(Recipe.from_dict(config["recipe"]))
         if grids := sorted(run.samples.glob("step-*.png")):
-            pictures.append(_picture(grids[-1], f"{name}, {_step(grids[-1])}"))
+            pictures.append(domain.show(grids[-1], f"{name}, {_step(grids[-1])}"))
     body.append(f"<h2>Samples</h2><div class='pair'>{''.join(pictures)}</div>")
     return _document(", ".join(names), "\n".join(body))
 
@@ -223,15 +228,6 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
 def _series(records: Sequence[Mapping[str, Any]], key: str, over: str = "step") -> list[tuple[float, float]]:
     found = [(_number(r, over), _number(r, key)) for r in records]
     return [(x, y) for x, y in found if x is not None and y is not None]
-
-
-def _picture(path: Path, caption: str, kind: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    caption = html.escape(caption)
-    return (
-        f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{caption}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgan import models
 from fastgan.data.memory import require
 
-from .recipes import Recipe
+from .recipes import OWN, Recipe
 from .rundir import RunDirectory
 
 __all__ = ["class_number", "class_rows", "draw", "evaluating", "fill", "latents", "load_generator", "walk"]
@@ -158,14 +158,13 @@ def fill(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
 
 
 def build_models(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
-    """The recipe's networks, freshly initialised."""
+    """The recipe's networks, freshly initialised.
+
+    Of the recipe's own fields and its `domain_options` a model is given those that it has options of the same name for.
+    """
     if recipe.conditional and not recipe.classes:
         raise ValueError("recipe: a conditional run must have its number of classes, set classes or train on labels")
-    return models.build(
-        recipe.model,
-        image_size=recipe.image_size,
-        channels=recipe.channels,
-        latent=recipe.latent,
-        **({"classes": recipe.classes} if recipe.conditional else {}),
-        **recipe.model_options,
-    )
+    own = {name: getattr(recipe, name) for name in OWN if name != "classes" or recipe.conditional}
+    known = models.options(recipe.model)
+    given = {name: value for name, value in (recipe.domain_options | own).items() if name in known}
+    return models.build(recipe.model, **given, **recipe.model_options)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .evaluation import Evaluation, Target
+from .evaluation import NAMES, Evaluation, Target
 
 __all__ = ["StopRules"]
 
@@ -14,7 +14,7 @@ class StopRules:
     """What ends a run.
 
     time_limit: seconds. target: a bound on a metric, or a function asked at every logged step. patience: evaluations in
-    a row without a lower kernel distance. measured: whether the run evaluates at all.
+    a row without a better score. measured: whether the run evaluates at all. metrics: those that it can measure.
 
     Raises ValueError for what cannot be meant.
     """
@@ -26,11 +26,12 @@ class StopRules:
         target: Callable[[Any], bool] | str | None,
         patience: int | None,
         measured: bool,
+        metrics: Sequence[str] = tuple(NAMES),
     ):
         if time_limit is not None and not time_limit > 0:
             raise ValueError(f"training: time_limit must be positive, got {time_limit}")
         self.time_limit = time_limit
-        self.target = Target.parse(target) if isinstance(target, str) else target
+        self.target = Target.parse(target, metrics) if isinstance(target, str) else target
         if patience is not None and patience < 1:
             raise ValueError(f"training: patience must be at least 1, got {patience}")
         if (patience or isinstance(self.target, Target)) and not measured:
@@ -62,7 +63,7 @@ class StopRules:
             "steps": "all steps done",
             "time": "time limit reached",
             "target": f"target reached{f': {self.target}' if isinstance(self.target, Target) else ''}",
-            "patience": f"no lower kernel distance in {evaluation.waited} evaluations",
+            "patience": f"no lower {evaluation.words} in {evaluation.waited} evaluations",
             "interrupted": "interrupted",
             "collapse": "stopped at a collapse",
         }

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan import data
 from fastgan.choice import backend, begin_run
+from fastgan.domains import domain_of
 
 from . import checkpoint, snapshot
 from .assembly import assemble, resolve_device
@@ -29,13 +29,12 @@ from .conclusion import Result, conclude
 from .distributed import Exchange, join
 from .evaluation import Evaluation
 from .guard import Collapse, DivergedError, Guard
-from .health import Health, gradient_norms
-from .origin import changed_images, configuration, hold_out, load_images, open_run, recipe_of
+from .health import gradient_norms
+from .origin import changed_images, configuration, load_samples, open_run, recipe_of
 from .precision import resolve
 from .progress import memory_mb, progress_for
 from .recipes import Recipe
 from .recovery import check_action, recover
-from .sampling import class_rows, draw, latents
 from .schedules import Schedules, average_decay
 from .signals import Signals
 from .stopping import StopRules
@@ -57,12 +56,12 @@ class Trainer:
         function, asked at every logged step; the run ends when it returns True. It may read these attributes:
         `step` (generator updates done), `metrics` (floats, of the last logged step), `sampler` (the averaged
         generator if there is one), `generator`, `discriminator`, `images`, `device`, `recipe`, `out`.
-    patience: the run ends after so many evaluations in a row without a lower kernel distance.
+    patience: the run ends after so many evaluations in a row without a better score.
     on_collapse: "warn", "rollback" (go back to the last good checkpoint, halve both rates, go on; at most three times)
         or "stop", where the guard sees one image for all, a loss of variety, gradients or numbers that explode.
     tensorboard: write event files to out/tensorboard too; ImportError where the package is absent.
     quiet: show warnings only.
-    images: an image set to use in place of the recipe's data.
+    images: a set of samples to use in place of the recipe's data.
     networks: (generator, discriminator) to train in place of the recipe's model.
 
     allow_changed_data: go on with a run although its images are no longer what they were.
@@ -102,8 +101,9 @@ class Trainer:
         self._precision = self.world.gather(resolve(self.recipe.precision, self.device))[0]
         self.recipe = self.recipe.replace(precision=self._precision.name)  # what config.json holds
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
-        measured = bool(self.recipe.eval_every)
-        self.stop = StopRules(time_limit=time_limit, target=target, patience=patience, measured=measured)
+        measured, metrics = bool(self.recipe.eval_every), domain_of(self.recipe).metrics
+        rules: Any = dict(time_limit=time_limit, target=target, patience=patience)
+        self.stop = StopRules(**rules, measured=measured, metrics=metrics)
         check_action(on_collapse, self.world.size)
         self.on_collapse, self.rollbacks = on_collapse, 0
         self._overwrite = overwrite
@@ -119,13 +119,12 @@ class Trainer:
         self._board = Board(self.out / "tensorboard") if tensorboard and self.world.first else None
         self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
-        pixels = self.recipe.channels * self.recipe.image_size**2
-        self.guard = Guard(self.recipe.loss, pixels, average_decay(self.recipe, 0))
         self._between_steps = True  # only then is the state one that a run could go on from
         self._damaged = list(start.damaged) if start else []
         begin_run()
         with self._placed():
-            self.recipe, self.images = load_images(self.recipe, images, saved, self.device)
+            self.recipe, self.images = load_samples(self.recipe, images, saved, self.device)
+            self.domain = domain_of(self.recipe)
             changed = changed_images(self.images, saved, allow_changed_data)
             self._build(networks)
         facts = {"backend": self.backend, "models": "own" if networks else "recipe", "images_given": images is not None}
@@ -136,29 +135,20 @@ class Trainer:
         self._unite()
 
     def _build(self, networks: tuple[nn.Module, nn.Module] | None) -> None:
-        recipe = self.recipe
+        recipe, domain = self.recipe, self.domain
         self.world.check_batch(recipe.batch_size)
-        self.generator, self.discriminator, self.train_step = assemble(recipe, self.device, networks)
+        self.guard = Guard(recipe.loss, math.prod(domain.shape), average_decay(recipe, 0), flat=domain.flat)
+        made = assemble(recipe, self.device, networks, domain=domain)
+        self.generator, self.discriminator, self.train_step = made
         self.schedules = Schedules(recipe, self.train_step)
-        learnt, held = hold_out(self.images, recipe.held_out)
+        self.samples, held = domain.hold_out(self.images, recipe.held_out)
         # Data order, latents and fixed noise have generators or seeds of their own: none shifts another.
-        self.batches = learnt.batches(
-            recipe.batch_size,
-            generator=torch.Generator().manual_seed(recipe.seed),
-            flip=recipe.flip,
-            channels_last=True,
-            part=(self.world.rank, self.world.size),
-        )
-        self.sample_labels: Tensor | None = None
-        self.columns: int | None = None
-        count = recipe.sample_count
-        if recipe.conditional:
-            self.sample_labels, self.columns = class_rows(count, recipe.classes)
-            count = len(self.sample_labels)
-        self.noise = latents(count, recipe.latent, seed=recipe.seed)
-        labels = self.images.labels if recipe.conditional else None
-        self.evaluation = Evaluation(self.images.images, recipe.latent, recipe.seed + 2, count, labels)
-        self.health = Health(learnt, held, labelled=recipe.conditional)
+        self.batches = domain.batches(self.samples, part=(self.world.rank, self.world.size))
+        self.noise, self.sample_labels, self.columns = domain.given(self.samples)
+        self.evaluation = Evaluation(domain.judge(self.images))
+        if recipe.eval_every and self.evaluation.judge is None:
+            raise ValueError(f"recipe: eval_every must be 0, {domain.name} have no measure, got {recipe.eval_every}")
+        self.health = domain.health(self.samples, held)
         self.world.seed(recipe.seed + 1)
         self.rng = checkpoint.rng_state()
 
@@ -264,7 +254,7 @@ class Trainer:
         self._owned = True
         recipe = self.recipe
         self.progress.note(
-            f"{recipe.name} on {self.images.name} ({len(self.images.images):,} images), {self.device}, "
+            f"{recipe.name} on {self.images.name} ({len(self.images):,} {self.domain.noun}), {self.device}, "
             f"{self._precision}: step {self.step} to {recipe.steps}, writing to {self.out}"
         )
         if self.step == 0:
@@ -300,8 +290,8 @@ class Trainer:
         recipe, clock = self.recipe, self.clock
         self._between_steps = False
         self.schedules.apply(self.step, self.images_seen)
-        real, labels = zip(*(next(self.batches) for _ in range(recipe.d_steps)), strict=True)
-        metrics = self.train_step(real, labels if recipe.conditional else None)
+        drawn = [next(self.batches) for _ in range(recipe.d_steps)]
+        metrics = self.train_step(*self.domain.inputs(drawn))
         if "penalty" in metrics:  # of a lazy penalty the last value is logged
             self._penalty = {"penalty": metrics["penalty"]}
         self.step += 1
@@ -331,6 +321,8 @@ class Trainer:
 
     def _look(self) -> dict[str, float]:
         """What losses do not show; see `health`."""
+        if self.health is None:
+            return {}
         with self.clock.aside():
             return self.health.look(self.generator, self.discriminator, self.noise, self.sample_labels)
 
@@ -382,12 +374,12 @@ class Trainer:
             self.progress.warn(warning)
 
     def draw(self) -> Tensor:
-        """The sample grid of this step, from the run's fixed noise; returns its pictures."""
-        images = draw(self.sampler, self.noise, self.sample_labels)
-        data.save_grid(images, self.directory.grid(self.step), columns=self.columns)
+        """The sample grid of this step, from the run's fixed noise; returns its samples."""
+        made = self.domain.draw(self.sampler, self.noise, self.sample_labels)
+        self.domain.write(made, self.directory.grid(self.step), self.columns)
         if self._board:
-            self._board.draw(self.step, images, self.columns)
-        self.warn(self.guard.check_samples(self.step, images))
+            self._board.draw(self.step, self.domain.pictures(made), self.columns)
+        self.warn(self.guard.check_samples(self.step, made))
         first = max(self.generator.parameters(), key=lambda p: p.dim())
         self.warn(self.guard.check_movement(self.step, first.flatten()[:4096]))
-        return images
+        return made

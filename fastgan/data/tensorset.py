@@ -1,0 +1,67 @@
+"""A set of training samples that are floats of any shape: waveforms, rows of a table, sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgan.data.imageset import delivered
+
+
+class TensorSet:
+    """Floats ``[M, *shape]`` for training, in main memory or on the training device.
+
+    Attributes are those of `Samples`; what they mean is up to the domain. Raises ValueError for values that are no
+    floats, not finite or none at all, and for labels that are not one integer a sample.
+    """
+
+    mapped: Path | None = None
+
+    def __init__(
+        self,
+        values: Tensor,
+        labels: Tensor | None = None,
+        classes: Sequence[str] | None = None,
+        *,
+        name: str = "samples",
+        skipped: Sequence[tuple[str, str]] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not values.is_floating_point() or values.dim() < 2 or 0 in values.shape or not values.isfinite().all():
+            raise ValueError(
+                "TensorSet: values must be finite floats [M, ...] with no dimension 0, got "
+                f"{values.dtype} {list(values.shape)}"
+            )
+        if labels is not None and (labels.shape != values.shape[:1] or labels.is_floating_point()):
+            raise ValueError(
+                f"TensorSet: labels must be integers [{len(values)}], one a sample, got {labels.dtype} "
+                f"{list(labels.shape)}"
+            )
+        self.values = values.float()
+        self.labels = None if labels is None else labels.to(values.device, torch.int64)
+        self.classes = None if labels is None or classes is None else list(classes)
+        self.name, self.skipped = name, list(skipped)
+        self.device = torch.device(device) if device is not None else values.device
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def pick(self, indices: Tensor, *, mirror: Tensor | None = None, channels_last: bool = False) -> Tensor:
+        """Samples by number, float32 ``[N, *shape]`` on `device`; mirror: bool [N], which to turn around."""
+        x = self.values.index_select(0, indices)
+        if mirror is not None:
+            x = torch.where(mirror.view(-1, *[1] * (x.dim() - 1)), x.flip(-1), x)
+        return self.deliver(x)
+
+    def deliver(self, x: Tensor) -> Tensor:
+        """`x`, gathered where the samples lie, on `device`."""
+        return delivered(x, self.device)
+
+    def select(self, numbers: Tensor) -> TensorSet:
+        """The samples of these numbers, int64 [K], as a set of their own."""
+        at = numbers.to(self.values.device)
+        labels = None if self.labels is None else self.labels[at]
+        return TensorSet(self.values[at], labels, self.classes, name=self.name, device=self.device)

@@ -1,0 +1,80 @@
+"""Pictures: bytes from files, in [-1, 1] to the networks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgan import data
+from fastgan.training.evaluation import NAMES, FeatureJudge
+from fastgan.training.health import Health
+from fastgan.training.nearest import compare_with_images
+from fastgan.training.recipes import Recipe
+from fastgan.training.rundir import RunDirectory
+
+from .domain import Domain
+
+__all__ = ["Images"]
+
+
+class Images(Domain):
+    """Square pictures of one or three channels, with classes or without."""
+
+    name = "images"
+    noun = "images"
+    metrics = tuple(NAMES)
+    charts: ClassVar = {"Kernel distance": {"kcd": "kcd, features of small; lower is nearer"}}
+
+    def load(self, device: torch.device) -> data.ImageSet:
+        """What `fastgan.data.load` reads."""
+        recipe = self.recipe
+        size, channels = recipe.image_size, recipe.channels
+        return data.load(recipe.data, image_size=size, channels=channels, labels=recipe.labels, device=device)
+
+    def fit(self, samples: data.ImageSet) -> Recipe:
+        """A conditional recipe with as many classes as the images have; any other as it is."""
+        shape = tuple(samples.images.shape[1:])
+        if shape != self.shape:
+            raise ValueError(
+                f"training: images must be [N, {', '.join(map(str, self.shape))}] "
+                f"as the recipe says, got [N, {', '.join(map(str, shape))}]"
+            )
+        recipe = self.recipe
+        if not recipe.conditional:
+            return recipe
+        if samples.labels is None:
+            raise ValueError(
+                f"training: a conditional run must have labels, {samples.name} has none; put the images into a folder "
+                "for each class, or give --labels FILE.csv"
+            )
+        count = len(samples.classes or [])
+        if count < 2 or recipe.classes not in (0, count):
+            wanted = recipe.classes or "at least 2"
+            raise ValueError(f"training: the images must have {wanted} classes, {samples.name} has {count}")
+        return recipe.replace(classes=count)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, H, W]"""
+        return self.recipe.channels, self.recipe.image_size, self.recipe.image_size
+
+    def pictures(self, made: Tensor) -> Tensor:
+        """They are."""
+        return made
+
+    def judge(self, samples: data.ImageSet) -> FeatureJudge:
+        """Kernel and Frechet distance on the backbone "small"."""
+        recipe = self.recipe
+        count = len(self.given(samples).z)
+        labels = samples.labels if recipe.conditional else None
+        return FeatureJudge(samples.images, recipe.latent, recipe.seed + 2, count, labels)
+
+    def health(self, samples: data.ImageSet, held: data.ImageSet | None) -> Health:
+        """Variety and coverage beside the training images."""
+        return Health(samples, held, labelled=self.recipe.conditional)
+
+    def compare(self, directory: RunDirectory, samples: Any, made: Tensor, columns: int | None) -> str:
+        """pictures/real.png, pictures/nearest.png and how far samples are from their nearest training images."""
+        return compare_with_images(directory, samples.images, made, columns)
