@@ -251,7 +251,7 @@ def test_the_first_step_of_dcgan_64_keeps_to_the_budget(state, precision):
     begin = time.perf_counter()
     step(images)
     took = time.perf_counter() - begin
-    assert len(state.verdicts) > 30
+    assert len(state.verdicts) > 5  # a choice for each chain and mode, and for what runs beside the chains
     # The last proof or race may take longer than expected: a tenth of a second on a quiet machine.
     assert state.account.spent <= HELD + RATE * took + 0.5
     before = dict(state.verdicts)

@@ -14,6 +14,9 @@ from torch import nn
 import fastgan
 from fastgan import program
 from fastgan._native import DTYPE_CODES
+from fastgan.choice import STATE, begin_run, settle, whole, winners
+from fastgan.choice.budget import Account
+from fastgan.choice.state import State
 from fastgan.program.memory import ARENA, Place, arrange
 from fastgan.program.plan import Plan
 from fastgan.program.run import Compiled
@@ -540,6 +543,72 @@ def test_a_linear_layer_alone_and_an_activation_in_place_stay_torchs(ran):
     y.mul_(2)  # a last layer without activation needs no y for its backward
     y.sum().backward()
     assert len(ran) == 1
+
+
+# ---- races that the budget cuts short -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_program(monkeypatch, tmp_path):
+    """Racing is on, the account is empty, and a fake clock says that programs take longer than plain PyTorch."""
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
+    for name, value in vars(State()).items():
+        monkeypatch.setattr(STATE, name, value)
+    clock = lambda: clock.now
+    clock.now = 0.0
+
+    def seconds(run, arguments, device):
+        way = run.__kwdefaults__["w"]
+        took = 0.4 if isinstance(way, Compiled) else 0.3 if way.func is program.plain else 0.5
+        clock.now += took
+        return took
+
+    monkeypatch.setattr(whole, "_seconds", seconds)
+    monkeypatch.setattr(STATE, "account", Account(clock, held=1e-9))
+    with fastgan.racing(True):
+        yield clock
+
+
+def takes_a_program(model, x, training=True):
+    """Whether a copy of the model, in train or eval mode, runs this call as a program."""
+    a = fastgan.convert(copy.deepcopy(model)).train(training)
+    with torch.set_grad_enabled(training):
+        a(x)
+    (run,) = (part.run for part in a.__dict__["forward"].parts)
+    return isinstance(run.last[1], Compiled)
+
+
+MODES = [(kind, training) for kind in KINDS for training in (True, False) if kind != "norm first" or training]
+
+
+@pytest.mark.parametrize("kind, training", MODES)  # a norm without running statistics has no program in eval mode
+def test_an_open_race_is_settled_at_the_end_of_its_run(kind, training, slow_program):
+    model, lowered = chain(kind), kind in ("conv+act", "linear head")
+    x = torch.randn(4, 3, 8, 8).to(memory_format=LAYOUTS[training])
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        assert takes_a_program(model, x, training) and len(STATE.open) == 1
+        (case,) = STATE.open
+        slow_program.now += 3600.0  # the account is full again
+        assert takes_a_program(model, x, training), "a verdict changed within a run"
+    found = None if training else STATE.cache.open_cases()  # of the run, or as another process reads them
+    assert settle(found) == {case: "plain"} and not STATE.open and not STATE.cache.open_cases()
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        assert takes_a_program(model, x, training), "a verdict changed within a run"
+        begin_run(dict(winners()))
+        assert takes_a_program(model, x, training), "a resumed run takes other kernels"
+        begin_run()
+        assert not takes_a_program(model, x, training)
+
+
+def test_a_race_under_load_stays_open(slow_program, monkeypatch):
+    moods = itertools.cycle([1.0, 3.0, 1.7, 2.2, 1.4])
+    monkeypatch.setattr(whole, "_seconds", lambda *call: next(moods))
+    model, x = chain("conv"), torch.randn(4, 3, 8, 8)
+    STATE.account.charge(1.0)
+    assert takes_a_program(model, x) and len(STATE.open) == 1
+    assert settle() == {} and len(STATE.open) == 1
+    (found,) = STATE.open.values()
+    assert program.race("another case", found["args"]) is None  # as after a change of what is written
 
 
 # ---- what a call costs ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from fastgan.choice.availability import absent, backends, has_kernel, missing, r
 from fastgan.choice.budget import bound, cost_of
 from fastgan.choice.cache import cache_dir, fingerprint
 from fastgan.choice.choosing import (
+    SETTLED_BY,
     begin_run,
     choose,
     may_race,
@@ -29,11 +30,12 @@ from fastgan.choice.native import native
 from fastgan.choice.proof import proof_error, timing
 from fastgan.choice.routine import NAMES, REGISTERED, Backend, Routine, triton
 from fastgan.choice.state import STATE
-from fastgan.choice.whole import Contest, fastest
+from fastgan.choice.whole import Contest, fastest, finished
 
 __all__ = [
     "NAMES",
     "REGISTERED",
+    "SETTLED_BY",
     "STATE",
     "Backend",
     "Contest",
@@ -49,6 +51,7 @@ __all__ = [
     "emulated",
     "fastest",
     "fingerprint",
+    "finished",
     "forced",
     "has_kernel",
     "may_race",

@@ -66,9 +66,12 @@ def _keep(state: State, op: Routine, args: tuple, case: str, verdict: Verdict) -
     """Remember what is settled; write down what is open, to be settled at the end of the run."""
     if verdict.settled:
         return _remember(state, case, verdict)
-    found = {"op": op.name, "threads": torch.get_num_threads(), "args": sketch(args), "why": verdict.why}
-    state.open[case] = found
-    state.cache.note_open({case: found})
+    _note_open(state, case, {"op": op.name, "args": sketch(args), "why": verdict.why})
+
+
+def _note_open(state: State, case: str, found: dict[str, Any]) -> None:
+    state.open[case] = {**found, "threads": torch.get_num_threads()}
+    state.cache.note_open({case: state.open[case]})
 
 
 def _remember(state: State, case: str, verdict: Verdict) -> None:
@@ -130,8 +133,14 @@ def settle(cases: dict[str, dict[str, Any]] | None = None, seconds: float = 30.0
     settled: dict[str, str] = {}
     end = time.perf_counter() + seconds
     for case, found in dict(STATE.open if cases is None else cases).items():
-        verdict = _settled(STATE, found) if time.perf_counter() < end else None
-        if verdict is not None:
+        if found["threads"] != torch.get_num_threads() or time.perf_counter() >= end:
+            continue
+        if found["op"] in SETTLED_BY:
+            config = SETTLED_BY[found["op"]](case, found["args"])
+            if config is not None:
+                STATE.cache.remember(case, config)
+                settled[case] = config.removeprefix("config ")
+        elif (verdict := _settled(STATE, found)) is not None:
             _remember(STATE, case, verdict)
             settled[case] = verdict.winner
     STATE.cache.note_open({}, closed=settled)
@@ -140,9 +149,9 @@ def settle(cases: dict[str, dict[str, Any]] | None = None, seconds: float = 30.0
 
 
 def _settled(state: State, found: dict[str, Any]) -> Verdict | None:
-    """The verdict of an open case, or None where it stays open: another thread count, no memory, a noisy machine."""
+    """The verdict of an open case, or None where it stays open: no memory, a noisy machine."""
     op = REGISTERED.get(found["op"])
-    if op is None or found["threads"] != torch.get_num_threads():
+    if op is None:
         return None
     args = op.restored(drawn_from(found["args"]))
     able = [name for name in NAMES if name in op.backends and not refusal(state, op, name, args)]
@@ -177,3 +186,18 @@ def remember(case: tuple, config: str) -> None:
     """Keep the winner of a kernel's own race; it starts with "config "."""
     STATE.verdicts[digest(case)] = config
     STATE.cache.remember(digest(case), config)
+
+
+# What is raced elsewhere and may stay open: kind -> function(digest, sketch) -> the winner, "config ...", or None.
+SETTLED_BY: dict[str, Callable[[str, dict[str, Any]], str | None]] = {}
+
+
+def keep_to(case: tuple, config: str, found: dict[str, Any] | None = None) -> None:
+    """Take this winner for the run and remember it no longer than that; found: what `settle` may race it by.
+
+    found has the keys op, a kind of SETTLED_BY; args, the sketch; why, the reason.
+    """
+    key = digest(case)
+    STATE.verdicts[key] = config
+    if found is not None:
+        _note_open(STATE, key, found)

@@ -2,7 +2,8 @@
 
 A part runs forward and backward on clones of its own inputs. Ops race singly; a part may lose what its ops have won, by
 a layout that is converted at each of them or by Python's time between them. So plain PyTorch is among a part's
-candidates, and the winner is remembered on disk as theirs are.
+candidates, and the winner is remembered on disk as theirs are. An answer that stands for the process stands for its
+run: a checkpoint carries it, whether the disk remembers it or not.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.choice.budget import Account
-from fastgan.choice.choosing import remember, remembered
+from fastgan.choice.budget import Account, unlimited
+from fastgan.choice.choosing import keep_to, remember, remembered
 from fastgan.choice.forcing import forced
 from fastgan.choice.hardware import torch_multiplies_bfloat16
 from fastgan.choice.race import BEHIND, CLEAR, ROUNDS
@@ -25,12 +26,26 @@ Run = Callable[..., Any]
 SHORT = 10e-3  # seconds; below them four times as many runs are compared: 50 us are lost in the noise of a few
 
 
-def fastest(case: tuple, ways: dict[str, Run], arguments: Sequence[Any], plain: Collection[str] = ("plain",)) -> str:
+def fastest(contest: Contest, arguments: Sequence[Any], sketched: Callable[[], dict[str, Any]]) -> str:
     """The name of the way that is fastest on these arguments, by a `Contest` that this call must pay for.
 
-    A race that the account cannot pay for leaves the best way so far, for as long as the caller keeps the answer.
+    A race that the account cannot pay for leaves the best way so far, for the whole run; `sketched()` goes into the
+    list of open cases, from which `settle` races it at the run's end or in another process.
     """
-    return Contest(case, ways, plain)(arguments)
+    way = contest(arguments)
+    if not contest.clear:
+        keep_to(contest.case, f"config {way}", sketched())
+    return way
+
+
+def finished(make: Callable[[], tuple[Contest, Sequence[Any]]]) -> str | None:
+    """The winner of a race that nobody waits for, "config ...", or None where the machine is too noisy to tell."""
+    for _ in range(3):  # a noisy moment passes
+        contest, arguments = make()
+        contest.finish(arguments)
+        if contest.clear:
+            return f"config {contest.winner}"
+    return None
 
 
 class Contest:
@@ -38,12 +53,15 @@ class Contest:
 
     case: what the winner is remembered by. ways: name -> what runs; the first is taken until others are known. plain:
     the ways that are PyTorch's own; they do not run where the CPU lacks the instructions for their products. overhead:
-    seconds that every other way costs beside its run.
+    seconds that every other way costs beside its run; None: not known yet, and nothing is raced until it is set.
     """
 
-    def __init__(self, case: tuple, ways: dict[str, Run], plain: Collection[str] = ("plain",), overhead: float = 0.0):
+    def __init__(
+        self, case: tuple, ways: dict[str, Run], plain: Collection[str] = ("plain",), overhead: float | None = 0.0
+    ):
         self.case, self.ways, self.plain, self.overhead = case, ways, plain, overhead
         self.settled = False  # whether the answer stands; else it is asked for again
+        self.known = False  # whether it stands without a race: remembered, alone, or racing is off
         self.first: dict[str, float] = {}  # seconds of first runs, which decide nothing: the ops' own races are in them
         self.samples: dict[str, list[float]] = {name: [] for name in ways}  # further runs, ascending
 
@@ -53,19 +71,32 @@ class Contest:
         backend, racing = forced()
         device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
         if backend != "auto" or not racing:
-            self.settled = True
+            self.settled = self.known = True
             return first
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return first
-        if not self.first and self._known(arguments, device):
-            return next(iter(self.ways))
+        if not self.first:
+            self._leave_out(arguments, device)
+            known = (remembered(self.case) or "").removeprefix("config ")
+            if known in self.ways:
+                self.ways = {known: self.ways[known]}
+            self.settled = self.known = len(self.ways) == 1
+            if self.known:
+                return next(iter(self.ways))
         account = STATE.account
-        if self._affords(account, account.clock()):
+        if self.overhead is not None and self._affords(account, account.clock()):
             with account.paying():
                 self._advance(arguments, device, account)
-            if self.settled and (self._spread() <= CLEAR or self._ahead() >= self._spread()):
-                remember(self.case, f"config {self.winner}")
+            if self.settled:
+                (remember if self.clear else keep_to)(self.case, f"config {self.winner}")
         return self.winner
+
+    def finish(self, arguments: Sequence[Any]) -> None:
+        """Race to the end, whatever it takes; nothing is remembered."""
+        device = arguments[0].device
+        self._leave_out(arguments, device)
+        self.settled = self.known = len(self.ways) == 1
+        self._advance(arguments, device, unlimited())
 
     @property
     def winner(self) -> str:
@@ -73,21 +104,21 @@ class Contest:
         raced = self._raced()
         return min(raced, key=self._seconds) if len(raced) == len(self.ways) else next(iter(self.ways))
 
-    def _known(self, arguments: Sequence[Any], device: torch.device) -> bool:
-        """Whether nothing is left to race: the winner is remembered, or alone; the other ways are dropped."""
+    @property
+    def clear(self) -> bool:
+        """Whether nothing is left to race: the answer was known, or the race is over and was not taken under load."""
+        return self.known or (self.settled and (self._spread() <= CLEAR or self._ahead() >= self._spread()))
+
+    def _leave_out(self, arguments: Sequence[Any], device: torch.device) -> None:
+        """Drop PyTorch's ways where the CPU lacks the instructions for their products."""
         if device.type == "cpu" and _bfloat16(arguments) and not torch_multiplies_bfloat16():
             self.ways = {name: run for name, run in self.ways.items() if name not in self.plain}
-        known = (remembered(self.case) or "").removeprefix("config ")
-        if known in self.ways:
-            self.ways = {known: self.ways[known]}
-        self.settled = len(self.ways) == 1
-        return self.settled
 
     def _raced(self) -> list[str]:
         return [name for name in self.ways if self.samples[name]]
 
     def _seconds(self, name: str) -> float:
-        return self.samples[name][0] + (0.0 if name in self.plain else self.overhead)
+        return self.samples[name][0] + (0.0 if name in self.plain else self.overhead or 0.0)
 
     def _ahead(self) -> float:
         """The second best time over the best."""

@@ -2,5 +2,6 @@
 
 from fastgan.program.layer import Layer, plain
 from fastgan.program.run import Run, applies, switched_off
+from fastgan.program.settling import race
 
-__all__ = ["Layer", "Run", "applies", "plain", "switched_off"]
+__all__ = ["Layer", "Run", "applies", "plain", "race", "switched_off"]

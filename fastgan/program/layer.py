@@ -63,7 +63,7 @@ class Layer:
 
     def kinds(self) -> tuple:
         """What a plan depends on besides the tensors, and stays as it is."""
-        return type(self.conv).__name__, type(self.norm).__name__, self.activation, self.flatten
+        return torch_class(self.conv), torch_class(self.norm), self.activation, self.flatten
 
     def fact_readers(self) -> list[tuple[Callable[[Any], Any], Any]]:
         """What a plan depends on besides the tensors, and may be set between calls: functions of modules."""
@@ -103,6 +103,11 @@ class Layer:
         if any(t.dtype != torch.float32 or not t.is_cpu or not dense(t) for t in tensors):
             return "parameters that are not dense float32 on the CPU"
         return ""
+
+
+def torch_class(m: Any) -> str:
+    """The name of torch's class that a module is of, or derived from; "" for None."""
+    return next((c.__name__ for c in type(m).__mro__ if c.__module__.startswith("torch.nn.modules")), "")
 
 
 def dense(t: Tensor) -> bool:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from fastgan._op import is_observed, reaches
-from fastgan.choice import STATE, absent, fastest, forced
+from fastgan.choice import STATE, Contest, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
 from fastgan.program.memory import Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
+from fastgan.program.written import written
 
 FLOATS = (torch.float32, torch.bfloat16)
+KIND = "program"  # what its races are remembered under
 MAX_WAYS = 64  # of one run of layers: another batch size needs another
 
 Way = Callable[[Tensor, Sequence[Any], Sequence[Any]], Tensor]  # x, parameters, buffers -> y
@@ -187,12 +189,22 @@ class Run:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """y, or None: run the layers op by op."""
-        grad = torch.is_grad_enabled()
-        if grad and x.requires_grad and x.is_leaf:
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         parameters = [owner[name] for owner, name in self.parameters]
-        key = (
+        key = self._key(x, dtype, parameters)
+        buffers = [owner[name] for owner, name in self.buffers]
+        before, way = self.last
+        if key != before:
+            way = self.ways[key] if key in self.ways else self._chosen(key, x, dtype, parameters, buffers)
+            self.last = key, way
+        return None if way is None else way(x, parameters, buffers)
+
+    def _key(self, x: Tensor, dtype: torch.dtype, parameters: list) -> tuple:
+        """What the choice of a way depends on; the fifth is which of x and the parameters get gradients, if any."""
+        grad = torch.is_grad_enabled()
+        return (
             x.shape,
             x.stride(),
             x.dtype,
@@ -204,34 +216,43 @@ class Run:
             torch.get_num_threads(),
             forced(),
         )
-        buffers = [owner[name] for owner, name in self.buffers]
-        before, way = self.last
-        if key != before:
-            way = self.ways[key] if key in self.ways else self._chosen(key, x, dtype, parameters, buffers)
-            self.last = key, way
-        return None if way is None else way(x, parameters, buffers)
 
     def _chosen(self, key: tuple, x: Tensor, dtype: torch.dtype, parameters: list, buffers: list) -> Way | None:
         """The fastest of a program and plain PyTorch, or None where no program is known to give the ops' numbers."""
         if len(self.ways) >= MAX_WAYS:
             self.ways.clear()
-        wants = key[4] or (False,) * (1 + len(parameters))
-        compiled = self._compiled(x, dtype, wants)
+        compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
         self.ways[key] = compiled
         if compiled is not None:
-            ways: dict[str, Way] = {
-                "program": compiled,
-                "plain": functools.partial(plain, self.layers),
-                "channels_last": functools.partial(_turned, self.layers, compiled.plan.output_channels_last),
-            }
-            if x.dim() == 2:
-                del ways["channels_last"]
-            count = len(parameters)
-            apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
-            self.ways[key] = ways[
-                fastest(("program", *key), apart, [x, *parameters, *buffers], ("plain", "channels_last"))
-            ]
+            ways = self._ways(compiled, x)
+            contest = self._contest(key, ways, len(parameters))
+            found = lambda: {"op": KIND, "args": written(self.layers, x, dtype, key[4]), "why": "open: the budget"}
+            self.ways[key] = ways[fastest(contest, [x, *parameters, *buffers], found)]
         return self.ways[key]
+
+    def tensors(self) -> list[Tensor | None]:
+        """The parameters as they are now."""
+        return [owner[name] for owner, name in self.parameters]
+
+    def contest(self, x: Tensor, dtype: torch.dtype) -> tuple[Contest, Sequence[Any]]:
+        """A new race of the ways that a call can take, and its arguments."""
+        parameters = self.tensors()
+        buffers = [owner[name] for owner, name in self.buffers]
+        key = self._key(x, dtype, parameters)
+        compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
+        if compiled is None:
+            raise Unfit
+        return self._contest(key, self._ways(compiled, x), len(parameters)), [x, *parameters, *buffers]
+
+    def _ways(self, compiled: Compiled, x: Tensor) -> dict[str, Way]:
+        ways: dict[str, Way] = {"program": compiled, "plain": functools.partial(plain, self.layers)}
+        if x.dim() == 4:
+            ways["channels_last"] = functools.partial(_turned, self.layers, compiled.plan.output_channels_last)
+        return ways
+
+    def _contest(self, key: tuple, ways: dict[str, Way], count: int) -> Contest:
+        apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
+        return Contest((KIND, *key), apart, ("plain", "channels_last"))
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
         fits = x.dim() in (2, 4) and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
