@@ -145,8 +145,8 @@ def test_instance_noise_fades():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("augment=blur", "augment must be none or some of colour,translation,cutout, got 'blur'"),
-        ("augment=cutout,cutout", "augment must be none or some of"),
+        ("augment=blur", "augment must be none, ada or some of colour,translation,cutout, got 'blur'"),
+        ("augment=cutout,cutout", "augment must be none, ada or some of"),
         ("schedule=step", "schedule must be one of constant, linear, cosine, got 'step'"),
         ("warm_up=-1", "warm_up must be at least 0, got -1"),
         ("grad_clip=0", "grad_clip must be none or finite and above 0, got 0"),

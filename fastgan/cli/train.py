@@ -47,7 +47,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip")
     parser.add_argument("--conditional", action="store_true", help="both networks take the images' classes")
     parser.add_argument("--labels", metavar="FILE.csv", help="classes of a folder's images, a line FILE,LABEL each")
-    parser.add_argument("--augment", metavar="POLICY", help="some of colour,translation,cutout: for few images")
+    parser.add_argument("--augment", metavar="POLICY", help="for few images: ada, or some of colour,translation,cutout")
     parser.add_argument("--out", metavar="DIR", help="the run directory: new or empty")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")

@@ -9,8 +9,9 @@ from fastgan.convert import convert
 from fastgan.domains import Domain, domain_of
 
 from . import needs
+from .ada import Ada
 from .adam import Adam
-from .augment import Augment, policy_of
+from .augment import ADAPTIVE, Augment, policy_of
 from .recipes import Recipe
 from .sampling import build_models
 from .schedules import average_decay
@@ -38,7 +39,11 @@ def augmentation(recipe: Recipe, device: torch.device) -> Augment | None:
     """What the recipe does to all that the discriminator sees, or None."""
     policy = policy_of(recipe.augment) if recipe.augment else ()
     noise = torch.tensor(recipe.instance_noise, device=device) if recipe.instance_noise else None
-    return Augment(policy, noise) if policy or noise is not None else None
+    ada = None
+    if policy == (ADAPTIVE,):
+        policy = ()
+        ada = Ada(device, batch=recipe.batch_size, target=recipe.ada_target, images=recipe.ada_images)
+    return Augment(policy, noise, ada) if policy or noise is not None or ada is not None else None
 
 
 def assemble(
@@ -78,7 +83,7 @@ def assemble(
         d_steps=recipe.d_steps,
         ema=average_decay(recipe, 0),
         augment=augmentation(recipe, device),
-        label_smoothing=recipe.label_smoothing,
+        label_smoothing=(recipe.label_smoothing, recipe.fake_smoothing),
         grad_clip=recipe.grad_clip,
         precision=recipe.precision,
         capture=capture,

@@ -8,13 +8,17 @@ differentiated as often as the discriminator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["POLICIES", "Augment", "policy_of"]
+from .ada import Ada
+
+__all__ = ["ADAPTIVE", "POLICIES", "Augment", "policy_of"]
+
+ADAPTIVE = "ada"  # the policy of `Ada`
 
 SHIFT, CUT = 1 / 8, 1 / 2  # of a side
 
@@ -85,25 +89,41 @@ POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"colour": colour, "translatio
 
 
 def policy_of(text: str) -> tuple[str, ...]:
-    """The operations that a text names, such as "colour,translation,cutout". Raises ValueError for any other."""
+    """The operations that a text names, such as "colour,translation,cutout", or ("ada",). ValueError for any other."""
     names = tuple(name.strip() for name in text.split(","))
     names = tuple("colour" if name == "color" else name for name in names)
-    if not set(names) <= set(POLICIES) or len(set(names)) < len(names):
-        raise ValueError(f"recipe: augment must be none or some of {','.join(POLICIES)}, got {text!r}")
+    if names != (ADAPTIVE,) and (not set(names) <= set(POLICIES) or len(set(names)) < len(names)):
+        raise ValueError(f"recipe: augment must be none, {ADAPTIVE} or some of {','.join(POLICIES)}, got {text!r}")
     return names
 
 
 class Augment:
-    """The discriminator's input: `policy` first, then normal noise of deviation `noise`, a 0-dim tensor on the device.
+    """The discriminator's input: `policy` or `ada` first, then normal noise of deviation `noise`, a 0-dim tensor on the
+    device.
 
     Noise that fades as the run goes on: Sonderby et al. 2017 (arXiv:1610.04490), "instance noise".
     """
 
-    def __init__(self, policy: tuple[str, ...], noise: Tensor | None = None):
-        self.policy, self.noise = policy, noise
+    def __init__(self, policy: tuple[str, ...], noise: Tensor | None = None, ada: Ada | None = None):
+        self.policy, self.noise, self.ada = policy, noise, ada
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] images in about [-1, 1] -> the same shape."""
         for name in self.policy:
             x = POLICIES[name](x)
+        if self.ada is not None:
+            x = self.ada(x)
         return x if self.noise is None else x + self.noise.to(x.dtype) * torch.randn_like(x)
+
+    def observe(self, logits_real: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        """Follow what the discriminator made of a batch of real images; numbers for the log."""
+        return {} if self.ada is None else {"augment_p": self.ada.observe(logits_real)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must find."""
+        return {} if self.ada is None else {"ada": self.ada.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        if self.ada is not None:
+            self.ada.load_state_dict(state["ada"])

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .augment import ADAPTIVE
+
 __all__ = ["Exchange", "LostRankError", "World", "join", "leave"]
 
 # Why a run ends; where ranks differ, the later one here is what they all take.
@@ -65,6 +67,14 @@ class World:
             raise ValueError(
                 f"training: batch_size, the images of all ranks together, must be a multiple of the {self.size} ranks, "
                 f"got {batch}"
+            )
+
+    def check_augment(self, policy: str | None) -> None:
+        """Raise ValueError for an augmentation that ranks would not share."""
+        if policy == ADAPTIVE and self.size > 1:
+            raise ValueError(
+                f"training: augment must not be {ADAPTIVE} on {self.size} ranks, which would each follow their own "
+                "images; take colour,translation,cutout"
             )
 
     def agree(self, reason: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastgan import models
 from fastgan.functional.losses import KINDS as LOSSES
+from fastgan.functional.losses import RELATIVE
 
 from .augment import policy_of
 
@@ -89,8 +90,18 @@ class Recipe:
     grad_clip: float | None = None
     #: the discriminator's target of real images is 1 less this (bce, minimax, lsgan)
     label_smoothing: float = 0.0
+    #: its target of generated images (bce, minimax, lsgan): smoothing on both sides (Salimans et al. 2016,
+    #: arXiv:1606.03498)
+    fake_smoothing: float = 0.0
+    #: the generator comes to learn from this share of a batch alone, its images that D takes for the realest; the share
+    #: falls to it by a hundredth an epoch (Sinha et al. 2020, arXiv:2002.06224)
+    top_k: float = 1.0
     #: what the discriminator sees of all images: some of colour,translation,cutout (Zhao et al. 2020, arXiv:2006.10738)
+    #: or ada, which follows how sure the discriminator is of real images (Karras et al. 2020, arXiv:2006.06676)
     augment: str | None = None
+    #: of ada: the mean sign of real logits that is held, and the images in which the probability may rise from 0 to 1
+    ada_target: float = 0.6
+    ada_images: float = 500_000.0
     #: deviation of noise on all that the discriminator sees, falling to 0 at half of the steps
     instance_noise: float = 0.0
     #: mirror images at random
@@ -156,7 +167,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
-        for name in ("ema_half_life", "grad_clip"):
+        for name in ("ema_half_life", "grad_clip", "ada_images"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"recipe: {name} must be none or finite and above 0, got {value}")
@@ -166,12 +177,18 @@ class Recipe:
             raise ValueError(f"recipe: ema must be none or in [0, 1), got {self.ema}")
         if self.ema is not None and self.ema_half_life is not None:
             raise ValueError("recipe: ema and ema_half_life are two ways to say one thing, set the other to none")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"recipe: label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.label_smoothing and self.loss not in SMOOTHED:
-            raise ValueError(f"recipe: label_smoothing goes with {', '.join(SMOOTHED)}, got {self.loss}")
+        for name in ("label_smoothing", "fake_smoothing"):
+            value = getattr(self, name)
+            if not 0 <= value < 0.5:
+                raise ValueError(f"recipe: {name} must be in [0, 0.5), got {value}")
+            if value and self.loss not in SMOOTHED:
+                raise ValueError(f"recipe: {name} goes with {', '.join(SMOOTHED)}, got {self.loss}")
+        if not 0 < self.top_k <= 1 or (self.top_k < 1 and self.loss in RELATIVE):
+            raise ValueError(f"recipe: top_k must be in (0, 1], and 1 with {', '.join(RELATIVE)}, got {self.top_k}")
         if self.augment is not None:
             policy_of(self.augment)
+        if not -1 < self.ada_target < 1:
+            raise ValueError(f"recipe: ada_target must be in (-1, 1), got {self.ada_target}")
 
     @property
     def averaged(self) -> bool:

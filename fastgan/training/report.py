@@ -141,6 +141,7 @@ def _charts(records: Sequence[Mapping[str, Any]], domain: Domain) -> Iterable[st
     yield chart("Health", watched)
     yield chart("Gradient norms", {"d_grad": "discriminator", "g_grad": "generator"})
     yield chart("Penalty", {"penalty": "penalty"})
+    yield chart("Augmentation", {"augment_p": "probability of each change"})
     yield f"<h2>Speed</h2>{curves({'images/s': _series(records[1:], 'images_per_second')})}"
 
 

@@ -9,7 +9,7 @@ from .augment import Augment
 from .recipes import Recipe
 from .step import GANStep
 
-__all__ = ["Schedules", "average_decay", "noise_at", "rate_at"]
+__all__ = ["Schedules", "average_decay", "noise_at", "rate_at", "share_at"]
 
 
 def rate_at(recipe: Recipe, step: int) -> float:
@@ -44,11 +44,20 @@ def noise_at(recipe: Recipe, step: int) -> float:
     return recipe.instance_noise * max(0.0, 1 - 2 * step / recipe.steps)
 
 
-class Schedules:
-    """Sets what follows the step; `slowed` is a factor of both rates on top, which a rollback lowers."""
+def share_at(recipe: Recipe, epoch: int) -> float:
+    """The share of a batch that the generator learns from in an epoch: 0.99 of the share before, down to `top_k`.
 
-    def __init__(self, recipe: Recipe, step: GANStep):
-        self._recipe, self._step, self.slowed = recipe, step, 1.0
+    In whole eighths, upwards: each share is a CUDA graph of its own, of which a step may have 32.
+    """
+    return math.ceil(8 * max(recipe.top_k, 0.99**epoch)) / 8 if recipe.top_k < 1 else 1.0
+
+
+class Schedules:
+    """Sets what follows the step on `count` images; `slowed` is a factor of both rates on top, which a rollback
+    lowers."""
+
+    def __init__(self, recipe: Recipe, step: GANStep, count: int):
+        self._recipe, self._step, self._count, self.slowed = recipe, step, count, 1.0
 
     def apply(self, step: int, images: int) -> None:
         """Before the update that follows `step` of them and `images` images."""
@@ -60,6 +69,7 @@ class Schedules:
                     group["lr"] = rate * factor
         if recipe.ema_half_life is not None and (decay := average_decay(recipe, images)) is not None:
             self._step.ema_decay = decay
+        self._step.top_k = share_at(recipe, images // self._count)
         augment = self._step.augment
         if isinstance(augment, Augment) and augment.noise is not None:
             augment.noise.fill_(noise_at(recipe, step))

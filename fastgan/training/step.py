@@ -8,6 +8,7 @@ no discriminator weight gradients; nothing is read back to the host, so metrics 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -122,8 +123,13 @@ class GANStep:
         ema: decay of an average of the generator (`step.ema`), or None.
         precision: "fp32", "bf16" or "fp16" (autocast; parameters, statistics and losses stay float32), or "auto": bf16
             where this machine is faster in it, fp32 elsewhere (`fastgan.training.precision`).
-        augment: callable on the discriminator's images, real and fake alike, differentiable.
-        label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan).
+        augment: callable on the discriminator's images, real and fake alike, differentiable. Where it has a method
+            `observe`, that is given D's logits of each batch of real images, and returns 0-dim tensors for the metrics;
+            its `state_dict` is kept in the step's.
+        label_smoothing: the target of real logits is 1 - label_smoothing (bce, minimax, lsgan); a pair (s, t) gives
+            fake logits the target t too.
+        top_k: the generator learns from this share of a batch alone, the images with the greatest logits (Sinha et al.
+            2020, arXiv:2002.06224); it may be set between two steps. With losses that pair no logits.
         grad_clip: largest norm of each network's gradient, or ("norm", x) or ("value", x); fp16 gradients are unscaled
             first.
         weight_clip: D's parameters are kept within [-weight_clip, weight_clip] after its update (WGAN).
@@ -141,6 +147,8 @@ class GANStep:
         RuntimeError: capture="on" where it is impossible.
     """
 
+    augment: Any
+
     def __init__(
         self,
         generator: nn.Module,
@@ -157,7 +165,8 @@ class GANStep:
         ema: float | None = None,
         precision: str = "fp32",
         augment: Callable[[Tensor], Tensor] | None = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: float | tuple[float, float] = 0.0,
+        top_k: float = 1.0,
         grad_clip: float | tuple[str, float] | None = None,
         weight_clip: float | None = None,
         accumulate: int = 1,
@@ -174,13 +183,13 @@ class GANStep:
         if min(d_steps, penalty_every, accumulate) < 1:
             counts = f"{d_steps}, {penalty_every} and {accumulate}"
             raise ValueError(f"GANStep: d_steps, penalty_every and accumulate must be >= 1, got {counts}")
-        _check_updates(weight_clip, accumulate, loss, penalty, (g_optimizer, d_optimizer))
+        _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
         self.generator, self.discriminator = generator, as_one(discriminator)
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
-        self.extra_d_loss, self.extra_g_loss = extra_d_loss, extra_g_loss
+        self.extra_d_loss, self.extra_g_loss, self.top_k = extra_d_loss, extra_g_loss, top_k
         default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
         self.penalty_weight = default if penalty_weight is None else penalty_weight
         self._average = None if ema is None else EMA(generator, ema)
@@ -280,6 +289,8 @@ class GANStep:
         metrics = {"d_loss": loss.detach()}
         names = ("logit_real", "logit_fake", "d_real", "d_fake")
         metrics |= dict(zip(names, statistics.unbind()[:4], strict=True))
+        if hasattr(self.augment, "observe"):
+            metrics |= self.augment.observe(_logits(on_real))
         if due:
             value = merged[2] if merged else self._penalise(real, fake, labels)
             metrics["penalty"] = value.detach()
@@ -355,7 +366,8 @@ class GANStep:
                     on_real = _call(self.discriminator, real, labels)
             on_fake = _call(self.discriminator, fake, labels)
             logits_real = _logits(on_real) if self.loss in RELATIVE else None
-            loss = functional.gan_loss(_logits(on_fake), logits_real, kind=self.loss, side="g")
+            best = _logits(on_fake) if self.top_k == 1 else _best(_logits(on_fake), self.top_k)
+            loss = functional.gan_loss(best, logits_real, kind=self.loss, side="g")
             metrics = {"g_loss": loss.detach()}
             if self.extra_g_loss is not None:
                 extra = scalar("extra_g_loss", self.extra_g_loss(Outputs(real, fake, on_real, on_fake, labels, z)))
@@ -455,10 +467,10 @@ class GANStep:
 
     def settings(self) -> tuple:
         """What a user may change between two steps: a captured step must not outlive a change."""
-        losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.d_steps, self.label_smoothing
+        losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.label_smoothing, self.top_k
         inputs = self.augment, self.latent, self.precision, self.rng
         updates = self.grad_clip, self.weight_clip, self.accumulate, self.extra_d_loss, self.extra_g_loss
-        return *losses, *updates, *inputs, self._average and self._average.decay
+        return *losses, self.d_steps, *updates, *inputs, self._average and self._average.decay
 
     def uncapturable(self) -> str:
         """Why the step as it is now cannot be captured, or ""."""
@@ -499,12 +511,15 @@ class GANStep:
             "ema": None if self._average is None else self._average.module.state_dict(),
             "g_scaler": self._g_scaler.state_dict(),
             "d_scaler": self._d_scaler.state_dict(),
+            "augment": self.augment.state_dict() if hasattr(self.augment, "state_dict") else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.d_updates = state["d_updates"]
         if self._average is not None and state["ema"] is not None:
             self._average.module.load_state_dict(state["ema"])
+        if state.get("augment") and hasattr(self.augment, "load_state_dict"):
+            self.augment.load_state_dict(state["augment"])
         if self.precision == "fp16":
             self._g_scaler.load_state_dict(state["g_scaler"])
             self._d_scaler.load_state_dict(state["d_scaler"])
@@ -530,9 +545,16 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _check_updates(
-    weight_clip: float | None, accumulate: int, loss: str, penalty: str | None, optimizers: Sequence[Any]
+    weight_clip: float | None,
+    accumulate: int,
+    top_k: float,
+    loss: str,
+    penalty: str | None,
+    optimizers: Sequence[Any],
 ) -> None:
     """ValueError for updates that cannot be meant."""
+    if not 0 < top_k <= 1 or (top_k < 1 and loss in RELATIVE):
+        raise ValueError(f"GANStep: top_k must be in (0, 1], and 1 with {', '.join(RELATIVE)}, got {top_k}")
     if accumulate > 1 and (loss == "relativistic-average" or penalty == "dragan"):
         over_batch = loss if loss == "relativistic-average" else penalty
         raise ValueError(f"GANStep: accumulate must be 1 with {over_batch}, a mean over the batch, got {accumulate}")
@@ -557,6 +579,15 @@ def _logits(output: Any) -> Tensor | list[Tensor]:
     """A discriminator's logits in float32 or better: one tensor, or one a scale."""
     found = [t if t.dtype == torch.float64 else t.float() for t in logits_of(output)]
     return found[0] if len(found) == 1 else found
+
+
+def _best(logits: Tensor | list[Tensor], share: float) -> Tensor | list[Tensor]:
+    """The logits of the images that D takes for the realest: of several scales by the sum of their means."""
+    scales = logits if isinstance(logits, list) else [logits]
+    score = torch.stack([scale.detach().reshape(len(scale), -1).mean(1) for scale in scales]).sum(0)
+    kept = score.topk(math.ceil(share * len(score)), sorted=False).indices
+    found = [scale[kept] for scale in scales]
+    return found if isinstance(logits, list) else found[0]
 
 
 @contextlib.contextmanager

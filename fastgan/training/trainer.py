@@ -137,11 +137,12 @@ class Trainer:
     def _build(self, networks: tuple[nn.Module, nn.Module] | None) -> None:
         recipe, domain = self.recipe, self.domain
         self.world.check_batch(recipe.batch_size)
+        self.world.check_augment(recipe.augment)
         self.guard = Guard(recipe.loss, math.prod(domain.shape), average_decay(recipe, 0), flat=domain.flat)
         made = assemble(recipe, self.device, networks, domain=domain)
         self.generator, self.discriminator, self.train_step = made
-        self.schedules = Schedules(recipe, self.train_step)
         self.samples, held = domain.hold_out(self.images, recipe.held_out)
+        self.schedules = Schedules(recipe, self.train_step, len(self.samples))
         # Data order, latents and fixed noise have generators or seeds of their own: none shifts another.
         self.batches = domain.batches(self.samples, part=(self.world.rank, self.world.size))
         self.noise, self.sample_labels, self.columns = domain.given(self.samples)
