@@ -490,3 +490,21 @@ def test_a_trace_is_paid_from_the_account_of_races():
     spent = account.spent
     model(*arguments)
     assert account.spent == spent
+
+
+def test_what_a_call_spends_beside_its_graph_is_measured_before_the_race(monkeypatch):
+    """The clock passes 1 s at each look: every call spends some beside its graph, and the race gets to know it."""
+    looks = iter(range(10_000))
+    monkeypatch.setattr(STATE, "account", Account(lambda: float(next(looks)), 1e9))
+    told = []
+    monkeypatch.setattr(graphs.Contest, "__call__", lambda race, arguments: (told.append(race.overhead), "ours")[1])
+    _, ours, x = pair()
+    with torch.no_grad():
+        for _ in range(6):
+            ours(x)
+    assert told == [None, None, None, None, 2.0, 2.0]  # traced, learned to be traced, measured twice
+    _, named, _ = pair()
+    named = torch.compile(fastgan.revert(named), backend="fastgan")
+    with torch.no_grad():
+        named(x)
+    assert told[-1] == 0.0  # every way goes through Dynamo

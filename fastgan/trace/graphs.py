@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastgan.choice import Contest, forced
+from fastgan.choice import STATE, Contest, forced
 from fastgan.trace.layout import in_channels_last
 from fastgan.trace.rewrite import Group, attention, rewritten
 
@@ -19,9 +19,10 @@ from fastgan.trace.rewrite import Group, attention, rewritten
 TRANSPARENT = ("tag_activation_checkpoint", "wrap")
 
 
-# Seconds that a traced call spends beside its graph: Dynamo's guards and the way to them, 30 to 59 us measured on the
-# networks of tests/handwritten.py. A part that is left to PyTorch does not pay them (`fastgan.trace.part`).
-GUARDS = 45e-6
+# Calls whose time beside their graphs is measured; the least counts. Dynamo's guards and the way to them take 25 to 40
+# us in a loop of nothing else, and 90 to 170 us between the kernels of a training step (networks of
+# tests/handwritten.py, 2 cores of AMD EPYC Zen 5).
+MEASURED = 2
 
 
 @dataclass
@@ -36,18 +37,34 @@ class Graph:
     contests: dict[tuple, Contest] = field(default_factory=dict)  # those not settled yet
     calls: int = 0
     last: str = ""  # the way of the last call, "" where it is not settled
+    # Seconds that a call spends beside its graph, which one that is left to PyTorch saves (`fastgan.trace.part`); None:
+    # not measured yet. Under torch.compile every way spends them.
+    overhead: float | None = 0.0
+    inside: float = 0.0  # seconds that all calls have spent in their ways
+    beside: list[float] = field(default_factory=list)  # seconds of calls, without those
 
     def __call__(self, *arguments: Any) -> Any:
         case = (forced(), *(arguments[i] for i in self.sizes))
         self.calls += 1
         self.last = self.chosen.get(case, "")
-        return self.ways[self.last or self._choose(case, arguments)](*arguments)
+        run = self.ways[self.last or self._choose(case, arguments)]
+        begin = STATE.account.clock()
+        found = run(*arguments)
+        self.inside += STATE.account.clock() - begin
+        return found
+
+    def measure(self, beside: float) -> None:
+        """What a call has spent beside this graph; the race waits for MEASURED of them."""
+        if self.overhead is None:
+            self.beside.append(beside)
+            self.overhead = min(self.beside) if len(self.beside) >= MEASURED else None
 
     def _choose(self, case: tuple, arguments: tuple) -> str:
         """The way for now; it is kept once the race is settled."""
         contest = self.contests.get(case)
         if contest is None:
-            contest = self.contests[case] = Contest(self._key(case, arguments), self.ways, overhead=GUARDS)
+            contest = self.contests[case] = Contest(self._key(case, arguments), self.ways)
+        contest.overhead = self.overhead
         way = contest(arguments)
         if contest.settled:
             self.chosen[case] = self.last = way

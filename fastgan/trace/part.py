@@ -95,13 +95,19 @@ class Part(Forward):
             return self.plain(*args, **kwargs)
         compiled = self._compiled or self._compile()
         graphs, before = len(self.graphs), [graph.calls for graph in self.graphs]
+        inside = sum(graph.inside for graph in self.graphs)
         account = STATE.account
-        begin, paid = account.clock(), account.spent
         with torch.compiler.set_stance("eager_on_recompile") if known else _tracing():
+            begin, paid = account.clock(), account.spent
             found = compiled(*args, **kwargs)
-        if len(self.graphs) != graphs:  # the call's own run is a small part of what it took
-            account.charge(account.clock() - begin - (account.spent - paid))
+            took = account.clock() - begin - (account.spent - paid)
         ran = [graph for graph, calls in zip(self.graphs, before, strict=False) if graph.calls != calls]
+        if len(self.graphs) != graphs:  # the call's own run is a small part of what it took
+            account.charge(took)
+        elif known and not all(graph.last for graph in ran):
+            inside = sum(graph.inside for graph in self.graphs) - inside
+            for graph in ran:
+                graph.measure((took - inside) / len(ran))
         self._learn(kind, known, ran, traced=len(self.graphs) != graphs)
         return found
 
@@ -118,12 +124,13 @@ class Part(Forward):
     def _learn(self, kind: tuple, known: int | None, ran: list[Graph], traced: bool) -> None:
         """What the next call of this kind needs: Dynamo and a look whether it traces, Dynamo alone, or neither.
 
-        Tracing needs `_settings`, which take 20 us. A call that has traced nothing before runs under a stance of 5 us
-        that leaves what no trace fits to PyTorch; such a call shows by the graphs that it did not run through.
+        Tracing needs `_settings`, which cost a call 40 us and more. A call that has traced nothing before runs under a
+        stance of 5 us that leaves what no trace fits to PyTorch; such a call shows by the graphs that it did not run
+        through.
         """
         if known and len(ran) != known:
             del self._known[kind]
-        elif not known and not traced and all(graph.last for graph in ran):
+        elif not traced:
             if len(self._known) >= VARIANTS * VARIANTS:
                 self._known.clear()
             self._known[kind] = 0 if all(graph.last == "plain" for graph in ran) else len(ran)
@@ -170,6 +177,7 @@ class Part(Forward):
         graph = traced(module, example_inputs, self.left)
         if graph is None:
             return module.forward
+        graph.overhead = None
         self.graphs.append(graph)
         return graph
 
