@@ -19,11 +19,11 @@ import fastgan
 from fastgan._writing import WriteError
 from fastgan.training.progress import silence
 
-from . import bench, data, doctor, evaluate, export, interpolate, profile, report, sample, train, watch
+from . import bench, data, doctor, evaluate, export, interpolate, profile, report, sample, train, translate, watch
 
 __all__ = ["main"]
 
-_COMMANDS = (train, sample, interpolate, evaluate, report, watch, bench, profile, export, data, doctor)
+_COMMANDS = (train, sample, translate, interpolate, evaluate, report, watch, bench, profile, export, data, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

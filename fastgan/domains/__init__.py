@@ -10,10 +10,11 @@ from fastgan.training.recipes import Recipe
 
 from .domain import Domain, Given, Looks, Stream
 from .images import Images
+from .pairs import Pairs
 
-__all__ = ["Domain", "Given", "Images", "Looks", "Stream", "domain_of", "domains", "register"]
+__all__ = ["Domain", "Given", "Images", "Looks", "Pairs", "Stream", "domain_of", "domains", "register"]
 
-_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images,)}
+_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs)}
 
 
 def domains() -> dict[str, type[Domain]]:

@@ -32,6 +32,7 @@ from .dcgan import (
 )
 from .mlp import MLPDiscriminator, MLPGenerator
 from .mlp import build as build_mlp
+from .pix2pix import PatchGAN, UNet, build_pix2pix
 from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
 from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerator, build_sngan
 
@@ -48,12 +49,14 @@ __all__ = [
     "MLPDiscriminator",
     "MLPGenerator",
     "MinibatchDeviation",
+    "PatchGAN",
     "Preset",
     "ProjectionDiscriminator",
     "R3GANDiscriminator",
     "R3GANGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "UNet",
     "build",
     "options",
     "presets",
@@ -86,6 +89,7 @@ _PRESETS = {
         Preset("dcgan-64", build_dcgan, "pytorch/examples dcgan, after Radford et al. 2016 (arXiv:1511.06434)"),
         Preset("fastgan", build_by_size, "the networks of dcgan-64, their width by image size, no norm in D"),
         Preset("sngan-32", build_sngan, "Miyato et al. 2018 (arXiv:1802.05957), table 4"),
+        Preset("pix2pix", build_pix2pix, "Isola et al. 2017 (arXiv:1611.07004), U-Net and PatchGAN by image size"),
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
     )
 }

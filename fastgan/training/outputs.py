@@ -23,7 +23,8 @@ class Outputs:
 
     real, fake: [N, *] images as the discriminator saw them, augmented; in the generator's update gradients flow through
     fake. d_real, d_fake: the discriminator's whole outputs on them, features included; in the generator's update d_real
-    is without gradients. labels: [N] or None. z: the latents, a tuple where the generator takes several.
+    is without gradients, and None where the extra loss does not read it. labels: [N] or None. z: the latents, a tuple
+    where the generator takes several.
     """
 
     real: Tensor

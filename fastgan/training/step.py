@@ -135,7 +135,8 @@ class GANStep:
         weight_clip: D's parameters are kept within [-weight_clip, weight_clip] after its update (WGAN).
         accumulate: each update sums the gradients of so many equal parts of the batch, which equals the whole batch
             where no statistics are taken over it. The generator runs once more on each part.
-        extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`).
+        extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`). An
+            extra_g_loss with the attribute reads_d_real = False spares the discriminator's pass over real images.
         capture: "auto" replays CUDA graphs on a GPU (`fastgan.training.capture`) and runs eagerly where that is
             impossible, with one line that says why; "on" raises there; "off" runs eagerly. A model whose Python code
             does something else at each step (beyond what its first three steps show) must be run with "off".
@@ -360,7 +361,8 @@ class GANStep:
         with self._autocast():
             fake = self._augmented(_call(self.generator, z, labels) if fake is None else fake)
             on_real = None
-            if self.loss in RELATIVE or self.extra_g_loss is not None:
+            extra = self.extra_g_loss
+            if self.loss in RELATIVE or (extra is not None and getattr(extra, "reads_d_real", True)):
                 with torch.no_grad():
                     real = self._augmented(real)
                     on_real = _call(self.discriminator, real, labels)
@@ -369,10 +371,10 @@ class GANStep:
             best = _logits(on_fake) if self.top_k == 1 else _best(_logits(on_fake), self.top_k)
             loss = functional.gan_loss(best, logits_real, kind=self.loss, side="g")
             metrics = {"g_loss": loss.detach()}
-            if self.extra_g_loss is not None:
-                extra = scalar("extra_g_loss", self.extra_g_loss(Outputs(real, fake, on_real, on_fake, labels, z)))
-                metrics["extra_g_loss"] = extra.detach()
-                loss = loss + extra
+            if extra is not None:
+                value = scalar("extra_g_loss", extra(Outputs(real, fake, on_real, on_fake, labels, z)))
+                metrics["extra_g_loss"] = value.detach()
+                loss = loss + value
         return loss, metrics
 
     def _parts(self, *batches: Any) -> Iterator[tuple[Any, ...]]:
