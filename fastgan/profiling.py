@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgan._op import around
 from fastgan._writing import atomic_path
 from fastgan.choice import Routine, cost_of
+from fastgan.domains import domain_of
 from fastgan.training.assembly import assemble
 from fastgan.training.precision import resolve
 from fastgan.training.recipes import Recipe
@@ -125,7 +125,7 @@ def profile(
         recipe: what to train.
         device: where.
         steps: of each of the two runs, after three to warm up.
-        images: an image set (`fastgan.data.load`), or None for random images.
+        images: the recipe's samples (`fastgan.data.load`), or None for random ones.
         trace: file to write a Chrome trace to.
         limits: what `ceilings` returned, measured anew where None.
 
@@ -136,7 +136,7 @@ def profile(
     """
     place = torch.device(device)
     recipe = recipe.replace(precision=resolve(recipe.precision, place).name)
-    following = _batches(recipe, place, images)
+    following = _inputs(recipe, place, images)
     _, _, step = assemble(recipe, place)
     timed = _timed(step, following, steps, place)
     how = step.explain().partition("\n")[0]
@@ -170,7 +170,7 @@ def profile(
     return found | (_on_gpu(events) if place.type == "cuda" else {})
 
 
-def _profiled(step: GANStep, following: Callable[[], list[Tensor]], steps: int, place: torch.device) -> tuple:
+def _profiled(step: GANStep, following: Callable[[], tuple[Any, Any, Any]], steps: int, place: torch.device) -> tuple:
     """(the profiler, what `op_ranges` counted, milliseconds in all) of `steps` steps."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if place.type == "cuda":
@@ -180,31 +180,29 @@ def _profiled(step: GANStep, following: Callable[[], list[Tensor]], steps: int, 
         for _ in range(steps):
             with torch.profiler.record_function("data"):
                 batch = following()
-            step(batch)
+            step(*batch)
         _wait(place)
         wall = (time.perf_counter() - begin) * 1e3
     return profiler, counts, wall
 
 
-def _batches(recipe: Recipe, device: torch.device, images: Any) -> Callable[[], list[Tensor]]:
-    """A function that gives the next step's images."""
+def _inputs(recipe: Recipe, device: torch.device, images: Any) -> Callable[[], tuple[Any, Any, Any]]:
+    """A function that gives what the next step is called with."""
     if recipe.conditional:
         raise ValueError(f"profile: the recipe must be unconditional, {recipe.name} takes labels")
+    domain = domain_of(recipe)
     if images is None:
-        size = (recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size)
-        noise = (torch.rand(size) * 2 - 1).to(device, memory_format=torch.channels_last)
-        return lambda: [noise] * recipe.d_steps
-    batches = images.batches(
-        recipe.batch_size, generator=torch.Generator().manual_seed(recipe.seed), flip=recipe.flip, channels_last=True
-    )
-    return lambda: [next(batches)[0] for _ in range(recipe.d_steps)]
+        drawn = [domain.probe(device)] * recipe.d_steps
+        return lambda: domain.inputs(drawn)
+    batches = domain.batches(images)
+    return lambda: domain.inputs([next(batches) for _ in range(recipe.d_steps)])
 
 
-def _timed(step: Any, following: Callable[[], list[Tensor]], steps: int, device: torch.device) -> float:
+def _timed(step: Any, following: Callable[[], tuple[Any, Any, Any]], steps: int, device: torch.device) -> float:
     """Median seconds a step, the data included."""
     for _ in range(WARM_UP * 2 if device.type == "cuda" else WARM_UP):  # on a GPU the capture is among them
-        step(following())
-    return statistics.median(_seconds(lambda: step(following()), device) for _ in range(steps))
+        step(*following())
+    return statistics.median(_seconds(lambda: step(*following()), device) for _ in range(steps))
 
 
 def _rows(events: list[Any], counts: Counts, limits: dict[str, Any], *, on_gpu: bool) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Image to image with pairs: their data, pix2pix against a step written out, its run, `fastgan translate`."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -197,6 +198,12 @@ def test_a_run_from_a_folder_to_translations(folders, tmp_path, capsys):
     parts.fit()
     assert all(torch.equal(a, b) for a, b in zip(whole, parts.generator.parameters(), strict=True))
     capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n"] == 2 and found["scores"]["l1"] == pytest.approx(records[-1]["l1"], rel=1e-3)
+    assert main(["train", "--recipe=pix2pix", "--dry-run", "--set=image_size=16", "--set=batch_size=2"]) == 0
+    assert main(["profile", "--recipe=pix2pix", "--steps=1", "--set=image_size=16", "--set=batch_size=2"]) == 0
+    capsys.readouterr()
     assert main(["translate", "--run", str(run), "--input", str(folders / "a"), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "8 pictures" in shown.out and "1 file left out" in shown.out and "torn.png: " in shown.err
@@ -221,8 +228,9 @@ def test_bad_translations_are_one_sentence(folders, tmp_path, capsys):
         assert main(["translate", *words]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    assert main(["sample", run, "--out", str(tmp_path / "x.png")]) == 2
-    assert "use fastgan translate" in capsys.readouterr().err
+    for words in (["sample", "x.png"], ["interpolate", "x.gif"], ["export", "x.pt2", "--format=pt2"]):
+        assert main([words[0], run, "--out", str(tmp_path / words[1]), *words[2:]]) == 2
+        assert "use fastgan translate" in capsys.readouterr().err
     with pytest.raises(ValueError, match="augment and instance_noise must be left out"):
         domain_of(recipe.replace(augment="colour"))
     with pytest.raises(ValueError, match="pairs must be a PairSet"):

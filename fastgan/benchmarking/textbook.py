@@ -7,15 +7,17 @@ where the recipe has nothing more, with the penalty, critic steps and averaged g
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan.domains import domain_of
 from fastgan.ops.gan_loss import formula
 from fastgan.training.ema import EMA
+from fastgan.training.outputs import Outputs
 from fastgan.training.recipes import Recipe
 from fastgan.training.schedules import average_decay
 from fastgan.training.step import PENALTY_WEIGHTS, PRECISIONS
@@ -105,9 +107,10 @@ def textbook_step(
     d_adam: torch.optim.Optimizer,
     *,
     compile: bool = False,
-) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The loop body of a recipe: a batch of real images -> losses by name. Losses and penalties are float32.
+) -> Callable[..., dict[str, Tensor]]:
+    """The loop body of a recipe: what `fastgan.GANStep` is called with -> losses by name. They are float32.
 
+    real, labels and z are sequences of d_steps; labels are what both networks are told, z None: drawn.
     compile: the networks' forward passes, with their backward, are torch.compile's; a penalty's double backward is not.
     """
     device, dtype = next(g.parameters()).device, PRECISIONS[recipe.precision]
@@ -121,32 +124,37 @@ def textbook_step(
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
-    def logits(images: Tensor) -> Tensor:
+    extra = domain_of(recipe).step(g, d).get("extra_g_loss")
+
+    def logits(images: Tensor, told: tuple[Tensor, ...]) -> Tensor:
         with autocast():
-            out: Tensor = d_forward(images)
+            out: Tensor = d_forward(images, *told)
         return out.float()
 
-    def generated(n: int) -> Tensor:
+    def generated(n: int, z: tuple[Tensor, ...] | None, told: tuple[Tensor, ...]) -> Tensor:
+        z = (torch.randn(n, recipe.latent, device=device),) if z is None else z
         with autocast():
-            images: Tensor = g_forward(torch.randn(n, recipe.latent, device=device))
+            images: Tensor = g_forward(*z, *told)
         return images
 
     def backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
         scaler.scale(loss).backward()
         return loss.detach()
 
-    def update_d(real: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def update_d(
+        real: Tensor, told: tuple[Tensor, ...], z: tuple[Tensor, ...] | None, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update; the fake images carry their graph where G's update follows."""
         d_adam.zero_grad()
         terms = TERMS.get(recipe.loss)
-        loss = backward(terms[0](logits(real)).mean(), d_scaler) if terms else torch.zeros((), device=device)
+        loss = backward(terms[0](logits(real, told)).mean(), d_scaler) if terms else torch.zeros((), device=device)
         with torch.set_grad_enabled(last):
-            fake = generated(len(real))
+            fake = generated(len(real), z, told)
         if terms:
-            loss = loss + backward(terms[1](logits(fake.detach())).mean(), d_scaler)
+            loss = loss + backward(terms[1](logits(fake.detach(), told)).mean(), d_scaler)
         else:
-            on_real = logits(real)
-            loss = backward(formula(logits(fake.detach()), on_real, recipe.loss, "d", 0.0), d_scaler)
+            on_real = logits(real, told)
+            loss = backward(formula(logits(fake.detach(), told), on_real, recipe.loss, "d", 0.0), d_scaler)
         metrics = {"d_loss": loss}
         if recipe.penalty and next(updates) % every == 0:
             noise = penalty_noise(recipe.penalty, real)
@@ -157,15 +165,21 @@ def textbook_step(
         d_scaler.update()
         return fake, metrics
 
-    def step(real: Tensor) -> dict[str, Tensor]:
+    def step(real: Sequence[Tensor], labels: Sequence[Tensor] | None = None, z: Any = None) -> dict[str, Tensor]:
         for i in range(recipe.d_steps):
-            fake, metrics = update_d(real, last=i == recipe.d_steps - 1)
+            told, given = () if labels is None else (labels[i],), None if z is None else z[i]
+            fake, metrics = update_d(real[i], told, given, last=i == recipe.d_steps - 1)
         g_adam.zero_grad()
         on_real = None
         if recipe.loss == "relativistic":
             with torch.no_grad():
-                on_real = logits(real)
-        metrics["g_loss"] = backward(formula(logits(fake), on_real, recipe.loss, "g", 0.0), g_scaler)
+                on_real = logits(real[-1], told)
+        on_fake = logits(fake, told)
+        loss = formula(on_fake, on_real, recipe.loss, "g", 0.0)
+        metrics["g_loss"] = loss.detach()
+        if extra is not None:
+            loss = loss + extra(Outputs(real[-1], fake, on_real, on_fake, told[0] if told else None, z))
+        backward(loss, g_scaler)
         g_scaler.step(g_adam)
         g_scaler.update()
         if average is not None:

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map_only
 
 import fastgan
 from fastgan import functional
 from fastgan.benchmarking import textbook
 from fastgan.benchmarking.comparison import Case, Runner, checked, measure
 from fastgan.benchmarking.textbook import ACTIVATIONS, SCALE, SLOPE
+from fastgan.domains import domain_of
 from fastgan.training.assembly import assemble
 from fastgan.training.recipes import Recipe
 from fastgan.training.sampling import build_models, latents
@@ -111,17 +113,18 @@ def compare(
 
 
 def step(recipe: Recipe, device: torch.device) -> Workload:
-    """A whole step of a recipe on random images: GANStep as ``fastgan train`` runs it, and the textbook's.
+    """A whole step of a recipe on random samples: GANStep as ``fastgan train`` runs it, and the textbook's.
 
     The answer is a first step at learning rate 0: its losses, and its gradients, which are in Adam's first moments.
     """
-    networks, images = build_models(recipe), _images(recipe)
+    networks, domain = build_models(recipe), domain_of(recipe)
+    inputs = domain.inputs([domain.probe("cpu")] * recipe.d_steps)
 
     def build(row: Row) -> Any:
         one: Any
         mine = recipe.replace(precision=row.precision)
         g, d = (row.place(m, device) for m in networks)
-        real = row.place(images, device)
+        given = tree_map_only(Tensor, lambda x: row.place(x, device) if x.dim() == 4 else x.to(device), inputs)
         if row.ours:
             one = assemble(mine, device, networks=(g, d))[2]
             adams = [one.g_optimizer, one.d_optimizer]
@@ -136,12 +139,12 @@ def step(recipe: Recipe, device: torch.device) -> Workload:
         def answer() -> dict[str, Tensor]:
             with _still((g, d), adams):
                 torch.manual_seed(SEED)
-                found = one(real)
+                found = one(*given)
             losses = [found[name].float() for name in ("d_loss", "g_loss", "penalty") if name in found]
             gradients = {f"{name}'s gradient": _moments(adam) for name, adam in zip("GD", adams, strict=True)}
             return {"the losses": torch.stack(losses), **gradients}
 
-        return lambda: one(real), answer
+        return lambda: one(*given), answer
 
     # PyTorch's own bf16 is 0.15 off in G's gradient of DCGAN-64; one turned ReLU of a tiny network gave 4e-3 in float32
     return Workload(Case("step", recipe.name, _sizes(recipe)), build, (2e-2, 0.3))
@@ -186,6 +189,7 @@ def penalty(recipe: Recipe, device: torch.device) -> Workload:
 
 def sample(recipe: Recipe, device: torch.device) -> Workload:
     """Generation in eval mode, latents to images."""
+    domain_of(recipe).require_latents("bench: sample")
     generator, _ = build_models(recipe)
     with torch.no_grad():
         for _ in range(SETTLING):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import data
 from fastgan.choice import cache_dir
+from fastgan.domains import Images, domain_of
 from fastgan.metrics import Backbone, cached_features, compare, features, load_backbone, sliced_wasserstein
 from fastgan.metrics.backbones import BACKBONES
 from fastgan.training import sampling
@@ -49,7 +50,23 @@ def run(args: argparse.Namespace) -> int:
             f"evaluate: --weights goes with --backbone inception, got {args.backbone}; leave --weights out"
         )
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
+    found = _measured(args, generator, config)
+    print(json.dumps(found) if args.json else _text(found) if "features" in found else _scores(found))
+    return 0
+
+
+def _measured(args: argparse.Namespace, generator: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """All distances between pictures from latents and images; of any other domain what its judge scores."""
     recipe = config["recipe"]
+    domain = domain_of(Recipe.from_dict(recipe if args.data is None else {**recipe, "data": args.data}))
+    if not isinstance(domain, Images):
+        samples = domain.load(torch.device("cpu"))
+        judge = domain.judge(domain.hold_out(samples, domain.recipe.held_out)[1] or samples)
+        if judge is None:
+            raise ValueError(f"evaluate: {domain.name} must have a measure, they have none")
+        count = min(args.n, judge.available)
+        scores = judge.score(judge.make(generator, count), count)
+        return {"n": count, "by": judge.identity, "scores": scores}
     images = data.load(
         args.data or recipe["data"],
         image_size=recipe["image_size"],
@@ -62,14 +79,17 @@ def run(args: argparse.Namespace) -> int:
     backbone = load_backbone(args.backbone, weights=args.weights)
     z = sampling.latents(len(images), recipe["latent"], seed=args.seed)
     made = sampling.draw(generator, z, _labels(images, recipe))
-    found = {
+    return {
         "n": len(images),
         "generator": "averaged" if Recipe.from_dict(recipe).averaged else "as trained",
         **_by_features(images.images, made, backbone),
         **_by_pixels(images.images.float().div(127.5).sub(1), made, args.seed),
     }
-    print(json.dumps(found) if args.json else _text(found))
-    return 0
+
+
+def _scores(found: dict[str, Any]) -> str:
+    lines = [f"{found['n']} samples; {found['by']}", *(f"{k:9}    {v:.4f}" for k, v in found["scores"].items())]
+    return "\n".join(lines)
 
 
 def _labels(images: data.ImageSet, recipe: dict[str, Any]) -> Tensor | None:

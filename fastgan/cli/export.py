@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from fastgan._writing import target_of
+from fastgan.domains import domain_of
 from fastgan.training import sampling
+from fastgan.training.recipes import Recipe
 
 from .arguments import Commands
 
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     target_of(args.out)  # before minutes are spent on a file that could not be written
     generator, config = sampling.load_generator(args.run, best=args.best)
     recipe = config["recipe"]
+    domain_of(Recipe.from_dict(recipe)).require_latents("export")
     classes = recipe.get("classes", 0)
     facts = {name: recipe[name] for name in ("name", "model", "model_options", "image_size", "channels", "latent")}
     facts |= {"classes": config["classes"]} if classes else {}

@@ -18,9 +18,11 @@ from fastgan import data
 from fastgan._writing import atomic_file, atomic_path, target_of
 from fastgan.data.decode import decode, reason
 from fastgan.data.memory import require
+from fastgan.domains import domain_of
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
 from fastgan.training.latent import PICTURES, principal_directions, project
+from fastgan.training.recipes import Recipe
 
 from .arguments import Commands, positive_int, seed
 
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         _require_ffmpeg()
     frames = args.frames or (10 if kind == ".png" else 80)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
+    domain_of(Recipe.from_dict(config["recipe"])).require_latents("interpolate")
     numbers = args.walks * frames * config["recipe"]["latent"]
     require(4 * numbers, "cpu", f"interpolate: {args.walks:,} walks of {frames:,} frames")
     labels = _labels(args, config)

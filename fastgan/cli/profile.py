@@ -11,6 +11,7 @@ import torch
 
 import fastgan
 from fastgan._writing import target_of
+from fastgan.domains import domain_of
 from fastgan.training.assembly import resolve_device
 from fastgan.training.precision import NAMES
 from fastgan.training.recipes import recipes
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     images = None
     if args.data:
-        images = fastgan.data.load(recipe.data, image_size=recipe.image_size, channels=recipe.channels, device=device)
+        images = domain_of(recipe).load(device)
     with contextlib.ExitStack() as stack:
         if args.backend:
             stack.enter_context(fastgan.backend(args.backend))

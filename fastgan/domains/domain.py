@@ -187,6 +187,9 @@ class Domain:
         """At the end of a run: training samples to pictures/real.png, and a sentence for the report or ""."""
         return ""
 
+    def require_latents(self, command: str) -> None:
+        """ValueError, which begins with `command`, where the generator takes no latents [N, recipe.latent]."""
+
     # ---- fastgan sample -------------------------------------------------------------------------------------------
 
     def check_out(self, out: str) -> None:

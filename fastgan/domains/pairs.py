@@ -70,9 +70,13 @@ class Translating(Domain):
         """Of a source."""
         return int(self.option.get("source_channels") or self.recipe.channels)
 
+    def require_latents(self, command: str) -> None:
+        """There are none: raises ValueError."""
+        raise ValueError(f"{command}: {self.recipe.name} makes pictures from pictures, use fastgan translate --run DIR")
+
     def sample(self, generator: Any, config: Any, count: int, **options: Any) -> Any:
         """There is nothing to draw from: raises ValueError."""
-        raise ValueError(f"sample: {self.recipe.name} makes pictures from pictures, use fastgan translate --run DIR")
+        self.require_latents("sample")
 
     def translator(self, generator: nn.Module, direction: str | None) -> tuple[nn.Module, int]:
         """(a network that takes pictures of one side, their channels); direction: "ab", "ba" or None for the run's own.
