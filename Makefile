@@ -83,7 +83,7 @@ scaling: setup  ## the training step over batch size, image size and threads, 12
 quality: setup  ## five seeds in float32 PyTorch and in bf16 fastgan, about 12 minutes; a verdict and a picture
 	$(BIN)/python benchmarks/quality.py
 
-time-to-quality: setup  ## seconds until the same kernel distance, PyTorch and fastgan, three seeds, about 3 minutes; a picture
+time-to-quality: setup  ## seconds until the same kernel distance, PyTorch and fastgan, three seeds, about 4 minutes; a picture
 	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
 	$(BIN)/python benchmarks/time_to_quality.py --png docs/images/time-to-quality.png
 

@@ -285,36 +285,35 @@ def models_page(results: dict[str, Any]) -> list[str]:
     ]
 
 
-TIMES = ("seed", "PyTorch, s", "its steps", "fastgan, s", "its steps", "ratio")
-
-
 def times_page(results: dict[str, Any]) -> list[str]:
-    """`make time-to-quality`: seconds to the target, a row a seed."""
-    rows, shares = [], [run["share of evaluation"] for run in results["times"]]
-    by_seed: dict[int, dict[str, dict[str, Any]]] = {}
-    for run in results["times"]:
-        by_seed.setdefault(run["seed"], {})[run["arm"]] = run
-    for seed, arms in by_seed.items():
-        theirs, ours = (arms[name]["seconds to the target"] for name in ("PyTorch", "fastgan"))
-        said = [f"above {results['limit']:g}" if s is None else f"{s:.1f}" for s in (theirs, ours)]
-        ratio = f"{theirs / ours:.2f}" if theirs and ours else "-"
-        steps = [f"{arms[name]['steps']:,}" for name in ("PyTorch", "fastgan")]
-        rows.append((str(seed), said[0], steps[0], said[1], steps[1], ratio))
-    recipe = results["recipe"]
+    """`make time-to-quality`: seconds to the target, a row a seed, two columns an arm."""
+    runs, recipe = results["times"], results["recipe"]
+    arms, shares = list(dict.fromkeys(run["arm"] for run in runs)), [run["share of evaluation"] for run in runs]
+    arms.sort(key=lambda arm: (arm != "PyTorch", len(arm)))
+    rows = []
+    for seed in dict.fromkeys(run["seed"] for run in runs):
+        cells_of_seed: list[str] = [str(seed)]
+        for arm in arms:
+            run = next(run for run in runs if (run["seed"], run["arm"]) == (seed, arm))
+            seconds = run["seconds to the target"]
+            took = f"above {results['limit']:g}" if seconds is None else f"{seconds:.1f}"
+            cells_of_seed += [took, f"{run['steps']:,}"]
+        rows.append(tuple(cells_of_seed))
+    auto = f" `fastgan auto` chose {results['auto']}." if "auto" in results else ""
     return [
         f"Recipe dcgan-28 at width {recipe['model_options']['g_width']}, batch {recipe['batch_size']}, rates "
-        f"{recipe['g_lr']:g}, in float32 on the bundled Fashion-MNIST images. PyTorch runs channels_last with fused "
-        "Adam. Both arms begin with the same weights and see the same images; their noise differs, and with it the "
-        "number of steps that they need. Seconds of wall time from the built networks on: first steps, proofs, races "
-        f"and evaluations count ({100 * min(shares):.0f} to {100 * max(shares):.0f} % are evaluation).",
+        f"{recipe['g_lr']:g}, in float32 on the bundled Fashion-MNIST images.{auto} PyTorch runs channels_last with "
+        "fused Adam. All arms begin with the same weights and see the same images; their noise differs, and with it "
+        "the number of steps that they need. Seconds of wall time from the built networks on: first steps, proofs, "
+        f"races and evaluations count ({100 * min(shares):.0f} to {100 * max(shares):.0f} % are evaluation).",
         "",
         f"The target is a kernel distance of {results['target']:g} between {results['images_compared']} pictures of "
         f"the averaged generator and as many images, on features of the backbone `{results['backbone']}`. Two halves "
         f"of the images are {results['between_halves_of_the_images']:.4f} apart.",
         "",
-        *table(TIMES, rows),
+        *table(("seed", *(head for arm in arms for head in (f"{arm}, s", "steps"))), rows),
         "",
-        f"{results['verdict']}.",
+        f"{results['verdict'][0].upper()}{results['verdict'][1:]}.",
         "",
         "![Kernel distance over seconds, a line a run](../images/time-to-quality.png)",
         "",

@@ -78,6 +78,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="measure the generator so often")
     parser.add_argument("--target", metavar="BOUND", help="stop at a metric's bound: 'kcd<0.05', 'fcd<2'")
     parser.add_argument("--patience", type=positive_int, metavar="N", help="stop after N evaluations without a best")
+    parser.add_argument("--plateau", type=positive_int, metavar="N", help="stop after N evaluations without a change")
     parser.add_argument(
         "--on-collapse",
         choices=ACTIONS,
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         time_limit=args.time_limit,
         target=args.target,
         patience=args.patience,
+        plateau=args.plateau,
         on_collapse=args.on_collapse,
         tensorboard=args.tensorboard,
         quiet=args.quiet,

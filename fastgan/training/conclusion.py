@@ -19,7 +19,7 @@ __all__ = ["Result", "conclude"]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `reason`: "steps", "time", "target", "patience", "collapse" or
+    """How a run ended. `reason`: "steps", "time", "target", "patience", "plateau", "collapse" or
     "interrupted"."""
 
     out: Path
@@ -38,6 +38,9 @@ def conclude(run: Trainer, reason: str) -> Result:
         return Result(run.out, run.step, reason, run.seconds, dict(run.metrics), path)
     made = run.draw()
     words = run.stop.in_words(reason, run.evaluation)
+    if said := run.stop.explain(reason, run.evaluation):
+        run.notes.append(said)
+        run.progress.note(said)
     if run.evaluation.best is not None:
         run.notes.append(_evaluated(run))
         run.progress.note(run.notes[-1])

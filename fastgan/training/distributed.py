@@ -26,7 +26,7 @@ from .augment import ADAPTIVE
 __all__ = ["Exchange", "LostRankError", "World", "join", "leave"]
 
 # Why a run ends; where ranks differ, the later one here is what they all take.
-REASONS = ("", "steps", "time", "target", "patience", "collapse", "interrupted")
+REASONS = ("", "steps", "time", "target", "patience", "plateau", "collapse", "interrupted")
 # Between two ranks' seeds: 2^32 over the golden ratio. PyTorch's CPU generator keeps the low 32 bits of a seed alone.
 SEED_STRIDE = 0x9E3779B9
 

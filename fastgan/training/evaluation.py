@@ -143,6 +143,7 @@ class Evaluation:
         self.best: float | None = None  # of the judge's metric
         self.best_step = 0
         self.waited = 0  # evaluations since the best
+        self.recent: list[list[float]] = []  # the last ones' [score, D's accuracy], where a stop rule asks for them
         self.seconds = 0.0
 
     def __call__(self, generator: nn.Module, step: int, interval: float) -> dict[str, float]:
@@ -177,9 +178,10 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {name: getattr(self, name) for name in ("count", "best", "best_step", "waited")}
+        return {name: getattr(self, name) for name in ("count", "best", "best_step", "waited", "recent")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         for name in ("count", "best", "best_step", "waited"):
             setattr(self, name, state[name])
+        self.recent = state.get("recent", [])  # checkpoints of earlier versions have none

@@ -52,6 +52,7 @@ LOOKS = 2  # in a row
 # After their first 200 steps healthy small networks have up to 6; an LSGAN without norm had 36,000 as it broke, a
 # discriminator at a hundred times its rate 130.
 STEEP, CLIFF, USUAL = 15.0, 50.0, 20
+SETTLED = 4  # logged steps before which a mean says nothing: a run that logs every 250 steps has one by step 200
 BY_HEART = 0.5  # of the way from training images to generated ones is where held-out images are
 KEPT = ("_sure", "_grown", "_flat", "_varied", "_widest", "_best", "_narrow", "_known", "_steep", "healthy")
 
@@ -132,8 +133,9 @@ class Guard:
                 continue
             mean, count = self._norms.get(key, (norm, 0))
             ratio = norm / mean
-            worst, name = max((worst, name), (ratio, key))
-            if step <= STARTED or ratio <= STEEP:  # what explodes is no part of what is usual
+            if count >= SETTLED:
+                worst, name = max((worst, name), (ratio, key))
+            if step <= STARTED or count < SETTLED or ratio <= STEEP:  # what explodes is no part of what is usual
                 count = min(count + 1, USUAL)
                 self._norms[key] = mean + (norm - mean) / count, count
         self._steep = self._steep + 1 if step > STARTED and worst > STEEP else 0

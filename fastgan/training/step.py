@@ -222,8 +222,8 @@ class GANStep:
 
         Returns:
             0-dim tensors on the device: "d_loss" (without the penalty), "g_loss", "d_real" and "d_fake" (mean sigmoid
-            of the logits before D's update), "logit_real", "logit_fake", and "penalty" where it was computed. Reading
-            one with float() synchronises.
+            of the logits before D's update), "logit_real", "logit_fake", "right_real" and "right_fake" (the share of
+            logits above and below 0), and "penalty" where it was computed. Reading one with float() synchronises.
         """
         if self.d_steps == 1 and isinstance(z, tuple):
             z = [z]
@@ -288,8 +288,8 @@ class GANStep:
             label_smoothing=self.label_smoothing,
         )
         metrics = {"d_loss": loss.detach()}
-        names = ("logit_real", "logit_fake", "d_real", "d_fake")
-        metrics |= dict(zip(names, statistics.unbind()[:4], strict=True))
+        names = ("logit_real", "logit_fake", "d_real", "d_fake", "right_real", "right_fake")
+        metrics |= dict(zip(names, statistics.unbind(), strict=True))
         if hasattr(self.augment, "observe"):
             metrics |= self.augment.observe(_logits(on_real))
         if due:

@@ -57,6 +57,7 @@ class Trainer:
         `step` (generator updates done), `metrics` (floats, of the last logged step), `sampler` (the averaged
         generator if there is one), `generator`, `discriminator`, `images`, `device`, `recipe`, `out`.
     patience: the run ends after so many evaluations in a row without a better score.
+    plateau: it ends after so many in a row without a change, while the discriminator cannot tell real from generated.
     on_collapse: "warn", "rollback" (go back to the last good checkpoint, halve both rates, go on; at most three times)
         or "stop", where the guard sees one image for all, a loss of variety, gradients or numbers that explode.
     tensorboard: write event files to out/tensorboard too; ImportError where the package is absent.
@@ -85,6 +86,7 @@ class Trainer:
         time_limit: float | None = None,
         target: Callable[[Trainer], bool] | str | None = None,
         patience: int | None = None,
+        plateau: int | None = None,
         on_collapse: str = "warn",
         tensorboard: bool = False,
         quiet: bool = False,
@@ -102,16 +104,14 @@ class Trainer:
         self.recipe = self.recipe.replace(precision=self._precision.name)  # what config.json holds
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         measured, metrics = bool(self.recipe.eval_every), domain_of(self.recipe).metrics
-        rules: Any = dict(time_limit=time_limit, target=target, patience=patience)
-        self.stop = StopRules(**rules, measured=measured, metrics=metrics)
+        rules: Any = dict(time_limit=time_limit, target=target, patience=patience, plateau=plateau)
+        self.stop = StopRules(**rules, measured=measured, metrics=metrics, loss=self.recipe.loss)
         check_action(on_collapse, self.world.size)
-        self.on_collapse, self.rollbacks = on_collapse, 0
-        self._overwrite = overwrite
+        self.on_collapse, self.rollbacks, self._overwrite = on_collapse, 0, overwrite
         if saved and saved["models"] != "recipe" and not networks:
             raise ValueError(f"resume: {resume} was trained with networks of its own, pass networks= again")
 
-        self.step = 0
-        self.images_seen = 0
+        self.step = self.images_seen = 0
         self.metrics: dict[str, float] = {}
         self.progress = progress_for(quiet=quiet or not self.world.first)
         self.notes: list[str] = []
