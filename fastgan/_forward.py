@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
-
 
 def is_exported() -> bool:
     """Whether torch.export or torch.jit.trace writes the model down: in torch's own ops, to run without fastgan."""
-    return torch._C._get_tracing_state() is not None or _is_exporting()
+    # The flag (torch 2.7) behind torch.compiler.is_exporting(), which torch.compile answers by True in torch 2.8.
+    return torch._C._get_tracing_state() is not None or getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 class Forward:
