@@ -6,6 +6,7 @@ import argparse
 import os
 import textwrap
 
+from fastgan.data import all_grey
 from fastgan.training.distributed import leave
 from fastgan.training.plan import chosen_batch, plan
 from fastgan.training.precision import NAMES
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     automatic = given.get("batch_size") == "auto"
     if automatic:
         del given["batch_size"]
-    recipe = _recipe(args).replace(**given).with_settings(args.settings)
+    recipe = _fitting(args, _recipe(args)).replace(**given).with_settings(args.settings)
     if automatic:
         if args.resume:
             raise ValueError("train: --batch-size auto is for a new run, a resumed one keeps its own")
@@ -132,6 +133,17 @@ def run(args: argparse.Namespace) -> int:
     ).fit()
     leave()
     return {"interrupted": 130, "collapse": 1}.get(result.reason, 0)
+
+
+def _fitting(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The default recipe with one channel where every image of --data is grey, and a line that says so."""
+    if args.recipe or args.resume or any(s.partition("=")[0].strip() == "channels" for s in args.settings):
+        return recipe
+    if not all_grey(args.data):
+        return recipe
+    if not args.quiet:
+        print(f"every image of {args.data} is grey: channels=1 (--set channels=3 for three)")
+    return recipe.replace(channels=1)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

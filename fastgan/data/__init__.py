@@ -5,7 +5,7 @@ from fastgan.data.catalogue import available
 from fastgan.data.fingerprint import fingerprint
 from fastgan.data.grid import make_grid, save_grid, to_uint8
 from fastgan.data.imageset import Batches, ImageSet, Samples
-from fastgan.data.inspection import Inspection, inspect
+from fastgan.data.inspection import Inspection, all_grey, inspect
 from fastgan.data.loading import absolute, load, prepare
 from fastgan.data.memory import require
 from fastgan.data.tensorset import TensorSet
@@ -17,6 +17,7 @@ __all__ = [
     "Samples",
     "TensorSet",
     "absolute",
+    "all_grey",
     "available",
     "fingerprint",
     "inspect",

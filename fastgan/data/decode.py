@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def workers() -> int:
     return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
-def in_order(function: Callable[[_A], _R], items: Iterable[_A]) -> Iterator[_R]:
+def in_order(function: Callable[[_A], _R], items: Iterable[_A]) -> Generator[_R, None, None]:
     """map(function, items) on a thread pool: results in the order of `items`, few of them in flight."""
     threads = workers()
     waiting: deque[Future[_R]] = deque()
@@ -256,7 +256,7 @@ def decode_all(
     image_size: int | None,
     channels: int | None,
     white: int | str = WHITE,
-) -> Iterator[Picture]:
+) -> Generator[Picture, None, None]:
     """Decode files on a thread pool, in order. `open_file(name)` gives a binary file and its size in bytes.
 
     Nothing is fatal: a file that cannot be read comes back as a Picture with its reason. To be called and

@@ -74,6 +74,24 @@ def inspect(source: Source, *, limit: int | None = None, progress: Progress | No
         return _inspect_array(opened)
 
 
+def all_grey(source: Source) -> bool:
+    """Whether every readable image is grey: red, green and blue agree in every pixel, whatever the file's mode.
+
+    Ends at the first image that is not, so it is quick on a set of colour images; on one of grey images it decodes all
+    of them once. False where no image is readable. Raises what `load` raises for a source that is none.
+    """
+    with closing(open_source(source)) as opened:
+        if not isinstance(opened, Files):
+            return arrays.channels_last(opened).shape[-1] == 1
+        found = False
+        with quiet_decoding(), closing(decode_all(opened.names, opened.open, FOLDER_SIZE, None)) as pictures:
+            for picture in pictures:
+                if picture.facts is not None and not picture.facts.grey:
+                    return False
+                found = found or picture.facts is not None
+        return found
+
+
 def _inspect_files(files: Files, wanted: Wanted) -> Inspection:
     names = [files.names[i] for i in wanted.numbers(len(files.names))]
     good: list[str] = []
