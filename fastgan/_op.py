@@ -78,14 +78,14 @@ class Op(Chosen):
         if _is_compiling():
             return self.overload(*args)
         needs_grad = False
-        traced = _dispatch_modes() > 0 or torch.is_autocast_enabled(args[0].device.type)
+        traced = _dispatch_modes() > 0
         for a in args:
             if isinstance(a, Tensor):
                 needs_grad |= a.requires_grad
                 traced |= type(a) not in PLAIN or a.is_meta
         if forward_ad._current_level >= 0 or _functorch_level() is not None:
             self._refuse_transforms(args)
-        if traced:
+        if traced or torch.is_autocast_enabled(args[0].device.type):  # which raises for the meta device
             return self.overload(*args)
         if needs_grad and torch.is_grad_enabled():
             return self._thin.apply(*args)

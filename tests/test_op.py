@@ -44,6 +44,15 @@ def test_thin_route_equals_library_route(name, backend):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_have_shapes(name):
+    """`fastgan train` counts a recipe's memory so; torch.is_autocast_enabled raises for this device."""
+    args = sample(name)
+    want = flat(OPS[name](*args))
+    got = flat(OPS[name](*(a.detach().to("meta") if isinstance(a, torch.Tensor) else a for a in args)))
+    assert all(a.is_meta and a.shape == b.shape and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, channels_last):

@@ -296,3 +296,36 @@ def test_approximate_r1_is_the_papers_formula():
     assert net[0].weight.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="sigma must be above 0, got 0"):
         functional.gradient_penalty(net, x, kind="r1-approximate", weight=1.0, sigma=0)
+
+
+# ---- path lengths ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_path_lengths_are_their_formula(layers):
+    """|J^T y| from whole Jacobians, and its gradient, in float64."""
+    torch.manual_seed(0)
+    weight = torch.randn(2 * 3 * 5, 4, dtype=torch.double, requires_grad=True)
+    w = torch.randn(3, *([layers] if layers else []), 4, dtype=torch.double, requires_grad=True)
+    synthesise = lambda w: torch.tanh((w.sum(1) if layers else w) @ weight.t()).view(-1, 2, 3, 5)
+    images = synthesise(w)
+    found = functional.path_lengths(images, w, generator=torch.Generator().manual_seed(7))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7), dtype=torch.double) / 15**0.5
+    for n in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda v: synthesise(v[None])[0], w[n])  # noqa: B023
+        pulled = torch.einsum("chw,chw...->...", noise[n], jacobian).reshape(-1, 4)
+        torch.testing.assert_close(found[n], pulled.square().sum(1).mean().sqrt())
+    step, direction = 1e-6, torch.randn_like(weight)
+    (gradient,) = torch.autograd.grad(found.sum(), weight)
+    moved = []
+    for sign in (1, -1):
+        weight.data.add_(direction, alpha=sign * step)
+        again = functional.path_lengths(synthesise(w), w, generator=torch.Generator().manual_seed(7)).sum()
+        moved.append(again.item())
+        weight.data.sub_(direction, alpha=sign * step)
+    assert abs((moved[0] - moved[1]) / (2 * step) - (gradient * direction).sum().item()) < 1e-6
+
+
+def test_path_lengths_refuse_other_shapes():
+    with pytest.raises(ValueError, match=r"images must be \[N, C, H, W\] and w .*, got \(3, 2\) and \(3, 2\)"):
+        functional.path_lengths(torch.ones(3, 2), torch.ones(3, 2))

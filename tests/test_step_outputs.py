@@ -137,6 +137,23 @@ def test_feature_matching_is_the_textbooks(accumulate):
     assert metrics["extra_g_loss"] > 0 and not seen[0].d_real[1][0].requires_grad and seen[0].z.shape[1] == 5
 
 
+def test_a_lazy_extra_loss_is_added_at_every_kth_step_k_times():
+    generator, d = networks("features")
+    mine = copy.deepcopy(generator), copy.deepcopy(d)
+    seen = []
+    extra = lambda o: 0.3 * matching(o.d_real, o.d_fake)
+
+    def counted(outputs):
+        seen.append(outputs)
+        return extra(outputs)
+
+    now = iter(range(STEPS))
+    trained(generator, d, batches(), extra_g_loss=lambda o: 3 * extra(o) if next(now) % 3 == 0 else 0 * o.fake.sum())
+    trained(*mine, batches(), extra_g_loss=counted, extra_g_every=3)
+    assert_equal(mine[0], generator)
+    assert len(seen) == -(-STEPS // 3)
+
+
 def test_an_extra_loss_of_the_discriminator_trains_it():
     """A drift term, as progressive GANs have it: 0.01 mean D(real)^2."""
     generator, d = networks("one")

@@ -1,11 +1,13 @@
 """The plain PyTorch that fastgan is compared with: training steps and gradient penalties as their sources write them.
 
-No kernel of fastgan runs here. The step takes any recipe and does the mathematics of `GANStep`: PyTorch's DCGAN example
-where the recipe has nothing more, with the penalty, critic steps and averaged generator of those that have.
+No kernel of fastgan runs here: networks that call its functions run on their PyTorch formulas (`plainly`). The step
+takes any recipe and does the mathematics of `GANStep`: PyTorch's DCGAN example where the recipe has nothing more, with
+the penalties, critic steps and averaged generator of those that have.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan.choice import backend
 from fastgan.domains import domain_of
 from fastgan.ops.gan_loss import formula
 from fastgan.training.ema import EMA
@@ -64,6 +67,17 @@ def compiled_double_backward(function: Callable[..., Any]) -> Callable[..., Any]
             return call(*arguments)
 
     return traced
+
+
+def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with fastgan's own, where a network calls them, on the backend "reference": PyTorch's ops."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with backend("reference"):
+            return function(*arguments)
+
+    return run
 
 
 # ---- penalties ------------------------------------------------------------------------------------------------------
@@ -119,23 +133,26 @@ def textbook_step(
     g_scaler, d_scaler = (torch.amp.GradScaler(device.type, **scaling) for _ in range(2))
     decay = average_decay(recipe, 1 << 30)  # that of a run without end: the ramp changes numbers, not the work
     average = None if decay is None else EMA(g, decay)
-    updates, every = itertools.count(), recipe.penalty_every
+    updates, g_updates, every = itertools.count(), itertools.count(), recipe.penalty_every
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
-    extra = domain_of(recipe).step(g, d).get("extra_g_loss")
+    own = domain_of(recipe).step(g, d)
+    extra, extra_every = own.get("extra_g_loss"), own.get("extra_g_every", 1)
 
     def logits(images: Tensor, told: tuple[Tensor, ...]) -> Tensor:
         with autocast():
             out: Tensor = d_forward(images, *told)
         return out.float()
 
-    def generated(n: int, z: tuple[Tensor, ...] | None, told: tuple[Tensor, ...]) -> Tensor:
+    def generated(
+        n: int, z: tuple[Tensor, ...] | None, told: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         z = (torch.randn(n, recipe.latent, device=device),) if z is None else z
         with autocast():
             images: Tensor = g_forward(*z, *told)
-        return images
+        return images, z
 
     def backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
         scaler.scale(loss).backward()
@@ -143,13 +160,13 @@ def textbook_step(
 
     def update_d(
         real: Tensor, told: tuple[Tensor, ...], z: tuple[Tensor, ...] | None, last: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One update; the fake images carry their graph where G's update follows."""
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
+        """One update; the fake images carry their graph where G's update follows. Their latents come along."""
         d_adam.zero_grad()
         terms = TERMS.get(recipe.loss)
         loss = backward(terms[0](logits(real, told)).mean(), d_scaler) if terms else torch.zeros((), device=device)
         with torch.set_grad_enabled(last):
-            fake = generated(len(real), z, told)
+            fake, z = generated(len(real), z, told)
         if terms:
             loss = loss + backward(terms[1](logits(fake.detach(), told)).mean(), d_scaler)
         else:
@@ -163,12 +180,12 @@ def textbook_step(
             metrics["penalty"] = backward(value, d_scaler)
         d_scaler.step(d_adam)
         d_scaler.update()
-        return fake, metrics
+        return fake, z, metrics
 
     def step(real: Sequence[Tensor], labels: Sequence[Tensor] | None = None, z: Any = None) -> dict[str, Tensor]:
         for i in range(recipe.d_steps):
             told, given = () if labels is None else (labels[i],), None if z is None else z[i]
-            fake, metrics = update_d(real[i], told, given, last=i == recipe.d_steps - 1)
+            fake, drawn, metrics = update_d(real[i], told, given, last=i == recipe.d_steps - 1)
         g_adam.zero_grad()
         on_real = None
         if recipe.loss == "relativistic":
@@ -177,8 +194,11 @@ def textbook_step(
         on_fake = logits(fake, told)
         loss = formula(on_fake, on_real, recipe.loss, "g", 0.0)
         metrics["g_loss"] = loss.detach()
-        if extra is not None:
-            loss = loss + extra(Outputs(real[-1], fake, on_real, on_fake, told[0] if told else None, z))
+        if extra is not None and next(g_updates) % extra_every == 0:
+            latents = drawn[0] if len(drawn) == 1 else drawn
+            with autocast():
+                value = extra(Outputs(real[-1], fake, on_real, on_fake, told[0] if told else None, latents))
+            loss = loss + extra_every * value
         backward(loss, g_scaler)
         g_scaler.step(g_adam)
         g_scaler.update()
@@ -186,4 +206,4 @@ def textbook_step(
             average.update(g)
         return metrics
 
-    return step
+    return plainly(step)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import data
 from fastgan.training.evaluation import NAMES, FeatureJudge
 from fastgan.training.health import Health
 from fastgan.training.nearest import compare_with_images
+from fastgan.training.outputs import Outputs
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
 
@@ -60,6 +61,16 @@ class Images(Domain):
         """[C, H, W]"""
         return self.recipe.channels, self.recipe.image_size, self.recipe.image_size
 
+    def step(self, generator: nn.Module, discriminator: nn.Module) -> dict[str, Any]:
+        """With the penalty on path lengths, where the recipe has it."""
+        own, recipe = super().step(generator, discriminator), self.recipe
+        if not recipe.path_length:
+            return own
+        return own | {
+            "extra_g_loss": PathLength(generator, recipe.path_length),
+            "extra_g_every": recipe.path_length_every,
+        }
+
     def pictures(self, made: Tensor) -> Tensor:
         """They are."""
         return made
@@ -78,3 +89,18 @@ class Images(Domain):
     def compare(self, directory: RunDirectory, samples: Any, made: Tensor, columns: int | None) -> str:
         """pictures/real.png, pictures/nearest.png and how far samples are from their nearest training images."""
         return compare_with_images(directory, samples.images, made, columns)
+
+
+class PathLength:
+    """A generator's weighted `path_length_penalty` at half of the step's latents, as StyleGAN2's authors take it."""
+
+    reads_d_real = False
+
+    def __init__(self, generator: Any, weight: float):
+        self.generator, self.weight = generator, weight
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        half = slice(0, (len(outputs.z) + 1) // 2)
+        labels = None if outputs.labels is None else outputs.labels[half]
+        penalty: Tensor = self.generator.path_length_penalty(outputs.z[half], labels)
+        return self.weight * penalty

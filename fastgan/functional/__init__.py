@@ -20,7 +20,7 @@ from fastgan.functional.modulation import modulated_conv2d
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
 from fastgan.functional.penalties import grad_norm_penalty, interpolate
 from fastgan.functional.resampling import conv2d_resample, filtered_lrelu, upfirdn2d
-from fastgan.penalties import gradient_penalty
+from fastgan.penalties import gradient_penalty, path_lengths
 
 __all__ = [
     "adaptive_weight",
@@ -48,6 +48,7 @@ __all__ = [
     "lecam_regularization",
     "ln_act",
     "modulated_conv2d",
+    "path_lengths",
     "scaled_dot_product_attention",
     "upfirdn2d",
 ]

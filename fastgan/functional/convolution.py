@@ -305,7 +305,7 @@ def _check_tensors(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
         raise ValueError(f"{op}: weight must have 4 dimensions, got shape {tuple(weight.shape)}")
     if x.dim() not in (3, 4):
         raise ValueError(f"{op}: x must be [N,C,H,W] or [C,H,W], got shape {tuple(x.shape)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which raises for the meta device
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue

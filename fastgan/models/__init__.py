@@ -35,6 +35,7 @@ from .mlp import build as build_mlp
 from .pix2pix import PatchGAN, UNet, build_pix2pix
 from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
 from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerator, build_sngan
+from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, build_stylegan2
 
 __all__ = [
     "ClassAffine",
@@ -56,6 +57,8 @@ __all__ = [
     "R3GANGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
     "UNet",
     "build",
     "options",
@@ -91,6 +94,7 @@ _PRESETS = {
         Preset("sngan-32", build_sngan, "Miyato et al. 2018 (arXiv:1802.05957), table 4"),
         Preset("pix2pix", build_pix2pix, "Isola et al. 2017 (arXiv:1611.07004), U-Net and PatchGAN by image size"),
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
+        Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
     )
 }
 

@@ -3,6 +3,7 @@
 from fastgan.penalties.gradient import KINDS, SQUARED, gradient_penalty, logits_and_norms, squared_penalty
 from fastgan.penalties.linearised import logits_and_squared_norms as forward_logits_and_norms
 from fastgan.penalties.linearised import verdict
+from fastgan.penalties.path_length import path_lengths
 
 __all__ = [
     "KINDS",
@@ -10,6 +11,7 @@ __all__ = [
     "forward_logits_and_norms",
     "gradient_penalty",
     "logits_and_norms",
+    "path_lengths",
     "squared_penalty",
     "verdict",
 ]

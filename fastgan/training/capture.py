@@ -1,7 +1,7 @@
 """A training step as CUDA graphs: recorded once, then replayed with one launch instead of hundreds.
 
-Which graph a step takes is decided by its key: which of its D updates carry the penalty (so a lazy penalty is two
-graphs, with and without) and the shapes, types and strides of what it is given. A key's first three steps are real
+Which graph a step takes is decided by its key: which of its updates carry a penalty or G's extra loss (so a lazy one is
+two graphs, with and without) and the shapes, types and strides of what it is given. A key's first three steps are real
 steps, run eagerly in a side stream: they compile, prove, race and allocate, and the last two are compared op by op
 (`fastgan.training.recording`). Only then is it captured. What a replay cannot follow is watched: when a mode, a
 setting, a hyperparameter or the place of a parameter changes, the graphs are thrown away and it begins anew; learning
@@ -129,7 +129,7 @@ class Capturable(Protocol):
         """What the step draws from, or None for torch's own generator."""
 
     def run(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> Metrics:
-        """The whole step on tensors; due: which of its D updates carry the penalty."""
+        """The whole step on tensors; due: which of its D updates carry the penalty, and whether G's has its extra."""
 
     def modules(self) -> Sequence[nn.Module]:
         """Everything with parameters, buffers and modes that the step reads or writes."""

@@ -26,9 +26,10 @@ PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine")
 SMOOTHED = ("bce", "minimax", "lsgan")  # losses that have a target to smooth
+STYLED = ("stylegan2-small",)  # models whose generator has a path_length_penalty
 CHOICES = {"loss": LOSSES, "penalty": (None, *PENALTIES), "precision": PRECISIONS, "schedule": SCHEDULES}
 AT_LEAST_1 = (
-    *("image_size", "channels", "latent", "batch_size", "steps", "penalty_every", "d_steps"),
+    *("image_size", "channels", "latent", "batch_size", "steps", "penalty_every", "path_length_every", "d_steps"),
     *("sample_count", "log_every", "keep_checkpoints"),
 )
 AT_LEAST_0 = ("seed", "classes", "warm_up", "sample_every", "checkpoint_every", "eval_every", "watch_every", "held_out")
@@ -77,6 +78,10 @@ class Recipe:
     penalty_weight: float | None = None
     #: steps between penalties
     penalty_every: int = 1
+    #: weight of the generator's path-length penalty (StyleGAN2 takes 2); None: no penalty
+    path_length: float | None = None
+    #: steps between path-length penalties
+    path_length_every: int = 4
     #: discriminator updates for one of the generator
     d_steps: int = 1
     #: decay of the averaged generator that samples are drawn from; None: no average
@@ -163,7 +168,7 @@ class Recipe:
             raise ValueError(f"recipe: classes must be {wanted}, got {self.classes}")
 
     def _check_numbers(self) -> None:
-        for name in ("g_lr", "d_lr", "adam_eps", "penalty_weight", "instance_noise"):
+        for name in ("g_lr", "d_lr", "adam_eps", "penalty_weight", "path_length", "instance_noise"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
@@ -173,6 +178,8 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must be none or finite and above 0, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"recipe: betas must be in [0, 1), got {self.betas}")
+        if self.path_length and self.model not in STYLED:
+            raise ValueError(f"recipe: path_length goes with {', '.join(STYLED)}, got {self.model}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"recipe: ema must be none or in [0, 1), got {self.ema}")
         if self.ema is not None and self.ema_half_life is not None:
@@ -453,6 +460,27 @@ _RECIPES = {
             ema=0.999,
             source="Huang et al. 2024 (arXiv:2501.05441): relativistic pairing, R1 and R2 every step with their CIFAR "
             "weight 0.05 (theirs falls to 0.005), a small network, constant rates",
+        ),
+        Recipe(
+            name="stylegan2-small",
+            model="stylegan2-small",
+            data="emoji-64",
+            image_size=32,
+            channels=3,
+            latent=64,
+            batch_size=32,
+            steps=50_000,
+            penalty="r1",
+            penalty_weight=0.1,
+            penalty_every=16,
+            path_length=2.0,
+            betas=(0.0, 0.99),
+            g_lr=2e-3,
+            d_lr=2e-3,
+            ema_half_life=10_000.0,
+            source="Karras et al. 2020 (arXiv:1912.04958): non-saturating loss, R1 at every 16th step, path lengths at "
+            "every 4th on half of the batch, mixed styles, average as arXiv:2006.06676; at most 64 channels; Adam 2e-3 "
+            "(0, 0.99), not corrected for the steps without a penalty; R1's weight 0.1 for 32 pixels",
         ),
     )
 }

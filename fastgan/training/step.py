@@ -137,6 +137,7 @@ class GANStep:
             where no statistics are taken over it. The generator runs once more on each part.
         extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`). An
             extra_g_loss with the attribute reads_d_real = False spares the discriminator's pass over real images.
+        extra_g_every: add extra_g_loss at every k-th step, k times (lazy regularisation).
         capture: "auto" replays CUDA graphs on a GPU (`fastgan.training.capture`) and runs eagerly where that is
             impossible, with one line that says why; "on" raises there; "off" runs eagerly. A model whose Python code
             does something else at each step (beyond what its first three steps show) must be run with "off".
@@ -173,6 +174,7 @@ class GANStep:
         accumulate: int = 1,
         extra_d_loss: ExtraLoss | None = None,
         extra_g_loss: ExtraLoss | None = None,
+        extra_g_every: int = 1,
         capture: str = "auto",
         rng: torch.Generator | None = None,
     ):
@@ -181,16 +183,18 @@ class GANStep:
         _one_of("capture", capture, ("auto", "on", "off"))
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
-        if min(d_steps, penalty_every, accumulate) < 1:
-            counts = f"{d_steps}, {penalty_every} and {accumulate}"
-            raise ValueError(f"GANStep: d_steps, penalty_every and accumulate must be >= 1, got {counts}")
+        if min(d_steps, penalty_every, accumulate, extra_g_every) < 1:
+            names = "d_steps, penalty_every, accumulate and extra_g_every"
+            counts = f"{d_steps}, {penalty_every}, {accumulate} and {extra_g_every}"
+            raise ValueError(f"GANStep: {names} must be >= 1, got {counts}")
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
         self.generator, self.discriminator = generator, as_one(discriminator)
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
-        self.extra_d_loss, self.extra_g_loss, self.top_k = extra_d_loss, extra_g_loss, top_k
+        self.extra_d_loss, self.extra_g_loss, self.extra_g_every = extra_d_loss, extra_g_loss, extra_g_every
+        self.top_k = top_k
         default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
         self.penalty_weight = default if penalty_weight is None else penalty_weight
         self._average = None if ema is None else EMA(generator, ema)
@@ -223,7 +227,8 @@ class GANStep:
         Returns:
             0-dim tensors on the device: "d_loss" (without the penalty), "g_loss", "d_real" and "d_fake" (mean sigmoid
             of the logits before D's update), "logit_real", "logit_fake", "right_real" and "right_fake" (the share of
-            logits above and below 0), and "penalty" where it was computed. Reading one with float() synchronises.
+            logits above and below 0), and "penalty", "extra_d_loss" and "extra_g_loss" where they were computed.
+            Reading one with float() synchronises.
         """
         if self.d_steps == 1 and isinstance(z, tuple):
             z = [z]
@@ -235,15 +240,16 @@ class GANStep:
             check_takes_labels(self.generator, "generator", len(z[0]) if several else 1)
             check_takes_labels(self.discriminator, "discriminator", 1)
             self._labelled = True
-        every = self.penalty_every
-        due = tuple(self.penalty is not None and (self.d_updates + i) % every == 0 for i in range(self.d_steps))
+        every, done = self.penalty_every, self.d_updates
+        penalised = [self.penalty is not None and (done + i) % every == 0 for i in range(self.d_steps)]
+        due = *penalised, self.extra_g_loss is not None and done // self.d_steps % self.extra_g_every == 0
         captured = None if self._watch.may_fold else self._capture
         metrics = (captured or self.run)(due, real, labels, z)
         self.d_updates += self.d_steps
         return metrics
 
     def run(self, due: tuple[bool, ...], real: Any, labels: Any, z: Any) -> dict[str, Tensor]:
-        """The whole step; due: which of its D updates carry the penalty."""
+        """The whole step; due: which of its D updates carry the penalty, and whether G's carries its extra loss."""
         metrics: dict[str, Tensor] = {}
         for i in range(self.d_steps):
             x, y, latents = self._nth(real, i), self._nth(labels, i), self._nth(z, i)
@@ -255,9 +261,9 @@ class GANStep:
         average = self._average
         made = fake if shared else None
         if average is None:
-            return metrics | self._update_generator(x, made, y, latents)
+            return metrics | self._update_generator(due[-1], x, made, y, latents)
         pairs = average.pairs(self.generator)
-        metrics |= self._update_generator(x, made, y, latents, averages=pairs, weight=1 - average.decay)
+        metrics |= self._update_generator(due[-1], x, made, y, latents, averages=pairs, weight=1 - average.decay)
         average.update(self.generator, pairs)  # pairs that fastgan.Adam moved already are left out
         return metrics
 
@@ -348,20 +354,20 @@ class GANStep:
         return halves(output)
 
     def _update_generator(
-        self, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Any, **averaging: Any
+        self, due: bool, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Any, **averaging: Any
     ) -> dict[str, Tensor]:
         """fake: G(z), or None: the generator runs on each part."""
         with _frozen(self.discriminator):
-            losses = (self._g_loss(*part) for part in self._parts(real, fake, labels, z))
+            losses = (self._g_loss(due, *part) for part in self._parts(real, fake, labels, z))
             return self._descend(losses, self.g_optimizer, self._g_scaler, averaging)
 
     def _g_loss(
-        self, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Any
+        self, due: bool, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self._autocast():
             fake = self._augmented(_call(self.generator, z, labels) if fake is None else fake)
             on_real = None
-            extra = self.extra_g_loss
+            extra = self.extra_g_loss if due else None
             if self.loss in RELATIVE or (extra is not None and getattr(extra, "reads_d_real", True)):
                 with torch.no_grad():
                     real = self._augmented(real)
@@ -374,7 +380,7 @@ class GANStep:
             if extra is not None:
                 value = scalar("extra_g_loss", extra(Outputs(real, fake, on_real, on_fake, labels, z)))
                 metrics["extra_g_loss"] = value.detach()
-                loss = loss + value
+                loss = loss + self.extra_g_every * value
         return loss, metrics
 
     def _parts(self, *batches: Any) -> Iterator[tuple[Any, ...]]:
@@ -471,8 +477,9 @@ class GANStep:
         """What a user may change between two steps: a captured step must not outlive a change."""
         losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.label_smoothing, self.top_k
         inputs = self.augment, self.latent, self.precision, self.rng
-        updates = self.grad_clip, self.weight_clip, self.accumulate, self.extra_d_loss, self.extra_g_loss
-        return *losses, self.d_steps, *updates, *inputs, self._average and self._average.decay
+        updates = self.grad_clip, self.weight_clip, self.accumulate
+        extra = self.extra_d_loss, self.extra_g_loss, self.extra_g_every
+        return *losses, self.d_steps, *updates, *extra, *inputs, self._average and self._average.decay
 
     def uncapturable(self) -> str:
         """Why the step as it is now cannot be captured, or ""."""

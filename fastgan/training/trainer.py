@@ -293,8 +293,8 @@ class Trainer:
         self.schedules.apply(self.step, self.images_seen)
         drawn = [next(self.batches) for _ in range(recipe.d_steps)]
         metrics = self.train_step(*self.domain.inputs(drawn))
-        if "penalty" in metrics:  # of a lazy penalty the last value is logged
-            self._penalty = {"penalty": metrics["penalty"]}
+        # of a lazy penalty the last value is logged
+        self._penalty |= {name: metrics[name] for name in ("penalty", "extra_g_loss") if name in metrics}
         self.step += 1
         self.images_seen += recipe.batch_size * recipe.d_steps
         clock.tick()
