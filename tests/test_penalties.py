@@ -312,7 +312,7 @@ def test_path_lengths_are_their_formula(layers):
     found = functional.path_lengths(images, w, generator=torch.Generator().manual_seed(7))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7), dtype=torch.double) / 15**0.5
     for n in range(3):
-        jacobian = torch.autograd.functional.jacobian(lambda v: synthesise(v[None])[0], w[n])  # noqa: B023
+        jacobian = torch.autograd.functional.jacobian(lambda v: synthesise(v[None])[0], w[n])
         pulled = torch.einsum("chw,chw...->...", noise[n], jacobian).reshape(-1, 4)
         torch.testing.assert_close(found[n], pulled.square().sum(1).mean().sqrt())
     step, direction = 1e-6, torch.randn_like(weight)

@@ -237,7 +237,7 @@ def test_bad_arguments():
         (dict(penalty="gp"), "penalty must be one of"),
         (dict(precision="int8"), "precision must be one of"),
         (dict(capture="always"), "capture must be one of"),
-        (dict(d_steps=0), "penalty_every and accumulate must be >= 1"),
+        (dict(d_steps=0), "d_steps must be >= 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=words):
             make(**kwargs)

@@ -183,10 +183,7 @@ class GANStep:
         _one_of("capture", capture, ("auto", "on", "off"))
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
-        if min(d_steps, penalty_every, accumulate, extra_g_every) < 1:
-            names = "d_steps, penalty_every, accumulate and extra_g_every"
-            counts = f"{d_steps}, {penalty_every}, {accumulate} and {extra_g_every}"
-            raise ValueError(f"GANStep: {names} must be >= 1, got {counts}")
+        _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
         self.generator, self.discriminator = generator, as_one(discriminator)
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
@@ -551,6 +548,12 @@ class GANStep:
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"GANStep: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"GANStep: {name} must be >= 1, got {value}")
 
 
 def _check_updates(
