@@ -146,9 +146,7 @@ def textbook_step(
             out: Tensor = d_forward(images, *told)
         return out.float()
 
-    def generated(
-        n: int, z: tuple[Tensor, ...] | None, told: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def generated(n: int, z: tuple[Tensor, ...] | None, told: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         z = (torch.randn(n, recipe.latent, device=device),) if z is None else z
         with autocast():
             images: Tensor = g_forward(*z, *told)
