@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastgan import program
 from fastgan._forward import Forward, is_exported
 from fastgan._hooks import has_global_hooks, has_hooks
+from fastgan._parametrized import StandIn, plain_class
 from fastgan.choice import has_kernel, watching
 from fastgan.nn.conv import conv_act, conv_bn_act
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
@@ -124,6 +125,7 @@ class Group:
     layer: Any
     norm: Any = None
     activation: Any = None
+    stands_in: StandIn | None = None  # its module is `layer`
 
     def __call__(self, input: Any) -> Any:
         layer, norm = self.layer, self.norm
@@ -141,25 +143,39 @@ class Group:
         return program.Layer(conv, norm, self.act, self.activation)
 
 
-def _groups(chain: nn.Module) -> Iterator[Group | nn.Module]:
-    """The children of a converted chain in order, as they run now: together, or as the modules they are."""
+def _groups(chain: nn.Module, stand_ins: bool = False) -> Iterator[Group | nn.Module]:
+    """The children of a converted chain in order, as they run now: together, or as the modules they are.
+
+    stand_ins: whether a parametrized convolution is one of a group, by a stand-in.
+    """
     children: list[Any] = list(chain._modules.values())
     at = 0
     while at < len(children):
-        layer = children[at]
+        child = children[at]
         at += 1
-        if not _plain(layer, tuple(FUSED.values())):
-            yield layer
+        group = _begun(child, stand_ins)
+        if group is None:
+            yield child
             continue
-        group = Group(layer)
+        layer = group.layer
         if at < len(children) and _normed(layer, children[at]):
             group.norm = children[at]
             at += 1
         if at < len(children) and not _absorption_refusal(group.norm or layer, children[at]):
             group.activation = children[at]
             at += 1
-        alone = group.norm is None and group.activation is None
+        alone = group.norm is None and group.activation is None and group.stands_in is None
         yield layer if alone else group
+
+
+def _begun(child: nn.Module, stand_ins: bool) -> Group | None:
+    """A group that begins with this child, or None where none does."""
+    kind = plain_class(child) if stand_ins else None
+    fused = FUSED.get(kind, kind) if kind is not None else None
+    if fused in CONVOLUTIONS and _plain(child, (type(child),)):
+        stand_in = StandIn(child, fused)
+        return Group(stand_in.module, stands_in=stand_in)
+    return Group(child) if _plain(child, tuple(FUSED.values())) else None
 
 
 def _plain(m: Any, kinds: Collection[type[nn.Module]]) -> bool:
@@ -193,6 +209,23 @@ class Stretch:
         return input
 
 
+class MakingStretch(Stretch):
+    """A stretch with parametrized layers: their weights are made first, in order, whatever runs then."""
+
+    def __init__(self, parts: list[Any], layers: list[program.Layer]):
+        super().__init__(parts, layers)
+        self.stand_ins = [part.stands_in for part in parts if isinstance(part, Group) and part.stands_in]
+
+    def __call__(self, input: Any) -> Any:
+        try:
+            for stand_in in self.stand_ins:
+                stand_in.make()
+            return super().__call__(input)
+        finally:
+            for stand_in in self.stand_ins:
+                stand_in.drop()
+
+
 def _stretches(parts: Sequence[Group | nn.Module]) -> list[Stretch | Group | nn.Module]:
     """The parts of a chain with neighbours that a program can take put together."""
     found: list[Any] = []
@@ -201,7 +234,9 @@ def _stretches(parts: Sequence[Group | nn.Module]) -> list[Stretch | Group | nn.
         taken, layers = _stretch(parts[at:])
         # a linear layer alone is one call of torch's: nothing to gain
         if layers and not (len(layers) == 1 and isinstance(layers[0].conv, nn.Linear)):
-            found.append(Stretch(list(parts[at : at + taken]), layers))
+            those = list(parts[at : at + taken])
+            makes = any(isinstance(part, Group) and part.stands_in for part in those)
+            found.append((MakingStretch if makes else Stretch)(those, layers))
         else:
             taken = max(taken, 1)
             found += parts[at : at + taken]
@@ -274,7 +309,7 @@ class Chain(Forward):
         children: Any = self.owner._modules.values()
         seen = (*children, *((type(m), has_hooks(m), m._compiled_call_impl) for m in children))
         if seen != self.seen:
-            groups = list(_groups(self.owner))
+            groups = list(_groups(self.owner, stand_ins=not self.is_replica))
             self.seen, self.parts = seen, groups if self.is_replica else _stretches(groups)
         return self.parts
 
@@ -394,7 +429,7 @@ def _owners(model: nn.Module) -> Counter[int]:
 def _refusal(child: nn.Module, owners: Counter[int]) -> str:
     """Why a child of a chain is not fused, or ""."""
     if type(child) not in FUSED:
-        if torch.nn.utils.parametrize.is_parametrized(child):
+        if plain_class(child) is not None:
             return "parametrized"
         if any(isinstance(child, t) for t in FUSED):
             return "a subclass of a torch layer"
@@ -484,7 +519,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
         within = [root for root in traced if not root or name == root or name.startswith(f"{root}.")]
         if within:
             rows += _traced_rows(name, m, within[-1], traced[within[-1]])
-        elif not list(m.children()) or hasattr(m, "stat_groups"):
+        elif not list(m.children()) or hasattr(m, "stat_groups") or (id(m) in in_chain and plain_class(m)):
             rows.append(_row(name, m, runs.get(id(m)), in_chain, owners))
     report = Report(rows, calls)
     if example_input is not None:
@@ -517,15 +552,16 @@ def _traced_rows(name: str, m: nn.Module, root: str, part: Part) -> list[Row]:
 def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
     """id of a child -> (what runs it, why nothing faster does), for those that run together in the mode they are in."""
     found: dict[int, tuple[str, str]] = {}
-    for part in _groups(chain):
+    device = next((p.device.type for p in chain.parameters()), "cpu")
+    for part in _groups(chain, stand_ins=True):
         if not isinstance(part, Group):
             continue
-        layer, norm = part.layer, part.norm
-        op = layer.op
+        layer, norm = part.stands_in.layer if part.stands_in else part.layer, part.norm
+        op = part.layer.op
         names = [f"fastgan.{op}"]
         last = layer  # what computes the activation
         if norm is not None and takes_batch_statistics(norm):
-            found[id(layer)] = names[0] + " + statistics" * has_kernel(f"{op}_statistics", layer.weight.device.type), ""
+            found[id(layer)] = names[0] + " + statistics" * has_kernel(f"{op}_statistics", device), ""
             names, last = ["fastgan.bn_act"], norm
         elif norm is not None:
             names.append("batch norm")

@@ -264,7 +264,6 @@ APART = {
     "used twice": shared_norm,
     "hook on the convolution": lambda: hooked(0),
     "hook on the norm": lambda: hooked(1),
-    "parametrized": lambda: spectral(nn.utils.parametrizations.spectral_norm),
     "old spectral norm": lambda: spectral(nn.utils.spectral_norm),
 }
 
@@ -278,11 +277,6 @@ def test_what_does_not_fold_gives_the_same_numbers(name, late):
         plain, ours = converted(worn(batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU())))
         for m in (plain, ours):
             m[0 if "convolution" in name else 1].register_forward_hook(lambda m, args, out: out * 2)
-    elif late and "parametrized" in name:
-        plain, ours = converted(worn(batch_norm_and(nn.Conv2d(4, 8, 3), nn.ReLU())))
-        for m in (plain, ours):
-            torch.manual_seed(3)
-            nn.utils.parametrizations.spectral_norm(m[0])
     else:
         plain, ours = converted(made)
     x = torch.randn(2, 4, 9, 9)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastgan
 from fastgan import program
@@ -543,6 +544,74 @@ def test_a_linear_layer_alone_and_an_activation_in_place_stay_torchs(ran):
     y.mul_(2)  # a last layer without activation needs no y for its backward
     y.sum().backward()
     assert len(ran) == 1
+
+
+# ---- layers whose weight is made at each call ------------------------------------------------------------------------
+
+
+def normalised(late: bool) -> tuple[nn.Module, nn.Module]:
+    """A plain discriminator with spectral and weight norm and its converted twin, parametrized before or after."""
+    made = []
+    for convert in (lambda m: m, fastgan.convert):
+        model = chain("discriminator")
+        model = convert(model) if late else model
+        torch.manual_seed(3)
+        for i, wrap in ((0, spectral_norm), (2, spectral_norm), (5, weight_norm)):
+            wrap(model[i])
+        made.append(model if late else convert(model))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before convert", "after convert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parametrized_layers_are_part_of_a_program(late, dtype, ran):
+    """Weights are made once a call, so that the power iterations stay torch's; first, and R1's, derivatives as well."""
+    plain, ours = (m.to(dtype) for m in normalised(late))
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
+    for training in (True, True, False):
+        plain.train(training), ours.train(training)
+        x = torch.randn(4, 3, 8, 8, dtype=dtype)
+        found = []
+        for model in (ours, plain):
+            leaves = list(model.parameters())
+            y = model(x)
+            first = torch.autograd.grad(y.square().sum(), leaves)
+            z = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(model(z).sum(), z, create_graph=True)
+            second = torch.autograd.grad(slope.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+            with torch.no_grad():
+                found.append([y, *first, *second, model(x), *model.buffers()])
+        torch.testing.assert_close(found[0], found[1], **close)
+        assert found[0][0].stride() == found[1][0].stride()
+    assert len(ran) == (dtype == torch.float32) * 5  # none for the penalty's image, and for gradients in eval mode
+    (part,) = ours.forward.parts
+    assert [s.tensors for s in part.stand_ins] == [{"weight": None, "bias": None}] * 3  # nothing is kept
+    rows = {row.name: row.runs for row in fastgan.explain(ours).rows}
+    assert rows["0"] == "fastgan.conv2d + leaky_relu" and "batch norm" in rows["2"]
+
+
+def test_parametrized_layers_follow_what_is_done_to_them(ran):
+    plain, ours = normalised(late=False)
+    x = torch.randn(4, 3, 8, 8)
+    same = lambda: torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+    same()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(ours.state_dict())))
+    assert twin.keys() == plain.state_dict().keys()
+    for model in (plain, ours):
+        model[2].padding = (2, 2)
+        model[5].stride = (2, 2)
+    same()
+    for model in (plain, ours):
+        nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    same()
+    for model in (plain, ours):
+        model[2].register_forward_hook(lambda m, args, out: out * 2)
+    same()
+    with nn.utils.parametrize.cached():
+        assert torch.equal(ours(x), ours(x))
+    fastgan.revert(ours)
+    same()
+    assert len(ran) > 3
 
 
 # ---- races that the budget cuts short -------------------------------------------------------------------------------

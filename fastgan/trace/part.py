@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastgan._forward import Forward
 from fastgan._hooks import WEIGHT_HOOKS, has_global_hooks, has_hooks_on_values
 from fastgan._op import PLAIN, is_traced
+from fastgan._parametrized import plain_class
 from fastgan.choice import STATE, forced
 from fastgan.trace.graphs import Graph, traced
 
@@ -249,16 +250,20 @@ def has_own_forward(m: nn.Module) -> bool:
 def _has_unseen_layers(m: nn.Module) -> bool:
     children = list(m.children())
     if isinstance(m, nn.Sequential) and not has_own_forward(m):
-        return any(isinstance(c, SIGNALS) or (isinstance(c, LAYERS) and _makes_its_weight(c)) for c in children)
+        return any(
+            isinstance(c, SIGNALS) or (isinstance(c, LAYERS) and _no_chain_makes_its_weight(c)) for c in children
+        )
     if not has_own_forward(m) and not isinstance(m, nn.ModuleList | nn.ModuleDict):
         return False
     layers = any(isinstance(c, LAYERS) for c in children) or sum(isinstance(c, nn.Linear) for c in children) > 1
     return layers or (has_own_forward(m) and any(p is not None for p in m._parameters.values()))
 
 
-def _makes_its_weight(m: nn.Module) -> bool:
-    """Whether spectral norm, weight norm or another parametrization makes the weight at each call."""
-    return torch.nn.utils.parametrize.is_parametrized(m) or (bool(m._forward_pre_hooks) and not has_hooks_on_values(m))
+def _no_chain_makes_its_weight(m: nn.Module) -> bool:
+    """Whether something makes the weight at each call that chains do not know: torch's older hooks, or a norm's."""
+    if torch.nn.utils.parametrize.is_parametrized(m):
+        return plain_class(m) not in (nn.Conv2d, nn.ConvTranspose2d)
+    return bool(m._forward_pre_hooks) and not has_hooks_on_values(m)
 
 
 def _traceable(m: nn.Module) -> bool:
