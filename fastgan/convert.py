@@ -9,6 +9,7 @@ runs as it then is, and a slice of a chain, or a child called alone, gives plain
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -210,20 +211,25 @@ class Stretch:
 
 
 class MakingStretch(Stretch):
-    """A stretch with parametrized layers: their weights are made first, in order, whatever runs then."""
+    """A stretch with parametrized layers: their weights are made first, in order, whatever runs then.
+
+    Threads that share a model take turns here: the weights belong to one call.
+    """
 
     def __init__(self, parts: list[Any], layers: list[program.Layer]):
         super().__init__(parts, layers)
         self.stand_ins = [part.stands_in for part in parts if isinstance(part, Group) and part.stands_in]
+        self.turn = threading.Lock()
 
     def __call__(self, input: Any) -> Any:
-        try:
-            for stand_in in self.stand_ins:
-                stand_in.make()
-            return super().__call__(input)
-        finally:
-            for stand_in in self.stand_ins:
-                stand_in.drop()
+        with self.turn:
+            try:
+                for stand_in in self.stand_ins:
+                    stand_in.make()
+                return super().__call__(input)
+            finally:
+                for stand_in in self.stand_ins:
+                    stand_in.drop()
 
 
 def _stretches(parts: Sequence[Group | nn.Module]) -> list[Stretch | Group | nn.Module]:
@@ -340,10 +346,11 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, 
     """Put a model on fastgan's fused ops, in place.
 
     nn.Sequential chains run as fewer ops: convolution and transposed convolution with the activation after them, batch,
-    group, instance and layer norm with the (leaky) ReLU after them, and either alone. A module whose forward is written
-    by hand, or whose weights are made at each call (spectral norm, weight norm), is traced at its first call
-    (`fastgan.trace`): its classes stay what they are, and what it does runs on the same ops. `fastgan.explain(model)`
-    lists every layer with what runs it or why nothing faster does.
+    group, instance and layer norm with the (leaky) ReLU after them, and either alone. A parametrized convolution
+    (spectral norm, weight norm) takes part: torch makes its weight. A module whose forward is written by hand, or whose
+    weights are made by torch's older hooks, is traced at its first call (`fastgan.trace`): its classes stay what they
+    are, and what it does runs on the same ops. `fastgan.explain(model)` lists every layer with what runs it or why
+    nothing faster does.
 
     Args:
         model: any module; converted twice is converted once.
