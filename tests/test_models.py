@@ -18,6 +18,7 @@ COUNTS = {
     "sngan-32": (4_276_739, 1_053_825),
     "r3gan-small": (294_595, 286_592),
     "stylegan2-small": (263_987, 288_993),
+    "chargan": (282_140, 85_569),
 }
 # Small enough to run in milliseconds, and not the defaults: every option is used.
 SMALL = {
@@ -54,6 +55,10 @@ SMALL = {
 }
 SMALL = {name: {**options, "classes": 0} for name, options in SMALL.items()}  # with labels: test_conditional.py
 NO_TANH = ("r3gan-small", "stylegan2-small")  # as their sources
+# Models of other samples than single images: options, and the shape of a sample.
+OTHERS = {
+    "chargan": ({"alphabet": "\nabc", "length": 7, "latent": 5, "width": 6, "blocks": 1}, (4, 7)),
+}
 
 
 def count(model: nn.Module) -> int:
@@ -61,8 +66,8 @@ def count(model: nn.Module) -> int:
 
 
 def test_every_preset_is_covered_here():
-    from_latents = {name for name in models.presets() if "latent" in models.options(name)}
-    assert from_latents == set(COUNTS) == set(SMALL)
+    made = {name: p.build.__module__ for name, p in models.presets().items() if "latent" in models.options(name)}
+    assert {name for name, m in made.items() if m.startswith("fastgan.")} == set(COUNTS) == {*SMALL, *OTHERS}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -99,11 +104,29 @@ def test_shapes_range_and_gradients(name):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", OTHERS)
+def test_shapes_and_gradients_of_other_samples(name):
+    options, shape = OTHERS[name]
+    assert set(options) == set(models.options(name))
+    torch.manual_seed(0)
+    generator, discriminator = models.build(name, **options)
+    made = generator(torch.randn(3, options["latent"]))
+    assert made.shape == (3, *shape) and made.abs().max() <= 1
+    logits = discriminator(made)
+    assert logits.shape == (3,)
+    (logits * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+    for model in (generator, discriminator):
+        assert model.per_sample
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", [*SMALL, *OTHERS])
 def test_samples_meet_only_in_batch_norm(name):
     """What `per_sample` promises: in eval mode each sample's output is its own."""
     torch.manual_seed(0)
-    generator, discriminator = (m.eval() for m in models.build(name, **SMALL[name]))
+    options = SMALL[name] if name in SMALL else OTHERS[name][0]
+    generator, discriminator = (m.eval() for m in models.build(name, **options))
     z = torch.randn(4, generator.latent)
     with torch.no_grad():
         images = generator(z)

@@ -16,6 +16,7 @@ NARROW = {
     "pix2pix": {"g_width": 4, "d_width": 4},
     "r3gan-small": {"g_width": 32, "d_width": 32},
     "stylegan2-small": {"g_width": 8, "d_width": 8},
+    "chargan": {"width": 8, "blocks": 1},
 }
 
 

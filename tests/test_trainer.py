@@ -95,7 +95,7 @@ def test_named_recipes_follow_their_sources():
     assert (torch_example.batch_size, torch_example.d_lr, torch_example.betas) == (64, 2e-4, (0.5, 0.999))
     assert (mlp.batch_size, mlp.g_lr, mlp.betas) == (64, 2e-4, (0.5, 0.999))
     for recipe in named.values():
-        assert recipe.source and recipe.data in fastgan.data.available()
+        assert recipe.source and (recipe.domain != "images" or recipe.data in fastgan.data.available())
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 

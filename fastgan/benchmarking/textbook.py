@@ -97,7 +97,7 @@ def penalty_weight(recipe: Recipe) -> float:
 
 def penalty_noise(kind: str, real: Tensor) -> Tensor | None:
     """What a penalty draws; apart from it, since compiled code has random numbers of its own."""
-    shape = {"wgan-gp": (len(real), 1, 1, 1), "dragan": real.shape}.get(kind)
+    shape = {"wgan-gp": (len(real), *[1] * (real.dim() - 1)), "dragan": real.shape}.get(kind)
     return None if shape is None else torch.rand(shape, device=real.device)
 
 

@@ -59,8 +59,9 @@ class Row:
         return torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32")
 
     def place(self, value: Any, device: torch.device) -> Any:
-        """A copy of a module or 4-D tensor in the row's layout."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        """A copy of a module or tensor in the row's layout, which only what has 4 dimensions has."""
+        layered = not isinstance(value, Tensor) or value.dim() == 4
+        layout = torch.channels_last if self.channels_last and layered else torch.contiguous_format
         return copy.deepcopy(value).to(device).to(memory_format=layout)
 
 
@@ -237,11 +238,12 @@ def _moments(adam: torch.optim.Optimizer) -> Tensor:
 
 
 def _images(recipe: Recipe) -> Tensor:
-    return torch.rand(recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size) * 2 - 1
+    samples: Tensor = domain_of(recipe).probe("cpu")[0]
+    return samples
 
 
 def _sizes(recipe: Recipe) -> str:
-    return f"{recipe.batch_size}x{recipe.channels}x{recipe.image_size}x{recipe.image_size}"
+    return "x".join(map(str, (recipe.batch_size, *domain_of(recipe).shape)))
 
 
 # ---- single ops -----------------------------------------------------------------------------------------------------

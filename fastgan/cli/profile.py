@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     images = None
     if args.data:
         images = domain_of(recipe).load(device)
+        recipe = domain_of(recipe).fit(images)
     with contextlib.ExitStack() as stack:
         if args.backend:
             stack.enter_context(fastgan.backend(args.backend))

@@ -23,7 +23,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
     parser.add_argument("--n", type=positive_int, default=64, help="how many pictures (default 64)")
-    parser.add_argument("--out", required=True, metavar="FILE.png")
+    parser.add_argument("--out", metavar="FILE", help="where to; lines of text are printed without it")
     parser.add_argument("--columns", type=positive_int, help="pictures a row (default: a square)")
     parser.add_argument("--seed", type=seed, default=0, help="of the latents (default 0)")
     parser.add_argument("--label", metavar="NAME|K", help="one class of a conditional run (default: a row a class)")
@@ -47,5 +47,6 @@ def run(args: argparse.Namespace) -> int:
     options: Any = dict(seed=args.seed, label=args.label, truncation=args.truncation)
     made, columns = domain.sample(generator, config, args.n, **options)
     domain.save(made, args.out, args.columns or columns)
-    print(f"{len(made)} samples: {args.out}")
+    if args.out is not None:
+        print(f"{len(made)} samples: {args.out}")
     return 0

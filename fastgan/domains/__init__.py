@@ -11,10 +11,11 @@ from fastgan.training.recipes import Recipe
 from .domain import Domain, Given, Looks, Stream
 from .images import Images
 from .pairs import Pairs
+from .text import Text
 
-__all__ = ["Domain", "Given", "Images", "Looks", "Pairs", "Stream", "domain_of", "domains", "register"]
+__all__ = ["Domain", "Given", "Images", "Looks", "Pairs", "Stream", "Text", "domain_of", "domains", "register"]
 
-_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs)}
+_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Text)}
 
 
 def domains() -> dict[str, type[Domain]]:

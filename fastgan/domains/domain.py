@@ -192,9 +192,9 @@ class Domain:
 
     # ---- fastgan sample -------------------------------------------------------------------------------------------
 
-    def check_out(self, out: str) -> None:
-        """ValueError unless samples can be saved there."""
-        if Path(out).suffix.lower() != ".png":
+    def check_out(self, out: str | None) -> None:
+        """ValueError unless samples can be saved there; None is the terminal, for samples that can be printed."""
+        if out is None or Path(out).suffix.lower() != ".png":
             raise ValueError(f"sample: --out must end in .png, got {out}")
         target_of(out)
 
@@ -219,6 +219,6 @@ class Domain:
         z = sampling.latents(count, self.recipe.latent, seed=seed, truncation=truncation)
         return self.draw(generator, z, labels), rows
 
-    def save(self, made: Tensor, out: str, columns: int | None) -> None:
+    def save(self, made: Tensor, out: str | None, columns: int | None) -> None:
         """Write samples where the user wants them."""
-        self.write(made, Path(out), columns)
+        self.write(made, Path(out or ""), columns)

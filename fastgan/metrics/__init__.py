@@ -11,6 +11,7 @@ from fastgan.metrics.distances import (
     pairwise_diversity,
     precision_recall,
 )
+from fastgan.metrics.ngrams import ngram_divergence
 from fastgan.metrics.sliced_wasserstein import sliced_wasserstein
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "frechet_distance",
     "kernel_distance",
     "load_backbone",
+    "ngram_divergence",
     "pairwise_diversity",
     "precision_recall",
     "sliced_wasserstein",

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from .chargan import CharDiscriminator, CharGenerator, build_chargan
 from .conditional import ClassAffine, LabelledDiscriminator, LabelledGenerator, ProjectionDiscriminator
 from .dcgan import (
     ConditionalDCGANGenerator,
@@ -38,6 +39,8 @@ from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerato
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, build_stylegan2
 
 __all__ = [
+    "CharDiscriminator",
+    "CharGenerator",
     "ClassAffine",
     "ConditionalDCGANGenerator",
     "ConditionalSNGANGenerator",
@@ -95,6 +98,7 @@ _PRESETS = {
         Preset("pix2pix", build_pix2pix, "Isola et al. 2017 (arXiv:1611.07004), U-Net and PatchGAN by image size"),
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
         Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
+        Preset("chargan", build_chargan, "Gulrajani et al. 2017 (arXiv:1704.00028), its language model in small"),
     )
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -92,11 +92,21 @@ class FeatureJudge:
         fcd  Frechet distance, comparable at equal numbers of images only
 
     labels: of the images, where the generator takes labels: it is asked for the classes that the images have.
+    look: makes pictures of samples that are none.
     """
 
     metric, words = "kcd", "kernel distance"
 
-    def __init__(self, images: Tensor, latent: int, seed: int, batch: int, labels: Tensor | None = None):
+    def __init__(
+        self,
+        images: Tensor,
+        latent: int,
+        seed: int,
+        batch: int,
+        labels: Tensor | None = None,
+        look: Callable[[Tensor], Tensor] = lambda made: made,
+    ):
+        self._look = look
         self._images, self._latent, self._seed, self.batch = images, latent, seed, min(batch, 256)
         self._labels = None if labels is None else labels.cpu()
         self._backbone = load_backbone()
@@ -117,7 +127,7 @@ class FeatureJudge:
         whole = -(-count // self.batch) * self.batch
         z = latents(whole, self._latent, seed=self._seed)
         labels = None if self._labels is None else self._labels[self._chosen(count)][torch.arange(whole) % count]
-        return features(draw(generator, z, labels, batch=self.batch)[:count], self._backbone)
+        return features(self._look(draw(generator, z, labels, batch=self.batch)[:count]), self._backbone)
 
     def score(self, made: Tensor, count: int) -> dict[str, float]:
         """Distances between the features of `make` and those of `count` images."""

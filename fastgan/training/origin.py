@@ -68,6 +68,8 @@ def recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: Mapping[st
         recipe = recipe.replace(precision=before.precision)
     if recipe.conditional and not recipe.classes:
         recipe = recipe.replace(classes=before.classes)
+    # what is left out is as it was, also what the data decided
+    recipe = recipe.replace(domain_options=before.domain_options | recipe.domain_options)
     for name, value in before.to_dict().items():
         if name not in (*MAY_CHANGE, "data", "labels") and getattr(recipe, name) != value:
             raise ValueError(

@@ -482,6 +482,25 @@ _RECIPES = {
             "every 4th on half of the batch, mixed styles, average as arXiv:2006.06676; at most 64 channels; Adam 2e-3 "
             "(0, 0.99), not corrected for the steps without a penalty; R1's weight 0.1 for 32 pixels",
         ),
+        Recipe(
+            name="chargan",
+            model="chargan",
+            domain="text",
+            data="sentences",
+            latent=128,
+            batch_size=64,
+            steps=20_000,
+            loss="wasserstein",
+            penalty="wgan-gp",
+            penalty_weight=10.0,
+            d_steps=5,
+            g_lr=1e-4,
+            d_lr=1e-4,
+            betas=(0.5, 0.9),
+            eval_every=500,
+            source="Gulrajani et al. 2017 (arXiv:1704.00028), section 5.3: WGAN-GP on one-hot characters, Adam 1e-4 "
+            "(0.5, 0.9); 5 D updates where its code has 10, and an eighth of its width",
+        ),
     )
 }
 
