@@ -19,6 +19,7 @@ COUNTS = {
     "r3gan-small": (294_595, 286_592),
     "stylegan2-small": (263_987, 288_993),
     "chargan": (282_140, 85_569),
+    "wavegan": (476_161, 271_489),
 }
 # Small enough to run in milliseconds, and not the defaults: every option is used.
 SMALL = {
@@ -58,6 +59,7 @@ NO_TANH = ("r3gan-small", "stylegan2-small")  # as their sources
 # Models of other samples than single images: options, and the shape of a sample.
 OTHERS = {
     "chargan": ({"alphabet": "\nabc", "length": 7, "latent": 5, "width": 6, "blocks": 1}, (4, 7)),
+    "wavegan": ({"length": 320, "latent": 5, "g_width": 3, "d_width": 4, "shuffle": 1}, (1, 320)),
 }
 
 

@@ -17,7 +17,9 @@ NARROW = {
     "r3gan-small": {"g_width": 32, "d_width": 32},
     "stylegan2-small": {"g_width": 8, "d_width": 8},
     "chargan": {"width": 8, "blocks": 1},
+    "wavegan": {"g_width": 4, "d_width": 4},
 }
+SHORT = {"wavegan": {"length": 256}}
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -25,7 +27,14 @@ def test_twenty_steps(name, tmp_path):
     recipe = recipes()[name]
     options = {**recipe.model_options, **NARROW[recipe.model]}
     recipe = recipe.replace(
-        model_options=options, batch_size=8, steps=20, log_every=10, sample_every=0, sample_count=4, checkpoint_every=0
+        domain_options=SHORT.get(name, {}),
+        model_options=options,
+        batch_size=8,
+        steps=20,
+        log_every=10,
+        sample_every=0,
+        sample_count=4,
+        checkpoint_every=0,
     )
     trainer = fastgan.Trainer(recipe, out=tmp_path / "run", device="cpu", quiet=True)
     before = [p.detach().clone() for p in trainer.generator.parameters()]

@@ -24,6 +24,7 @@ from fastgan.benchmarking import textbook
 from fastgan.benchmarking.comparison import Case, Runner, checked, measure
 from fastgan.benchmarking.textbook import ACTIVATIONS, SCALE, SLOPE
 from fastgan.domains import domain_of
+from fastgan.models.wavegan import PhaseShuffle
 from fastgan.training.assembly import assemble
 from fastgan.training.recipes import Recipe
 from fastgan.training.sampling import build_models, latents
@@ -216,17 +217,23 @@ def sample(recipe: Recipe, device: torch.device) -> Workload:
 
 @contextlib.contextmanager
 def _still(networks: Sequence[nn.Module], adams: Sequence[torch.optim.Optimizer] = ()) -> Iterator[None]:
-    """Within: no dropout, whose masks depend on the layout, and no learning: Adam's first step is the gradient's sign,
-    which rounding turns where the gradient is near 0."""
-    dropouts = [(m, m.p) for network in networks for m in network.modules() if isinstance(m, _DropoutNd)]
+    """Within: no dropout, whose masks depend on the layout, no phase shuffle, which draws at every forward, and no
+    learning: Adam's first step is the gradient's sign, which rounding turns where the gradient is near 0."""
+    modules = [m for network in networks for m in network.modules()]
+    dropouts = [(m, m.p) for m in modules if isinstance(m, _DropoutNd)]
+    shuffles = [(m, m.n) for m in modules if isinstance(m, PhaseShuffle)]
     groups = [(group, group["lr"]) for adam in adams for group in adam.param_groups]
     for m, _ in dropouts:
         m.p = 0.0
+    for shuffle, _ in shuffles:
+        shuffle.n = 0
     for group, _ in groups:
         group["lr"] = 0.0
     yield
     for m, p in dropouts:
         m.p = p
+    for shuffle, n in shuffles:
+        shuffle.n = n
     for group, rate in groups:
         group["lr"] = rate
 

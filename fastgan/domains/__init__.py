@@ -11,11 +11,12 @@ from fastgan.training.recipes import Recipe
 from .domain import Domain, Given, Looks, Stream
 from .images import Images
 from .pairs import Pairs
+from .sound import Sound
 from .text import Text
 
-__all__ = ["Domain", "Given", "Images", "Looks", "Pairs", "Stream", "Text", "domain_of", "domains", "register"]
+__all__ = ["Domain", "Given", "Images", "Looks", "Pairs", "Sound", "Stream", "Text", "domain_of", "domains", "register"]
 
-_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Text)}
+_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Text)}
 
 
 def domains() -> dict[str, type[Domain]]:

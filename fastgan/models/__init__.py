@@ -37,6 +37,7 @@ from .pix2pix import PatchGAN, UNet, build_pix2pix
 from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
 from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerator, build_sngan
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, build_stylegan2
+from .wavegan import WaveDiscriminator, WaveGenerator, build_wavegan
 
 __all__ = [
     "CharDiscriminator",
@@ -63,6 +64,8 @@ __all__ = [
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
     "UNet",
+    "WaveDiscriminator",
+    "WaveGenerator",
     "build",
     "options",
     "presets",
@@ -99,6 +102,7 @@ _PRESETS = {
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
         Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
         Preset("chargan", build_chargan, "Gulrajani et al. 2017 (arXiv:1704.00028), its language model in small"),
+        Preset("wavegan", build_wavegan, "Donahue et al. 2019 (arXiv:1802.04208), at a quarter of width and length"),
     )
 }
 

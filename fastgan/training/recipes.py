@@ -501,6 +501,25 @@ _RECIPES = {
             source="Gulrajani et al. 2017 (arXiv:1704.00028), section 5.3: WGAN-GP on one-hot characters, Adam 1e-4 "
             "(0.5, 0.9); 5 D updates where its code has 10, and an eighth of its width",
         ),
+        Recipe(
+            name="wavegan",
+            model="wavegan",
+            domain="sound",
+            data="drums",
+            latent=100,
+            batch_size=32,
+            steps=20_000,
+            loss="wasserstein",
+            penalty="wgan-gp",
+            penalty_weight=10.0,
+            d_steps=5,
+            g_lr=1e-4,
+            d_lr=1e-4,
+            betas=(0.5, 0.9),
+            eval_every=500,
+            source="Donahue et al. 2019 (arXiv:1802.04208): WGAN-GP with 5 D updates, Adam 1e-4 (0.5, 0.9); batch 32 "
+            "where it has 64, a quarter of its width and length",
+        ),
     )
 }
 

@@ -1,0 +1,239 @@
+"""Sounds: from .wav files, and others that soundfile reads; held as 16-bit numbers, in [-1, 1] to the networks."""
+
+from __future__ import annotations
+
+import importlib
+import wave
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan.data.files import plural
+from fastgan.data.folders import Remarks, files_below, tell
+from fastgan.data.imageset import delivered
+from fastgan.data.memory import require
+
+__all__ = ["DEMONSTRATION", "SoundSet", "load_sounds", "save_wav"]
+
+DEMONSTRATION = "drums"  # what the recipe trains on where no folder is given
+DEMONSTRATION_RATE = 8000  # Hz
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+FULL = 32767
+SILENT = 1e-3  # peak, 60 dB below full scale
+CLIPPED = 0.01  # share of numbers at full scale
+
+
+class SoundSet:
+    """Sounds for training.
+
+    Attributes are those of `fastgan.data.Samples`; values: int16 [M, length]; rate: of them, in Hz.
+    """
+
+    labels: Tensor | None = None
+    classes: list[str] | None = None
+    mapped: Path | None = None
+
+    def __init__(
+        self,
+        values: Tensor,
+        rate: int,
+        *,
+        name: str = "sounds",
+        skipped: Sequence[tuple[str, str]] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.values, self.rate, self.name, self.skipped = values, rate, name, list(skipped)
+        self.device = torch.device(device) if device is not None else values.device
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def pick(self, indices: Tensor, *, mirror: Tensor | None = None, channels_last: bool = False) -> Tensor:
+        """Sounds by number, float32 [N, 1, length] in [-1, 1]; they are never turned around."""
+        return self.deliver(self.values.index_select(0, indices))[:, None].float().div_(FULL).clamp_(min=-1)
+
+    def deliver(self, x: Tensor) -> Tensor:
+        """`x`, gathered where the sounds lie, on `device`."""
+        return delivered(x, self.device)
+
+    def select(self, numbers: Tensor) -> SoundSet:
+        """The sounds of these numbers, int64 [K], as a set of their own."""
+        return SoundSet(self.values[numbers.to(self.values.device)], self.rate, name=self.name, device=self.device)
+
+
+def load_sounds(source: str, *, length: int, rate: int = 0, device: torch.device | str = "cpu") -> SoundSet:
+    """Sounds of a file, of all files below a folder, or of the demonstration set "drums" (see `drums`).
+
+    Args:
+        source: the path, or the set's name.
+        length: numbers a sound. A file gives one sound after the other, the last one filled up with silence where at
+            least half of it is there or the file is shorter than one.
+        rate: in Hz; 0: the one that most files have. Other files are resampled by soxr; without it they are left out.
+
+    PCM .wav files need no library, all others soundfile. Channels are averaged. What is not as it should be (damaged,
+    silent, clipped, short files, other rates) is named in `skipped` and logged in one line; clipped sounds stay.
+
+    Raises:
+        ValueError: no file, or none that a sound is left of.
+    """
+    if source == DEMONSTRATION:
+        values = torch.from_numpy(drums(length))
+        return SoundSet(values, rate or DEMONSTRATION_RATE, name=source, device=device)
+    folder, names = files_below(source, SUFFIXES, "sounds")
+    remarks: Remarks = []
+    heard = {name: found for name in names if (found := _read(folder / name, name, remarks))}
+    rate = rate or max(Counter(r for _, r in heard.values()).items(), key=lambda x: (x[1], x[0]), default=(0, 0))[0]
+    parts = [
+        windows
+        for name, (sound, own) in heard.items()
+        if (resampled := _resampled(sound, own, rate, name, remarks)) is not None
+        and len(windows := _windows(resampled, length, name, remarks))
+    ]
+    if not parts:
+        raise ValueError(f"load: {source} must hold a sound, it holds none; {_first(remarks)}")
+    tell(source, remarks)
+    return SoundSet(torch.from_numpy(np.concatenate(parts)), rate, name=source, skipped=remarks, device=device)
+
+
+def _first(remarks: Remarks) -> str:
+    return "; ".join(f"{name}: {what}" for name, what in remarks[:3])
+
+
+# ---- one file -------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, name: str, remarks: Remarks) -> tuple[np.ndarray, int] | None:
+    """(float32 [samples] in [-1, 1], rate), or None with a remark."""
+    try:
+        sound, rate = _read_pcm(path) if path.suffix.lower() == ".wav" else _read_other(path)
+    except Exception as error:  # damaged files make readers raise nearly anything
+        remarks.append((name, " ".join(str(error).split()) or type(error).__name__))
+        return None
+    if not len(sound) or not np.isfinite(sound).all():
+        remarks.append((name, "it has no samples" if not len(sound) else "it has numbers that are not finite"))
+        return None
+    peak = float(np.abs(sound).max())
+    if peak < SILENT:
+        remarks.append((name, "it is silent"))
+        return None
+    full = float((np.abs(sound) >= 0.999).mean())
+    if full > CLIPPED:
+        remarks.append((name, f"it is clipped ({full:.1%} of it at full scale) and stays"))
+    return sound, rate
+
+
+def _read_pcm(path: Path) -> tuple[np.ndarray, int]:
+    """A .wav of 8, 16, 24 or 32-bit whole numbers by the standard library; any other by soundfile."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            raw = file.readframes(file.getnframes())
+    except wave.Error as error:
+        if "unknown format" not in str(error):
+            raise
+        return _read_other(path)
+    except EOFError as error:
+        raise ValueError("the file ends before its sound begins") from error
+    raw = raw[: len(raw) - len(raw) % (width * channels)]
+    if width == 1:
+        numbers = np.frombuffer(raw, np.uint8).astype(np.float32) / 128 - 1
+    elif width == 3:
+        bytes_ = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        top = np.zeros((len(bytes_), 4), np.uint8)
+        top[:, 1:] = bytes_
+        numbers = top.view("<i4")[:, 0].astype(np.float32) / 2**31
+    else:
+        numbers = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
+    return numbers.reshape(-1, channels).mean(1), rate
+
+
+def _read_other(path: Path) -> tuple[np.ndarray, int]:
+    soundfile = _extra("soundfile", "this format needs the package soundfile; pip install soundfile")
+    sound, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    return sound.mean(1), int(rate)
+
+
+def _extra(package: str, otherwise: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(otherwise) from error
+
+
+def _resampled(sound: np.ndarray, own: int, rate: int, name: str, remarks: Remarks) -> np.ndarray | None:
+    """`sound` at `rate`, or None with a remark."""
+    if own == rate:
+        return sound
+    words = f"its rate is {own:,} Hz, that of the set {rate:,} Hz"
+    try:
+        soxr = _extra("soxr", f"{words}, and it is left out; pip install soxr resamples it")
+    except ValueError as error:
+        remarks.append((name, str(error)))
+        return None
+    remarks.append((name, f"{words}; it is resampled"))
+    found: np.ndarray = soxr.resample(sound, own, rate)
+    return found
+
+
+def _windows(sound: np.ndarray, length: int, name: str, remarks: Remarks) -> np.ndarray:
+    """int16 [M, length] of the sound, without silent ones."""
+    whole, rest = divmod(len(sound), length)
+    if whole == 0:
+        remarks.append((name, f"it has {len(sound):,} of {length:,} samples and is filled up with silence"))
+    count = whole + (whole == 0 or 2 * rest >= length)
+    require(6 * count * length, "cpu", f"load: {count:,} sounds of {name}")
+    padded = np.zeros(count * length, np.float32)
+    kept = sound[: count * length]
+    padded[: len(kept)] = kept
+    windows = padded.reshape(count, length)
+    loud = np.abs(windows).max(1) >= SILENT
+    if not loud.all():
+        remarks.append((name, f"{plural(int((~loud).sum()), 'silent part')} left out"))
+    return np.rint(windows[loud].clip(-1, 1) * FULL).astype(np.int16)
+
+
+# ---- writing, and the demonstration ---------------------------------------------------------------------------------
+
+
+def save_wav(sound: Tensor, rate: int, file: Any) -> None:
+    """Write a sound, floats [samples] in [-1, 1], to a path or an open file as 16-bit PCM; what is outside is cut."""
+    numbers = sound.detach().float().nan_to_num().clamp(-1, 1).mul(FULL).round().to(torch.int16)
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes(numbers.cpu().numpy().astype("<i2").tobytes())
+
+
+def drums(length: int, count: int = 1200) -> np.ndarray:
+    """int16 [count, length] at 8 kHz: bass drums, snares, toms and closed hats in turn, from formulas.
+
+    A drum is a sine whose frequency falls and a burst of noise, each with a decay of its own; pitch, decays and
+    loudness differ from one to the next by a fixed random sequence. Nothing recorded is in it.
+    """
+    rng = np.random.Generator(np.random.PCG64(0))
+    time = np.arange(length) / DEMONSTRATION_RATE
+    # start and end of the frequency in Hz, its fall, decays of tone and noise in seconds, share of noise
+    kinds = np.array(
+        [
+            (160, 50, 0.03, 0.12, 0.01, 0.05),
+            (240, 180, 0.02, 0.06, 0.10, 0.70),
+            (200, 110, 0.08, 0.15, 0.02, 0.10),
+            (400, 400, 0.01, 0.01, 0.03, 1.00),
+        ]
+    )
+    sounds = np.zeros((count, length), np.int16)
+    for row in range(count):
+        start, end, fall, tone, noise, share = kinds[row % len(kinds)] * rng.uniform(0.8, 1.25, 6)
+        phase = 2 * np.pi * np.cumsum(end + (start - end) * np.exp(-time / fall)) / DEMONSTRATION_RATE
+        hiss = rng.standard_normal(length)
+        hiss[1:] -= 0.9 * hiss[:-1]  # brighter
+        share = min(share, 1.0)
+        sound = (1 - share) * np.sin(phase) * np.exp(-time / tone) + 0.3 * share * hiss * np.exp(-time / noise)
+        sounds[row] = np.rint(rng.uniform(0.5, 0.9) * FULL * sound / np.abs(sound).max())
+    return sounds
