@@ -36,6 +36,8 @@ wgan-gp-64  {'d_norm':False,'g_width':32,'d_width':32} --set g_lr=2e-4 --set d_l
 r1-dcgan-64 {'d_norm':False,'g_width':32,'d_width':32} --set g_lr=2e-4 --set d_lr=2e-4 --set ema=0.99
 sngan-32    {'g_width':32,'d_width':32} --batch-size 32
 r3gan-small {'g_width':48,'d_width':48} --set g_lr=4e-4 --set d_lr=4e-4 --set ema=0.99
+sagan-32    {'g_width':32,'d_width':32} --batch-size 32 --conditional
+vit-gan-small {'g_width':32,'d_width':64,'depth':3} --set g_lr=4e-4 --set d_lr=4e-4 --set ema=0.99
 endef
 export RECIPES
 LIMIT ?= 300

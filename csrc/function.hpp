@@ -35,7 +35,7 @@ constexpr Kind kind_of() {
 template <class T>
 constexpr int last_code(int last_dtype) {
   if constexpr (std::is_same_v<T, DType>) return last_dtype;
-  if constexpr (std::is_same_v<T, Act>) return ACT_SWISH;
+  if constexpr (std::is_same_v<T, Act>) return ACT_GELU_TANH;
   if constexpr (std::is_same_v<T, Loss>) return LOSS_RELATIVISTIC;
   if constexpr (std::is_same_v<T, Side>) return SIDE_G;
   return 0;

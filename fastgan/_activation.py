@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,9 +20,13 @@ CODES = {
     "selu": 6,
     "softplus": 7,
     "swish": 8,
+    "gelu": 9,
+    "gelu_tanh": 10,
 }
 FUSED = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")  # what convolutions have in their epilogue
-FROM_INPUT = ("swish",)  # has no inverse: its derivative is read from its input, and "y" below is that input
+ALIASES = {"silu": "swish"}
+# have no inverse: their derivatives are read from their input, and "y" below is that input
+FROM_INPUT = ("swish", "gelu", "gelu_tanh")
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,6 +38,8 @@ _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "selu": F.selu,
     "softplus": F.softplus,
     "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 
@@ -81,6 +88,8 @@ def backward(dy: Tensor, y: Tensor, activation: str, slope: float, gain: float =
         g = -g * torch.expm1(-u)
     elif activation == "swish":
         g = aten.silu_backward(g, u)
+    elif activation in ("gelu", "gelu_tanh"):
+        g = aten.gelu_backward(g, u, approximate="tanh" if activation == "gelu_tanh" else "none")
     return g if clamp < 0 else g.masked_fill(_held(y, activation, gain, clamp), 0)
 
 
@@ -88,7 +97,7 @@ def second(y: Tensor, activation: str, gain: float = 1.0, clamp: float = -1.0) -
     """d/dy of what `backward` multiplies dy by; None where it is zero.
 
     tanh' = 1 - u^2, sigmoid' = u (1 - u), elu' = u + 1 and selu' = u + scale alpha below 0, softplus' = 1 - e^-u of
-    u = y / gain; swish' = s + t s (1 - s) of the input t.
+    u = y / gain; swish' = s + t s (1 - s), gelu' = Phi(t) + t phi(t) of the input t.
     """
     u = y / gain if gain != 1 and activation not in FROM_INPUT else y
     if activation == "tanh":
@@ -102,9 +111,22 @@ def second(y: Tensor, activation: str, gain: float = 1.0, clamp: float = -1.0) -
     elif activation == "swish":
         s = torch.sigmoid(u)
         d = gain * s * (1 - s) * (2 + u * (1 - 2 * s))
+    elif activation == "gelu":
+        d = gain * (2 - u * u) * torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+    elif activation == "gelu_tanh":
+        d = gain * _gelu_tanh_second(u)
     else:
         return None
     return d if clamp < 0 else d.masked_fill(_held(y, activation, gain, clamp), 0)
+
+
+def _gelu_tanh_second(t: Tensor) -> Tensor:
+    """d^2/dt^2 of t s, s = sigmoid(v), v = 2 sqrt(2/pi) (t + 0.044715 t^3): s' (2 v' + t ((1 - 2 s) v'^2 + v''))."""
+    scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
+    logit = scale * (t + cubic * t * t * t)
+    s, rest = torch.sigmoid(logit), torch.sigmoid(-logit)  # 1 - s would lose the digits of a small rest
+    first, second = scale * (1 + 3 * cubic * t * t), 6 * scale * cubic * t
+    return s * rest * (2 * first + t * ((rest - s) * first * first + second))
 
 
 @functools.lru_cache
@@ -115,13 +137,13 @@ def limit(clamp: float, dtype: torch.dtype) -> float:
 
 def _held(y: Tensor, activation: str, gain: float, clamp: float) -> Tensor:
     """Where the clamp holds the output, which has no slope there."""
-    out = F.silu(y) * gain if activation == "swish" else y
+    out = _VALUES[activation](y) * gain if activation in FROM_INPUT else y
     return out.detach().abs() >= clamp
 
 
 def check(op: str, activation: str | None, slope: float, allowed: tuple[str, ...] = FUSED) -> str:
     """The canonical name of an activation (None is identity), or one clear ValueError."""
-    name = activation or "identity"
+    name = ALIASES.get(activation or "identity", activation or "identity")
     if name not in allowed:
         raise ValueError(f"{op}: activation must be None or one of {', '.join(allowed)}, got {activation!r}")
     if name == "leaky_relu" and not slope >= 0:

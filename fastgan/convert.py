@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan import program
+from fastgan import functional, program
 from fastgan._forward import Forward, is_exported
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan._parametrized import StandIn, plain_class
 from fastgan.choice import has_kernel, watching
+from fastgan.models.attention import DotProductAttention
 from fastgan.nn.conv import conv_act, conv_bn_act
 from fastgan.nn.norm import bn_act, gn_act, in_act, ln_act, takes_batch_statistics
 from fastgan.penalties import linearised
@@ -110,6 +111,18 @@ FUSED: dict[type[nn.Module], Any] = {  # what takes a layer's place; its `op` is
     nn.LayerNorm: FusedLayerNorm,
 }
 CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
+
+
+class FusedDotProductAttention(DotProductAttention):
+    op = "attention"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if is_exported():
+            return super().forward(q, k, v)
+        return functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+
+CORES: dict[type[nn.Module], Any] = {DotProductAttention: FusedDotProductAttention}  # wherever they are called from
 # Forward and backward of a 3 x 3 x 3 layer of 16, 32 and 64 channels took 18.0, 11.2 and 9.4 ms in PyTorch, and 44.4,
 # 11.0 and 15.3 ms as three of our 2-D convolutions over the depth (one thread of AMD EPYC Zen 5, AVX-512, some load).
 DEPTH = "3-D: a loop of our 2-D convolutions over the depth is no faster"
@@ -382,6 +395,9 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, 
                 swapped.append((child, type(child)))
                 child.__class__ = FUSED[type(child)]
         chain.install()
+    for core in (m for m in model.modules() if type(m) in CORES and not has_hooks(m)):
+        swapped.append((core, type(core)))
+        core.__class__ = CORES[type(core)]
     for part in traced:
         part.install()
     if check is not None:
@@ -410,7 +426,7 @@ def revert(model: nn.Module) -> nn.Module:
         forward = m.__dict__.get("forward")
         if isinstance(forward, Chain | Part):
             forward.remove()
-        for plain, fused in FUSED.items():
+        for plain, fused in (FUSED | CORES).items():
             if type(m) is fused:
                 m.__dict__.pop("stat_groups", None)
                 m.__class__ = plain
@@ -584,7 +600,7 @@ def _row(name: str, m: nn.Module, runs: tuple[str, str] | None, in_chain: set[in
     row = Row(name or "(model)", type(m).__name__, "torch")
     if runs is not None:
         row.runs, row.why = runs
-    elif type(m) in FUSED.values():
+    elif type(m) in (FUSED | CORES).values():
         row.runs = f"fastgan.{m.op}"
         row.why = "hooks: run apart" if has_hooks(m) else ""
     elif type(m).__module__.startswith("fastgan.nn"):

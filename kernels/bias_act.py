@@ -58,7 +58,7 @@ def bias_act_backward_kernel(
         v = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
         if PLAIN:
             dt = activate_backward(g, v, slope, ACTIVATION)
-        elif ACTIVATION == "swish":
+        elif ACTIVATION == "swish" or (ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh"):
             dt = activate_backward(g * gain, v, slope, ACTIVATION)
             v = activate(v, slope, ACTIVATION) * gain
         else:

@@ -55,6 +55,18 @@ def sigmoid(t):
 
 
 @triton.jit
+def normal(t):
+    """Phi(t), the normal distribution's function."""
+    return 0.5 * (1.0 + tl.math.erf(0.7071067811865476 * t))
+
+
+@triton.jit
+def gelu_logit(t):
+    """t (1 + tanh(sqrt(2/pi) (t + 0.044715 t^3))) / 2 = t sigmoid(of this)."""
+    return t * (1.5957691216057308 + 0.07135481627260025 * t * t)
+
+
+@triton.jit
 def log1p(e):
     """log(1 + e) for e >= 0 with every digit of a small e, after Kahan: the rounding of 1 + e is divided out again."""
     u = 1.0 + e
@@ -85,6 +97,10 @@ def activate(t, slope, ACTIVATION: tl.constexpr):
         y = softplus(t)
     elif ACTIVATION == "swish":
         y = t * sigmoid(t)
+    elif ACTIVATION == "gelu":
+        y = t * normal(t)
+    elif ACTIVATION == "gelu_tanh":
+        y = t * sigmoid(gelu_logit(t))
     else:
         y = t
     return y
@@ -92,7 +108,7 @@ def activate(t, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_backward(dy, y, slope, ACTIVATION: tl.constexpr):
-    """dy phi'(t) from y = phi(t), of swish from t; the piecewise linear ones take either, whose signs agree."""
+    """dy phi'(t) from y = phi(t), of swish and gelu from t; the piecewise linear ones take either: signs agree."""
     if ACTIVATION == "relu":
         dt = tl.where(y <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
@@ -110,6 +126,11 @@ def activate_backward(dy, y, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "swish":
         s = sigmoid(y)
         dt = dy * (s + y * s * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        dt = dy * (normal(y) + 0.3989422804014327 * y * tl.exp(-0.5 * y * y))
+    elif ACTIVATION == "gelu_tanh":
+        u = gelu_logit(y)
+        dt = dy * (sigmoid(u) + y * sigmoid(u) * sigmoid(-u) * (1.5957691216057308 + 0.21406444881780073 * y * y))
     else:
         dt = dy
     return dt

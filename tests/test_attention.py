@@ -1,5 +1,6 @@
 """Attention to second order against plain PyTorch, and what its arguments may be."""
 
+import copy
 import math
 
 import pytest
@@ -377,3 +378,48 @@ def test_r1_through_checkpointed_attention(autocast):
     got, want = gradient(again), gradient(plainly)
     assert want.abs().sum() > 0 and distance(got, want) < 1e-5
     assert distance(got, gradient(plainly, False)) < (0.05 if autocast else 1e-5)
+
+
+# ---- in our models ---------------------------------------------------------------------------------------------------
+
+
+def test_a_transformer_discriminator_s_r1_is_exact_and_on_our_kernels():
+    """`vit-gan-small`'s, in float32 on the native kernels, against the plain modules in float64."""
+    torch.manual_seed(0)
+    _, discriminator = fastgan.models.build("vit-gan-small", d_width=24, depth=2, heads=3)
+    with torch.no_grad():  # it begins nearly constant: as after some training
+        for parameter in discriminator.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images, exact = torch.randn(3, 3, 32, 32), copy.deepcopy(discriminator).double()
+
+    def gradients(network, x):
+        penalty = functional.gradient_penalty(network, x, kind="r1", weight=10.0)
+        found = torch.autograd.grad(penalty, list(network.parameters()), allow_unused=True)
+        return torch.cat([g.flatten().double() for g in found if g is not None])  # the last bias moves no gradient
+
+    want, seen = gradients(exact, images.double()), set()
+    converted = fastgan.convert(discriminator)
+    with fastgan.backend("native"), watching(lambda op, name, why: seen.add((op.name, name))):
+        got = gradients(converted, images)
+    assert {(name, "native") for name in ("attention", "attention_backward", "attention_double_backward")} <= seen
+    assert got.shape == want.shape and distance(got, want) < 1e-5
+    assert "fastgan.attention" in str(fastgan.explain(converted))
+    plain_again = fastgan.revert(converted)
+    assert type(plain_again.main[1].attend[1].attention) is fastgan.models.DotProductAttention
+
+
+def test_self_attention_over_pixels_is_its_formula():
+    """x + gain o(v softmax(q k)) of the paper, pixel by pixel, converted too."""
+    torch.manual_seed(0)
+    block = fastgan.models.SelfAttention2d(8).double()
+    block.gain.data.fill_(0.7)
+    x = torch.randn(2, 8, 4, 6, dtype=torch.float64)
+    q = block.query(x).flatten(2)
+    k, v = (F.max_pool2d(layer(x), 2).flatten(2) for layer in (block.key, block.value))
+    pixels = []
+    for i in range(24):  # each pixel of the map looks at the six pooled ones
+        share = torch.softmax(torch.einsum("nc,ncj->nj", q[:, :, i], k), -1)
+        pixels.append(torch.einsum("nj,ncj->nc", share, v))
+    want = x + 0.7 * block.out(torch.stack(pixels, -1).view(2, 4, 4, 6))
+    torch.testing.assert_close(block(x), want)
+    torch.testing.assert_close(fastgan.convert(block)(x), want)

@@ -16,6 +16,8 @@ ACTIVATIONS = {
     "selu": F.selu,
     "softplus": F.softplus,
     "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
 }
 SHAPES = [(2, 3, 5, 7), (3, 17), (1, 4, 9), (2, 3, 2, 3, 2), (2, 64, 4, 4)]
 

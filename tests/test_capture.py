@@ -310,7 +310,7 @@ def test_a_forced_backend_is_obeyed(graphs):
     assert graphs.replays == before
 
 
-@pytest.mark.parametrize("name, width", [("dcgan-28", 2), ("sngan-32", 2), ("r3gan-small", 16)])
+@pytest.mark.parametrize("name, width", [("dcgan-28", 2), ("sngan-32", 2), ("r3gan-small", 16), ("vit-gan-small", 4)])
 def test_recipes_are_captured(graphs, name, width):
     """Dropout, spectral norm's power iteration, R1 + R2 with an average: nothing in them is taken for a violation."""
     recipe = fastgan.recipes()[name]

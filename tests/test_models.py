@@ -20,6 +20,8 @@ COUNTS = {
     "stylegan2-small": (263_987, 288_993),
     "chargan": (282_140, 85_569),
     "wavegan": (476_161, 271_489),
+    "sagan-32": (4_276_739 + 81_921, 1_053_825 + 20_481),
+    "vit-gan-small": (678_816, 826_369),
 }
 # Small enough to run in milliseconds, and not the defaults: every option is used.
 SMALL = {
@@ -52,6 +54,11 @@ SMALL = {
     "stylegan2-small": {
         **{"image_size": 16, "channels": 1, "latent": 5, "g_width": 6, "d_width": 4},
         **{"depth": 3, "mixing": 0.5, "d_deviation": False},
+    },
+    "sagan-32": {"image_size": 16, "channels": 1, "latent": 5, "g_width": 8, "d_width": 6},
+    "vit-gan-small": {
+        **{"image_size": 16, "channels": 1, "latent": 5, "g_width": 4},
+        **{"d_width": 6, "depth": 2, "heads": 3, "patch": 8},
     },
 }
 SMALL = {name: {**options, "classes": 0} for name, options in SMALL.items()}  # with labels: test_conditional.py

@@ -11,7 +11,7 @@ _C = pytest.importorskip("fastgan._C", reason="the native core is not built")
 
 F32, BF16 = 0, 1
 DTYPES = {F32: torch.float32, BF16: torch.bfloat16}
-IDENTITY, RELU, LEAKY, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH = range(9)
+IDENTITY, RELU, LEAKY, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH, GELU, GELU_TANH = range(11)
 PLAIN = 1.0, -1.0  # gain and clamp
 D, G = 0, 1
 KINDS = ["bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic"]
@@ -527,7 +527,7 @@ def test_gn_empty_and_absent_outputs(table, channels_last, n, hw):
 
 @layouts
 @dtypes
-@pytest.mark.parametrize("act", range(9))
+@pytest.mark.parametrize("act", range(11))
 def test_bias_act(table, dtype, channels_last, act):
     for size in [(2, 3, 49), (3, 100, 171), (5, 17, 1), (1, 1, 3), (40, 64, 16)]:
         for with_bias, form in ((True, (1.5, 1.0)), (False, PLAIN), (True, (-0.7, -1.0))):
@@ -544,8 +544,10 @@ PHI = [
     F.selu,
     F.softplus,
     F.silu,
+    F.gelu,
+    lambda t: F.gelu(t, approximate="tanh"),
 ]
-# from the output, of swish from the input
+# from the output, of swish and gelu from the input
 SLOPES = [
     torch.ones_like,
     lambda y: (y > 0).double(),
@@ -556,6 +558,8 @@ SLOPES = [
     lambda y: torch.where(y > 0, 1.0507009873554805, y + 1.7580993408473766),
     lambda y: -torch.expm1(-y),
     lambda t: torch.sigmoid(t) * (1 + t * (1 - torch.sigmoid(t))),
+    lambda t: torch.ops.aten.gelu_backward(torch.ones_like(t), t, approximate="none"),
+    lambda t: torch.ops.aten.gelu_backward(torch.ones_like(t), t, approximate="tanh"),
 ]
 
 
@@ -573,10 +577,10 @@ def run_bias_act(size, dtype, channels_last, act, with_bias, gain, clamp):
     check(got, limited(gain * PHI[act](x64), clamp), dtype, "y")
 
     # the contract: from the output as stored
-    source = x if act == SWISH else got
-    out = gain * F.silu(x.double()) if act == SWISH else got.double()
+    source = x if act >= SWISH else got
+    out = gain * PHI[act](x.double()) if act >= SWISH else got.double()
     memory = to_memory(source, channels_last)
-    want = dy.double() * gain * SLOPES[act](source.double() if act == SWISH else source.double() / gain)
+    want = dy.double() * gain * SLOPES[act](source.double() if act >= SWISH else source.double() / gain)
     want = want.masked_fill(out.abs() >= clamp, 0) if clamp >= 0 else want
     for dbias in (Guarded(c), None):
         dx = Guarded(n * c * hw, DTYPES[dtype])
@@ -605,6 +609,26 @@ def test_tanh_and_sigmoid_to_three_ulp(table, act):
     nan = torch.full((3,), torch.nan)
     _C.bias_act_forward(F32, pointer(nan), 0, pointer(nan), 1, 1, 3, False, act, 0.0, *PLAIN, 1)
     assert nan.isnan().all()
+
+
+def test_gelu_and_its_gradient_over_the_whole_range(table):
+    """Its lower tail keeps its digits, but for what rounding does to the exponents, which grow with x^2."""
+    x = torch.cat([torch.linspace(-10, 10, 40001), torch.logspace(-38, 1, 3000), -torch.logspace(-38, 1, 3000)])
+    y, dx, one = Guarded(len(x)), Guarded(len(x)), torch.ones(len(x))
+    for act in (GELU, GELU_TANH):
+        tail = (1, 1, len(x), False, act, 0.0, *PLAIN, 1)
+        _C.bias_act_forward(F32, pointer(x), 0, pointer(y), *tail)
+        _C.bias_act_backward(F32, pointer(one), pointer(x), pointer(dx), 0, *tail)
+        t, slope = x.double(), SLOPES[act](x.double())
+        logit = 2 * (2 / torch.pi) ** 0.5 * (t + 0.044715 * t**3)
+        # F.gelu cancels in its lower tail, in float64 too
+        want = t * (torch.special.erfc(-t / 2**0.5) / 2 if act == GELU else torch.sigmoid(logit))
+        bound = want.abs().clamp(min=1e-30) * (8 + 2 * t * t) * 2.0**-23
+        assert ((y.get().double() - want).abs() <= bound).all()
+        assert (dx.get().double() - slope).abs().max() < 4e-7
+    special = torch.tensor([torch.nan, torch.inf, 1e30, -1e30])
+    _C.bias_act_forward(F32, pointer(special), 0, pointer(special), 1, 1, 4, False, GELU, 0.0, *PLAIN, 1)
+    assert special[0].isnan() and special[1:].tolist() == [torch.inf, special[2].item(), 0.0] and special[2] > 9e29
 
 
 @dtypes

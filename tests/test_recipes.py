@@ -18,6 +18,8 @@ NARROW = {
     "stylegan2-small": {"g_width": 8, "d_width": 8},
     "chargan": {"width": 8, "blocks": 1},
     "wavegan": {"g_width": 4, "d_width": 4},
+    "sagan-32": {"g_width": 8, "d_width": 8},
+    "vit-gan-small": {"g_width": 8, "d_width": 16, "depth": 2},
 }
 SHORT = {"wavegan": {"length": 256}}
 

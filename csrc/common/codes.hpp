@@ -13,7 +13,9 @@ enum Act : int {
   ACT_ELU = 5,
   ACT_SELU = 6,
   ACT_SOFTPLUS = 7,
-  ACT_SWISH = 8
+  ACT_SWISH = 8,  // from here on the derivative is read from the input
+  ACT_GELU = 9,
+  ACT_GELU_TANH = 10
 };
 enum Loss : int { LOSS_BCE = 0, LOSS_MINIMAX, LOSS_LSGAN, LOSS_HINGE, LOSS_WASSERSTEIN, LOSS_RELATIVISTIC };
 enum Side : int { SIDE_D = 0, SIDE_G = 1 };

@@ -82,7 +82,7 @@ FG_STRUCT(BiasActShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW
           (float, slope), (float, gain), (float, clamp), (Threads, threads));
 
 // y = gain act(x + bias), kept within ±clamp where clamp >= 0. bias and dbias are [C] or null. The derivative is taken
-// from the output y; swish, which has no inverse, takes it from x + bias in the place of y.
+// from the output y; swish and gelu, which have no inverse, take it from x + bias in the place of y.
 FG_STRUCT(BiasActForwardArgs, (const void*, x), (const float*, bias), (void*, y));
 
 FG_STRUCT(BiasActBackwardArgs, (const void*, dy), (const void*, y), (void*, dx), (float*, dbias));

@@ -11,6 +11,10 @@ namespace fg::ISA {
 
 constexpr float SELU_SCALE = 1.0507009873554805f, SELU_NEGATIVE = 1.7580993408473766f;  // scale, scale alpha
 
+// t (1 + tanh(sqrt(2/pi) (t + 0.044715 t^3))) / 2 = t sigmoid(of this), and its derivative.
+FG_INLINE vf gelu_logit(vf t) { return t * fma(t * t, set1(0.0713548162726f), set1(1.59576912160573f)); }
+FG_INLINE vf gelu_logit_slope(vf t) { return fma(t * t, set1(0.2140644488178f), set1(1.59576912160573f)); }
+
 template <Act ACT>
 FG_INLINE vf activate(vf t, float slope) {
   if constexpr (ACT == ACT_RELU) return select(le(t, zero()), zero(), t);
@@ -22,11 +26,13 @@ FG_INLINE vf activate(vf t, float slope) {
     return select(le(t, zero()), expm1_below(t) * set1(SELU_NEGATIVE), t * set1(SELU_SCALE));
   if constexpr (ACT == ACT_SOFTPLUS) return softplus(t);
   if constexpr (ACT == ACT_SWISH) return t * sigmoid(t);
+  if constexpr (ACT == ACT_GELU) return t * normal(t).phi;
+  if constexpr (ACT == ACT_GELU_TANH) return t * sigmoid(gelu_logit(t));
   return t;
 }
 
 // g φ'(t) from y = φ(t): tanh' = 1 - y², sigmoid' = y (1 - y), elu' = y + 1 below 0, softplus' = 1 - e^-y. (Leaky) relu
-// takes t as well, whose sign y has; swish takes t.
+// takes t as well, whose sign y has; swish and gelu take t.
 template <Act ACT>
 FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
   if constexpr (ACT == ACT_RELU) return select(le(y, zero()), zero(), g);
@@ -39,6 +45,14 @@ FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
   if constexpr (ACT == ACT_SWISH) {
     const vf s = sigmoid(y);
     return g * (s + y * s * (set1(1.0f) - s));
+  }
+  if constexpr (ACT == ACT_GELU) {
+    const Normal of = normal(y);
+    return g * fma(y * of.bell, set1(0.398942280401f), of.phi);
+  }
+  if constexpr (ACT == ACT_GELU_TANH) {
+    const vf u = gelu_logit(y), e = exp(zero() - abs(u)), w = set1(1.0f) / (set1(1.0f) + e);
+    return g * fma(y * e * w * w, gelu_logit_slope(y), select(gt(zero(), u), e, set1(1.0f)) * w);
   }
   return g;
 }
@@ -63,6 +77,10 @@ FG_INLINE void by_act(Act act, const F& f) {
       return f.template operator()<ACT_SOFTPLUS>();
     case ACT_SWISH:
       return f.template operator()<ACT_SWISH>();
+    case ACT_GELU:
+      return f.template operator()<ACT_GELU>();
+    case ACT_GELU_TANH:
+      return f.template operator()<ACT_GELU_TANH>();
     case ACT_IDENTITY:
       return;
   }

@@ -55,8 +55,8 @@ struct Scaled {
     return select(gt(set1(-limit), v), set1(-limit), v);
   }
   FG_INLINE_MEMBER vf gradient(vf g, vf y) const {
-    const bool swish = !LEAKY && act == ACT_SWISH;  // the one whose backward reads x + bias
-    const vf out = swish ? phi(y) * set1(gain) : y, u = swish ? y : y * set1(inverse_gain);
+    const bool input = !LEAKY && act >= ACT_SWISH;  // those whose backward reads x + bias
+    const vf out = input ? phi(y) * set1(gain) : y, u = input ? y : y * set1(inverse_gain);
     g = g * set1(gain);
     const vf dx = LEAKY ? activate_gradient<ACT_LEAKY_RELU>(g, u, slope) : any_gradient(g, u, act, slope);
     return select(le(set1(limit), abs(out)), zero(), dx);

@@ -13,11 +13,16 @@ struct Phi {
   float slope, gain, limit;
 
   FG_MEMBER static float sigmoid(float t) { return 1.0f / (1.0f + expf(-t)); }
+  FG_MEMBER static float normal(float t) { return 0.5f * erfcf(-0.707106781187f * t); }
+  // t (1 + tanh(sqrt(2/pi) (t + 0.044715 t^3))) / 2 = t sigmoid(of this)
+  FG_MEMBER static float gelu_logit(float t) { return t * (1.59576912160573f + 0.0713548162726f * t * t); }
   FG_MEMBER float activation(float t) const {
     if (act == ACT_ELU) return t <= 0.0f ? expm1f(t) : t;
     if (act == ACT_SELU) return t <= 0.0f ? SELU_NEGATIVE * expm1f(t) : SELU_SCALE * t;
     if (act == ACT_SOFTPLUS) return (t <= 0.0f ? 0.0f : t) + log1pf(expf(-fabsf(t)));
     if (act == ACT_SWISH) return t * sigmoid(t);
+    if (act == ACT_GELU) return t * normal(t);
+    if (act == ACT_GELU_TANH) return t * sigmoid(gelu_logit(t));
     return activate(t, act, slope);
   }
   FG_MEMBER float value(float t) const {
@@ -25,11 +30,11 @@ struct Phi {
     y = y > limit ? limit : y;
     return y < -limit ? -limit : y;
   }
-  // Of swish y is the input.
+  // Of swish and gelu y is the input.
   FG_MEMBER float gradient(float g, float y) const {
-    const float out = act == ACT_SWISH ? gain * activation(y) : y;
+    const float out = act >= ACT_SWISH ? gain * activation(y) : y;
     if (fabsf(out) >= limit) return 0.0f;
-    const float u = act == ACT_SWISH ? y : y / gain;
+    const float u = act >= ACT_SWISH ? y : y / gain;
     g *= gain;
     if (act == ACT_ELU) return u <= 0.0f ? g * (u + 1.0f) : g;
     if (act == ACT_SELU) return g * (u <= 0.0f ? u + SELU_NEGATIVE : SELU_SCALE);
@@ -37,6 +42,11 @@ struct Phi {
     if (act == ACT_SWISH) {
       const float s = sigmoid(u);
       return g * (s + u * s * (1.0f - s));
+    }
+    if (act == ACT_GELU) return g * (normal(u) + 0.398942280401f * u * expf(-0.5f * u * u));
+    if (act == ACT_GELU_TANH) {
+      const float v = gelu_logit(u);
+      return g * (sigmoid(v) + u * sigmoid(v) * sigmoid(-v) * (1.59576912160573f + 0.2140644488178f * u * u));
     }
     return activate_gradient(g, u, act, slope);
   }

@@ -20,6 +20,7 @@ from fastgan.functional.modulation import modulated_conv2d
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
 from fastgan.functional.penalties import grad_norm_penalty, interpolate
 from fastgan.functional.resampling import conv2d_resample, filtered_lrelu, upfirdn2d
+from fastgan.functional.transformer import glu, layer_norm, linear_act, rms_norm
 from fastgan.penalties import gradient_penalty, path_lengths
 
 __all__ = [
@@ -39,16 +40,20 @@ __all__ = [
     "filtered_lrelu",
     "gan_loss",
     "gan_loss_statistics",
+    "glu",
     "gn_act",
     "grad_norm_penalty",
     "gradient_penalty",
     "in_act",
     "interpolate",
     "l2_attention",
+    "layer_norm",
     "lecam_regularization",
+    "linear_act",
     "ln_act",
     "modulated_conv2d",
     "path_lengths",
+    "rms_norm",
     "scaled_dot_product_attention",
     "upfirdn2d",
 ]

@@ -25,7 +25,8 @@ def bias_act(
     Args:
         x: [N, C, *], floating.
         bias: [C] or None.
-        activation: None, "identity", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "selu", "softplus" or "swish".
+        activation: None, "identity", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish" (or
+            "silu"), "gelu" (x Phi(x)) or "gelu_tanh" (its approximation by tanh).
         negative_slope: of leaky_relu, >= 0.
         gain: multiplies the activation; finite and not 0.
         clamp: None, or the largest absolute value that comes out, >= 0. What it holds has the derivative 0.

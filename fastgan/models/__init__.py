@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from .attention import DotProductAttention
 from .chargan import CharDiscriminator, CharGenerator, build_chargan
 from .conditional import ClassAffine, LabelledDiscriminator, LabelledGenerator, ProjectionDiscriminator
 from .dcgan import (
@@ -36,7 +37,9 @@ from .mlp import build as build_mlp
 from .pix2pix import PatchGAN, UNet, build_pix2pix
 from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
 from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerator, build_sngan
+from .sagan import SelfAttention2d, build_sagan
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, build_stylegan2
+from .vit import TransformerBlock, ViTDiscriminator, build_vit
 from .wavegan import WaveDiscriminator, WaveGenerator, build_wavegan
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "ConditionalSNGANGenerator",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "DotProductAttention",
     "KerasDCGANDiscriminator",
     "KerasDCGANGenerator",
     "LabelledDiscriminator",
@@ -61,9 +65,12 @@ __all__ = [
     "R3GANGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "SelfAttention2d",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "TransformerBlock",
     "UNet",
+    "ViTDiscriminator",
     "WaveDiscriminator",
     "WaveGenerator",
     "build",
@@ -103,6 +110,12 @@ _PRESETS = {
         Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
         Preset("chargan", build_chargan, "Gulrajani et al. 2017 (arXiv:1704.00028), its language model in small"),
         Preset("wavegan", build_wavegan, "Donahue et al. 2019 (arXiv:1802.04208), at a quarter of width and length"),
+        Preset("sagan-32", build_sagan, "Zhang et al. 2019 (arXiv:1805.08318), on the networks of sngan-32"),
+        Preset(
+            "vit-gan-small",
+            build_vit,
+            "D: Dosovitskiy et al. 2021 (arXiv:2010.11929), small, patches as ViTGAN (arXiv:2107.04589); G: dcgan-64's",
+        ),
     )
 }
 

@@ -1,16 +1,16 @@
 """Bias and activation.
 
 Formula      y = gain phi(x + bias[channel]), kept within +-clamp where clamp >= 0;  phi: identity, relu, leaky_relu,
-             tanh, sigmoid, elu, selu, softplus, swish
+             tanh, sigmoid, elu, selu, softplus, swish, gelu, gelu_tanh
 Shapes       x [N,C,*], bias [C] or None -> y like x
 Dtypes       float32, bfloat16 natively (computed in float32), float16 too on a GPU; every floating torch dtype through
              the reference
 Layout       y keeps x's layout (channels_last or NCHW); a sliced x gives a dense y
 Autocast     first: runs in x's dtype; bias may be of another
-Derivatives  first: bias_act_backward, from the output y (slope >= 0 keeps its sign); of swish from its input. 0 where
-             the clamp holds y, |y| = clamp included (so what rounds to it). second: the same op for dy, and phi'' in
-             closed form for y; any order
-Saves        y; of swish x and bias
+Derivatives  first: bias_act_backward, from the output y (slope >= 0 keeps its sign); of swish and gelu from the
+             input. 0 where the clamp holds y, |y| = clamp included (so what rounds to it). second: the same op for dy,
+             and phi'' in closed form for y; any order
+Saves        y; of swish and gelu x and bias
 Traffic      2 accesses an element forward, 3 backward (dy, y, dx; dbias on the way); PyTorch 4 and 4
 FLOPs        2 an element forward, 2 backward (tanh and its like counted as one; gain and clamp not counted)
 Determinism  bit-equal from run to run for one thread count

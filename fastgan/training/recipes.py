@@ -520,6 +520,37 @@ _RECIPES = {
             source="Donahue et al. 2019 (arXiv:1802.04208): WGAN-GP with 5 D updates, Adam 1e-4 (0.5, 0.9); batch 32 "
             "where it has 64, a quarter of its width and length",
         ),
+        Recipe(
+            name="sagan-32",
+            model="sagan-32",
+            data="emoji-64",
+            image_size=32,
+            channels=3,
+            latent=128,
+            batch_size=64,
+            steps=50_000,
+            loss="hinge",
+            betas=(0.0, 0.9),
+            g_lr=1e-4,
+            d_lr=4e-4,
+            source="Zhang et al. 2019 (arXiv:1805.08318): self-attention, spectral norm in both networks, hinge, Adam "
+            "(0, 0.9) with 1e-4 for G and 4e-4 for D, one D update; theirs has labels (--conditional) and batch 256",
+        ),
+        Recipe(
+            name="vit-gan-small",
+            model="vit-gan-small",
+            data="emoji-64",
+            image_size=32,
+            channels=3,
+            batch_size=32,
+            steps=50_000,
+            penalty="r1",
+            penalty_weight=1.0,
+            betas=(0.0, 0.99),
+            ema=0.999,
+            source="its own: a small transformer in the discriminator (Dosovitskiy et al. 2021, arXiv:2010.11929), "
+            "tamed by R1 with the weight of recipe fastgan (Mescheder et al. 2018, arXiv:1801.04406), G of dcgan-64",
+        ),
     )
 }
 

@@ -4,6 +4,8 @@ Values, first and second derivatives against float64 as for every backend (tests
 kernels fetch.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +200,7 @@ def test_bias_act(record, ran, activation, with_bias, dtype, layout):
 
 
 LIMITED = {"elu": F.elu, "selu": F.selu, "softplus": F.softplus, "swish": F.silu, **ALL_ACTIVATIONS}
+LIMITED |= {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 @dtypes

@@ -3,6 +3,8 @@
 What the kernels decline runs on the reference, as on a GPU; each case says which ops must have run on Triton.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -58,6 +60,7 @@ def test_bias_act(activation, dtype, layout):
 
 
 LIMITED = [("leaky_relu", 0.9), (None, 0.9), ("elu", None), ("selu", 0.9), ("softplus", None), ("swish", 0.9)]
+LIMITED += [("gelu", 0.9), ("gelu_tanh", None)]
 
 
 def limited(y, clamp):
@@ -68,6 +71,7 @@ def limited(y, clamp):
 @pytest.mark.parametrize(("activation", "clamp"), LIMITED, ids=str)
 def test_bias_act_with_gain_and_clamp(activation, clamp, dtype):
     phi = PHI | {"elu": F.elu, "selu": F.selu, "softplus": F.softplus, "swish": F.silu}
+    phi |= {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
     ours = lambda x, b: functional.bias_act(x, b, activation=activation, gain=1.4, clamp=clamp)
     free = lambda x, b: 1.4 * phi[activation](x + b.view(1, -1, 1, 1))
     x, b = noise(2, 3, 4, 5), noise(3)
