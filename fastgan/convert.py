@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import functional, program
 from fastgan._forward import Forward, is_exported
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan._parametrized import StandIn, plain_class
+from fastgan._ranks import Sync
 from fastgan.choice import has_kernel, watching
 from fastgan.models.attention import DotProductAttention
 from fastgan.nn.conv import conv_act, conv_bn_act
@@ -43,7 +45,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 class _Convolution(nn.Module):
     def fused(self: Any, input: Tensor, norm: FusedBatchNorm2d | None, activation: str, slope: float) -> Tensor:
         if norm is not None:
-            return conv_bn_act(self, norm, input, activation, slope, norm.stat_groups)
+            return conv_bn_act(self, norm, input, activation, slope, norm.stat_groups, norm.sync)
         return conv_act(self, input, activation, slope)
 
 
@@ -78,15 +80,15 @@ class _Norm(nn.Module):
 
 
 def _bn_act(bn: Any, input: Tensor, activation: str, slope: float) -> Tensor:
-    return bn_act(bn, input, activation, slope, bn.stat_groups)
+    return bn_act(bn, input, activation, slope, bn.stat_groups, bn.sync)
 
 
 class FusedBatchNorm1d(_Norm, nn.BatchNorm1d):
-    op, run, stat_groups = "bn_act", _bn_act, 1
+    op, run, stat_groups, sync = "bn_act", _bn_act, 1, False
 
 
 class FusedBatchNorm2d(_Norm, nn.BatchNorm2d):
-    op, run, stat_groups = "bn_act", _bn_act, 1
+    op, run, stat_groups, sync = "bn_act", _bn_act, 1, False
 
 
 class FusedGroupNorm(_Norm, nn.GroupNorm):
@@ -355,7 +357,9 @@ def _plain_call(child: nn.Module, input: Any) -> Any:
 # ---- convert --------------------------------------------------------------------------------------------------------
 
 
-def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, trace: str = "auto") -> nn.Module:
+def convert(
+    model: nn.Module, *, example_input: Any = None, prove: bool = True, trace: str = "auto", sync: Sync = False
+) -> nn.Module:
     """Put a model on fastgan's fused ops, in place.
 
     nn.Sequential chains run as fewer ops: convolution and transposed convolution with the activation after them, batch,
@@ -371,12 +375,14 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, 
             gradients and R1 gradients are compared.
         prove: compare where an example_input is given.
         trace: "auto" traces what chains do not show, where torch has Dynamo; "off" leaves it as it is.
+        sync: batch norms in training take their statistics over all processes of torch.distributed (True) or over a
+            process group, to second order (`synchronise`).
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: trace is neither "auto" nor "off".
+        ValueError: trace is neither "auto" nor "off"; with sync, a batch norm that cannot be synchronised.
         RuntimeError: the converted model gives other numbers on example_input (the model is then as it was). A traced
             group that alone is at fault is left to PyTorch instead, with a warning.
     """
@@ -410,6 +416,40 @@ def convert(model: nn.Module, *, example_input: Any = None, prove: bool = True, 
             for part in traced:
                 part.remove()
             raise RuntimeError(f"convert: the converted model must give the same numbers, got {error}")
+    return model if sync is False else synchronise(model, sync)
+
+
+def synchronise(model: nn.Module, sync: Sync = True) -> nn.Module:
+    """Let every batch norm of a model, in training, take its statistics over several processes; in place.
+
+    Args:
+        model: converted or not; it is converted afterwards. A hand-written forward with a batch norm stays untraced.
+        sync: True for all processes of torch.distributed, a process group, or False to undo it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: a batch norm is neither nn.BatchNorm1d, nn.BatchNorm2d nor ours; nothing was changed then.
+    """
+    norms: dict[str, Any] = dict(model.named_modules())
+    norms = {name: m for name, m in norms.items() if isinstance(m, _BatchNorm) and not hasattr(m, "sync")}
+    for name, m in norms.items():
+        if type(m) not in FUSED:
+            raise ValueError(
+                f"synchronise: batch norms must be nn.BatchNorm1d or nn.BatchNorm2d, got {type(m).__name__} at "
+                f"{name or 'the model itself'}"
+            )
+    for owner in model.modules():
+        forward = owner.__dict__.get("forward")
+        if isinstance(forward, Part) and any(isinstance(part, _BatchNorm) for part in owner.modules()):
+            forward.remove()
+    for m in norms.values():
+        m.__class__ = FUSED[type(m)]
+    convert(model, trace="off")
+    for ours in model.modules():
+        if hasattr(ours, "sync"):
+            ours.sync = sync
     return model
 
 
@@ -428,7 +468,8 @@ def revert(model: nn.Module) -> nn.Module:
             forward.remove()
         for plain, fused in (FUSED | CORES).items():
             if type(m) is fused:
-                m.__dict__.pop("stat_groups", None)
+                for name in ("stat_groups", "sync"):
+                    m.__dict__.pop(name, None)
                 m.__class__ = plain
     return model
 

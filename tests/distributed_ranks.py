@@ -6,12 +6,16 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from tiny_run import TINY, noise, tensors, trainer
 from torch import nn
 
 import fastgan
+from fastgan.convert import synchronise
+from fastgan.functional import bn_act
 from fastgan.nn import BatchNormAct2d
 from fastgan.training.distributed import Exchange, join, leave
 
@@ -117,6 +121,39 @@ def exchange(world) -> dict:
     return found | {"agreed": world.agree(("time", "interrupted")[world.rank]), "mean": world.mean({"a": world.rank})}
 
 
+def synchronised(world) -> dict:
+    """bn_act over ranks whose batches differ in size, and its first and second derivatives."""
+    x, weight, bias, weights = parts_of_batch(world.rank)
+    counted = {name: mock.patch.object(dist, name, wraps=getattr(dist, name)) for name in ("all_gather", "all_reduce")}
+    with counted["all_gather"] as gathers, counted["all_reduce"] as sums:
+        found = derivatives(x, weight, bias, weights, sync=True)
+    found["collectives"] = gathers.call_count, sums.call_count
+    try:
+        synchronise(nn.Sequential(nn.BatchNorm3d(2)))
+    except ValueError as error:
+        found["declined"] = str(error)
+    return found
+
+
+def parts_of_batch(rank: int) -> list[torch.Tensor]:
+    """x of a rank in two groups, weight and bias of all ranks, and what the loss weighs y by; a mean is 10^4."""
+    draw = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    shape = 2 * (2 + rank), 3, 2, 5
+    far = torch.tensor([0.0, 1e4, -3.0], dtype=torch.float64).view(3, 1, 1)
+    x = (draw(rank, *shape) + far).to(memory_format=torch.channels_last)
+    return [x, draw(8, 3), draw(9, 3), draw(10 + rank, *shape)]
+
+
+def derivatives(x, weight, bias, weights, **options) -> dict:
+    """y, running statistics, and gradients of <weights, y> and of the square of its gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    running = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    y = bn_act(leaves[0], *running, *leaves[1:], training=True, stat_groups=2, **options)
+    first = torch.autograd.grad((y * weights).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(first[0].square().sum(), leaves[:2])
+    return {"y": y.detach(), "running": running, "first": [t.detach() for t in first], "second": second}
+
+
 def runs(folder: Path, world) -> dict:
     """A run of six steps, and one that was stopped after three and goes on."""
     images = noise()
@@ -165,6 +202,7 @@ def main(folder: Path) -> None:
     found = {name: train(name, world) for name in CASES}
     found |= {
         "exchange": exchange(world),
+        "synchronised": synchronised(world),
         "runs": runs(folder, world),
         "signalled": signalled(folder, world),
         "world": (world.rank, world.size),

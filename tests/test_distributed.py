@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed_ranks import CASES, PART, RANKS, batches, step_of, weights
+from distributed_ranks import CASES, PART, RANKS, batches, derivatives, parts_of_batch, step_of, weights
+from processes import environment, free_port, launch
 from tiny_run import TINY, noise, trainer
 
 from fastgan.data.imageset import Batches
@@ -23,37 +23,14 @@ from fastgan.training.distributed import World, join
 from fastgan.training.recovery import check_action
 from fastgan.training.rundir import read_log
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank of `distributed_ranks` found."""
-    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
-    command = [sys.executable, str(HERE / "distributed_ranks.py"), str(folder)]
-    jobs = [
-        subprocess.Popen(command, env=environment(**world, RANK=str(k)), stderr=subprocess.PIPE, text=True)
-        for k in range(RANKS)
-    ]
-    try:
-        said = [job.communicate(timeout=120)[1] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    assert [job.returncode for job in jobs] == [0] * RANKS, "\n".join(text[-2000:] for text in said)
+    folder = tmp_path_factory.mktemp("ranks")
+    launch("distributed_ranks.py", RANKS, str(folder))
     found = [torch.load(folder / f"rank-{k}.pt", weights_only=True) for k in range(RANKS)]
     return found, folder
 
@@ -91,6 +68,25 @@ def test_batch_norm_takes_the_statistics_of_its_rank(ranks):
         torch.testing.assert_close(ranks[0][0]["batch-norm"]["weights"][k], weights(step), rtol=1e-9, atol=1e-11)
     first, second = (found["batch-norm"]["buffers"] for found in ranks[0])
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_batch_norm_over_ranks_of_unequal_batches(ranks):
+    """Two statistics groups, channels_last, a mean of 10^4: y and both derivatives beside the joined batch."""
+    halves = [[part.chunk(2) for part in (x, weights)] for x, _, _, weights in map(parts_of_batch, range(RANKS))]
+    x, weights = (torch.cat([halves[k][i][g] for g in range(2) for k in range(RANKS)]) for i in range(2))
+    want = derivatives(x, *parts_of_batch(0)[1:3], weights)
+    join_groups = lambda parts: torch.cat([part.chunk(2)[g] for g in range(2) for part in parts])
+    found = [f["synchronised"] for f in ranks[0]]
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    close(join_groups([f["y"] for f in found]), want["y"])
+    for order in ("first", "second"):
+        close(join_groups([f[order][0] for f in found]), want[order][0])
+        for i in range(1, len(want[order])):  # parameters get each rank's share
+            close(sum(f[order][i] for f in found), want[order][i])
+    for f in found:
+        close(f["running"], want["running"])
+        assert f["collectives"] == (1, 1 + 2)  # forward; backward and the backward of that: docs/scaling.md
+        assert "must be nn.BatchNorm1d or nn.BatchNorm2d, got BatchNorm3d at 0" in f["declined"]
 
 
 def test_a_gradient_of_some_ranks_counts_as_zeros_on_the_others(ranks):

@@ -75,6 +75,9 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-changed-data", action="store_true", help="with --resume: go on although the images have changed"
     )
+    parser.add_argument(
+        "--sync-statistics", action="store_true", help="under torchrun: batch norm over the batches of all ranks"
+    )
     parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long")
     parser.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="measure the generator so often")
     parser.add_argument("--target", metavar="BOUND", help="stop at a metric's bound: 'kcd<0.05', 'fcd<2'")
@@ -96,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, or print the plan; 130 when interrupted."""
     fields = ("data", "labels", "steps", "batch_size", "precision", "seed", "eval_every", "augment")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
-    if args.conditional:
-        given["conditional"] = True
+    given |= {name: True for name in ("conditional", "sync_statistics") if getattr(args, name)}
     if not args.resume:
         given.setdefault("precision", "auto")
     automatic = given.get("batch_size") == "auto"

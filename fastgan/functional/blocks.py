@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgan._layout import accumulation_dtype
+from fastgan._ranks import Sync
 from fastgan.functional.checks import Size2, pair
 from fastgan.functional.convolution import conv2d, conv2d_statistics, conv_transpose2d, conv_transpose2d_statistics
 from fastgan.functional.norm import Statistics, bn_act
@@ -50,6 +51,7 @@ def conv2d_bn_act(
     activation: str | None = "leaky_relu",
     negative_slope: float = 0.2,
     stat_groups: int = 1,
+    sync: Sync = False,
 ) -> Tensor:
     """Convolution, batch norm and activation; arguments as `conv2d` and `bn_act`.
 
@@ -68,7 +70,7 @@ def conv2d_bn_act(
         y, known = conv2d_statistics(x, weight, bias, *geometry, stat_groups=stat_groups)
     else:
         y = conv2d(x, weight, bias, *geometry)
-    norm = {"training": training, "momentum": momentum, "eps": eps, "stat_groups": stat_groups, **act}
+    norm = {"training": training, "momentum": momentum, "eps": eps, "stat_groups": stat_groups, "sync": sync, **act}
     return _normed(y, known, running_mean, running_var, bn_weight, bn_bias, norm)
 
 
@@ -92,6 +94,7 @@ def conv_transpose2d_bn_act(
     activation: str | None = "leaky_relu",
     negative_slope: float = 0.2,
     stat_groups: int = 1,
+    sync: Sync = False,
 ) -> Tensor:
     """Transposed convolution, batch norm and activation; arguments as `conv_transpose2d` and `bn_act`.
 
@@ -109,7 +112,7 @@ def conv_transpose2d_bn_act(
         y, known = conv_transpose2d_statistics(x, weight, bias, *geometry, stat_groups=stat_groups)
     else:
         y = conv_transpose2d(x, weight, bias, *geometry)
-    norm = {"training": training, "momentum": momentum, "eps": eps, "stat_groups": stat_groups, **act}
+    norm = {"training": training, "momentum": momentum, "eps": eps, "stat_groups": stat_groups, "sync": sync, **act}
     return _normed(y, known, running_mean, running_var, bn_weight, bn_bias, norm)
 
 

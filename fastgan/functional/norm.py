@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan import _activation
+from fastgan import _activation, _ranks
 from fastgan._layout import dense, is_channels_last, planes
+from fastgan.functional import synchronised
 from fastgan.functional.checks import check_channels
 from fastgan.ops import bn_act as _bn_act
 from fastgan.ops import gn_act as _gn_act
+from fastgan.ops.bn_act import moments
 
 Statistics = tuple[Tensor, Tensor] | None  # (mean, var) of a batch
 
@@ -31,6 +33,7 @@ def bn_act(
     negative_slope: float = 0.2,
     stat_groups: int = 1,
     batch_statistics: Statistics = None,
+    sync: _ranks.Sync = False,
 ) -> Tensor:
     """Batch norm followed by an activation, with statistics over `stat_groups` equal parts of the batch.
 
@@ -48,6 +51,8 @@ def bn_act(
         stat_groups: number of equal parts of the batch; in eval mode it has no effect.
         batch_statistics: in training, x's own (mean, biased var), [stat_groups, C] each, where they are known already
             (`conv2d_statistics`): x is then read once. Gradients are those of statistics computed here.
+        sync: in training, statistics over the batches of all processes of torch.distributed (True) or of a process
+            group, as if one process had them all; exact to second order, all must call (docs/scaling.md).
 
     Returns:
         x's shape, dtype and layout.
@@ -64,25 +69,42 @@ def bn_act(
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
         return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
-    count = _values_a_statistic(x, stat_groups)
-    if batch_statistics is None:
-        y, mean, var = _bn_act.op(x, weight, bias, None, None, True, float(eps), *act, stat_groups)
-    else:
-        mean, var = batch_statistics
-        _check_statistics(x, mean, var, stat_groups)
-        y = _bn_act.op(x, weight, bias, mean, var, True, float(eps), *act, stat_groups)[0]
+    count = _values_a_statistic(x, stat_groups, _ranks.size(sync))
+    y, mean, var, total = _in_training(x, weight, bias, batch_statistics, float(eps), act, stat_groups, sync)
     if count:
-        _update(running_mean, running_var, mean, var, count, momentum)
+        _update(running_mean, running_var, mean, var, count if total is None else total, momentum)
     return y
 
 
-def _values_a_statistic(x: Tensor, stat_groups: int) -> int:
-    """How many values bn_act's statistics in training are made of."""
+def _in_training(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    known: Statistics,
+    eps: float,
+    act: tuple[str, float],
+    stat_groups: int,
+    sync: _ranks.Sync,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, the batch's mean and biased variance, and where several ranks take part how many values made each."""
+    if known is not None:
+        _check_statistics(x, *known, stat_groups)
+    if _ranks.size(sync) > 1:
+        mean, var, total = synchronised.moments(x, *(known or moments(x, stat_groups)), sync)
+        return synchronised.normalise(x, weight, bias, mean, var, eps, *act), mean, var, total
+    if known is None:
+        return *_bn_act.op(x, weight, bias, None, None, True, eps, *act, stat_groups), None
+    y = _bn_act.op(x, weight, bias, *known, True, eps, *act, stat_groups)[0]
+    return y, *known, None
+
+
+def _values_a_statistic(x: Tensor, stat_groups: int, ranks: int) -> int:
+    """How many values of x bn_act's statistics in training are made of."""
     n, _, pixels = planes(x)
     if stat_groups < 1 or n % stat_groups:
         raise ValueError(f"bn_act: stat_groups must divide the batch, got batch {n} and stat_groups={stat_groups}")
     count = n // stat_groups * pixels
-    if count == 1:
+    if count == 1 and ranks == 1:
         raise ValueError(
             f"bn_act: training needs more than 1 value per channel and stat group, got x {tuple(x.shape)}; "
             "use a larger batch or call .eval()"
@@ -106,7 +128,7 @@ def _update(
     running_var: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    count: int,
+    count: int | Tensor,
     momentum: float | Sequence[float | Tensor],
 ) -> None:
     """running <- (1 - momentum) running + momentum batch, group after group, as plain PyTorch sees the batches."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgan import _activation, functional
 from fastgan._hooks import has_hooks
+from fastgan._ranks import Sync
 from fastgan.nn.norm import Act, bn_act, statistics
 from fastgan.ops.bn_act import ACTIVATIONS
 
@@ -35,6 +36,7 @@ def conv_bn_act(
     activation: str | None,
     slope: float,
     stat_groups: int = 1,
+    sync: Sync = False,
 ) -> Tensor:
     """A torch convolution module, a batch norm module and an activation: in eval mode as one op."""
     bn._check_input_dim(x)
@@ -42,7 +44,7 @@ def conv_bn_act(
     op: Callable[..., Tensor] = functional.conv_transpose2d_bn_act if transposed else functional.conv2d_bn_act
     affine: dict[str, Any] = {"bn_weight": bn.weight, "bn_bias": bn.bias}
     return op(
-        *_arguments(conv, x), activation=activation, negative_slope=slope, **affine, **statistics(bn, stat_groups)
+        *_arguments(conv, x), activation=activation, negative_slope=slope, **affine, **statistics(bn, stat_groups, sync)
     )
 
 
@@ -82,17 +84,18 @@ class _BiasAct(_Block):
 class _BNAct(_Block):
     bn: nn.BatchNorm2d
 
-    def __init__(self, activation: str | None, negative_slope: float, stat_groups: int):
+    def __init__(self, activation: str | None, negative_slope: float, stat_groups: int, sync: Sync):
         super().__init__(activation, negative_slope, ACTIVATIONS)
-        self.stat_groups = stat_groups
+        self.stat_groups, self.sync = stat_groups, sync
 
     def forward(self, x: Tensor) -> Tensor:
+        act = self.activation, self.negative_slope
         if not (has_hooks(self.conv) or has_hooks(self.bn)):
-            return conv_bn_act(self.conv, self.bn, x, self.activation, self.negative_slope, self.stat_groups)
+            return conv_bn_act(self.conv, self.bn, x, *act, self.stat_groups, self.sync)
         y = self.conv(x) if has_hooks(self.conv) else conv_act(self.conv, x, None, 0.0)
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
-        return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
+        return bn_act(self.bn, y, *act, self.stat_groups, self.sync)
 
 
 class Conv2dBiasAct(_BiasAct):
@@ -172,6 +175,7 @@ class Conv2dBNAct(_BNAct):
         activation: None, "identity", "relu" or "leaky_relu".
         negative_slope: of leaky_relu, >= 0.
         stat_groups: statistics over this many equal parts of the batch (training only).
+        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
 
     Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.*, bn.*.
     """
@@ -197,8 +201,9 @@ class Conv2dBNAct(_BNAct):
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.2,
         stat_groups: int = 1,
+        sync: Sync = False,
     ):
-        super().__init__(activation, negative_slope, stat_groups)
+        super().__init__(activation, negative_slope, stat_groups, sync)
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -214,6 +219,7 @@ class ConvTranspose2dBNAct(_BNAct):
         activation: None, "identity", "relu" or "leaky_relu".
         negative_slope: of leaky_relu, >= 0.
         stat_groups: statistics over this many equal parts of the batch (training only).
+        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
 
     Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.*, bn.*.
     """
@@ -240,8 +246,9 @@ class ConvTranspose2dBNAct(_BNAct):
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.2,
         stat_groups: int = 1,
+        sync: Sync = False,
     ):
-        super().__init__(activation, negative_slope, stat_groups)
+        super().__init__(activation, negative_slope, stat_groups, sync)
         geometry = in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation
         self.conv = nn.ConvTranspose2d(*geometry, padding_mode, device, dtype)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)

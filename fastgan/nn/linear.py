@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgan import functional
 from fastgan._hooks import has_hooks
+from fastgan._ranks import Sync
 from fastgan.nn.norm import Act, bn_act
 
 
@@ -21,6 +22,7 @@ class LinearBNAct(Act):
         activation: None, "identity", "relu" or "leaky_relu".
         negative_slope: of leaky_relu, >= 0.
         stat_groups: statistics over this many equal parts of the batch (training only).
+        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
 
     Shape: [N, in_features] -> [N, out_features]. Parameters: linear.*, bn.*.
     """
@@ -40,10 +42,11 @@ class LinearBNAct(Act):
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.2,
         stat_groups: int = 1,
+        sync: Sync = False,
     ):
         super().__init__()
         self.ends_in(activation, negative_slope)
-        self.stat_groups = stat_groups
+        self.stat_groups, self.sync = stat_groups, sync
         self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self.bn = nn.BatchNorm1d(out_features, eps, momentum, affine, track_running_stats, device, dtype)
 
@@ -51,4 +54,4 @@ class LinearBNAct(Act):
         y = self.linear(x)
         if has_hooks(self.bn):
             return functional.bias_act(self.bn(y), activation=self.activation, negative_slope=self.negative_slope)
-        return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups)
+        return bn_act(self.bn, y, self.activation, self.negative_slope, self.stat_groups, self.sync)

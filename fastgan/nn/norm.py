@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import _activation, functional
+from fastgan._ranks import Sync
 from fastgan.ops.bn_act import ACTIVATIONS
 
 
@@ -25,7 +26,7 @@ def momenta(bn: _BatchNorm, groups: int) -> float | list[float | Tensor]:
     return [1.0 / (bn.num_batches_tracked - (groups - 1 - g)).double() for g in range(groups)]
 
 
-def statistics(bn: _BatchNorm, groups: int) -> dict[str, Any]:
+def statistics(bn: _BatchNorm, groups: int, sync: Sync) -> dict[str, Any]:
     """The norm's state as `functional.bn_act` wants it, by torch's own rules for training and buffers."""
     buffers = not bn.training or bn.track_running_stats
     return {
@@ -35,6 +36,7 @@ def statistics(bn: _BatchNorm, groups: int) -> dict[str, Any]:
         "momentum": momenta(bn, groups),
         "eps": bn.eps,
         "stat_groups": groups,
+        "sync": sync if bn.training else False,  # in eval mode ranks need not call together
     }
 
 
@@ -43,11 +45,11 @@ def takes_batch_statistics(bn: _BatchNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def bn_act(bn: _BatchNorm, x: Tensor, activation: str | None, negative_slope: float, groups: int) -> Tensor:
+def bn_act(bn: _BatchNorm, x: Tensor, activation: str | None, negative_slope: float, groups: int, sync: Sync) -> Tensor:
     """A torch batch norm module followed by an activation, as one op."""
     bn._check_input_dim(x)
     act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    return functional.bn_act(x, weight=bn.weight, bias=bn.bias, **act, **statistics(bn, groups))
+    return functional.bn_act(x, weight=bn.weight, bias=bn.bias, **act, **statistics(bn, groups, sync))
 
 
 class Act(nn.Module):
@@ -77,13 +79,14 @@ class _BatchNormAct(Act, _BatchNorm):
         activation: str | None = "leaky_relu",
         negative_slope: float = 0.2,
         stat_groups: int = 1,
+        sync: Sync = False,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.ends_in(activation, negative_slope)
-        self.stat_groups = stat_groups
+        self.stat_groups, self.sync = stat_groups, sync
 
     def forward(self, x: Tensor) -> Tensor:
-        return bn_act(self, x, self.activation, self.negative_slope, self.stat_groups)
+        return bn_act(self, x, self.activation, self.negative_slope, self.stat_groups, self.sync)
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
@@ -94,6 +97,7 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
         activation: None, "identity", "relu" or "leaky_relu".
         negative_slope: of leaky_relu, >= 0.
         stat_groups: statistics over this many equal parts of the batch (training only).
+        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
 
     Shape: [N, C, H, W] -> the same.
     """

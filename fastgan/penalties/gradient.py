@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgan import _ranks
 from fastgan._layout import accumulation_dtype
 from fastgan._logits import logits_of
+from fastgan._ranks import Sync
 from fastgan.ops import interpolate
 from fastgan.penalties import linearised, tape
 
@@ -33,6 +35,7 @@ def gradient_penalty(
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,
     sigma: float = 0.01,
+    sync: Sync = False,
 ) -> Tensor:
     """The gradient penalty of a discriminator, differentiable once more.
 
@@ -51,6 +54,7 @@ def gradient_penalty(
         labels: [N] passed to the discriminator as its second argument.
         generator: of the random numbers.
         sigma: the standard deviation of the noise of the approximate kinds, > 0.
+        sync: "dragan" takes std(real) over the batches of all processes (True) or of a process group.
 
     Returns:
         The scalar penalty, float32 (float64 for float64 inputs).
@@ -67,7 +71,7 @@ def gradient_penalty(
     if kind in APPROXIMATE:
         x = fake if kind == "r2-approximate" and fake is not None else real
         return 0.5 * weight * _squared_differences(discriminator, x.detach(), labels, generator, sigma).mean()
-    points = _points(real, fake, kind, generator)
+    points = _points(real, fake, kind, generator, sync)
     return weight * (_norm(_squared_norms(discriminator, points, labels)) - 1).square().mean()
 
 
@@ -113,7 +117,7 @@ def logits_and_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tenso
     return _double_backward(discriminator, x, labels) if found is None else found
 
 
-def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None) -> Tensor:
+def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None, sync: Sync) -> Tensor:
     """The points at which wgan-gp and dragan take the gradient."""
     real = real.detach()
     if kind == "wgan-gp" and fake is not None:
@@ -122,7 +126,16 @@ def _points(real: Tensor, fake: Tensor | None, kind: str, generator: torch.Gener
         mixed: Tensor = interpolate.op(real, fake.detach().to(real.dtype), epsilon, None)
         return mixed
     noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=real.dtype)
-    return real + 0.5 * real.std() * noise
+    return real + 0.5 * _deviation(real, sync) * noise
+
+
+def _deviation(x: Tensor, sync: Sync) -> Tensor:
+    """std(x), unbiased, of all ranks' values."""
+    if _ranks.size(sync) == 1:
+        return x.std()
+    var, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), correction=0)
+    _, var, count = _ranks.merged(mean, var, x.numel(), sync)
+    return (var * count / (count - 1)).sqrt().to(x.dtype)
 
 
 def _squared_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastgan import _activation, functional
 
 _conv_facts = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups")
+_norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups", "sync")
 _sample_norm_facts: dict[type, Callable[[Any], Any]] = {
     nn.GroupNorm: attrgetter("eps", "num_groups"),
     nn.InstanceNorm2d: attrgetter("eps", "num_features"),
@@ -97,6 +97,8 @@ class Layer:
             return "a cumulative average of statistics"
         if norm is not None and not norm.training and (differentiated or norm.running_mean is None):
             return "a norm in eval mode without running statistics, or under gradients"
+        if norm is not None and norm.training and norm.sync is not False:
+            return "statistics over several processes"
         if getattr(self.norm, "running_mean", None) is not None and norm is None:
             return "an instance norm with running statistics"
         tensors = [t for t in (*self.parameters(), *self.buffers()[:2]) if t is not None]

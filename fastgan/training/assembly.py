@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastgan import _ranks
 from fastgan.convert import convert
 from fastgan.domains import Domain, domain_of
 
@@ -87,5 +88,6 @@ def assemble(
         grad_clip=recipe.grad_clip,
         precision=recipe.precision,
         capture=capture,
+        sync=recipe.sync_statistics and _ranks.size(True) > 1,  # one process keeps its programs
     )
     return generator, discriminator, step

@@ -10,16 +10,17 @@ discriminator has up to three (real, fake, penalty), and its part in the generat
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from fastgan._ranks import LostRankError, together
 
 from .augment import ADAPTIVE
 
@@ -29,10 +30,6 @@ __all__ = ["Exchange", "LostRankError", "World", "join", "leave"]
 REASONS = ("", "steps", "time", "target", "patience", "plateau", "collapse", "interrupted")
 # Between two ranks' seeds: 2^32 over the golden ratio. PyTorch's CPU generator keeps the low 32 bits of a seed alone.
 SEED_STRIDE = 0x9E3779B9
-
-
-class LostRankError(RuntimeError):
-    """Another rank ended, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class World:
         if self.size == 1:
             return reason
         number = torch.tensor(REASONS.index(reason))
-        with _together(self.size):
+        with together(self.size):
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
         return REASONS[int(number)]
 
@@ -91,7 +88,7 @@ class World:
         if self.size == 1:
             return dict(values)
         total = torch.tensor(list(values.values()), dtype=torch.float64)
-        with _together(self.size):
+        with together(self.size):
             dist.all_reduce(total, group=self.control)
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
@@ -99,7 +96,7 @@ class World:
         """Every rank's value, on every rank: plain values and CPU tensors."""
         found = [value] * self.size
         if self.size > 1:
-            with _together(self.size):
+            with together(self.size):
                 dist.all_gather_object(found, value, group=self.control)
         return found
 
@@ -122,7 +119,7 @@ class World:
                 groups[t.dtype, t.device].append(t.detach())
         for group in groups.values():
             flat = torch.cat([t.reshape(-1) for t in group])
-            with _together(self.size):
+            with together(self.size):
                 dist.broadcast(flat, 0)
             for t, numbers in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 t.copy_(numbers.view(t.shape))
@@ -163,19 +160,6 @@ def _number(name: str, default: int | None) -> int:
         raise ValueError(f"distributed: {name} must be a number, as torchrun sets it, got {text!r}") from error
 
 
-@contextlib.contextmanager
-def _together(size: int) -> Iterator[None]:
-    """Within: what torch.distributed raises where a rank is gone says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:120]
-        raise LostRankError(
-            f"distributed: all {size} ranks must reach every update, another one has ended or cannot be reached "
-            f"({why}); its own message says why, and the run goes on from its newest checkpoint with --resume"
-        ) from error
-
-
 class Exchange:
     """Averages gradients over the ranks: one flat bucket, and so one all_reduce, an update, dtype and device.
 
@@ -208,7 +192,7 @@ class Exchange:
             )
         for bucket in buckets:
             bucket.fill()
-            with _together(self._world.size):
+            with together(self._world.size):
                 dist.all_reduce(bucket.flat)
             bucket.empty(1 / self._world.size)
 

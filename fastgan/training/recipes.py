@@ -111,6 +111,8 @@ class Recipe:
     instance_noise: float = 0.0
     #: mirror images at random
     flip: bool = False
+    #: on several ranks, batch norm and all else that looks over a batch look over the batch of all ranks
+    sync_statistics: bool = False
     seed: int = 0
     #: images in a sample grid
     sample_count: int = 64

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastgan import functional, penalties
+from fastgan import _ranks, functional, penalties
 from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan._logits import logits_of
+from fastgan._ranks import Sync
+from fastgan.convert import synchronise
 from fastgan.functional.losses import KINDS, RELATIVE
 from fastgan.nn.norm import stat_groups
 from fastgan.training.adam import Adam
@@ -142,6 +144,9 @@ class GANStep:
             impossible, with one line that says why; "on" raises there; "off" runs eagerly. A model whose Python code
             does something else at each step (beyond what its first three steps show) must be run with "off".
         rng: torch.Generator for z and the penalty's noise; None uses torch's global one.
+        sync: on several processes, what looks over a batch looks over those of all (True) or of a process group: batch
+            norm (`fastgan.convert.synchronise`), "relativistic-average", top_k, the deviation of "dragan". With
+            `exchange`, ranks of batch B then train as one process with all their images.
 
     Raises:
         ValueError: an unknown loss, penalty, precision or capture, or counts below 1; at the first step, a
@@ -177,6 +182,7 @@ class GANStep:
         extra_g_every: int = 1,
         capture: str = "auto",
         rng: torch.Generator | None = None,
+        sync: Sync = False,
     ):
         _one_of("loss", loss, KINDS)
         _one_of("precision", precision, PRECISION_NAMES)
@@ -185,7 +191,9 @@ class GANStep:
             _one_of("penalty", penalty, penalties.KINDS)
         _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
-        self.generator, self.discriminator = generator, as_one(discriminator)
+        self.generator, self.discriminator, self.sync = generator, as_one(discriminator), sync
+        for network in (self.generator, self.discriminator) if sync is not False else ():
+            synchronise(network, sync)
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
@@ -284,8 +292,8 @@ class GANStep:
             run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
             on_real, on_fake = self._watch.outputs(run)
         loss, statistics = functional.gan_loss_statistics(
-            _logits(on_fake),
-            _logits(on_real),
+            self._judged(on_fake),
+            self._judged(on_real),
             kind=self.loss,
             side="d",
             label_smoothing=self.label_smoothing,
@@ -310,7 +318,7 @@ class GANStep:
         """The penalty, by passes of its own; of several discriminators the sum."""
         with self._autocast():
             kind, weight = self.penalty or "", self.penalty_weight * self.penalty_every
-            options: Any = dict(kind=kind, weight=weight, labels=labels, generator=self.rng)
+            options: Any = dict(kind=kind, weight=weight, labels=labels, generator=self.rng, sync=self.sync)
             found = [functional.gradient_penalty(d, real, fake, **options) for d in members_of(self.discriminator)]
             return found[0] if len(found) == 1 else torch.stack(found).sum()
 
@@ -341,6 +349,14 @@ class GANStep:
         logits = (found[0], other) if self.penalty == "r1" else (other, found[0])
         return *logits, penalties.squared_penalty([found[1]], weight)
 
+    def _judged(self, output: Any) -> Tensor | list[Tensor]:
+        """The logits that a loss is taken of: those of all ranks where it looks over the batch."""
+        found = _logits(output)
+        if (self.loss != "relativistic-average" and self.top_k == 1) or _ranks.size(self.sync) == 1:
+            return found
+        scales = [_ranks.pooled(t, self.sync) for t in (found if isinstance(found, list) else [found])]
+        return scales if isinstance(found, list) else scales[0]
+
     def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Any, Any]:
         """(D(real), D(fake)), as one batch where that is the same mathematics."""
         if real.shape != fake.shape or mixes_samples(self.discriminator):
@@ -370,8 +386,8 @@ class GANStep:
                     real = self._augmented(real)
                     on_real = _call(self.discriminator, real, labels)
             on_fake = _call(self.discriminator, fake, labels)
-            logits_real = _logits(on_real) if self.loss in RELATIVE else None
-            best = _logits(on_fake) if self.top_k == 1 else _best(_logits(on_fake), self.top_k)
+            logits_real = self._judged(on_real) if self.loss in RELATIVE else None
+            best = self._judged(on_fake) if self.top_k == 1 else _best(self._judged(on_fake), self.top_k)
             loss = functional.gan_loss(best, logits_real, kind=self.loss, side="g")
             metrics = {"g_loss": loss.detach()}
             if extra is not None:
@@ -473,7 +489,7 @@ class GANStep:
     def settings(self) -> tuple:
         """What a user may change between two steps: a captured step must not outlive a change."""
         losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.label_smoothing, self.top_k
-        inputs = self.augment, self.latent, self.precision, self.rng
+        inputs = self.augment, self.latent, self.precision, self.rng, self.sync
         updates = self.grad_clip, self.weight_clip, self.accumulate
         extra = self.extra_d_loss, self.extra_g_loss, self.extra_g_every
         return *losses, self.d_steps, *updates, *extra, *inputs, self._average and self._average.decay
@@ -482,6 +498,8 @@ class GANStep:
         """Why the step as it is now cannot be captured, or ""."""
         if self.exchange is not None:
             return "its gradients are averaged over several processes"
+        if _ranks.size(self.sync) > 1:
+            return "its statistics are those of several processes"
         for network, name in ((self.generator, "the generator"), (self.discriminator, "the discriminator")):
             for path, m in network.named_modules():
                 where = f"{name}'s {path}" if path else name
