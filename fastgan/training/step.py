@@ -191,9 +191,7 @@ class GANStep:
             _one_of("penalty", penalty, penalties.KINDS)
         _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
-        self.generator, self.discriminator, self.sync = generator, as_one(discriminator), sync
-        for network in (self.generator, self.discriminator) if sync is not False else ():
-            synchronise(network, sync)
+        self.sync, self.generator, self.discriminator = sync, *_looking_over(sync, generator, as_one(discriminator))
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
@@ -593,6 +591,11 @@ def _check_updates(
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
+
+
+def _looking_over(sync: Sync, *networks: nn.Module) -> Sequence[nn.Module]:
+    """The networks, with statistics over the processes of `sync`."""
+    return networks if sync is False else [synchronise(network, sync) for network in networks]
 
 
 def _call(module: nn.Module, x: Any, labels: Tensor | None) -> Any:
