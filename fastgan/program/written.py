@@ -73,7 +73,7 @@ def _built(found: dict[str, Any] | None) -> Any:
         return None
     m = getattr(nn, found["class"])(**found["settings"], device="meta").train(found["training"])
     if "stat_groups" in found:
-        m.stat_groups = found["stat_groups"]
+        m.stat_groups, m.sync = found["stat_groups"], False  # programs have no statistics of several processes
     for kept, names in zip(("_parameters", "_buffers"), found["names"], strict=True):
         getattr(m, kept).update(zip(names, map(_filled, drawn_from(found[kept])), strict=True))
     return m
