@@ -22,6 +22,7 @@ COUNTS = {
     "wavegan": (476_161, 271_489),
     "sagan-32": (4_276_739 + 81_921, 1_053_825 + 20_481),
     "vit-gan-small": (678_816, 826_369),
+    "clip-32": (731_521, 166_625),
 }
 # Small enough to run in milliseconds, and not the defaults: every option is used.
 SMALL = {
@@ -67,6 +68,10 @@ NO_TANH = ("r3gan-small", "stylegan2-small")  # as their sources
 OTHERS = {
     "chargan": ({"alphabet": "\nabc", "length": 7, "latent": 5, "width": 6, "blocks": 1}, (4, 7)),
     "wavegan": ({"length": 320, "latent": 5, "g_width": 3, "d_width": 4, "shuffle": 1}, (1, 320)),
+    "clip-32": (
+        {"image_size": 16, "channels": 3, "frames": 4, "latent": 5, "g_width": 3, "d_width": 4},
+        (4, 3, 16, 16),
+    ),
 }
 
 

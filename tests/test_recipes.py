@@ -20,6 +20,7 @@ NARROW = {
     "wavegan": {"g_width": 4, "d_width": 4},
     "sagan-32": {"g_width": 8, "d_width": 8},
     "vit-gan-small": {"g_width": 8, "d_width": 16, "depth": 2},
+    "clip-32": {"g_width": 4, "d_width": 4},
 }
 SHORT = {"wavegan": {"length": 256}}
 

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 from fastgan.training.recipes import Recipe
 
+from .clips import Clips
 from .domain import Domain, Given, Looks, Stream
 from .images import Images
 from .pairs import Pairs
 from .sound import Sound
 from .text import Text
 
-__all__ = ["Domain", "Given", "Images", "Looks", "Pairs", "Sound", "Stream", "Text", "domain_of", "domains", "register"]
+__all__ = [
+    "Clips",
+    "Domain",
+    "Given",
+    "Images",
+    "Looks",
+    "Pairs",
+    "Sound",
+    "Stream",
+    "Text",
+    "domain_of",
+    "domains",
+    "register",
+]
 
-_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Text)}
+_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Text, Clips)}
 
 
 def domains() -> dict[str, type[Domain]]:

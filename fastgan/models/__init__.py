@@ -20,6 +20,7 @@ from torch import nn
 
 from .attention import DotProductAttention
 from .chargan import CharDiscriminator, CharGenerator, build_chargan
+from .clip import ClipDiscriminator, ClipGenerator, build_clip
 from .conditional import ClassAffine, LabelledDiscriminator, LabelledGenerator, ProjectionDiscriminator
 from .dcgan import (
     ConditionalDCGANGenerator,
@@ -46,6 +47,8 @@ __all__ = [
     "CharDiscriminator",
     "CharGenerator",
     "ClassAffine",
+    "ClipDiscriminator",
+    "ClipGenerator",
     "ConditionalDCGANGenerator",
     "ConditionalSNGANGenerator",
     "DCGANDiscriminator",
@@ -116,6 +119,7 @@ _PRESETS = {
             build_vit,
             "D: Dosovitskiy et al. 2021 (arXiv:2010.11929), small, patches as ViTGAN (arXiv:2107.04589); G: dcgan-64's",
         ),
+        Preset("clip-32", build_clip, "TGAN's generator (arXiv:1611.06624), a discriminator with temporal shift"),
     )
 }
 

@@ -553,6 +553,27 @@ _RECIPES = {
             source="its own: a small transformer in the discriminator (Dosovitskiy et al. 2021, arXiv:2010.11929), "
             "tamed by R1 with the weight of recipe fastgan (Mescheder et al. 2018, arXiv:1801.04406), G of dcgan-64",
         ),
+        Recipe(
+            name="clip-32",
+            model="clip-32",
+            domain="clips",
+            data="moving-garments",
+            image_size=32,
+            channels=1,
+            latent=64,
+            batch_size=16,
+            steps=20_000,
+            penalty="r1",
+            penalty_weight=1.0,
+            betas=(0.0, 0.99),
+            g_lr=4e-4,
+            d_lr=4e-4,
+            ema_half_life=10_000.0,
+            sample_count=16,
+            eval_every=500,
+            source="TGAN's generator (Saito et al. 2017, arXiv:1611.06624) and a discriminator of frames with "
+            "temporal shift (Lin et al. 2019, arXiv:1811.08383); loss, penalty and average of the recipe fastgan",
+        ),
     )
 }
 
