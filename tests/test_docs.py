@@ -48,6 +48,10 @@ LANGUAGES = {"python", "sh", "text", "json", "html", "cpp", "make", "dockerfile"
 TINY = ["--steps=2", "--batch-size=4", "--device=cpu", "--backend=reference", "--quiet"]
 TINY += ["--set=sample_count=4", "--set=log_every=1"]
 NARROW = ["--set=model_options.g_width=2", "--set=model_options.d_width=2"]
+SMALL = {  # of recipes whose models have other options
+    "chargan": ["--set=model_options.width=2"],
+    "wavegan": [*NARROW, "--set=domain_options.length=256", "--set=d_steps=1"],
+}
 QUICK = {  # what runs, and with which further arguments
     "sample": ["--n=4"],
     "interpolate": ["--frames=2", "--stops=2", "--walks=1"],
@@ -148,7 +152,7 @@ def tiny(parsed: object) -> list[str]:
     if parsed.resume:
         config = Path(parsed.resume) / "config.json"
         return [f"--steps={json.loads(config.read_text())['recipe']['steps'] + 1}", "--quiet"]
-    small = [*TINY, *NARROW, "--overwrite"]
+    small = [*TINY, *SMALL.get(parsed.recipe, NARROW), "--overwrite"]
     return small if parsed.dry_run else [*small, "--set=checkpoint_every=0", "--set=sample_every=0"]
 
 
