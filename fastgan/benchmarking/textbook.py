@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan._logits import logits_of
 from fastgan.choice import backend
 from fastgan.domains import domain_of
 from fastgan.ops.gan_loss import formula
@@ -140,41 +141,52 @@ def textbook_step(
 
     own = domain_of(recipe).step(g, d)
     extra, extra_every = own.get("extra_g_loss"), own.get("extra_g_every", 1)
+    history = own.get("history") or (lambda images: images)
+    for name in getattr(extra, "calls", ()) if compile else ():
+        getattr(g, name).compile(dynamic=False)
 
-    def logits(images: Tensor, told: tuple[Tensor, ...]) -> Tensor:
+    def logits(images: Tensor, told: tuple[Tensor, ...]) -> list[Tensor]:
         with autocast():
-            out: Tensor = d_forward(images, *told)
-        return out.float()
+            out = d_forward(images, *told)
+        return [t.float() for t in logits_of(out)]
 
-    def generated(n: int, z: tuple[Tensor, ...] | None, told: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        z = (torch.randn(n, recipe.latent, device=device),) if z is None else z
+    def total(term: Callable[..., Tensor], *scales: list[Tensor]) -> Tensor:
+        values = [term(*scale) for scale in zip(*scales, strict=True)]
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def generated(n: int, z: Any, told: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        z = torch.randn(n, recipe.latent, device=device) if z is None else z
+        inputs = z if isinstance(z, tuple) else (z,)
         with autocast():
-            images: Tensor = g_forward(*z, *told)
-        return images, z
+            images: Tensor = g_forward(*inputs, *told)
+        return images, inputs
 
     def backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
         scaler.scale(loss).backward()
         return loss.detach()
 
     def update_d(
-        real: Tensor, told: tuple[Tensor, ...], z: tuple[Tensor, ...] | None, last: bool
+        real: Tensor, told: tuple[Tensor, ...], z: Any, last: bool
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
         """One update; the fake images carry their graph where G's update follows. Their latents come along."""
         d_adam.zero_grad()
         terms = TERMS.get(recipe.loss)
-        loss = backward(terms[0](logits(real, told)).mean(), d_scaler) if terms else torch.zeros((), device=device)
+        side = lambda f, x: backward(total(lambda t: f(t).mean(), logits(x, told)), d_scaler)
+        loss = side(terms[0], real) if terms else torch.zeros((), device=device)
         with torch.set_grad_enabled(last):
             fake, z = generated(len(real), z, told)
+        judged = history(fake.detach())
         if terms:
-            loss = loss + backward(terms[1](logits(fake.detach(), told)).mean(), d_scaler)
+            loss = loss + side(terms[1], judged)
         else:
             on_real = logits(real, told)
-            loss = backward(formula(logits(fake.detach(), told), on_real, recipe.loss, "d", 0.0), d_scaler)
+            pairs = logits(judged, told), on_real
+            loss = backward(total(lambda f, r: formula(f, r, recipe.loss, "d", 0.0), *pairs), d_scaler)
         metrics = {"d_loss": loss}
         if recipe.penalty and next(updates) % every == 0:
             noise = penalty_noise(recipe.penalty, real)
             with autocast():
-                value = penalty(d, real, fake.detach(), noise, recipe.penalty, every * penalty_weight(recipe))
+                value = penalty(d, real, judged, noise, recipe.penalty, every * penalty_weight(recipe))
             metrics["penalty"] = backward(value, d_scaler)
         d_scaler.step(d_adam)
         d_scaler.update()
@@ -190,7 +202,8 @@ def textbook_step(
             with torch.no_grad():
                 on_real = logits(real[-1], told)
         on_fake = logits(fake, told)
-        loss = formula(on_fake, on_real, recipe.loss, "g", 0.0)
+        scales = (on_fake,) if on_real is None else (on_fake, on_real)
+        loss = total(lambda f, r=None: formula(f, r, recipe.loss, "g", 0.0), *scales)
         metrics["g_loss"] = loss.detach()
         if extra is not None and next(g_updates) % extra_every == 0:
             latents = drawn[0] if len(drawn) == 1 else drawn

@@ -18,11 +18,11 @@ from torch.nn.functional import pad
 from fastgan.data.decode import decode, in_order, pillow, quiet_decoding, reason, to_pixels
 from fastgan.data.files import Files, plural
 from fastgan.data.imageset import ImageSet
-from fastgan.data.loading import load, open_source
+from fastgan.data.loading import FilePixels, Wanted, load, open_source
 from fastgan.data.memory import require
 from fastgan.data.store import MemoryStore
 
-__all__ = ["MADE", "PairSet", "load_pairs", "made_from", "two_folders"]
+__all__ = ["MADE", "PairSet", "UnpairedSet", "load_pairs", "load_unpaired", "made_from", "two_folders"]
 
 log = logging.getLogger("fastgan.data")
 
@@ -60,6 +60,30 @@ class PairSet(ImageSet):
         """The same pairs on `device`."""
         moved = super().to(device)
         return PairSet(moved.images, self.source_channels, name=self.name, skipped=self.skipped, device=moved.device)
+
+
+class UnpairedSet:
+    """Pictures of two sides that do not belong together one by one; attributes are those of `fastgan.data.Samples`."""
+
+    labels = classes = mapped = None
+
+    def __init__(self, a: ImageSet, b: ImageSet, *, name: str = "two sides"):
+        self.a, self.b, self.name = a, b, name
+        self.device = a.device
+
+    @property
+    def parts(self) -> tuple[ImageSet, ImageSet]:
+        """Both sides."""
+        return self.a, self.b
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Of both sides."""
+        return [*self.a.skipped, *self.b.skipped]
+
+    def __len__(self) -> int:
+        """Of the larger side."""
+        return max(len(self.a), len(self.b))
 
 
 # ---- sources that are made from targets ------------------------------------------------------------------------------
@@ -244,13 +268,61 @@ def load_pairs(
             raise ValueError(f"pairs: a folder or a zip must hold the pairs, got {os.fspath(source)!r}")
         if isinstance(opened, Files) and made in ("auto", "no"):
             pairs = _from_files(opened, image_size, source_channels, channels, direction)
-            if pairs.skipped:
-                first = "; ".join(f"{name}: {why}" for name, why in pairs.skipped[:3])
-                count = plural(len(pairs.skipped), "file")
-                more = "; ..." if len(pairs.skipped) > 3 else ""
-                log.warning("load: %s of %s skipped (%s%s)", count, pairs.name, first, more)
+            _tell(pairs.name, pairs.skipped)
             return pairs.to(device)
     images = load(source, image_size=image_size, channels=channels)
     sources = made_from(images.images, "outlines" if made == "auto" else made, source_channels)
     planes = torch.cat([sources, images.images], 1)
     return PairSet(planes, source_channels, name=images.name, skipped=images.skipped).to(device)
+
+
+def _tell(name: str, skipped: Sequence[tuple[str, str]]) -> None:
+    """One line of the log on what was left out."""
+    if skipped:
+        first = "; ".join(f"{file}: {why}" for file, why in skipped[:3])
+        more = "; ..." if len(skipped) > 3 else ""
+        log.warning("load: %s of %s skipped (%s%s)", plural(len(skipped), "file"), name, first, more)
+
+
+def load_unpaired(
+    source: Any, *, image_size: int, channels: int = 3, made: str = "auto", device: torch.device | str = "cpu"
+) -> UnpairedSet:
+    """Two sides of square pictures.
+
+    Args:
+        source: a folder or a zip with two folders of pictures, in sorted order a and b; for sides that are made,
+            whatever `fastgan.data.load` takes.
+        image_size, channels, device: as for `load_pairs`, the same for both sides.
+        made: "no": the source holds both. "outlines", "grey" or "negative": b is every second picture, a is made from
+            the others, so that no picture is on both sides. "auto": outlines of a bundled set or an array, two folders
+            in a folder or a zip.
+
+    Raises:
+        ValueError: no two sides, or one without a readable picture. A damaged file is named in `skipped`.
+    """
+    if made not in ("auto", "no", *MADE):
+        raise ValueError(f"unpaired: made must be one of auto, no, {', '.join(MADE)}, got {made!r}")
+    with closing(open_source(source)) as opened:
+        if made == "no" and not isinstance(opened, Files):
+            raise ValueError(f"unpaired: a folder or a zip must hold both sides, got {os.fspath(source)!r}")
+        if isinstance(opened, Files) and made in ("auto", "no"):
+            found = two_folders(opened)
+            if found is None:
+                raise ValueError(
+                    f"load: {opened.path} must hold two folders of pictures, one a side; it has "
+                    f"{plural(len(opened.names), 'picture')} and {opened.found()}"
+                )
+            sides, wanted = [], Wanted(image_size, channels)
+            for names in found[:2]:
+                opened.names, opened.skipped = names, []
+                sides.append(FilePixels(opened, wanted).to_memory().to(device))
+            both = UnpairedSet(*sides, name=opened.path.name or str(opened.path))
+            _tell(both.name, both.skipped)
+            return both
+    images = load(source, image_size=image_size, channels=channels)
+    numbers = torch.arange(len(images))
+    if len(images) < 2:
+        raise ValueError(f"unpaired: two sides need 2 pictures at least, {images.name} has {len(images)}")
+    a, b = images.select(numbers[::2]), images.select(numbers[1::2])
+    sources = made_from(a.images, "outlines" if made == "auto" else made, channels).contiguous()
+    return UnpairedSet(ImageSet(sources, name=images.name).to(device), b.to(device), name=images.name)

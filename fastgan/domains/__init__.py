@@ -14,6 +14,7 @@ from .images import Images
 from .pairs import Pairs
 from .sound import Sound
 from .text import Text
+from .unpaired import Unpaired
 
 __all__ = [
     "Clips",
@@ -25,12 +26,13 @@ __all__ = [
     "Sound",
     "Stream",
     "Text",
+    "Unpaired",
     "domain_of",
     "domains",
     "register",
 ]
 
-_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Text, Clips)}
+_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Text, Clips, Unpaired)}
 
 
 def domains() -> dict[str, type[Domain]]:

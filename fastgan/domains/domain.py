@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fastgan import data
 from fastgan._writing import target_of
-from fastgan.data import Samples
 from fastgan.training import sampling
 from fastgan.training.evaluation import Judge
 from fastgan.training.figures import picture
@@ -94,8 +93,11 @@ class Domain:
         labels = self.recipe.labels and data.absolute(self.recipe.labels)
         return self.recipe.replace(data=data.absolute(self.recipe.data), labels=labels)
 
-    def load(self, device: torch.device) -> Samples:
-        """The recipe's data. A file that cannot be used is named in `skipped`; ValueError where nothing can."""
+    def load(self, device: torch.device) -> Any:
+        """The recipe's data, such as a `fastgan.data.Samples`.
+
+        A file that cannot be used is named in its `skipped`; ValueError where nothing can be used.
+        """
         raise NotImplementedError
 
     def fit(self, samples: Any) -> Recipe:

@@ -22,6 +22,7 @@ from .attention import DotProductAttention
 from .chargan import CharDiscriminator, CharGenerator, build_chargan
 from .clip import ClipDiscriminator, ClipGenerator, build_clip
 from .conditional import ClassAffine, LabelledDiscriminator, LabelledGenerator, ProjectionDiscriminator
+from .cyclegan import BothCritics, BothWays, ResidualGenerator, build_cyclegan
 from .dcgan import (
     ConditionalDCGANGenerator,
     DCGANDiscriminator,
@@ -44,6 +45,8 @@ from .vit import TransformerBlock, ViTDiscriminator, build_vit
 from .wavegan import WaveDiscriminator, WaveGenerator, build_wavegan
 
 __all__ = [
+    "BothCritics",
+    "BothWays",
     "CharDiscriminator",
     "CharGenerator",
     "ClassAffine",
@@ -66,6 +69,7 @@ __all__ = [
     "ProjectionDiscriminator",
     "R3GANDiscriminator",
     "R3GANGenerator",
+    "ResidualGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
     "SelfAttention2d",
@@ -109,6 +113,7 @@ _PRESETS = {
         Preset("fastgan", build_by_size, "the networks of dcgan-64, their width by image size, no norm in D"),
         Preset("sngan-32", build_sngan, "Miyato et al. 2018 (arXiv:1802.05957), table 4"),
         Preset("pix2pix", build_pix2pix, "Isola et al. 2017 (arXiv:1611.07004), U-Net and PatchGAN by image size"),
+        Preset("cyclegan", build_cyclegan, "Zhu et al. 2017 (arXiv:1703.10593), two residual generators and PatchGANs"),
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
         Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
         Preset("chargan", build_chargan, "Gulrajani et al. 2017 (arXiv:1704.00028), its language model in small"),

@@ -140,6 +140,7 @@ class GANStep:
         extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`). An
             extra_g_loss with the attribute reads_d_real = False spares the discriminator's pass over real images.
         extra_g_every: add extra_g_loss at every k-th step, k times (lazy regularisation).
+        history: callable(fake) -> what D's update sees in its place, of the same shape (`fastgan.training.history`).
         capture: "auto" replays CUDA graphs on a GPU (`fastgan.training.capture`) and runs eagerly where that is
             impossible, with one line that says why; "on" raises there; "off" runs eagerly. A model whose Python code
             does something else at each step (beyond what its first three steps show) must be run with "off".
@@ -180,6 +181,7 @@ class GANStep:
         extra_d_loss: ExtraLoss | None = None,
         extra_g_loss: ExtraLoss | None = None,
         extra_g_every: int = 1,
+        history: Callable[[Tensor], Tensor] | None = None,
         capture: str = "auto",
         rng: torch.Generator | None = None,
         sync: Sync = False,
@@ -198,6 +200,7 @@ class GANStep:
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
         self.extra_d_loss, self.extra_g_loss, self.extra_g_every = extra_d_loss, extra_g_loss, extra_g_every
         self.top_k = top_k
+        self.history: Any = history
         default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
         self.penalty_weight = default if penalty_weight is None else penalty_weight
         self._average = None if ema is None else EMA(generator, ema)
@@ -260,7 +263,8 @@ class GANStep:
             shared = i == self.d_steps - 1 and self.accumulate == 1  # one generator pass serves both updates
             with torch.set_grad_enabled(shared), self._autocast():
                 fake = _call(self.generator, latents, y)
-            metrics |= self._update_discriminator(x, fake.detach(), y, latents, due[i])
+            judged = fake.detach() if self.history is None else self.history(fake.detach())
+            metrics |= self._update_discriminator(x, judged, y, latents, due[i])
         average = self._average
         made = fake if shared else None
         if average is None:
@@ -489,7 +493,7 @@ class GANStep:
         losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.label_smoothing, self.top_k
         inputs = self.augment, self.latent, self.precision, self.rng, self.sync
         updates = self.grad_clip, self.weight_clip, self.accumulate
-        extra = self.extra_d_loss, self.extra_g_loss, self.extra_g_every
+        extra = self.extra_d_loss, self.extra_g_loss, self.extra_g_every, self.history
         return *losses, self.d_steps, *updates, *extra, *inputs, self._average and self._average.decay
 
     def uncapturable(self) -> str:
@@ -534,6 +538,7 @@ class GANStep:
             "g_scaler": self._g_scaler.state_dict(),
             "d_scaler": self._d_scaler.state_dict(),
             "augment": self.augment.state_dict() if hasattr(self.augment, "state_dict") else None,
+            "history": self.history.state_dict() if hasattr(self.history, "state_dict") else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -542,6 +547,8 @@ class GANStep:
             self._average.module.load_state_dict(state["ema"])
         if state.get("augment") and hasattr(self.augment, "load_state_dict"):
             self.augment.load_state_dict(state["augment"])
+        if state.get("history") and hasattr(self.history, "load_state_dict"):
+            self.history.load_state_dict(state["history"], self.device)
         if self.precision == "fp16":
             self._g_scaler.load_state_dict(state["g_scaler"])
             self._d_scaler.load_state_dict(state["d_scaler"])
