@@ -193,6 +193,41 @@ def test_tensorboard_that_is_absent(tmp_path, monkeypatch, capsys):
     assert "--tensorboard needs the package tensorboard" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_wandb_gets_every_record(tmp_path, monkeypatch):
+    written = []
+
+    class Run:
+        def log(self, numbers, step):
+            written.append((step, *sorted(numbers)))
+
+        def finish(self):
+            written.append("finished")
+
+    def init(**options):
+        written.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda sheet: sheet.shape))
+    run = trainer(noise(), tmp_path / "run", TINY, wandb="garments")
+    assert not written  # nothing before the run begins
+    run.fit()
+    begun = written[0]
+    assert begun["project"] == "garments" and begun["name"] == "run" and begun["dir"] == str(tmp_path / "run")
+    assert begun["config"] == run.config["recipe"] and begun["id"] == run.config["run"] and begun["resume"] == "allow"
+    logged = [entry for entry in written[1:-1] if len(entry) > 2]
+    assert [entry[0] for entry in logged] == list(range(1, 7)) and all("d_loss" in entry for entry in logged)
+    assert (4, "samples") in written and written[-1] == "finished"
+
+
+def test_wandb_that_is_absent_or_has_no_project(tmp_path, monkeypatch, capsys):
+    arguments = ["train", "--recipe", "mlp-28", "--out", str(tmp_path / "run"), "--wandb"]
+    assert main([*arguments, " "]) == 2
+    assert "--wandb must name a project, got ' '" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*arguments, "garments"]) == 2
+    assert "--wandb needs the package wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 # ---- plans ----
 
 

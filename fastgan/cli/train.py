@@ -90,6 +90,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         help="where the generator is lost: warn (default), go back to the last good checkpoint at half the rates, stop",
     )
     parser.add_argument("--tensorboard", action="store_true", help="event files too (needs the package tensorboard)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log there too (needs the package wandb)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
@@ -130,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         plateau=args.plateau,
         on_collapse=args.on_collapse,
         tensorboard=args.tensorboard,
+        wandb=args.wandb,
         quiet=args.quiet,
         allow_changed_data=args.allow_changed_data,
     ).fit()

@@ -1,6 +1,6 @@
 """The run directory: every file of a run, who may write it, and what is left of it after a crash.
 
-    config.json  log.jsonl  samples/  checkpoints/  best/  pictures/  tensorboard/  report.html  ending.json
+    config.json  log.jsonl  samples/  checkpoints/  best/  pictures/  tensorboard/  wandb/  report.html  ending.json
     and, while a process trains in it, lock
 
 Whole files appear whole or not at all; the log grows by a line at a time, and a torn last line is cut when the run
@@ -34,6 +34,7 @@ CONTENTS = (
     "best",
     "pictures",
     "tensorboard",
+    "wandb",
     "ending.json",
     "report.html",
 )

@@ -23,7 +23,7 @@ from fastgan.domains import domain_of
 
 from . import checkpoint, snapshot
 from .assembly import assemble, resolve_device
-from .board import Board
+from .board import boards
 from .clock import Clock
 from .conclusion import Result, conclude
 from .distributed import Exchange, join
@@ -61,6 +61,7 @@ class Trainer:
     on_collapse: "warn", "rollback" (go back to the last good checkpoint, halve both rates, go on; at most three times)
         or "stop", where the guard sees one image for all, a loss of variety, gradients or numbers that explode.
     tensorboard: write event files to out/tensorboard too; ImportError where the package is absent.
+    wandb: log to this project of Weights & Biases too; ImportError where the package is absent.
     quiet: show warnings only.
     images: a set of samples to use in place of the recipe's data.
     networks: (generator, discriminator) to train in place of the recipe's model.
@@ -89,6 +90,7 @@ class Trainer:
         plateau: int | None = None,
         on_collapse: str = "warn",
         tensorboard: bool = False,
+        wandb: str | None = None,
         quiet: bool = False,
         images: Any = None,
         networks: tuple[nn.Module, nn.Module] | None = None,
@@ -116,7 +118,7 @@ class Trainer:
         self.progress = progress_for(quiet=quiet or not self.world.first)
         self.notes: list[str] = []
         self._penalty: dict[str, Tensor] = {}
-        self._board = Board(self.out / "tensorboard") if tensorboard and self.world.first else None
+        self._boards = boards(self.out, tensorboard=tensorboard, wandb=wandb) if self.world.first else []
         self._collapse: Collapse | None = None  # seen and not acted on yet
         self.clock = Clock(self.device)
         self._between_steps = True  # only then is the state one that a run could go on from
@@ -231,8 +233,8 @@ class Trainer:
                 return result
             finally:
                 self.progress.stop()
-                if self._board:
-                    self._board.close()
+                for board in self._boards:
+                    board.close()
 
     def _begin(self) -> None:
         """Make the run directory, or check that it is still as it was when this run was read from it."""
@@ -364,8 +366,8 @@ class Trainer:
         if self.stop.time_limit is not None:
             left = min(left, self.stop.time_limit - self.clock.elapsed)
         self.progress.log({**record, "seconds_left": left})
-        if self._board:
-            self._board.log(record)
+        for board in self._boards:
+            board.log(record)
         self.warn(self.guard.check(self.step, self.metrics))
 
     def warn(self, warning: str | None) -> None:
@@ -378,8 +380,8 @@ class Trainer:
         """The sample grid of this step, from the run's fixed noise; returns its samples."""
         made = self.domain.draw(self.sampler, self.noise, self.sample_labels)
         self.domain.write(made, self.directory.grid(self.step), self.columns)
-        if self._board:
-            self._board.draw(self.step, self.domain.pictures(made), self.columns)
+        for board in self._boards:
+            board.draw(self.step, self.domain.pictures(made), self.columns)
         self.warn(self.guard.check_samples(self.step, made))
         first = max(self.generator.parameters(), key=lambda p: p.dim())
         self.warn(self.guard.check_movement(self.step, first.flatten()[:4096]))
