@@ -10,7 +10,8 @@ from torch import nn
 
 import fastgan
 from fastgan.cli import main
-from fastgan.training.latent import class_direction, principal_directions, project
+from fastgan.training import sampling
+from fastgan.training.latent import class_direction, class_directions, principal_directions, project
 
 
 class Linear(nn.Module):
@@ -89,3 +90,49 @@ def test_interpolate_along_components_and_through_images(tmp_path, capsys):
     ):
         code, said = walk(*options)
         assert code == 2 and message in said
+
+
+class Shades(nn.Module):
+    """Pictures [N, 1, 8, 8]: dark where latent 1 is below 0, bright above."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, z):
+        return (self.scale * 0.9 * z[:, 1].sign())[:, None, None, None].expand(-1, 1, 8, 8)
+
+
+def test_directions_towards_classes_of_the_nearest_images():
+    images = torch.cat([torch.full((3, 1, 8, 8), shade, dtype=torch.uint8) for shade in (10, 245, 128)])
+    labels = torch.tensor([4, 4, 4, 7, 7, 7, 9, 9, 9])
+    found = class_directions(Shades(), normal(2000, 5), images, labels)
+    assert list(found) == [4, 7]  # no picture is nearest to a grey image
+    assert torch.allclose(found[7], torch.eye(5)[1], atol=0.08) and torch.allclose(found[4], -found[7])
+    assert class_directions(Shades(), normal(8, 5), images[:3], labels[:3]) == {}
+
+
+def test_interpolate_along_classes(tmp_path, capsys, monkeypatch):
+    recipe = TINY.replace(steps=1, data="fashion-mnist", image_size=8)
+    with fastgan.backend("reference"):
+        trainer(None, tmp_path / "run", recipe).fit()
+        trainer(noise(), tmp_path / "alike", TINY.replace(steps=1, data=str(tmp_path))).fit()
+
+    def walk(run, *options):
+        command = ["interpolate", "--run", str(tmp_path / run), "--out", str(tmp_path / "walk.png"), "--walks=2"]
+        return main([*command, "--frames=3", "--along", "classes", *options]), capsys.readouterr()
+
+    code, said = walk("run")
+    assert code == 2 and "pictures of two classes or more, this run's are all alike" in said.err
+    config = sampling.load_generator(tmp_path / "run", device="cpu")[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "load_generator", lambda *_, **__: (Shades(), config))
+        code, said = walk("run")
+    assert code == 0 and said.out.startswith("towards ") and "2 walks of 3 frames" in said.out
+    with Image.open(tmp_path / "walk.png") as sheet:
+        assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
+    code, said = walk("run", "--image", "a.png")
+    assert code == 2 and "--image goes with --along latents" in said.err
+    Image.new("L", (9, 9), 50).save(tmp_path / "picture.png")
+    code, said = walk("alike")
+    assert code == 2 and "--along classes needs images with classes" in said.err

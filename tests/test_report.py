@@ -222,7 +222,9 @@ def test_wandb_gets_every_record(tmp_path, monkeypatch):
 def test_wandb_that_is_absent_or_has_no_project(tmp_path, monkeypatch, capsys):
     arguments = ["train", "--recipe", "mlp-28", "--out", str(tmp_path / "run"), "--wandb"]
     assert main([*arguments, " "]) == 2
-    assert "--wandb must name a project, got ' '" in capsys.readouterr().err
+    assert "--wandb must be neither empty" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="training: --wandb must name a project, got ''"):
+        trainer(noise(), tmp_path / "run", TINY, wandb="")
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main([*arguments, "garments"]) == 2
     assert "--wandb needs the package wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -21,11 +21,12 @@ from fastgan.data.memory import require
 from fastgan.domains import domain_of
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
-from fastgan.training.latent import PICTURES, principal_directions, project
+from fastgan.training.latent import PICTURES, class_directions, principal_directions, project
 from fastgan.training.recipes import Recipe
 
 from .arguments import Commands, positive_int, seed
 
+COMPARED = 2000  # images whose classes pictures are given
 _FPS = 20
 _TILE = 96  # pixels that a picture is enlarged to at least, in whole factors
 
@@ -47,9 +48,10 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--along",
-        choices=("latents", "components"),
+        choices=("latents", "components", "classes"),
         default="latents",
-        help="from latent to latent (default), or along the directions in which pictures change most, a walk each",
+        help="from latent to latent (default), or along directions, a walk each: those in which pictures change most, "
+        "or those towards the classes of the run's images",
     )
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="pass this image; repeat it")
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
@@ -80,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
     labels = _labels(args, config)
     walks = _walks(args, generator, config["recipe"], labels, frames)
     each = None if labels is None else torch.tensor(labels).repeat_interleave(frames)
-    images = sampling.draw(generator, torch.cat(walks), each).unflatten(0, (args.walks, frames))
+    images = sampling.draw(generator, torch.cat(walks), each).unflatten(0, (len(walks), frames))
     if kind == ".png":
         data.save_grid(images.flatten(0, 1), args.out, columns=frames)
     elif kind == ".gif":
         _save_gif(_pictures(images), frames, args.out)
     else:
         _save_mp4(_pictures(images), args.out)
-    print(f"{args.walks} walks of {frames} frames: {args.out}")
+    print(f"{len(walks)} walks of {frames} frames: {args.out}")
     return 0
 
 
@@ -96,12 +98,15 @@ def _walks(
 ) -> list[Tensor]:
     """Latents [frames, latent] of each walk."""
     count, latent = args.walks * args.stops, recipe["latent"]
-    if args.along == "components":
+    if args.along != "latents":
         if args.image:
             raise ValueError("interpolate: --image goes with --along latents, leave one out")
         z = sampling.latents(max(PICTURES, args.walks + 1), latent, seed=args.seed)
-        classes = None if labels is None else torch.tensor(labels).repeat(len(z))[: len(z)]
-        directions = principal_directions(generator, z, classes, count=args.walks)
+        if args.along == "classes":
+            directions = _towards_classes(generator, z, recipe)[: args.walks]
+        else:
+            classes = None if labels is None else torch.tensor(labels).repeat(len(z))[: len(z)]
+            directions = list(principal_directions(generator, z, classes, count=args.walks))
         # there and back, to twice the deviation of a latent along it: a closed path, as the others
         swing = 2 * torch.sin(torch.arange(frames) * 2 * torch.pi / frames)
         return [z[0] + swing[:, None] * direction for direction in directions]
@@ -113,6 +118,21 @@ def _walks(
         given = None if labels is None else torch.tensor(labels)[torch.arange(len(images)) // args.stops % args.walks]
         stops[: len(images)] = project(generator, images, given, starts=stops)[0]
     return [sampling.walk(z, frames, mode=args.mode) for z in stops.view(args.walks, args.stops, -1)]
+
+
+def _towards_classes(generator: nn.Module, z: Tensor, recipe: dict[str, Any]) -> list[Tensor]:
+    """A direction for each class of the run's images that pictures show, in the order of the classes."""
+    if recipe.get("conditional"):
+        raise ValueError("interpolate: --along classes is for runs without classes, --label NAME asks this one for one")
+    size, channels, labels = recipe["image_size"], recipe["channels"], recipe.get("labels")
+    images = data.load(recipe["data"], image_size=size, channels=channels, labels=labels, limit=COMPARED)
+    if images.labels is None:
+        raise ValueError(f"interpolate: --along classes needs images with classes, {images.name} has none")
+    found = class_directions(generator, z, images.images, images.labels)
+    if not found:
+        raise ValueError("interpolate: --along classes needs pictures of two classes or more, this run's are all alike")
+    print(f"towards {', '.join((images.classes or [])[k] for k in found)}")
+    return list(found.values())
 
 
 def _images(files: list[str], recipe: dict[str, Any]) -> Tensor:

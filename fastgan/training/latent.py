@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgan.metrics import features, load_backbone
+
 from .sampling import draw, evaluating
 
-__all__ = ["class_direction", "principal_directions", "project"]
+__all__ = ["class_direction", "class_directions", "principal_directions", "project"]
 
 PICTURES = 512  # that directions are found from
 
@@ -39,6 +41,19 @@ def class_direction(z: Tensor, is_in: Tensor) -> Tensor:
     if not 0 < int(is_in.sum()) < len(z):
         raise ValueError(f"directions: both sides must have latents, got {int(is_in.sum())} of {len(z)} inside")
     return _unit((z[is_in].mean(0) - z[~is_in].mean(0))[None])[0]
+
+
+def class_directions(generator: nn.Module, z: Tensor, images: Tensor, labels: Tensor) -> dict[int, Tensor]:
+    """[latent] directions of length 1 towards each class that the pictures of z [N, latent] show.
+
+    A picture has the class of the image (uint8 [M, C, H, W], labels int64 [M]) whose features on the backbone "small"
+    are nearest. A class that no picture or every picture has, has no direction.
+    """
+    backbone = load_backbone()
+    made = features(draw(generator, z), backbone)
+    shown = labels[torch.cdist(made, features(images, backbone)).argmin(1)]
+    found = shown.unique().tolist()
+    return {k: class_direction(z, shown == k) for k in found} if len(found) > 1 else {}
 
 
 def _unit(rows: Tensor) -> Tensor:
