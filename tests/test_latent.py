@@ -112,6 +112,17 @@ def test_directions_towards_classes_of_the_nearest_images():
     assert class_directions(Shades(), normal(8, 5), images[:3], labels[:3]) == {}
 
 
+class Two(nn.Module):
+    """One of two images, by the sign of latent 1."""
+
+    def __init__(self, below, above):
+        super().__init__()
+        self.below, self.above = nn.Parameter(below), nn.Parameter(above)
+
+    def forward(self, z):
+        return torch.where(z[:, 1, None, None, None] < 0, self.below, self.above)
+
+
 def test_interpolate_along_classes(tmp_path, capsys, monkeypatch):
     recipe = TINY.replace(steps=1, data="fashion-mnist", image_size=8)
     with fastgan.backend("reference"):
@@ -125,10 +136,16 @@ def test_interpolate_along_classes(tmp_path, capsys, monkeypatch):
     code, said = walk("run")
     assert code == 2 and "pictures of two classes or more, this run's are all alike" in said.err
     config = sampling.load_generator(tmp_path / "run", device="cpu")[1]
+    images = fastgan.data.load("fashion-mnist", image_size=8, limit=2000)
+    two = [images.images[(images.labels == k).nonzero()[0, 0]] / 127.5 - 1 for k in (0, 1)]
     with monkeypatch.context() as patched:
-        patched.setattr(sampling, "load_generator", lambda *_, **__: (Shades(), config))
+        patched.setattr(sampling, "load_generator", lambda *_, **__: (Two(*two), config))
         code, said = walk("run")
-    assert code == 0 and said.out.startswith("towards ") and "2 walks of 3 frames" in said.out
+    assert (
+        code == 0
+        and said.out.startswith(f"towards {images.classes[0]}, {images.classes[1]}\n")
+        and "2 walks of 3 frames" in said.out
+    )
     with Image.open(tmp_path / "walk.png") as sheet:
         assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
     code, said = walk("run", "--image", "a.png")
