@@ -75,6 +75,7 @@ def test_all_precisions(tmp_path):
 
 
 SMALL = {"mlp-28": {}, "sngan-32": {"g_width": 8, "d_width": 8}, "r3gan-small": {"g_width": 16, "d_width": 16}}
+SMALL["r3gan"] = SMALL["r3gan-small"]
 SMALL["chargan"] = {"width": 8, "blocks": 1}
 SMALL |= {"sagan-32": {"g_width": 8, "d_width": 8}, "vit-gan-small": {"g_width": 4, "d_width": 8, "depth": 1}}
 SMALL["cyclegan"] = {"g_width": 4, "d_width": 4, "blocks": 1}

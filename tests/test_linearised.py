@@ -128,8 +128,30 @@ class Oddities(nn.Module):
 
 
 NORM = "own statistics"
+
+
 # name -> (builder, why not by forward ops ("": by forward ops))
+class Filtered(nn.Module):
+    """StyleGAN2's residual block and R3GAN's downsampling: filters of any shape, a strided convolution behind one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 2, 3, 3) / 4), nn.Parameter(torch.randn(4))
+        self.skip, self.head = nn.Conv2d(2, 4, 1, bias=False), nn.Linear(4 * 4 * 4, 1)
+        self.register_buffer("taps", torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8)
+        self.register_buffer("plane", torch.randn(3, 2))
+
+    def forward(self, x):
+        h = functional.upfirdn2d(x, self.plane, padding=(1, 0, 3, -1), flip_filter=True, gain=1.5)
+        h = functional.upfirdn2d(h, self.taps, up=(2, 1), down=(2, 1), padding=(2, 1, 1, 2))
+        h = functional.conv2d_resample(h, self.weight, self.taps, down=2, padding=1)
+        h = functional.bias_act(h, self.bias, gain=2**0.5, clamp=1.5)
+        skip = functional.upfirdn2d(self.skip(x), self.taps, down=2, padding=1)
+        return self.head((h + skip).flatten(1)).squeeze(1)
+
+
 ZOO = {
+    "filtered": (Filtered, ""),
     "mlp": (mlp, ""),
     "dcgan": (dcgan, ""),
     "dcgan-bn": (lambda: dcgan(lambda: nn.BatchNorm2d(8)), NORM),

@@ -16,6 +16,7 @@ COUNTS = {
     "dcgan-64": (3_576_704, 2_765_568),
     "fastgan": (1_100_224, 694_208),
     "sngan-32": (4_276_739, 1_053_825),
+    "r3gan": (570_563, 562_560),
     "r3gan-small": (294_595, 286_592),
     "stylegan2-small": (263_987, 288_993),
     "chargan": (282_140, 85_569),
@@ -51,6 +52,11 @@ SMALL = {
         "d_width": 16,
         "blocks": 2,
         "group_size": 8,
+        "filtered": False,
+    },
+    "r3gan": {
+        **{"image_size": 16, "channels": 1, "latent": 5, "g_width": 16, "d_width": 32},
+        **{"blocks": 1, "group_size": 8},
     },
     "stylegan2-small": {
         **{"image_size": 16, "channels": 1, "latent": 5, "g_width": 6, "d_width": 4},
@@ -63,7 +69,7 @@ SMALL = {
     },
 }
 SMALL = {name: {**options, "classes": 0} for name, options in SMALL.items()}  # with labels: test_conditional.py
-NO_TANH = ("r3gan-small", "stylegan2-small")  # as their sources
+NO_TANH = ("r3gan", "r3gan-small", "stylegan2-small")  # as their sources
 # Models of other samples than single images: options, and the shape of a sample.
 OTHERS = {
     "chargan": ({"alphabet": "\nabc", "length": 7, "latent": 5, "width": 6, "blocks": 1}, (4, 7)),

@@ -15,6 +15,7 @@ NARROW = {
     "sngan-32": {"g_width": 16, "d_width": 16},
     "cyclegan": {"g_width": 4, "d_width": 4, "blocks": 1},
     "pix2pix": {"g_width": 4, "d_width": 4},
+    "r3gan": {"g_width": 16, "d_width": 16},
     "r3gan-small": {"g_width": 32, "d_width": 32},
     "stylegan2-small": {"g_width": 8, "d_width": 8},
     "chargan": {"width": 8, "blocks": 1},

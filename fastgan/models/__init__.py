@@ -37,7 +37,7 @@ from .dcgan import (
 from .mlp import MLPDiscriminator, MLPGenerator
 from .mlp import build as build_mlp
 from .pix2pix import PatchGAN, UNet, build_pix2pix
-from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan
+from .r3gan import R3GANDiscriminator, R3GANGenerator, build_r3gan, build_r3gan_filtered
 from .resnet import ConditionalSNGANGenerator, SNGANDiscriminator, SNGANGenerator, build_sngan
 from .sagan import SelfAttention2d, build_sagan
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator, build_stylegan2
@@ -114,6 +114,11 @@ _PRESETS = {
         Preset("sngan-32", build_sngan, "Miyato et al. 2018 (arXiv:1802.05957), table 4"),
         Preset("pix2pix", build_pix2pix, "Isola et al. 2017 (arXiv:1611.07004), U-Net and PatchGAN by image size"),
         Preset("cyclegan", build_cyclegan, "Zhu et al. 2017 (arXiv:1703.10593), two residual generators and PatchGANs"),
+        Preset(
+            "r3gan",
+            build_r3gan_filtered,
+            "Huang et al. 2024 (arXiv:2501.05441), its blocks and filters at a sixth of its width",
+        ),
         Preset("r3gan-small", build_r3gan, "Huang et al. 2024 (arXiv:2501.05441), at a fraction of its size"),
         Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
         Preset("chargan", build_chargan, "Gulrajani et al. 2017 (arXiv:1704.00028), its language model in small"),

@@ -1,16 +1,19 @@
-"""`r3gan-small`: the modern, norm-free baseline: grouped residual blocks, leaky ReLU, nothing else.
+"""`r3gan` and `r3gan-small`: the modern, norm-free baseline: grouped residual blocks, leaky ReLU, nothing else.
 
-Source: Huang, Gokaslan, Kuleshov, Tompkin 2024, The GAN is dead; long live the GAN! (arXiv:2501.05441). Here at a
-fraction of its width and depth; resampling is bilinear upwards and average pooling downwards, where the paper filters
-with [1, 3, 3, 1].
+Source: Huang, Gokaslan, Kuleshov, Tompkin 2024, The GAN is dead; long live the GAN! (arXiv:2501.05441). Both are at a
+fraction of its width. `r3gan` has the paper's two blocks a resolution and filters with [1, 3, 3, 1] where it resamples;
+`r3gan-small` has one block, bilinear upsampling and average pooling.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastgan import functional
 
 from .conditional import EMBEDDING, LabelledGenerator, ProjectionDiscriminator, check_classes
 
@@ -35,6 +38,30 @@ class ResidualBlock(nn.Module):
         return x + self.main(x)
 
 
+class Filtered(nn.Module):
+    """[N, C, H, W] up or down by 2 through the filter [1, 3, 3, 1] / 8 of both axes."""
+
+    per_sample = True
+    taps: Tensor
+
+    def __init__(self, *, up: int = 1, down: int = 1):
+        super().__init__()
+        self.up, self.down = up, down
+        self.register_buffer("taps", torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = (2, 1) if self.up > 1 else (1, 1)
+        return functional.upfirdn2d(x, self.taps, self.up, self.down, padding * 2, gain=float(self.up**2))
+
+
+def _doubled(filtered: bool) -> nn.Module:
+    return Filtered(up=2) if filtered else nn.Upsample(scale_factor=2, mode="bilinear")
+
+
+def _halved(filtered: bool) -> nn.Module:
+    return Filtered(down=2) if filtered else nn.AvgPool2d(2)
+
+
 def _stage(channels: int, blocks: int, group_size: int) -> list[nn.Module]:
     return [ResidualBlock(channels, group_size=group_size) for _ in range(blocks)]
 
@@ -57,6 +84,7 @@ class R3GANGenerator(nn.Module):
         width: int = 128,
         blocks: int = 1,
         group_size: int = 16,
+        filtered: bool = False,
     ):
         super().__init__()
         self.latent, self.image_size, self.channels = latent, image_size, channels
@@ -65,7 +93,7 @@ class R3GANGenerator(nn.Module):
         self.modulation = nn.Linear(latent, width, bias=False)
         layers: list[nn.Module] = _stage(width, blocks, group_size)
         for before, after in pairwise(widths):
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear")]
+            layers += [_doubled(filtered)]
             layers += [nn.Conv2d(before, after, 1, bias=False)] if before != after else []
             layers += _stage(after, blocks, group_size)
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, 1))
@@ -82,14 +110,21 @@ class R3GANDiscriminator(nn.Module):
     per_sample = True
 
     def __init__(
-        self, *, image_size: int = 32, channels: int = 3, width: int = 128, blocks: int = 1, group_size: int = 16
+        self,
+        *,
+        image_size: int = 32,
+        channels: int = 3,
+        width: int = 128,
+        blocks: int = 1,
+        group_size: int = 16,
+        filtered: bool = False,
     ):
         super().__init__()
         self.image_size, self.channels = image_size, channels
         widths = _widths("R3GANDiscriminator", image_size, width)[::-1]
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 1)]
         for before, after in pairwise(widths):
-            layers += [*_stage(before, blocks, group_size), nn.AvgPool2d(2)]
+            layers += [*_stage(before, blocks, group_size), _halved(filtered)]
             layers += [nn.Conv2d(before, after, 1, bias=False)] if before != after else []
         layers += [*_stage(width, blocks, group_size), nn.Conv2d(width, width, 4, groups=width, bias=False)]
         self.main = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 1, bias=False))
@@ -133,15 +168,17 @@ def build_r3gan(
     d_width: int = 128,
     blocks: int = 1,
     group_size: int = 16,
+    filtered: bool = False,
     classes: int = 0,
 ) -> tuple[nn.Module, nn.Module]:
-    """Both networks of `r3gan-small`.
+    """Both networks of `r3gan-small`; filtered: resample by [1, 3, 3, 1].
 
     With `classes` the generator takes an embedding beside z, and the discriminator projects, as in the paper.
     """
-    check_classes("r3gan-small", classes)
+    check_classes("r3gan", classes)
     z = latent + EMBEDDING if classes else latent
-    shape = {"image_size": image_size, "channels": channels, "blocks": blocks, "group_size": group_size}
+    shape: dict[str, Any] = {"image_size": image_size, "channels": channels, "blocks": blocks}
+    shape |= {"group_size": group_size, "filtered": filtered}
     generator = R3GANGenerator(latent=z, width=g_width, **shape)
     discriminator = R3GANDiscriminator(width=d_width, **shape)
     init_r3gan(generator)
@@ -151,3 +188,19 @@ def build_r3gan(
     features, head = discriminator.main[:-1], discriminator.main[-1]
     projection = ProjectionDiscriminator(features, head, classes=classes, width=d_width, like=discriminator)
     return LabelledGenerator(generator, latent=latent, classes=classes), projection
+
+
+def build_r3gan_filtered(
+    *,
+    image_size: int = 32,
+    channels: int = 3,
+    latent: int = 64,
+    g_width: int = 128,
+    d_width: int = 128,
+    blocks: int = 2,
+    group_size: int = 16,
+    classes: int = 0,
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks of `r3gan`: those of `build_r3gan` with the paper's two blocks a resolution and its filters."""
+    shape: dict[str, Any] = {"image_size": image_size, "channels": channels, "latent": latent, "group_size": group_size}
+    return build_r3gan(g_width=g_width, d_width=d_width, blocks=blocks, filtered=True, classes=classes, **shape)

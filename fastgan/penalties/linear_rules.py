@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgan import _activation
 from fastgan._layout import accumulation_dtype, empty, is_channels_last, per_channel
 from fastgan._op import OPS
+from fastgan.ops.upfirdn2d import adjoint_pad, taps_of
 from fastgan.penalties.linear_steps import (
     Bias,
     Concatenation,
@@ -28,6 +29,7 @@ from fastgan.penalties.linear_steps import (
     Map,
     Matmul,
     Product,
+    Resampling,
     Sum,
     TransposedConvolution,
 )
@@ -113,6 +115,18 @@ def conv_transpose2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments
     step = TransposedConvolution(h.node, tape.hold(w), tape.hold(b), x.shape, geometry, groups)
     step.output_padding = extra
     return gate(tape, _layer(tape, step, w, b, x, y), y, activation, slope)
+
+
+@rule("fastgan.upfirdn2d.default")
+def upfirdn2d(tape: Tape, h: Any, f: Tensor, up: Any, down: Any, pad: Any, flip: bool, gain: float) -> Any:
+    plain(f)
+    if f.requires_grad:
+        raise Declined("upfirdn2d has a rule for filters that do not learn alone")
+    x = tape.read(h)
+    y = OPS["upfirdn2d"](x, f, up, down, pad, flip, gain)
+    back = adjoint_pad(x.shape[2:], y.shape[2:], taps_of(f), up, down, pad)
+    step = Resampling(h.node, tape.hold(f), (up, down, pad, flip, gain), (down, up, back, not flip, gain))
+    return tape.record(step, y)
 
 
 def gated(activation: str) -> str:

@@ -234,6 +234,21 @@ class Product(LinearStep):
         yield self.weight, fold(product, w.shape, w.dtype)
 
 
+class Resampling(LinearStep):
+    """`upfirdn2d` with a filter that does not learn; `forward` and `back` are its arguments and its adjoint's."""
+
+    def __init__(self, index: int, taps: int, forward: tuple, back: tuple):
+        super().__init__((index,))
+        self.taps, self.forward, self.back = taps, forward, back
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (OPS["upfirdn2d"](g, t[self.taps], *self.back),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        y: Tensor = OPS["upfirdn2d"](_only(v), t[self.taps], *self.forward)
+        return y
+
+
 class Sum(LinearStep):
     """sum_j c_j h_j + offset, with broadcasting; `parts` are (index, shape, dtype, c)."""
 
