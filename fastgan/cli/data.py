@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastgan import data
+from fastgan.domains import domains
 
 from .arguments import Commands, positive_int
 
@@ -23,7 +24,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         description="List image sets, see what a source holds, or decode it once for all runs.",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    verbs.add_parser("list", help="print the image sets known by name")
+    verbs.add_parser("list", help="print the data sets known by name")
     inspect = verbs.add_parser("inspect", help="decode every image once and say what is there")
     inspect.add_argument("source", metavar="PATH", help=_SOURCE)
     inspect.add_argument("--limit", type=positive_int, metavar="N", help="look at N images, evenly spread")
@@ -51,7 +52,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Do what the verb says."""
     if args.verb == "list":
-        names = data.available()
+        names = data.available() | {name: text for kind in domains().values() for name, text in kind.sets.items()}
         width = max(map(len, names))
         print("\n".join(f"{name:<{width}}  {text}" for name, text in names.items()))
     elif args.verb == "inspect":

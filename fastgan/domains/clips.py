@@ -38,15 +38,12 @@ class Clips(Domain):
         "Kernel distance": {"kcd": "kcd of three frames as colours, features of small; lower is nearer"}
     }
     options: ClassVar = {"frames": 8}
+    sets: ClassVar = {DEMONSTRATION: "2,000 clips of garments of Fashion-MNIST that move and bounce"}
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         if recipe.augment:
             raise ValueError(f"recipe: augment must be off for clips, got {recipe.augment!r}")
-
-    def absolute(self) -> Recipe:
-        """The recipe with a path that is found from any folder."""
-        return self.recipe if self.recipe.data == DEMONSTRATION else super().absolute()
 
     def load(self, device: torch.device) -> ClipSet:
         """What `fastgan.data.clips.load_clips` reads."""

@@ -69,6 +69,7 @@ class Domain:
         metrics: the judge's scores, the one that chooses the best generator first.
         charts: of the report, title to {key of log.jsonl: its name}.
         options: the fields of a recipe's `domain_options`, with their defaults.
+        sets: names of data that are part of the package, beside those of `fastgan.data.available`; what each is.
     """
 
     name: ClassVar[str]
@@ -77,6 +78,7 @@ class Domain:
     metrics: ClassVar[Sequence[str]] = ()
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     options: ClassVar[Mapping[str, Any]] = {}
+    sets: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -90,6 +92,8 @@ class Domain:
 
     def absolute(self) -> Recipe:
         """The recipe with paths that are found from any folder."""
+        if self.recipe.data in self.sets:
+            return self.recipe
         labels = self.recipe.labels and data.absolute(self.recipe.labels)
         return self.recipe.replace(data=data.absolute(self.recipe.data), labels=labels)
 
