@@ -210,9 +210,8 @@ class GANStep:
         self.precision, self.rng = self._resolved.name, rng
         if self._resolved.slower:
             warn(self._resolved.slower)
-        scaled = self.precision == "fp16"
-        self._g_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self._d_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        scaling: Any = {"device": self.device.type, "enabled": self.precision == "fp16"}
+        self._g_scaler, self._d_scaler = torch.amp.GradScaler(**scaling), torch.amp.GradScaler(**scaling)
         self.d_updates = 0
         self.exchange: Exchange | None = None  # set where several processes train together
         self._capture = self._capturing(capture)
