@@ -168,4 +168,9 @@ def backend(
 
 def float_vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     """Dense float32 copies of per-channel vectors (themselves where they are that already); None stays None."""
-    return [None if v is None else v.detach().to(torch.float32).contiguous() for v in vectors]
+    return [
+        v
+        if v is None or (v.dtype == torch.float32 and v.is_contiguous())  # 0.2 us, three calls of torch take 1
+        else v.detach().to(torch.float32).contiguous()
+        for v in vectors
+    ]

@@ -709,3 +709,13 @@ def test_calls_of_a_chain_have_a_ceiling(kind, eval_calls, training_calls, ran):
     with torch.no_grad():
         assert python_calls(lambda: a(x)) <= eval_calls
     assert len(ran) == 6
+
+
+def test_calls_of_small_ops_have_a_ceiling():
+    """A convolution or norm pays for such calls too: an op's way from the function to its kernel."""
+    t, bias = torch.randn(1, 64), torch.randn(64)
+    fake, real = (torch.randn(64, requires_grad=True) for _ in range(2))
+    loss = lambda: fastgan.functional.gan_loss(fake, real, kind="bce", side="d").backward()
+    with fastgan.backend("native"):
+        assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 60
+        assert python_calls(loss) <= 175

@@ -71,7 +71,7 @@ def bn_act(
         return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
     count = _values_a_statistic(x, stat_groups, _ranks.size(sync))
     y, mean, var, total = _in_training(x, weight, bias, batch_statistics, float(eps), act, stat_groups, sync)
-    if count:
+    if count and (running_mean is not None or running_var is not None):
         _update(running_mean, running_var, mean, var, count if total is None else total, momentum)
     return y
 
