@@ -12,6 +12,7 @@ from rich.console import Console
 import fastgan
 from fastgan.benchmarking import table, workloads
 from fastgan.benchmarking.comparison import difference
+from fastgan.benchmarking.textbook import textbook_step
 from fastgan.cli import bench, main
 
 CPU = torch.device("cpu")
@@ -98,6 +99,19 @@ def test_the_textbook_step_of_every_recipe_is_gansteps(name):
             assert all(difference(got[part], want[part]) < work.tolerances[0] for part in want)
     assert len(want["the losses"]) == 2 + (recipe.penalty is not None)
     assert all(want[f"{network}'s gradient"].norm() > 0 for network in "GD")
+
+
+def test_one_batch_serves_all_updates_of_the_textbook_step():
+    """As GANStep takes it; indexed as a sequence, it would be single images."""
+    recipe = fastgan.recipes()["mlp-28"].replace(d_steps=2)
+    images = torch.rand(4, 1, 28, 28)
+    found = []
+    for real in (images, [images, images]):
+        torch.manual_seed(0)
+        networks = fastgan.models.build("mlp-28")
+        adams = [torch.optim.Adam(m.parameters(), 1e-3) for m in networks]
+        found.append(textbook_step(recipe, *networks, *adams)(real))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
 def test_the_shapes_of_dcgan_64_are_cases():

@@ -125,7 +125,8 @@ def textbook_step(
 ) -> Callable[..., dict[str, Tensor]]:
     """The loop body of a recipe: what `fastgan.GANStep` is called with -> losses by name. They are float32.
 
-    real, labels and z are sequences of d_steps; labels are what both networks are told, z None: drawn.
+    real, labels and z are sequences of d_steps, or real one batch that serves all; labels are what both networks are
+    told, z None: drawn.
     compile: the networks' forward passes, with their backward, are torch.compile's; a penalty's double backward is not.
     """
     device, dtype = next(g.parameters()).device, PRECISIONS[recipe.precision]
@@ -192,7 +193,10 @@ def textbook_step(
         d_scaler.update()
         return fake, z, metrics
 
-    def step(real: Sequence[Tensor], labels: Sequence[Tensor] | None = None, z: Any = None) -> dict[str, Tensor]:
+    def step(
+        real: Tensor | Sequence[Tensor], labels: Sequence[Tensor] | None = None, z: Any = None
+    ) -> dict[str, Tensor]:
+        real = [real] * recipe.d_steps if isinstance(real, Tensor) else real
         for i in range(recipe.d_steps):
             told, given = () if labels is None else (labels[i],), None if z is None else z[i]
             fake, drawn, metrics = update_d(real[i], told, given, last=i == recipe.d_steps - 1)
