@@ -3,7 +3,7 @@
     python benchmarks/approximate_r1.py [--draws 64]
 
 The discriminator is that of `vit-gan-small` (width 64, 2 blocks) after 60 of its own updates on bundled emoji against
-noise, the batch 64 emoji of 32 x 32. R1 is exact, in float64. All deviations see the same noise. About 60 s of one core.
+noise, the batch 64 emoji of 32 x 32. R1 is exact, in float64. All deviations see the same noise. About a minute.
 """
 
 from __future__ import annotations
