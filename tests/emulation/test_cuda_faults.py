@@ -116,6 +116,15 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
         ("address", "within"),
         "heap-buffer-overflow",
     ),
+    "the padding is read": (
+        "upfirdn2d.cuh",
+        "if (ix < 0 || ix >= u.x.in) continue;",
+        "",
+        ("upfirdn2d",),
+        "upfirdn2d",
+        ("address", "within"),
+        "heap-buffer-overflow",
+    ),
     "a shuffle after some lanes left": (
         "gan_loss.cuh",
         "  merge_block<LOSS_THREADS>(s);\n  if (threadIdx.x != 0) return;",
