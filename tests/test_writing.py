@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ import torch
 import fastgan
 from fastgan._writing import WriteError, append, atomic_file, atomic_path, is_part, target_of, write
 from fastgan.cli import main
+from fastgan.training.recipes import recipes
 
 ROOT = Path(fastgan.__file__).parent
 
@@ -187,7 +189,7 @@ def save_large(path: Path) -> None:
 def test_every_writer_uses_the_door():
     """No other file of the package opens, renames or writes one."""
     writing = re.compile(
-        r"""\.write_text\(|\.write_bytes\(|os\.(replace|rename)\(|\.rename\(|open\([^)]*["'][rb]*[wax+]|NamedTemporaryFile"""
+        r"""\.write_text\(|\.write_bytes\(|os\.(replace|rename)\(|\.rename\(|\b(fd)?open\([^)]*["'][rb]*[wax+]|NamedTemporaryFile"""
     )
     for path in sorted(ROOT.rglob("*.py")):
         name = str(path.relative_to(ROOT))
@@ -203,10 +205,14 @@ def test_every_command_refuses_a_folder_before_it_works(tmp_path, capsys, comman
     """`fastgan export --out /dev/null` as root replaced the device by a file."""
     for suffix in (".png", ".json"):
         (tmp_path / f"taken{suffix}").mkdir()
+    run = tmp_path / "run"  # sample asks it whether it takes a file or a folder
+    run.mkdir()
+    config = {"recipe": recipes()["dcgan-28"].to_dict(), "device": "cpu", "backend": "", "models": {}, "started": ""}
+    (run / "config.json").write_text(json.dumps(config))
     verb, *rest = command.split()
     options = {
         "export": ["--run=x", f"--out={tmp_path}/taken.png"],
-        "sample": ["--run=x", f"--out={tmp_path}/taken.png"],
+        "sample": [f"--run={run}", f"--out={tmp_path}/taken.png"],
         "interpolate": ["--run=x", f"--out={tmp_path}/taken.png"],
         "bench": [f"--json={tmp_path}/taken.json"],
         "profile": ["--recipe=dcgan-28", f"--trace={tmp_path}/taken.json"],
