@@ -52,6 +52,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="DIR", help="the run directory: new or empty")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that lies in --out")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, bit for bit")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="go on with a run begun in --out")
     parser.add_argument("--steps", type=positive_int, help="generator updates in all")
     parser.add_argument(
         "--batch-size", type=batch_size, metavar="N|auto", help="auto: the smallest that is nearly as fast as twice it"
@@ -118,10 +119,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.out and not args.resume:
         raise ValueError("train: --out DIR must say where the run is written")
+    if args.go_on and (args.overwrite or args.resume or automatic):
+        raise ValueError("train: --continue goes with --out alone, not with --overwrite, --resume or --batch-size auto")
+    begun = args.go_on and _holds_run(args.out)
     result = Trainer(
         recipe,
-        out=args.out,
-        resume=args.resume,
+        out=None if begun else args.out,
+        resume=args.out if begun else args.resume,
         overwrite=args.overwrite,
         device=args.device,
         backend=args.backend,
@@ -148,6 +152,15 @@ def _fitting(args: argparse.Namespace, recipe: Recipe) -> Recipe:
     if not args.quiet:
         print(f"every image of {args.data} is grey: channels=1 (--set channels=3 for three)")
     return recipe.replace(channels=1)
+
+
+def _holds_run(path: str) -> bool:
+    """Whether a run has begun in the directory."""
+    try:
+        RunDirectory(path).read_config()
+    except ValueError:
+        return False
+    return True
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

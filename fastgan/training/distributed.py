@@ -139,7 +139,11 @@ def join() -> World:
     control = None
     if not dist.is_initialized():
         _number("RANK", None)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a restart of the ranks: without a prefix they would call those that are gone
+        store = dist.PrefixStore(f"fastgan-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(kinds, store=store, rank=rank, world_size=size)
     elif dist.get_backend() != "gloo":
         control = dist.new_group(backend="gloo")
     rank = dist.get_rank()
