@@ -60,7 +60,7 @@ def plain(recipe: Recipe, networks: tuple[nn.Module, nn.Module]) -> Arm:
     update = textbook_step(recipe.replace(ema=None), g, d, *adams)
 
     def step(real: Tensor) -> None:
-        update(real)
+        update([real])
         average.update(g)
 
     return step, average.module
