@@ -77,7 +77,7 @@ def _weights_are_cheaper(x: Tensor, weight: Tensor, up: int, down: int) -> bool:
     AMD EPYC Zen 5).
     """
     y = x.numel() // x.shape[1] * weight.shape[0] * up * up // (down * down)
-    return len(x) == 1 and 2 * weight.numel() < x.numel() + y
+    return x.shape[0] == 1 and 2 * weight.numel() < x.numel() + y
 
 
 def _by_activations(

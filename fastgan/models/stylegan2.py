@@ -202,7 +202,7 @@ class StyleGAN2Generator(nn.Module):
 
     def synthesise(self, w: Tensor) -> Tensor:
         """Style vectors [N, layers + 1, width] to images."""
-        x = self.layers[0](self.constant.expand(len(w), -1, -1, -1), w[:, 0])
+        x = self.layers[0](self.constant.expand(w.shape[0], -1, -1, -1), w[:, 0])
         image: Tensor = self.to_image[0](x, w[:, 1])
         for i, to_image in enumerate(self.to_image):
             if i == 0:
