@@ -214,7 +214,7 @@ def test_channels_last_needs_no_copy():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("dcgan-65", {}, "there is no model 'dcgan-65', choose one of dcgan-28"),
+        ("dcgan-65", {}, "there is no model 'dcgan-65', choose one of chargan, clip-32"),
         ("dcgan-64", {"depth": 3}, "dcgan-64 has no option 'depth', it takes image_size"),
         ("dcgan-64", {"image_size": 48}, "power of two of at least 16, got 48"),
         ("dcgan-64", {"image_size": 8}, "power of two of at least 16, got 8"),
