@@ -119,8 +119,8 @@ struct Share {
 // several rows at once reads these once for all of them. The loop over them is not unrolled and the function is
 // not inlined: neither would be faster (memory is the limit), and the body is compiled often enough.
 template <class Body>
-static __attribute__((noinline)) void sweep_rows(const Grid& grid, const Body& body, int64_t at, int64_t rows, int64_t width,
-                              const float* coef, float* sums) {
+static __attribute__((noinline)) void sweep_rows(const Grid& grid, const Body& body, int64_t at, int64_t rows,
+                                                 int64_t width, const float* coef, float* sums) {
   vf k[Body::COEFS + 1], s[Body::SUMS + 1];
   const auto open = [&](int64_t j) {
     for (int i = 0; i < Body::COEFS; ++i) k[i] = load(coef + i * grid.padded + j);
