@@ -52,3 +52,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device is visible to torch on this machine"))
+
+
+@pytest.fixture
+def unraced():
+    """No race chooses a kernel: two runs that begin apart also race apart, and a loaded machine decides otherwise."""
+    with fastgan.racing(False):
+        yield

@@ -89,6 +89,7 @@ def test_temporal_shift_by_hand():
     assert torch.equal(y[:, :, 4:], x[:, :, 4:])
 
 
+@pytest.mark.usefixtures("unraced")
 def test_clip_32_trains_resumes_reports_and_writes_gifs(tmp_path, capsys):
     run = tmp_path / "run"
     trainer = fastgan.Trainer(SMALL, out=run, device="cpu", quiet=True)

@@ -110,6 +110,7 @@ def test_projection_is_its_formula():
     assert torch.allclose(d(x, labels), want)
 
 
+@pytest.mark.usefixtures("unraced")
 def test_a_resumed_conditional_run_is_the_run_that_was_not_stopped(tmp_path):
     images = labelled()
     whole = trainer(images, tmp_path / "whole", LABELLED)

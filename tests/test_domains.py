@@ -94,6 +94,7 @@ def test_a_new_domain_trains_reports_and_samples(tmp_path, capsys):
     assert "9 samples" in capsys.readouterr().out and (tmp_path / "grid.png").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("unraced")
 def test_a_new_domain_resumes_bit_for_bit(tmp_path):
     whole = fastgan.Trainer(RECIPE, out=tmp_path / "whole", quiet=True)
     whole.fit()

@@ -74,5 +74,7 @@ def test_time_to_quality_measures_both(tmp_path):
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert [(r["arm"], r["steps"]) for r in found["runs"]] == [("PyTorch", 1), ("fastgan", 1)]
-    assert "times as fast over 1 of 1 seeds" in found["verdict"] and found["verdict"] in done.stdout
+    assert [(r["arm"], r["steps"]) for r in found["times"]] == [
+        (arm, 1) for arm in ("PyTorch", "fastgan", "fastgan auto")
+    ]
+    assert "over 1 of 1 seeds, PyTorch takes" in found["verdict"] and found["verdict"] in done.stdout

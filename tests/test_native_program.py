@@ -94,8 +94,8 @@ def test_refusals():
         program.append("conv3d", 0)
     with pytest.raises(TypeError, match="bias_act_forward takes 12 arguments, got 13: dtype, x, bias, y, N"):
         program.append("bias_act_forward", 0, 0, 1, 2, *shape, 1)
-    with pytest.raises(ValueError, match=r"act must be in 0\.\.8, got 9"):
-        program.append("bias_act_forward", 0, 0, 1, 2, 1, 2, 1, True, 9, SLOPE, 1.0, -1.0)
+    with pytest.raises(ValueError, match=r"act must be in 0\.\.10, got 11"):
+        program.append("bias_act_forward", 0, 0, 1, 2, 1, 2, 1, True, 11, SLOPE, 1.0, -1.0)
     with pytest.raises(ValueError, match="adam cannot be a step"):
         program.append("adam", [], None, 0.1, 0.5, 0.9, -0.7, -0.1, 1e-8, 0.0, False, False, 0.0)
     with pytest.raises(ValueError, match="must not be negative"):

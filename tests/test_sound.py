@@ -171,6 +171,7 @@ def test_lengths_that_are_none(length):
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unraced")
 def test_wavegan_trains_resumes_reports_and_writes_sounds(tmp_path, capsys):
     run = tmp_path / "run"
     trainer = fastgan.Trainer(SMALL, out=run, device="cpu", quiet=True)

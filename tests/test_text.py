@@ -139,6 +139,7 @@ def test_chargan_trains_reports_and_prints_lines(tmp_path, capsys):
     assert "must end in .txt or .png" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("unraced")
 def test_chargan_resumes_bit_for_bit(tmp_path):
     recipe = SMALL.replace(eval_every=0)  # how many lines are evaluated depends on how long they take
     whole = fastgan.Trainer(recipe, out=tmp_path / "whole", device="cpu", quiet=True)
