@@ -78,27 +78,33 @@ def batches(dtype: str) -> list[tuple[Tensor, Tensor]]:
     return [(real.to(DTYPES[dtype]) * 0.5, z.to(DTYPES[dtype])) for real, z in numbers]
 
 
-def shared(draw, world: World):
+def shared(draw, world: World, turned: bool = False):
     """torch.rand or randn, drawn for all ranks at once, in float64: this rank's part."""
 
     def part(*shape, generator=None, device=None, dtype=None):
         n, *rest = shape if isinstance(shape[0], int) else shape[0]
         whole = draw(n * world.size, *rest, generator=generator, dtype=torch.float64)
-        return whole[n * world.rank : n * (world.rank + 1)].to(dtype)
+        own = whole[n * world.rank : n * (world.rank + 1)].to(dtype)
+        return own.flip(0) if turned else own
 
     return part
 
 
-def train(case: str, world: World) -> dict[str, Tensor]:
-    """weights [STEPS, parameters] after each step; buffers: the running statistics at the end."""
+def train(case: str, world: World, turned: bool = False) -> dict[str, Tensor]:
+    """weights [STEPS, parameters] after each step; buffers: the running statistics at the end.
+
+    turned: each batch with its last sample first, which changes nothing but how sums round.
+    """
     step, images = step_of(case, sync=world.size > 1), batches(case.rpartition(":")[2])
     if world.size > 1:
         step.exchange = Exchange(world)
     part = BATCH // world.size
     mine, found = slice(world.rank * part, (world.rank + 1) * part), []
-    with mock.patch("torch.rand", shared(torch.rand, world)), mock.patch("torch.randn", shared(torch.randn, world)):
+    rand, randn = (mock.patch(f"torch.{f.__name__}", shared(f, world, turned)) for f in (torch.rand, torch.randn))
+    with rand, randn:
         for real, z in images:
-            step(real[mine], z=z[mine])
+            real, z = (x[mine].flip(0) if turned else x[mine] for x in (real, z))
+            step(real, z=z)
             found.append(torch.cat([p.detach().reshape(-1) for m in step.modules() for p in m.parameters()]))
     kept = [b.double().reshape(-1) for m in step.modules() for b in m.buffers()]
     return {"weights": torch.stack(found), "buffers": torch.cat(kept)}
