@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastgan.data.decode import pillow, quiet_decoding, reason, to_pixels
 from fastgan.data.folders import Remarks, tell
-from fastgan.data.imageset import delivered
 from fastgan.data.loading import load
 from fastgan.data.memory import require
+from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "ClipSet", "load_clips"]
 
@@ -25,29 +25,11 @@ FILMED = (".mp4", ".webm", ".mov", ".avi")  # imageio-ffmpeg reads them
 STILL = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # a folder of them is a clip
 
 
-class ClipSet:
+class ClipSet(Held):
     """Clips for training.
 
     Attributes are those of `fastgan.data.Samples`; values: uint8 [M, frames, channels, height, width].
     """
-
-    labels: Tensor | None = None
-    classes: list[str] | None = None
-    mapped: Path | None = None
-
-    def __init__(
-        self,
-        values: Tensor,
-        *,
-        name: str = "clips",
-        skipped: Sequence[tuple[str, str]] = (),
-        device: torch.device | str | None = None,
-    ) -> None:
-        self.values, self.name, self.skipped = values, name, list(skipped)
-        self.device = torch.device(device) if device is not None else values.device
-
-    def __len__(self) -> int:
-        return len(self.values)
 
     def pick(self, indices: Tensor, *, mirror: Tensor | None = None, channels_last: bool = False) -> Tensor:
         """Clips by number, float32 [N, T, C, H, W] in [-1, 1]; mirror: bool [N], which to flip left to right."""
@@ -55,14 +37,6 @@ class ClipSet:
         if mirror is not None:
             x = torch.where(mirror.view(-1, 1, 1, 1, 1), x.flip(-1), x)
         return self.deliver(x).float().div_(127.5).sub_(1.0)
-
-    def deliver(self, x: Tensor) -> Tensor:
-        """`x`, gathered where the clips lie, on `device`."""
-        return delivered(x, self.device)
-
-    def select(self, numbers: Tensor) -> ClipSet:
-        """The clips of these numbers, int64 [K], as a set of their own."""
-        return ClipSet(self.values[numbers.to(self.values.device)], name=self.name, device=self.device)
 
 
 def load_clips(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgan.data.files import plural
 from fastgan.data.folders import Remarks, files_below, tell
-from fastgan.data.imageset import delivered
 from fastgan.data.memory import require
+from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "END", "LineSet", "load_lines"]
 
@@ -47,16 +47,12 @@ NOUNS = (
 VERBS = ("eats", "runs", "sits", "naps", "sings", "waits", "hides", "jumps", "looks", "walks", "dreams", "sleeps")
 
 
-class LineSet:
+class LineSet(Held):
     """Lines for training.
 
     Attributes are those of `fastgan.data.Samples`; values: uint8 [M, length], numbers of `alphabet`, filled up with
     that of its first character, the end of a line.
     """
-
-    labels: Tensor | None = None
-    classes: list[str] | None = None
-    mapped: Path | None = None
 
     def __init__(
         self,
@@ -67,26 +63,14 @@ class LineSet:
         skipped: Sequence[tuple[str, str]] = (),
         device: torch.device | str | None = None,
     ) -> None:
-        self.values, self.alphabet, self.name, self.skipped = values, alphabet, name, list(skipped)
-        self.device = torch.device(device) if device is not None else values.device
-
-    def __len__(self) -> int:
-        return len(self.values)
+        super().__init__(values, name=name, skipped=skipped, device=device)
+        self.alphabet = alphabet
 
     def pick(self, indices: Tensor, *, mirror: Tensor | None = None, channels_last: bool = False) -> Tensor:
         """Lines by number, one-hot float32 [N, characters of the alphabet, length]; they are never mirrored."""
         at = self.deliver(self.values.index_select(0, indices)).long()[:, None]
         hot = torch.zeros(len(at), len(self.alphabet), at.shape[2], device=at.device)
         return hot.scatter_(1, at, 1.0)
-
-    def deliver(self, x: Tensor) -> Tensor:
-        """`x`, gathered where the lines lie, on `device`."""
-        return delivered(x, self.device)
-
-    def select(self, numbers: Tensor) -> LineSet:
-        """The lines of these numbers, int64 [K], as a set of their own."""
-        at = numbers.to(self.values.device)
-        return LineSet(self.values[at], self.alphabet, name=self.name, device=self.device)
 
     def lines(self, numbers: Tensor | None = None) -> list[str]:
         """Lines of these numbers, or all, as texts."""

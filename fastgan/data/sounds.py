@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastgan.data.files import plural
 from fastgan.data.folders import Remarks, files_below, tell
-from fastgan.data.imageset import delivered
 from fastgan.data.memory import require
+from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "SoundSet", "load_sounds", "save_wav"]
 
@@ -28,15 +28,11 @@ SILENT = 1e-3  # peak, 60 dB below full scale
 CLIPPED = 0.01  # share of numbers at full scale
 
 
-class SoundSet:
+class SoundSet(Held):
     """Sounds for training.
 
     Attributes are those of `fastgan.data.Samples`; values: int16 [M, length]; rate: of them, in Hz.
     """
-
-    labels: Tensor | None = None
-    classes: list[str] | None = None
-    mapped: Path | None = None
 
     def __init__(
         self,
@@ -47,23 +43,12 @@ class SoundSet:
         skipped: Sequence[tuple[str, str]] = (),
         device: torch.device | str | None = None,
     ) -> None:
-        self.values, self.rate, self.name, self.skipped = values, rate, name, list(skipped)
-        self.device = torch.device(device) if device is not None else values.device
-
-    def __len__(self) -> int:
-        return len(self.values)
+        super().__init__(values, name=name, skipped=skipped, device=device)
+        self.rate = rate
 
     def pick(self, indices: Tensor, *, mirror: Tensor | None = None, channels_last: bool = False) -> Tensor:
         """Sounds by number, float32 [N, 1, length] in [-1, 1]; they are never turned around."""
         return self.deliver(self.values.index_select(0, indices))[:, None].float().div_(FULL).clamp_(min=-1)
-
-    def deliver(self, x: Tensor) -> Tensor:
-        """`x`, gathered where the sounds lie, on `device`."""
-        return delivered(x, self.device)
-
-    def select(self, numbers: Tensor) -> SoundSet:
-        """The sounds of these numbers, int64 [K], as a set of their own."""
-        return SoundSet(self.values[numbers.to(self.values.device)], self.rate, name=self.name, device=self.device)
 
 
 def load_sounds(source: str, *, length: int, rate: int = 0, device: torch.device | str = "cpu") -> SoundSet:

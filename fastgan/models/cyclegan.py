@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dcgan import _check_positive, _stages
 from .pix2pix import PatchGAN, normal_weights, patch_layers
+from .sizes import check_positive, doublings
 
 
 class ResidualBlock(nn.Module):
@@ -43,7 +43,7 @@ class ResidualGenerator(nn.Module):
 
     def __init__(self, *, channels: int = 3, width: int = 64, blocks: int = 6):
         super().__init__()
-        _check_positive("ResidualGenerator", channels=channels, width=width, blocks=blocks)
+        check_positive("ResidualGenerator", channels=channels, width=width, blocks=blocks)
         layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(channels, width, 7)]
         layers += [nn.InstanceNorm2d(width), nn.ReLU()]
         for inputs in (width, 2 * width):
@@ -97,7 +97,7 @@ def build_cyclegan(
     d_layers: int = 0,
 ) -> tuple[BothWays, BothCritics]:
     """Both generators and both critics. blocks: 0 takes 9 from 256 pixels on and 6 below; d_layers: 0 by size."""
-    _stages("cyclegan", image_size)
+    doublings("cyclegan", image_size)
     count = blocks or (9 if image_size >= 256 else 6)
     way: Any = dict(channels=channels, width=g_width, blocks=count)
     generator = BothWays(ResidualGenerator(**way), ResidualGenerator(**way))

@@ -23,19 +23,7 @@ from .conditional import (
     ProjectionDiscriminator,
     check_classes,
 )
-
-
-def _check_positive(name: str, **sizes: int) -> None:
-    for key, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
-
-
-def _stages(name: str, image_size: int) -> int:
-    """How many times a 4x4 map is doubled to reach `image_size`."""
-    if not isinstance(image_size, int) or image_size < 16 or image_size & (image_size - 1):
-        raise ValueError(f"{name}: image_size must be a power of two of at least 16, got {image_size!r}")
-    return image_size.bit_length() - 3
+from .sizes import check_positive, doublings
 
 
 def _widths(name: str, stages: int, width: int, most: int | None) -> list[int]:
@@ -63,8 +51,8 @@ class DCGANGenerator(nn.Module):
         self, *, image_size: int = 64, channels: int = 3, latent: int = 100, width: int = 64, most: int | None = None
     ):
         super().__init__()
-        stages = _stages("DCGANGenerator", image_size)
-        _check_positive("DCGANGenerator", channels=channels, latent=latent, width=width)
+        stages = doublings("DCGANGenerator", image_size)
+        check_positive("DCGANGenerator", channels=channels, latent=latent, width=width)
         widths = _widths("DCGANGenerator", stages, width, most)[::-1]
         self.latent, self.image_size, self.channels = latent, image_size, channels
         layers: list[nn.Module] = [
@@ -125,8 +113,8 @@ class DCGANDiscriminator(nn.Module):
         deviation: bool = False,
     ):
         super().__init__()
-        stages = _stages("DCGANDiscriminator", image_size)
-        _check_positive("DCGANDiscriminator", channels=channels, width=width)
+        stages = doublings("DCGANDiscriminator", image_size)
+        check_positive("DCGANDiscriminator", channels=channels, width=width)
         widths = _widths("DCGANDiscriminator", stages, width, most)
         self.image_size, self.channels = image_size, channels
         layers: list[nn.Module] = [
@@ -268,7 +256,7 @@ class KerasDCGANGenerator(nn.Module):
         super().__init__()
         if not isinstance(image_size, int) or image_size < 4 or image_size % 4:
             raise ValueError(f"KerasDCGANGenerator: image_size must be a positive multiple of 4, got {image_size!r}")
-        _check_positive("KerasDCGANGenerator", channels=channels, latent=latent, width=width)
+        check_positive("KerasDCGANGenerator", channels=channels, latent=latent, width=width)
         self.latent, self.image_size, self.channels = latent, image_size, channels
         self.start, self.width = image_size // 4, width
         features = self.start * self.start * 4 * width
@@ -311,7 +299,7 @@ class KerasDCGANDiscriminator(nn.Module):
             raise ValueError(
                 f"KerasDCGANDiscriminator: image_size must be a positive multiple of 4, got {image_size!r}"
             )
-        _check_positive("KerasDCGANDiscriminator", channels=channels, width=width)
+        check_positive("KerasDCGANDiscriminator", channels=channels, width=width)
         self.image_size, self.channels = image_size, channels
         self.main = nn.Sequential(
             nn.Conv2d(channels, width, 5, 2, 2),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dcgan import _check_positive, _stages
+from .sizes import check_positive, doublings
 
 DROPPED = 3  # stages of the decoder, from the innermost, that drop features
 
@@ -50,8 +50,8 @@ class UNet(nn.Module):
         dropout: float = 0.5,
     ):
         super().__init__()
-        levels = _stages("UNet", image_size) + 2
-        _check_positive("UNet", channels=channels, source_channels=source_channels, width=width)
+        levels = doublings("UNet", image_size) + 2
+        check_positive("UNet", channels=channels, source_channels=source_channels, width=width)
         widths = [min(width << level, 8 * width) for level in range(levels)]
         self.image_size, self.channels, self.source_channels = image_size, channels, source_channels
         self.downs = nn.ModuleList([_down(source_channels, width, norm=False)])
@@ -106,7 +106,7 @@ class PatchGAN(nn.Module):
         norm: str = "batch",
     ):
         super().__init__()
-        _check_positive("PatchGAN", channels=channels, width=width, layers=layers)
+        check_positive("PatchGAN", channels=channels, width=width, layers=layers)
         if image_size >> layers < 4:
             raise ValueError(f"PatchGAN: {layers} layers need {4 << layers} pixels at least, got {image_size}")
         self.image_size, self.channels, self.source_channels = image_size, channels, source_channels

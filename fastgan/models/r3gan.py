@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastgan import functional
 
 from .conditional import EMBEDDING, LabelledGenerator, ProjectionDiscriminator, check_classes
+from .sizes import doublings
 
 
 class ResidualBlock(nn.Module):
@@ -136,11 +137,10 @@ class R3GANDiscriminator(nn.Module):
 
 def _widths(name: str, image_size: int, width: int) -> list[int]:
     """Channels at 4x4, 8x8, ... image_size."""
-    if image_size < 16 or image_size & (image_size - 1):
-        raise ValueError(f"{name}: image_size must be a power of two of at least 16, got {image_size!r}")
+    count = doublings(name, image_size) + 1
     if width % 16:
         raise ValueError(f"{name}: width must be a multiple of 16, got {width!r}")
-    return [max(width >> (i // 2), 16) for i in range(image_size.bit_length() - 2)]
+    return [max(width >> (i // 2), 16) for i in range(count)]
 
 
 def init_r3gan(network: nn.Module) -> None:

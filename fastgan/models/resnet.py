@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .conditional import ClassAffine, ProjectionDiscriminator, check_classes
+from .sizes import doublings
 
 
 class UpBlock(nn.Module):
@@ -83,7 +84,7 @@ class SNGANGenerator(nn.Module):
         self.latent, self.image_size, self.channels = latent, image_size, channels
         self.width = width
         self.dense = nn.Linear(latent, width * 16)
-        blocks = [UpBlock(width, width) for _ in range(_doublings("SNGANGenerator", image_size))]
+        blocks = [UpBlock(width, width) for _ in range(doublings("SNGANGenerator", image_size))]
         self.main = nn.Sequential(
             *blocks, nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
         )
@@ -103,9 +104,9 @@ class ConditionalSNGANGenerator(nn.Module):
         self.latent, self.image_size, self.channels = plain.latent, plain.image_size, plain.channels
         self.width, self.classes = plain.width, classes
         self.dense = plain.dense
-        doublings = _doublings("SNGANGenerator", plain.image_size)
-        self.blocks = nn.ModuleList(ConditionalUpBlock(plain.width, plain.width, classes) for _ in range(doublings))
-        self.last = plain.main[doublings:]
+        times = doublings("SNGANGenerator", plain.image_size)
+        self.blocks = nn.ModuleList(ConditionalUpBlock(plain.width, plain.width, classes) for _ in range(times))
+        self.last = plain.main[times:]
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         x = self.dense(z).view(-1, self.width, 4, 4)
@@ -122,7 +123,7 @@ class SNGANDiscriminator(nn.Module):
 
     def __init__(self, *, image_size: int = 32, channels: int = 3, width: int = 128):
         super().__init__()
-        _doublings("SNGANDiscriminator", image_size)
+        doublings("SNGANDiscriminator", image_size)
         self.image_size, self.channels = image_size, channels
         self.main = nn.Sequential(
             SNBlock(channels, width, down=True, first=True),
@@ -136,12 +137,6 @@ class SNGANDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.dense(self.main(images).sum((2, 3)))
         return logits.flatten()
-
-
-def _doublings(name: str, image_size: int) -> int:
-    if image_size < 16 or image_size & (image_size - 1):
-        raise ValueError(f"{name}: image_size must be a power of two of at least 16, got {image_size!r}")
-    return image_size.bit_length() - 3
 
 
 def build_sngan(

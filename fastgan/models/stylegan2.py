@@ -17,6 +17,7 @@ from fastgan import functional
 
 from .conditional import ProjectionDiscriminator, check_classes
 from .dcgan import MinibatchDeviation
+from .sizes import check_positive, doublings
 
 TAPS = (1.0, 3.0, 3.0, 1.0)  # of the filter that images are resampled with
 SQRT2 = 2**0.5  # what leaky ReLU's result is multiplied by, to keep the magnitude
@@ -267,11 +268,8 @@ class StyleGAN2Discriminator(nn.Module):
 
 def _widths(name: str, image_size: int, width: int) -> list[int]:
     """Channels at 4x4, 8x8, ... image_size."""
-    if image_size < 16 or image_size & (image_size - 1):
-        raise ValueError(f"{name}: image_size must be a power of two of at least 16, got {image_size!r}")
-    if width < 1:
-        raise ValueError(f"{name}: width must be a positive integer, got {width!r}")
-    return [max(min(width, width * 16 // (4 << i)), 1) for i in range(image_size.bit_length() - 2)]
+    check_positive(name, width=width)
+    return [max(min(width, width * 16 // (4 << i)), 1) for i in range(doublings(name, image_size) + 1)]
 
 
 def build_stylegan2(
