@@ -13,11 +13,29 @@ import io
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, cast
 
-__all__ = ["WriteError", "append", "atomic_file", "atomic_path", "is_part", "target_of", "told", "write"]
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = [
+    "WriteError",
+    "append",
+    "atomic_file",
+    "atomic_path",
+    "growing_file",
+    "is_part",
+    "part_of",
+    "target_of",
+    "told",
+    "write",
+]
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -113,6 +131,60 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         finally:
             with contextlib.suppress(OSError):
                 file.close()
+
+
+def part_of(path: str | Path) -> Path:
+    """Where what `growing_file` has of `path` lies until it is complete."""
+    target = Path(path)
+    return target.with_name(f".{target.stem[:80]}{_PART}{target.suffix}")
+
+
+@contextlib.contextmanager
+def growing_file(path: str | Path, waiting: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+    """A binary file, readable and writable, that becomes `path` when the block ends without an error.
+
+    Otherwise what was written stays in `part_of(path)`, and the next block begins with it: the file is at its start,
+    and whether its content is sound is the caller's to say. A file that is empty at the end leaves nothing, and `path`
+    as it was. One process at a time is in the block; another one calls `waiting` once and waits, and must then see for
+    itself whether `path` is what it wants.
+    """
+    target, part = target_of(path), part_of(target_of(path))
+    with told(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        raw = _held(part, waiting)
+        file = io.BufferedRandom(raw)
+        try:
+            yield cast(BinaryIO, file)
+            file.flush()
+            if os.fstat(raw.fileno()).st_size:
+                _finish(part, target)
+        finally:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(part), os.fstat(raw.fileno())) and not os.stat(part).st_size:
+                    part.unlink()
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def _held(part: Path, waiting: Callable[[], None] | None) -> io.FileIO:
+    """The file at `part`, locked by this process: the lock ends with the process, however that ends."""
+    while True:
+        file = io.FileIO(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+                waiting = None
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(part), os.fstat(file.fileno())):
+                return file
+        file.close()  # its holder has completed it: this is `path` now
 
 
 def write(path: str | Path, content: str | bytes) -> None:

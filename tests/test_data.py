@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from fastgan import data
-from fastgan.data import arrays, decode, loading
+from fastgan.data import arrays, decode
+from fastgan.data import pixels as pixels_of
 from fastgan.data.catalogue import BUNDLED
 from fastgan.data.memory import free_bytes
-from fastgan.data.store import FileStore, npy_header
+from fastgan.data.store import npy_header
 
 RED = (200, 30, 10)
 
@@ -770,7 +771,7 @@ def test_cache_is_reused_until_a_file_changes(labelled, tmp_path, monkeypatch):
     options = {"image_size": 16, "max_bytes": 1000, "cache_dir": cache}
     first = data.load(labelled, **options)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
-    monkeypatch.setattr(loading, "decode_all", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(pixels_of, "decode_all", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(data.load(labelled, **options).images, first.images)
     monkeypatch.undo()
     save(labelled, "b/01.png", Image.new("RGB", (20, 20), RED))
@@ -828,17 +829,6 @@ def test_a_full_disk_is_seen_before_decoding(labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(ValueError, match=r"0\.0 GiB free; set cache_dir"):
         data.load(labelled, max_bytes=0, cache_dir=tmp_path / "cache")
-
-
-def test_an_interrupted_cache_leaves_nothing(labelled, tmp_path, monkeypatch):
-    def broken(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loading, "class_labels", broken)
-    monkeypatch.setattr(FileStore, "finish", broken)
-    with pytest.raises(KeyboardInterrupt):
-        data.load(labelled, max_bytes=0, cache_dir=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (123_456_789_012, 3, 4096, 4096)])

@@ -42,8 +42,8 @@ def test_all_grey_ends_at_the_first_colour(folder, monkeypatch):
     for k in range(400):
         (folder / f"z{k}.png").write_bytes((folder / "0.png").read_bytes())
     Image.new("RGB", (9, 9), (200, 0, 0)).save(folder / "0.png")
-    real = data.loading.Files.open
-    monkeypatch.setattr(data.loading.Files, "open", lambda self, name: opened.append(name) or real(self, name))
+    real = data.loading.Folder.open
+    monkeypatch.setattr(data.loading.Folder, "open", lambda self, name: opened.append(name) or real(self, name))
     assert not data.all_grey(folder) and len(opened) < 200
 
 

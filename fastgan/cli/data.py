@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from fastgan import data
 from fastgan.domains import domains
+from fastgan.training.progress import counter
 
 from .arguments import Commands, positive_int
 
-_SOURCE = "a name of `fastgan data list`, a folder, a .zip, an idx file, a .npy or a .npz"
+_SOURCE = "a name of `fastgan data list`, a folder, a .zip, .tar files, an idx file, a .npy or a .npz"
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         width = max(map(len, names))
         print("\n".join(f"{name:<{width}}  {text}" for name, text in names.items()))
     elif args.verb == "inspect":
-        found = data.inspect(args.source, limit=args.limit, progress=_progress())
+        found = data.inspect(args.source, limit=args.limit, progress=counter("images"))
         print(json.dumps(found, indent=2) if args.json else found)
     else:
         out = args.out or f"{Path(args.source).stem}.npy"
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             channels=args.channels,
             limit=args.limit,
             white=args.white,
-            progress=_progress(),
+            progress=counter("images"),
         )
         print(f"train on it with: --data {path}")
     return 0
@@ -75,15 +74,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _white(text: str) -> int | str:
     return text if text in ("sbit", "max") else positive_int(text)
-
-
-def _progress() -> Callable[[int, int], None] | None:
-    """A counter that rewrites its line, where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r{done:,} of {total:,} images", end=end, file=sys.stderr, flush=True)
-
-    return show

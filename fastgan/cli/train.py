@@ -45,7 +45,8 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", metavar="NAME", help="the recipe to follow (listed below; default fastgan)")
-    parser.add_argument("--data", metavar="NAME|PATH", help="a data set's name (fastgan data list), a folder or a zip")
+    parser.add_argument("--data", metavar="NAME|PATH", help="a set of `fastgan data list`, a folder, a zip, tar files")
+    parser.add_argument("--stream", action="store_true", help="keep decoded images in a file, made once, not in memory")
     parser.add_argument("--conditional", action="store_true", help="both networks take the images' classes")
     parser.add_argument("--labels", metavar="FILE.csv", help="classes of a folder's images, a line FILE,LABEL each")
     parser.add_argument("--augment", metavar="POLICY", help="for few images: ada, or some of colour,translation,cutout")
@@ -79,6 +80,16 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--sync-statistics", action="store_true", help="under torchrun: batch norm over the batches of all ranks"
     )
+    _add_endings(parser)
+    parser.add_argument("--tensorboard", action="store_true", help="event files too (needs the package tensorboard)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log there too (needs the package wandb)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    return parser
+
+
+def _add_endings(parser: argparse.ArgumentParser) -> None:
+    """What ends a run before its last step."""
     parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="stop and save after so long")
     parser.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="measure the generator so often")
     parser.add_argument("--target", metavar="BOUND", help="stop at a metric's bound: 'kcd<0.05', 'fcd<2'")
@@ -90,11 +101,6 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         default="warn",
         help="where the generator is lost: warn (default), go back to the last good checkpoint at half the rates, stop",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="event files too (needs the package tensorboard)")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log there too (needs the package wandb)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with memory and time, write nothing")
-    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     if automatic:
         del given["batch_size"]
     recipe = _fitting(args, _recipe(args)).replace(**given).with_settings(args.settings)
+    if args.stream:
+        recipe = recipe.replace(domain_options=recipe.domain_options | {"stream": True})
     if automatic:
         if args.resume:
             raise ValueError("train: --batch-size auto is for a new run, a resumed one keeps its own")

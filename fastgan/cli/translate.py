@@ -16,6 +16,7 @@ from fastgan import data
 from fastgan._writing import target_of
 from fastgan.data.decode import decode_all, quiet_decoding
 from fastgan.data.files import Files, plural
+from fastgan.data.loading import open_source
 from fastgan.data.pairs import MADE, made_from
 from fastgan.domains import domain_of
 from fastgan.domains.pairs import Translating, normalised
@@ -59,14 +60,15 @@ def run(args: argparse.Namespace) -> int:
     domain, source, out = domain_of(recipe), Path(args.input).expanduser(), Path(args.out)
     if not isinstance(domain, Translating):
         raise ValueError(f"translate: {args.run} must make pictures from pictures, {recipe.name} does not")
-    if not source.is_dir() and source.suffix.lower() != ".zip":
+    opened = open_source(source) if source.exists() else None
+    if not isinstance(opened, Files):
         raise ValueError(f"translate: --input must be a folder or a zip of pictures, got {args.input}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"translate: --out must be a folder, {out} is a file")
     target_of(out / "picture.png")
     generator, _ = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     network, channels = domain.translator(generator, args.direction)
-    with closing(Files(source)) as files:
+    with closing(opened) as files:
         if not files.names:
             raise ValueError(f"translate: --input must hold pictures, {source} has {files.found()}")
         written = _translate(files, network, out, recipe.image_size, channels, args.made)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import mmap
+import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgan.data.store import damage
+
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IMAGE_KEYS = ("images", "x", "x_train", "X", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "y_train", "label", "targets")
 # Images converted at once: 1,024 of 256 x 256 RGB in float32 are 0.8 GB, of 64 x 64 they are 50 MB.
 CHUNK = 1024
+# Not in Python's mmap before 3.13; the number is Linux's on x86, ARM and RISC-V.
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass
@@ -30,6 +36,22 @@ class Array:
     classes: list[str] | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     path: Path | None = None
+    checksums: list[tuple[int, str]] | None = None
+
+    def damage(self) -> str:
+        """What is no longer as `prepare` wrote it, in a few words, or "": see `store.damage`."""
+        if self.path is None or self.checksums is None:
+            return ""
+        return damage(self.path, self.values.shape, self.checksums)
+
+    def require_sound(self) -> None:
+        """Raise ValueError where the file is damaged."""
+        found = self.damage()
+        if found:
+            raise ValueError(
+                f"load: {self.path} must be as `prepare` wrote it, it has {found}; prepare it again, or delete the "
+                ".json beside it to take it as it is"
+            )
 
     def close(self) -> None:
         """Nothing to close: a memory map lives as long as the images do."""
@@ -66,7 +88,7 @@ def read_idx(path: Path) -> np.ndarray:
             shape = tuple(int(n) for n in np.frombuffer(file.read(4 * magic[3]), ">u4"))
             wanted = math.prod(shape) * dtype.itemsize
             if len(shape) == magic[3] and not zipped and path.stat().st_size >= 4 + 4 * len(shape) + wanted:
-                return np.memmap(path, dtype, "c", offset=4 + 4 * len(shape), shape=shape)
+                return mapped(path, dtype, shape, 4 + 4 * len(shape))
             content = file.read(wanted) if len(shape) == magic[3] and wanted else b""
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"load: an idx file must be complete, {path} is not ({error}); download it again") from error
@@ -101,7 +123,9 @@ def from_idx(path: Path) -> Array:
 def from_npy(path: Path) -> Array:
     """A .npy of images, memory-mapped, with the labels in the .json that `prepare` writes beside it."""
     try:
-        values = np.load(path, mmap_mode="c", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        order = "C" if found.flags.c_contiguous else "F"
+        values = mapped(path, found.dtype, found.shape, found.offset, order)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"load: a .npy must hold an array of numbers, {path} does not: {error}") from error
     array = Array(path.stem, values, path=path)
@@ -111,7 +135,21 @@ def from_npy(path: Path) -> Array:
         array.classes = facts["classes"]
         array.labels = None if facts["labels"] is None else np.asarray(facts["labels"], np.int64)
         array.skipped = [(name, why) for name, why in facts["skipped"]]
+        if "checksums" in facts:  # cards of earlier versions have none
+            array.checksums = [(end, digest) for end, digest in facts["checksums"]]
     return array
+
+
+def mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, order: Any = "C") -> np.ndarray:
+    """An array of a file's bytes that stays there: what is written to it stays in memory.
+
+    Memory for such writing is not reserved: numpy's own mode "c" does, so that Linux refuses files larger than main
+    memory with "Cannot allocate memory".
+    """
+    with path.open("rb") as file:
+        flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        buffer = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+    return np.ndarray.__new__(np.memmap, shape, dtype, buffer, offset, order=order)
 
 
 def read_card(path: Path) -> dict[str, Any] | None:

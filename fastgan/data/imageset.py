@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -230,6 +232,7 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         self._part = slice(share * batch_size // parts, (share + 1) * batch_size // parts)
         self.channels_last = channels_last
         self.generator = generator
+        self._ahead = None if source.mapped is None else ReadAhead(source.mapped, source.values)
         self.epoch = 0
         self.position = len(source)
         self._order = torch.empty(0, dtype=torch.int32)
@@ -274,6 +277,9 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         source = self.source
         order, mirror = (numbers[self._part] for numbers in self._next_numbers())
         x = source.pick(order, mirror=mirror if self.flip else None, channels_last=self.channels_last)
+        if self._ahead is not None:
+            coming = self._order[self.position : self.position + self.batch_size][self._part]
+            self._ahead.expect(coming)
         return x, None if source.labels is None else source.deliver(source.labels.index_select(0, order))
 
     def state_dict(self) -> dict[str, Any]:
@@ -305,6 +311,26 @@ class Batches(Iterator[tuple[Tensor, Tensor | None]]):
         self.generator.set_state(state["generator"].cpu())
         self._set_epoch(state["order"], state["mirror"])
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+
+class ReadAhead:
+    """Has the system read samples of a mapped file before they are asked for, while the step computes.
+
+    A random 64 x 64 image is three pages of the file: without it a batch waits for each of them in turn.
+    """
+
+    def __init__(self, path: Path, values: Tensor) -> None:
+        self._size = values[0].numel() * values.element_size()
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._begin = max(0, path.stat().st_size - len(values) * self._size)  # samples are the last thing in the file
+
+    def expect(self, numbers: Tensor) -> None:
+        """Samples that are wanted soon; returns at once. Systems without such advice read when asked."""
+        if hasattr(os, "posix_fadvise"):
+            for number in numbers.tolist():
+                at = self._begin + number * self._size
+                os.posix_fadvise(self._file, at, self._size, os.POSIX_FADV_WILLNEED)
 
 
 def delivered(x: Tensor, device: torch.device) -> Tensor:

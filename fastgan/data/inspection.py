@@ -11,8 +11,9 @@ import numpy as np
 
 from fastgan.data import arrays
 from fastgan.data.decode import Facts, decode_all, quiet_decoding
-from fastgan.data.files import Files, class_labels
-from fastgan.data.loading import FOLDER_SIZE, Progress, Source, Wanted, open_source
+from fastgan.data.files import Files
+from fastgan.data.loading import Source, open_source
+from fastgan.data.pixels import FOLDER_SIZE, Progress, Wanted
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -105,7 +106,7 @@ def _inspect_files(files: Files, wanted: Wanted) -> Inspection:
                 facts.append(picture.facts)
             if done % 256 == 0 or done == len(names):
                 wanted.report(done, len(names))
-    labelled = class_labels(good)
+    labelled = files.labels(good)
     classes = None
     if labelled:
         counts = Counter(labelled[0])

@@ -64,3 +64,8 @@ def _group_allowance(group: Path) -> int | None:
     except (OSError, ValueError, IndexError):
         # No such group, or its limit is the word "max".
         return None
+
+
+def gib(count: int) -> str:
+    """A number of bytes, for messages."""
+    return f"{count / 2**30:.1f} GiB"

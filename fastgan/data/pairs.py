@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgan.data.decode import decode, in_order, pillow, quiet_decoding, reason, to_pixels
-from fastgan.data.files import Files, plural
+from fastgan.data.files import Files, plural, tell_skipped
 from fastgan.data.imageset import ImageSet
-from fastgan.data.loading import FilePixels, Wanted, load, open_source
+from fastgan.data.loading import load, open_source
 from fastgan.data.memory import require
+from fastgan.data.pixels import FilePixels, Wanted
 from fastgan.data.store import MemoryStore
 
 __all__ = ["MADE", "PairSet", "UnpairedSet", "load_pairs", "load_unpaired", "made_from", "two_folders"]
-
-log = logging.getLogger("fastgan.data")
 
 
 class PairSet(ImageSet):
@@ -268,20 +266,12 @@ def load_pairs(
             raise ValueError(f"pairs: a folder or a zip must hold the pairs, got {os.fspath(source)!r}")
         if isinstance(opened, Files) and made in ("auto", "no"):
             pairs = _from_files(opened, image_size, source_channels, channels, direction)
-            _tell(pairs.name, pairs.skipped)
+            tell_skipped(pairs.name, pairs.skipped)
             return pairs.to(device)
     images = load(source, image_size=image_size, channels=channels)
     sources = made_from(images.images, "outlines" if made == "auto" else made, source_channels)
     planes = torch.cat([sources, images.images], 1)
     return PairSet(planes, source_channels, name=images.name, skipped=images.skipped).to(device)
-
-
-def _tell(name: str, skipped: Sequence[tuple[str, str]]) -> None:
-    """One line of the log on what was left out."""
-    if skipped:
-        first = "; ".join(f"{file}: {why}" for file, why in skipped[:3])
-        more = "; ..." if len(skipped) > 3 else ""
-        log.warning("load: %s of %s skipped (%s%s)", plural(len(skipped), "file"), name, first, more)
 
 
 def load_unpaired(
@@ -317,7 +307,7 @@ def load_unpaired(
                 opened.names, opened.skipped = names, []
                 sides.append(FilePixels(opened, wanted).to_memory().to(device))
             both = UnpairedSet(*sides, name=opened.path.name or str(opened.path))
-            _tell(both.name, both.skipped)
+            tell_skipped(both.name, both.skipped)
             return both
     images = load(source, image_size=image_size, channels=channels)
     numbers = torch.arange(len(images))

@@ -5,7 +5,7 @@ The training loop knows samples as tensors alone; everything else it asks the ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -79,6 +79,8 @@ class Domain:
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     options: ClassVar[Mapping[str, Any]] = {}
     sets: ClassVar[Mapping[str, str]] = {}
+
+    progress: Callable[[int, int], None] | None = None  # of `load`: samples read and in all
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe

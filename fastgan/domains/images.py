@@ -27,12 +27,15 @@ class Images(Domain):
     noun = "images"
     metrics = tuple(NAMES)
     charts: ClassVar = {"Kernel distance": {"kcd": "kcd, features of small; lower is nearer"}}
+    # stream: whether images stay in a file that is mapped although memory would hold them.
+    options: ClassVar = {"stream": False}
 
     def load(self, device: torch.device) -> data.ImageSet:
         """What `fastgan.data.load` reads."""
         recipe = self.recipe
-        size, channels = recipe.image_size, recipe.channels
-        return data.load(recipe.data, image_size=size, channels=channels, labels=recipe.labels, device=device)
+        wanted: Any = dict(image_size=recipe.image_size, channels=recipe.channels, labels=recipe.labels)
+        most = 0 if self.option["stream"] else None
+        return data.load(recipe.data, **wanted, device=device, max_bytes=most, progress=self.progress)
 
     def fit(self, samples: data.ImageSet) -> Recipe:
         """A conditional recipe with as many classes as the images have; any other as it is."""

@@ -17,6 +17,7 @@ from fastgan.doctor import machine
 from fastgan.domains import domain_of
 
 from .checkpoint import Found
+from .progress import counter
 from .recipes import Recipe, recipes
 from .rundir import RunDirectory
 
@@ -80,17 +81,23 @@ def recipe_of(config: Recipe | str | Mapping[str, Any] | None, saved: Mapping[st
 
 
 def load_samples(
-    recipe: Recipe, given: Any, saved: Mapping[str, Any] | None, device: torch.device
+    recipe: Recipe,
+    given: Any,
+    saved: Mapping[str, Any] | None,
+    device: torch.device,
+    *,
+    quiet: bool = False,
 ) -> tuple[Recipe, Any]:
     """The samples given, else those of the recipe, whose path becomes absolute: a run can go on from anywhere.
 
-    The recipe comes back with what the samples decide, such as the number of classes.
+    The recipe comes back with what the samples decide, such as the number of classes. quiet: shows no bar meanwhile.
     """
     if given is None and saved and saved.get("images", {}).get("given"):
         raise ValueError("resume: the run was trained on images of its own, pass images= again")
     if given is None:
         recipe = domain_of(recipe).absolute()
         domain = domain_of(recipe)
+        domain.progress = None if quiet else counter(domain.noun)
         try:
             given = domain.load(device)
         except ValueError as error:

@@ -17,6 +17,7 @@ __all__ = [
     "LiveProgress",
     "QuietProgress",
     "SafeProgress",
+    "counter",
     "describe",
     "duration",
     "memory_mb",
@@ -215,6 +216,26 @@ def silence(stream: TextIO | None) -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+
+
+def counter(noun: str) -> Callable[[int, int], None] | None:
+    """A bar for (done, in all) on stderr, with the pace and the time left; None where that is no terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    start: list[float] = []  # what was done at the first call, and when: a part may be of an earlier process
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        start.extend((done, now) if not start else ())
+        pace = (done - start[0]) / max(1e-9, now - start[1])
+        bar = "#" * (30 * done // max(1, total))
+        text = f"\r[{bar:<30}] {done:,} of {total:,} {noun}"
+        if pace:
+            text += f", {pace:,.0f} a second, {duration((total - done) / pace)} left "
+        with contextlib.suppress(OSError, ValueError):  # the terminal may go away
+            print(text, end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
 
 
 def progress_for(*, quiet: bool) -> QuietProgress:

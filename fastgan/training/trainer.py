@@ -125,7 +125,7 @@ class Trainer:
         self._damaged = list(start.damaged) if start else []
         begin_run()
         with self._placed():
-            self.recipe, self.images = load_samples(self.recipe, images, saved, self.device)
+            self.recipe, self.images = load_samples(self.recipe, images, saved, self.device, quiet=quiet)
             self.domain = domain_of(self.recipe)
             changed = changed_images(self.images, saved, allow_changed_data)
             self._build(networks)
