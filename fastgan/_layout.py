@@ -39,18 +39,24 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=memory_format(channels_last))
 
 
-def laid_out(y: Tensor, channels_last: bool) -> Tensor:
+def laid_out(y: Tensor, channels_last: bool, elementwise: bool = False) -> Tensor:
     """`dense`, with exactly the strides that torch gives a new tensor of that layout.
 
     One channel or one pixel makes both layouts the same memory; what comes later still goes by the strides: a dropout
-    draws its mask in their order.
+    draws its mask in their order. There an elementwise call of torch's, such as an activation, gives NCHW's strides
+    whatever it takes; elementwise: whether y is the result of one.
     """
     y = dense(y, channels_last)
     if y.dim() != 4 or (y.shape[1] > 1 and y.shape[2] * y.shape[3] > 1):
         return y
     _, c, h, w = y.shape
-    strides = (1, w * c, c) if channels_last else (h * w, w, 1)
+    strides = (1, w * c, c) if channels_last and not elementwise else (h * w, w, 1)
     return y.as_strided(y.shape, (c * h * w, *strides))
+
+
+def empty_result(x: Tensor, elementwise: bool) -> Tensor:
+    """An empty tensor for a result of x's shape and layout; x is dense, elementwise as in `laid_out`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format if elementwise and x.is_contiguous() else None)
 
 
 def empty(shape: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:

@@ -58,11 +58,11 @@ class Core:
         n, c, h, w = x.shape
         return self._turned(x, torch.empty_like(x, memory_format=CHANNELS_LAST), n, c, h * w)
 
-    def image(self, y: Tensor, channels_last: bool) -> Tensor:
-        """A dense channels_last image in the layout asked for, with torch's own strides."""
+    def image(self, y: Tensor, channels_last: bool, elementwise: bool) -> Tensor:
+        """A dense channels_last image in the layout asked for, with torch's own strides (`laid_out`)."""
         n, c, h, w = y.shape
         if channels_last or c == 1 or h * w == 1:
-            return laid_out(y, channels_last)
+            return laid_out(y, channels_last, elementwise)
         return self._turned(y, torch.empty_like(y, memory_format=torch.contiguous_format), n, h * w, c)
 
     def _turned(self, x: Tensor, y: Tensor, n: int, rows: int, columns: int) -> Tensor:
@@ -95,8 +95,8 @@ class CudaCore(Core):
     def pixels(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=CHANNELS_LAST)
 
-    def image(self, y: Tensor, channels_last: bool) -> Tensor:
-        return laid_out(y, channels_last)
+    def image(self, y: Tensor, channels_last: bool, elementwise: bool) -> Tensor:
+        return laid_out(y, channels_last, elementwise)
 
     def address(self, t: Tensor | None) -> int:
         if self.emulator is not None and t is not None:

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastgan import functional, program
 from fastgan._forward import Forward, is_exported
 from fastgan._hooks import has_global_hooks, has_hooks
+from fastgan._layout import is_channels_last, laid_out
 from fastgan._parametrized import StandIn, plain_class
 from fastgan._ranks import Sync
 from fastgan.choice import has_kernel, watching
@@ -79,6 +80,13 @@ class _Norm(nn.Module):
         return self.run(input, "identity", 0.0)
 
 
+class _ContiguousNorm(_Norm):
+    """A norm whose result is contiguous in torch; on our op it keeps its input's layout (`Group.reader`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).contiguous()
+
+
 def _bn_act(bn: Any, input: Tensor, activation: str, slope: float) -> Tensor:
     return bn_act(bn, input, activation, slope, bn.stat_groups, bn.sync)
 
@@ -95,11 +103,11 @@ class FusedGroupNorm(_Norm, nn.GroupNorm):
     op, run = "gn_act", gn_act
 
 
-class FusedInstanceNorm2d(_Norm, nn.InstanceNorm2d):
+class FusedInstanceNorm2d(_ContiguousNorm, nn.InstanceNorm2d):
     op, run = "in_act", in_act
 
 
-class FusedLayerNorm(_Norm, nn.LayerNorm):
+class FusedLayerNorm(_ContiguousNorm, nn.LayerNorm):
     op, run = "ln_act", ln_act
 
 
@@ -129,6 +137,12 @@ CORES: dict[type[nn.Module], Any] = {DotProductAttention: FusedDotProductAttenti
 # 11.0 and 15.3 ms as three of our 2-D convolutions over the depth (one thread of AMD EPYC Zen 5, AVX-512, some load).
 DEPTH = "3-D: a loop of our 2-D convolutions over the depth is no faster"
 DECLINED: dict[type[nn.Module], str] = {nn.Conv3d: DEPTH, nn.ConvTranspose3d: DEPTH}
+# What may stand between a norm and the convolution that reads it: by its numbers no layout can be told from another.
+BLIND_TO_LAYOUT = (
+    *(nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ZeroPad2d, nn.ConstantPad2d, nn.Identity),
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.PixelShuffle, nn.AvgPool2d, nn.MaxPool2d),
+    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid),
+)
 
 
 # ---- chains ---------------------------------------------------------------------------------------------------------
@@ -142,12 +156,16 @@ class Group:
     norm: Any = None
     activation: Any = None
     stands_in: StandIn | None = None  # its module is `layer`
+    reader: Any = None  # the convolution that reads a norm's result, where nothing between them sees the layout
 
     def __call__(self, input: Any) -> Any:
         layer, norm = self.layer, self.norm
         if norm is not None and (not isinstance(input, Tensor) or input.dim() != 4):
             input, layer, norm = layer(input), norm, None  # nn.BatchNorm2d refuses [C, H, W]: let it
-        return layer.fused(input, norm, self.act, getattr(self.activation, "negative_slope", 0.0))
+        y = layer.fused(input, norm, self.act, getattr(self.activation, "negative_slope", 0.0))
+        if isinstance(layer, _ContiguousNorm):  # a channels_last convolution makes channels_last of either
+            return y if self.reader is not None and is_channels_last(self.reader.weight) else y.contiguous()
+        return y if norm is not None or not getattr(self.activation, "inplace", False) else _in_place(layer, input, y)
 
     @property
     def act(self) -> str:
@@ -157,6 +175,13 @@ class Group:
     def program_layer(self) -> program.Layer:
         conv, norm = (self.layer, self.norm) if isinstance(self.layer, CONVOLUTIONS) else (None, self.layer)
         return program.Layer(conv, norm, self.act, self.activation)
+
+
+def _in_place(layer: Any, input: Tensor, y: Tensor) -> Tensor:
+    """y with the strides that an activation in place leaves as the layer made them."""
+    if y.dim() != 4 or (y.shape[1] > 1 and y.shape[2] * y.shape[3] > 1) or isinstance(layer, _BatchNorm):
+        return y
+    return laid_out(y, is_channels_last(input) or (isinstance(layer, CONVOLUTIONS) and is_channels_last(layer.weight)))
 
 
 def _groups(chain: nn.Module, stand_ins: bool = False) -> Iterator[Group | nn.Module]:
@@ -180,8 +205,16 @@ def _groups(chain: nn.Module, stand_ins: bool = False) -> Iterator[Group | nn.Mo
         if at < len(children) and not _absorption_refusal(group.norm or layer, children[at]):
             group.activation = children[at]
             at += 1
-        alone = group.norm is None and group.activation is None and group.stands_in is None
+        if isinstance(layer, _ContiguousNorm):
+            group.reader = _reader(children[at:])
+        alone = not (group.norm or group.activation or group.stands_in or group.reader)
         yield layer if alone else group
+
+
+def _reader(children: Sequence[nn.Module]) -> nn.Module | None:
+    """The convolution that reads what goes into these children, or None where another may look at it before."""
+    first = next((c for c in children if not _plain(c, BLIND_TO_LAYOUT)), None)
+    return first if _plain(first, CONVOLUTIONS) else None
 
 
 def _begun(child: nn.Module, stand_ins: bool) -> Group | None:

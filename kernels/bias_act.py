@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan._activation import limit
-from fastgan._layout import dense, is_channels_last, planes
+from fastgan._layout import dense, empty_result, is_channels_last, planes
 from fastgan.choice import Backend
 from fastgan.kernels.column_sums import column_sums
 from fastgan.kernels.launching import FLOATS, chunks_of, contiguous, declines, launch, meta, recorded, tile, wide
@@ -77,7 +77,7 @@ def _forward(x, bias, activation, slope, gain, clamp):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     (bias,) = contiguous(bias)
-    y = torch.empty_like(x)
+    y = empty_result(x, activation != "identity")
     n, c, p = planes(x)
     channels_last |= p == 1
     block_s, block_c = tile(n * p, c, p, channels_last)

@@ -139,7 +139,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, slope
         return _launch(x_, weight_, bias, shape, geometry, (activation, slope), product, None, config)
 
     y = tuned("conv2d", x_, product, (tuple(x.shape), shape, tuple(weight.shape), geometry), run)
-    return laid_out(y, channels_last(x, weight))
+    return laid_out(y, channels_last(x, weight), activation != "identity")
 
 
 def conv2d_statistics(x, weight, bias, stride, padding, dilation, groups, stat_groups):

@@ -203,7 +203,7 @@ class _Call:
         )
         if self.launched is not self.shape:
             y = y.view(self.shape[0], *self.shape[2:], self.shape[1]).permute(0, 3, 1, 2)
-        return laid_out(y, self.channels_last)
+        return laid_out(y, self.channels_last, epilogue[0] != "identity")
 
 
 def conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):

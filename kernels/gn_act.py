@@ -17,7 +17,8 @@ def _declines(groups, x, *rest):
 
 
 def _forward(x, weight, bias, groups, eps, activation, slope):
-    return normalisation.forward(_plan(x, groups), x, weight, bias, eps, activation, slope)
+    elementwise = activation != "identity"
+    return normalisation.forward(_plan(x, groups), x, weight, bias, eps, activation, slope, elementwise=elementwise)
 
 
 def _backward(dy, x, weight, bias, mean, var, eps, activation, slope):

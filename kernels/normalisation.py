@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan._layout import dense, is_channels_last, planes
+from fastgan._layout import dense, empty_result, is_channels_last, planes
 from fastgan.kernels.column_sums import column_sums
 from fastgan.kernels.launching import (
     FLOATS,
@@ -640,11 +640,11 @@ def batch_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None):
-    """(y, mean, var) [G, NG] float32; statistics: (mean, var) given, as in eval mode."""
+def forward(p: Plan, x, weight, bias, eps, activation, slope, statistics=None, elementwise=True):
+    """(y, mean, var) [G, NG] float32; statistics: (mean, var) given, as in eval mode; elementwise as in `laid_out`."""
     x = dense(x, is_channels_last(x))
     weight, bias = contiguous(weight, bias)
-    y, slope = torch.empty_like(x), float(slope)
+    y, slope = empty_result(x, elementwise), float(slope)
     mean, var = statistics or (x.new_empty(p.G, p.NG, dtype=torch.float32) for _ in range(2))
     tensors, sizes = (x, weight, bias, mean, var, y), (p.S, p.C, p.P, p.CG)
     if p.resident and statistics is None:

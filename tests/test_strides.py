@@ -1,13 +1,20 @@
 """Output strides are plain torch's, also where one channel or one pixel makes both layouts the same memory."""
 
+import contextlib
+import copy
+import functools
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import BACKENDS, LAYOUTS
+from torch import nn
 
 import fastgan
 from fastgan import functional
 from fastgan._layout import laid_out
+from fastgan.program import switched_off
 
 SHAPES = [
     (3, 4, 5, 6),
@@ -34,16 +41,24 @@ def convolutions(x, layout):
             yield functional.conv_transpose2d, F.conv_transpose2d, (x, back), arguments
 
 
+def composed(op, **options):
+    """torch's op and the activation after it."""
+    return lambda *args, **kwargs: torch.tanh(op(*args, **kwargs, **options))
+
+
 def pointwise(x):
     c = x.shape[1]
     yield lambda t: functional.bias_act(t, torch.ones(c)), F.leaky_relu, (x,), {}
     yield lambda t: functional.interpolate(t, t), lambda t: t * 0.5, (x,), {}
-    eval_norm = {"running_mean": torch.zeros(c), "running_var": torch.ones(c), "training": False}
-    yield functional.bn_act, F.batch_norm, (x,), eval_norm
-    if x.numel() > c:
-        yield functional.bn_act, lambda t, **k: F.batch_norm(t, None, None, **k), (x,), {"training": True}
-    if x.numel() > 1:
-        yield functional.gn_act, F.group_norm, (x, 1), {}
+    for act in (None, "relu"):
+        then = (lambda op: op) if act is None else (lambda op: lambda *a, **k: torch.relu(op(*a, **k)))
+        eval_norm = {"running_mean": torch.zeros(c), "running_var": torch.ones(c), "training": False}
+        norm = functools.partial(functional.bn_act, activation=act)
+        yield norm, then(F.batch_norm), (x,), eval_norm
+        if x.numel() > c:
+            yield norm, then(lambda t, **k: F.batch_norm(t, None, None, **k)), (x,), {"training": True}
+        if x.numel() > 1:
+            yield functools.partial(functional.gn_act, activation=act), then(F.group_norm), (x, 1), {}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -51,7 +66,7 @@ def pointwise(x):
 def test_strides_are_those_of_torch(backend, shape):
     with fastgan.backend(backend):
         for layout in LAYOUTS:
-            x = torch.randn(shape).contiguous(memory_format=layout)
+            x = laid_out(torch.randn(shape), layout == torch.channels_last)
             for weights in LAYOUTS:
                 for ours, plain, args, kwargs in (*convolutions(x, weights), *pointwise(x)):
                     a, b = ours(*args, **kwargs), plain(*args, **kwargs)
@@ -60,14 +75,62 @@ def test_strides_are_those_of_torch(backend, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_dropout_after_a_generator_of_one_channel_draws_the_same_mask(backend):
-    weight, x = torch.randn(4, 1, 4, 4), torch.randn(2, 4, 14, 14)
-    masks = []
-    with fastgan.backend(backend):
-        for run in (functional.conv_transpose2d, F.conv_transpose2d):
-            y = run(x, weight, stride=2, padding=1)
-            torch.manual_seed(0)
-            masks.append(F.dropout(y, 0.3) == 0)
-    assert torch.equal(*masks)
+    x, weight = torch.randn(2, 4, 14, 14), torch.randn(4, 1, 4, 4)
+    for layout in LAYOUTS:
+        weight = laid_out(weight, layout == torch.channels_last)
+        for ours, plain in (
+            (functional.conv_transpose2d, F.conv_transpose2d),
+            (functools.partial(functional.conv_transpose2d, activation="tanh"), composed(F.conv_transpose2d)),
+        ):
+            masks = []
+            with fastgan.backend(backend):
+                for run in (ours, plain):
+                    y = run(x, weight, stride=2, padding=1)
+                    torch.manual_seed(0)
+                    masks.append(F.dropout(y, 0.3) == 0)
+            assert torch.equal(*masks)
+
+
+def norms(affine):
+    """Chains whose norms' results are contiguous in torch, whatever they take."""
+    norm = nn.InstanceNorm2d(4, affine=affine)
+    yield nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.LeakyReLU(0.2, inplace=True))
+    yield nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    yield nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.ReflectionPad2d(1), nn.Conv2d(4, 2, 3))
+    yield nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 3))
+    yield nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 6, 6], elementwise_affine=affine), nn.ReLU())
+    yield nn.Sequential(nn.Conv2d(3, 1, 8), nn.LeakyReLU(0.2, inplace=True))
+    yield nn.Sequential(nn.Conv2d(3, 1, 3), nn.Sigmoid())
+
+
+class HandWritten(nn.Module):
+    def __init__(self, chain):
+        super().__init__()
+        self.layers = nn.ModuleList(chain)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("written", [lambda chain: chain, HandWritten], ids=["chain", "hand-written"])
+@pytest.mark.parametrize("program", [True, False], ids=["program", "ops"])
+def test_a_view_after_a_converted_chain_works_where_it_does_in_torch(written, program):
+    """A channels_last instance norm that stayed channels_last broke `.view`, and drew another dropout mask."""
+    switch = contextlib.nullcontext if program else switched_off
+    for chain in (chain for affine in (True, False) for chain in norms(affine)):
+        for weights, images in itertools.product(LAYOUTS, LAYOUTS):
+            plain = written(chain).to(memory_format=weights)
+            ours = fastgan.convert(copy.deepcopy(plain))
+            x = laid_out(torch.randn(2, 3, 8, 8), images == torch.channels_last)
+            results = []
+            for model in (ours, plain):
+                torch.manual_seed(1)
+                with fastgan.racing(False), switch():
+                    results.append(model(x))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+            assert results[0].stride() == results[1].stride(), (chain, weights, images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -85,5 +148,5 @@ def test_the_native_core_changes_layouts_as_torch_does(shape, dtype):
         assert torch.equal(got, given) and got.is_contiguous(memory_format=torch.channels_last)
     assert _native.CPU.pixels(last) is last
     for channels_last in (False, True):
-        got = _native.CPU.image(last, channels_last)
+        got = _native.CPU.image(last, channels_last, False)
         assert torch.equal(got, x) and got.stride() == laid_out(last, channels_last).stride()

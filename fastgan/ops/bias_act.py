@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
+from fastgan._layout import accumulation_dtype, dense, empty_result, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
 from fastgan.choice import triton
 
@@ -51,7 +51,7 @@ def launch(core, x, bias, activation, slope, gain, clamp):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     (bias,) = _native.float_vectors(bias)
-    y = torch.empty_like(x)
+    y = empty_result(x, activation != "identity")
     code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
     core.call(
         "bias_act_forward",
@@ -70,15 +70,15 @@ def launch(core, x, bias, activation, slope, gain, clamp):
     return y
 
 
-def like(x: Tensor) -> Tensor:
-    """Fake output of an op that keeps x's shape, dtype and layout."""
-    return torch.empty_like(dense(x, is_channels_last(x)))
+def like(x: Tensor, elementwise: bool = False) -> Tensor:
+    """Fake output of an op that keeps x's shape, dtype and layout; elementwise as in `laid_out`."""
+    return empty_result(dense(x, is_channels_last(x)), elementwise)
 
 
 op = Op(
     "bias_act(Tensor x, Tensor? bias, str activation, float slope, float gain, float clamp) -> Tensor",
     reference=reference,
-    fake=lambda x, *rest: like(x),
+    fake=lambda x, bias, activation, *rest: like(x, activation != "identity"),
     backends={**_native.backends(launch, lambda x, *rest: (x,)), "triton": triton("bias_act")},
     example=lambda: (*draw((2, 5, 4, 3), (5,)), "sigmoid", 0.0, 1.5, 1.0),
 )

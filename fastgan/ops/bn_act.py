@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import accumulation_dtype, dense, is_channels_last, per_channel, planes
+from fastgan._layout import accumulation_dtype, dense, empty_result, is_channels_last, per_channel, planes
 from fastgan._op import OPS, Op, draw
 from fastgan.choice import triton
 from fastgan.ops.bias_act import like
@@ -109,7 +109,7 @@ def reference(x, weight, bias, running_mean, running_var, training, eps, activat
 def launch(core, x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
-    y = torch.empty_like(x)
+    y = empty_result(x, True)  # as torch's batch norm does, activation or not
     if training and running_mean is not None:
         mean, var = (s.to(torch.float32).contiguous() for s in (running_mean, running_var))
     elif training:
@@ -124,7 +124,7 @@ def launch(core, x, weight, bias, running_mean, running_var, training, eps, acti
 
 
 def fake(x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
-    return like(x), *computed(*_statistics_like(x, groups), training, running_mean)
+    return like(x, True), *computed(*_statistics_like(x, groups), training, running_mean)
 
 
 op = Op(

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import CHANNELS_LAST, accumulation_dtype, dense, empty, is_channels_last
+from fastgan._layout import CHANNELS_LAST, accumulation_dtype, empty, is_channels_last, laid_out
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import Backend, has_kernel, triton
 from fastgan.ops.bias_act import epilogue_backward
@@ -170,11 +170,12 @@ def weight_is_wanted(ctx: Any, index: int) -> bool:
 
 def reference(x, weight, bias, stride, padding, dilation, groups, activation, slope):
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return dense(_activation.overwrite(y, activation, slope), channels_last(x, weight))
+    y = _activation.overwrite(y, activation, slope)
+    return laid_out(y, channels_last(x, weight), activation != "identity")
 
 
-def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail):
-    """y of a core's function that takes `tail` behind y."""
+def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail, elementwise=False):
+    """y of a core's function that takes `tail` behind y; elementwise: whether an activation makes y."""
     shape = output_shape(x, weight, stride, padding, dilation)
     geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
     code, x_ = product_code(core, x), core.pixels(x)
@@ -183,12 +184,13 @@ def run(core, kernel, x, weight, bias, stride, padding, dilation, groups, *tail)
     core.call(
         kernel, x, plan(core.module(), tuple(x.shape), shape, *geometry), code, x_, w, code, w.stride(), bias, y, *tail
     )
-    return core.image(y, channels_last(x, weight))
+    return core.image(y, channels_last(x, weight), elementwise)
 
 
 def launch(core, x, weight, bias, stride, padding, dilation, groups, activation, slope):
     epilogue = _activation.CODES[activation], slope
-    return run(core, "conv2d", x, weight, bias, stride, padding, dilation, groups, *epilogue)
+    tail, elementwise = epilogue, activation != "identity"
+    return run(core, "conv2d", x, weight, bias, stride, padding, dilation, groups, *tail, elementwise=elementwise)
 
 
 def launch_declines(core, x, weight, bias, stride, padding, dilation, *rest):
@@ -200,7 +202,8 @@ def launch_declines(core, x, weight, bias, stride, padding, dilation, *rest):
 
 
 def fake(x, weight, bias, stride, padding, dilation, groups, activation, slope):
-    return empty(output_shape(x, weight, stride, padding, dilation), x, channels_last(x, weight))
+    last = channels_last(x, weight)
+    return laid_out(empty(output_shape(x, weight, stride, padding, dilation), x, last), last, activation != "identity")
 
 
 op = Op(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import dense, empty, is_channels_last
+from fastgan._layout import empty, is_channels_last, laid_out
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import triton
 from fastgan.ops.bias_act import epilogue_backward
@@ -92,11 +92,12 @@ def cost_statistics(
 
 def reference(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
     y = torch.nn.functional.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    return dense(_activation.overwrite(y, activation, slope), channels_last(x, weight))
+    y = _activation.overwrite(y, activation, slope)
+    return laid_out(y, channels_last(x, weight), activation != "identity")
 
 
-def run(core, kernel, x, weight, bias, stride, padding, output_padding, groups, dilation, *tail):
-    """y of a core's function that takes `tail` behind y."""
+def run(core, kernel, x, weight, bias, stride, padding, output_padding, groups, dilation, *tail, elementwise=False):
+    """y of a core's function that takes `tail` behind y; elementwise: whether an activation makes y."""
     shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
     geometry = tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
     code, x_ = product_code(core, x), core.pixels(x)
@@ -105,12 +106,12 @@ def run(core, kernel, x, weight, bias, stride, padding, output_padding, groups, 
     core.call(
         kernel, x, plan(core.module(), shape, tuple(x.shape), *geometry), code, x_, w, code, w.stride(), bias, y, *tail
     )
-    return core.image(y, channels_last(x, weight))
+    return core.image(y, channels_last(x, weight), elementwise)
 
 
 def launch(core, x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
     geometry, epilogue = (stride, padding, output_padding, groups, dilation), (_activation.CODES[activation], slope)
-    return run(core, "conv_transpose2d", x, weight, bias, *geometry, *epilogue)
+    return run(core, "conv_transpose2d", x, weight, bias, *geometry, *epilogue, elementwise=activation != "identity")
 
 
 def launch_declines(core, x, weight, bias, stride, padding, output_padding, groups, dilation, *rest):
@@ -123,7 +124,8 @@ def launch_declines(core, x, weight, bias, stride, padding, output_padding, grou
 
 def fake(x, weight, bias, stride, padding, output_padding, groups, dilation, activation, slope):
     shape = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
-    return empty(shape, x, channels_last(x, weight))
+    last = channels_last(x, weight)
+    return laid_out(empty(shape, x, last), last, activation != "identity")
 
 
 op = Op(

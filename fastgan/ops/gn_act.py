@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import accumulation_dtype, dense, is_channels_last, planes
+from fastgan._layout import accumulation_dtype, dense, empty_result, is_channels_last, planes
 from fastgan._op import OPS, Op, draw
 from fastgan.choice import triton
 from fastgan.ops.bias_act import like
@@ -114,7 +114,7 @@ def reference(x, weight, bias, groups, eps, activation, slope):
 def launch(core, x, weight, bias, groups, eps, activation, slope):
     channels_last, given = _layout(core, x), is_channels_last(x)
     x = dense(x, channels_last)
-    y = torch.empty_like(x)
+    y = empty_result(x, activation != "identity")
     mean, var = _statistics_like(x, groups)
     weight, bias = _native.float_vectors(weight, bias)
     code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
@@ -124,7 +124,7 @@ def launch(core, x, weight, bias, groups, eps, activation, slope):
 
 
 def fake(x, weight, bias, groups, eps, activation, slope):
-    return like(x), *_statistics_like(x, groups)
+    return like(x, activation != "identity"), *_statistics_like(x, groups)
 
 
 op = Op(

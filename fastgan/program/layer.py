@@ -63,7 +63,16 @@ class Layer:
 
     def kinds(self) -> tuple:
         """What a plan depends on besides the tensors, and stays as it is."""
-        return torch_class(self.conv), torch_class(self.norm), self.activation, self.flatten
+        return torch_class(self.conv), torch_class(self.norm), self.activation, self.flatten, self.in_place
+
+    @property
+    def in_place(self) -> bool:
+        return bool(getattr(self.act, "inplace", False))
+
+    def makes_strides_plain(self) -> bool:
+        """Whether torch gives the result NCHW's strides where one channel or pixel makes both layouts the same memory:
+        a batch norm does, and an activation that is not in place."""
+        return self.is_batch_norm() or (self.activation != "identity" and not self.in_place)
 
     def fact_readers(self) -> list[tuple[Callable[[Any], Any], Any]]:
         """What a plan depends on besides the tensors, and may be set between calls: functions of modules."""
@@ -182,7 +191,8 @@ def plain(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Any], buffers
             x = _plain_norm(norm, x, next(rest), next(rest), next(kept), next(kept), next(kept))
         elif norm is not None:
             x = _plain_sample_norm(norm, x, next(rest), next(rest))
-        x = _activation.apply(x, layer.activation, layer.slope)
+        y = _activation.apply(x, layer.activation, layer.slope)
+        x = y if not layer.in_place or y.stride() == x.stride() else y.as_strided(y.shape, x.stride())
     return x
 
 

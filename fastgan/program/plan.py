@@ -108,11 +108,10 @@ class Plan:
             first += len(parameters[i])
         self._leave(h, self.output, shape, self.output_channels_last, self.code)
         self.forward_steps = len(self.steps)
-        # Where both layouts are one, torch's elementwise activation takes the contiguous strides.
-        elementwise = layers[-1].activation != "identity" and plain_order(shape)
         flat = 2 if self.flat else 4
         self.shape = shape[:flat]  # of y
-        self.strides = strides(shape, self.output_channels_last and not elementwise)[:flat]
+        plain = plain_order(shape) and layers[-1].makes_strides_plain()
+        self.strides = strides(shape, self.output_channels_last and not plain)[:flat]
         final = self.passes[-1]
         self.reads_output = final.y is self.output and final.t is None and final.epilogue[0] != IDENTITY[0]
         if self.gradients:
@@ -231,6 +230,8 @@ class Plan:
             self.output_channels_last |= is_channels_last(weight)
             found.weight_strides = weight.stride()
             found.conv, found.y_shape = self._geometry(layer.conv, weight, shape)
+        if isinstance(layer.norm, nn.InstanceNorm2d):  # contiguous in torch, whatever it takes
+            self.output_channels_last = False
         out = found.y_shape
         found.y = self._edge(self.output, out, self.output_channels_last, self.code) if last else self._image(out)
         if layer.norm is None:
@@ -415,9 +416,11 @@ class Plan:
     def _epilogue_backward(self, p: _Pass, dy: Place, out: Place | None) -> Place:
         """The gradient of what the convolution wrote, or of a lone norm's input, at `out` where that is given."""
         n, c, h, w = p.y_shape
-        shape = n, c, h * w, True
+        shape: tuple = n, c, h * w, True
         dbias = p.gradients.get("bias")
         if p.t is None:
+            if plain_order(p.y_shape) and p.layer.makes_strides_plain():
+                shape = n, c, h * w, False  # sums in the order in which the op takes an output of those strides
             if p.epilogue[0] == IDENTITY[0]:
                 dt = dy
                 fields: tuple[Place | None, ...] = dy, dy, None

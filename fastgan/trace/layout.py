@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fastgan import functional
 from fastgan._layout import dense, is_channels_last, laid_out, memory_format
-from fastgan.trace.rewrite import writers
+from fastgan.trace.rewrite import RELAID, writers
 
 CONVOLUTIONS = (
     functional.conv1d,
@@ -63,7 +63,10 @@ def in_channels_last(module: fx.GraphModule) -> fx.GraphModule | None:
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, copies))
     for node in list(graph.nodes):
-        if _is_convolution_of_nchw(node):
+        if node.meta.get(RELAID):  # an edge that needs it is turned by itself
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif _is_convolution_of_nchw(node):
             _turn(graph, node, [node.kwargs["x"]], True)
         elif node.op == "output" or _is_random(node):
             _turn(graph, node, [n for n in node.all_input_nodes if _is_nchw(n)], False)

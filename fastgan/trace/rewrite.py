@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastgan import functional
+from fastgan._layout import is_channels_last
 from fastgan.choice import has_kernel
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -204,6 +205,8 @@ ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"), "tanh"),
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
 }
+CONTIGUOUS = (functional.in_act, functional.ln_act)  # keep x's layout; the results of torch's norms are contiguous
+RELAID = "laid out as in torch"  # marks, in the meta of a node, that it does no more than that
 INPLACE = (F.relu_, F.leaky_relu_, torch.relu_, torch.tanh_, torch.sigmoid_, operator.setitem, torch.dropout_)
 FRESH = (*PATTERNS, *ACTIVATIONS, operator.mul, torch.mul, F.avg_pool2d)
 
@@ -370,7 +373,15 @@ def _absorbed(node: fx.Node, activation: fx.Node, allowed: tuple[str, ...], writ
     """Whether a call may compute the activation after it, which may itself write in place: nobody sees that."""
     if ACTIVATIONS[activation.target] not in allowed or _slope(activation) is None or "out" in activation.kwargs:
         return False
+    if _writes(activation) is not None and _keeps_odd_strides(_value(activation)):
+        return False
     return not _written_by_others(node, [activation], written) and not _written_by_others(activation, [], written)
+
+
+def _keeps_odd_strides(y: Any) -> bool:
+    """Whether y is both layouts in memory and NCHW by its strides no more: an activation in place leaves them so, where
+    our ops, like an activation that is not in place, give NCHW's."""
+    return isinstance(y, Tensor) and y.dim() == 4 and y.is_contiguous() and is_channels_last(y)
 
 
 def _written_by_others(node: fx.Node, own: list[fx.Node], written: dict) -> bool:
@@ -438,6 +449,10 @@ def rewritten(module: fx.GraphModule, left: Collection[tuple[str, str]]) -> tupl
         with graph.inserting_before(first):
             call = graph.call_function(group.target, (), arguments)
         call.meta = dict(last.meta)
+        if group.target in CONTIGUOUS and is_channels_last(_value(group.arguments["x"])):
+            with graph.inserting_after(call):
+                call = graph.call_method("contiguous", (call,))
+            call.meta = {**last.meta, RELAID: True}
         last.replace_all_uses_with(call)
         for node in reversed(group.nodes):
             graph.erase_node(copies[node])
