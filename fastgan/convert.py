@@ -667,6 +667,9 @@ def _running(chain: nn.Module) -> dict[int, tuple[str, str]]:
             names.append(ACTIVATIONS[type(part.activation)])
             found[id(part.activation)] = "in the layer before it", ""
         found[id(last)] = " + ".join(names), ""
+    for stretch in (part for part in chain.forward._current() if isinstance(part, Stretch)):  # type: ignore[attr-defined]
+        rest = (part for part in stretch.parts if type(part) is nn.Linear or type(part) in ACTIVATIONS)
+        found |= {id(part): stretch.run.runs() for part in rest}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import fastgan
-from fastgan.cli import main
+from fastgan.cli import build_parser, main
 from fastgan.doctor import machine
 from fastgan.training import checkpoint, progress
 
@@ -343,3 +344,67 @@ def test_doctor_proves_and_fails_where_a_proof_does(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["fastgan.doctor"], "prove_all", lambda: [wrong])
     assert main(["doctor", "--prove"]) == 1
     assert "off by one" in capsys.readouterr().out
+
+
+# ---- wrong values of every option -----------------------------------------------------------------------------------
+
+WRONG = ["", "rivers", "-1", "0", "nan", "1e999", "9" * 30, "a\0b", "é/ü", "1.5", "[]"]
+COMMANDS = {  # a right command each; that of train says what it would do
+    "train": ["--recipe=dcgan-28", "--data=DATA", "--out=new", "--dry-run", *SMALL],
+    "sample": ["--run=RUN", "--out=s.png", "--n=1"],
+    "translate": ["--run=RUN", "--input=.", "--out=t"],
+    "interpolate": ["--run=RUN", "--out=w.png", "--frames=2", "--walks=1", "--stops=2"],
+    "evaluate": ["--run=RUN", "--n=4"],
+    "report": ["RUN"],
+    "watch": ["RUN"],
+    "bench": ["op"],
+    "profile": ["--recipe=dcgan-28"],
+    "export": ["--run=RUN", "--format=onnx", "--out=m.onnx"],
+}
+
+
+def options(command):
+    """The actions of a command's options that take a value."""
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return [a for a in subparsers.choices[command]._actions if a.option_strings and a.nargs != 0]
+
+
+def refuses(action, text):
+    """Whether the option's own type or choices refuse a text."""
+    try:
+        value = action.type(text) if action.type else text
+    except (argparse.ArgumentTypeError, ValueError):
+        return True
+    return action.choices is not None and value not in action.choices
+
+
+def refused(command, action, text, capsys):
+    """Whether a command ends for an option's value, in a sentence; it must do that or go well."""
+    code = main([*command, f"{action.option_strings[0]}={text}"])
+    said = capsys.readouterr().err
+    assert code in (0, 2), (command, action.dest, text, said)
+    if code:
+        assert said.startswith("fastgan") and said.count("\n") == 1 and "Error" not in said, (action.dest, text, said)
+    return code == 2, said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_with_a_type_refuses_what_is_none(command, capsys):
+    found = [(a, text) for a in options(command) for text in WRONG if refuses(a, text)]
+    assert found or command in ("report",)
+    for action, text in found:
+        ended, said = refused([command, *COMMANDS[command]], action, text, capsys)
+        assert ended and action.option_strings[0] in said, (action.dest, text, said)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "interpolate", "evaluate"])
+def test_every_other_option_takes_a_wrong_value_or_says_why_not(command, run, data, tmp_path, monkeypatch, capsys):
+    """wandb's project may have any name; a file may be called anything that the system takes."""
+    monkeypatch.chdir(tmp_path)
+    right = [text.replace("RUN", str(run)).replace("DATA", data) for text in COMMANDS[command]]
+    for action in options(command):
+        if action.type or action.choices or action.dest == "wandb":
+            continue
+        for text in ("", "rivers", "a\0b", "9" * 30):
+            ended, said = refused([command, *right], action, text, capsys)
+            assert ended or text != "", (action.dest, said)

@@ -389,7 +389,9 @@ def test_norms_of_critics_give_the_same_numbers_and_penalty_gradients():
     rows = {r.name: (r.runs, r.why) for r in fastgan.explain(model).rows}
     assert rows["1"] == ("fastgan.ln_act + leaky_relu", "") and rows["2"] == ("in the layer before it", "")
     assert rows["4"] == ("fastgan.gn_act + relu", "") and rows["7"] == ("fastgan.in_act + leaky_relu", "")
-    assert rows["10"][0] == "fastgan.in_act" and rows["13"][0] == "fastgan.ln_act" and rows["11"][0] == "torch"
+    assert (
+        rows["10"][0] == "fastgan.in_act" and rows["13"][0] == "fastgan.ln_act" and rows["11"][0] == "fastgan program"
+    )
 
     def penalty(critic, x):
         x = x.clone().requires_grad_()

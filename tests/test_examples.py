@@ -1,5 +1,6 @@
 """Every script of examples/ runs, in a short form, and leaves the pictures that it promises."""
 
+import importlib.util
 import json
 import re
 import runpy
@@ -55,6 +56,7 @@ def test_concepts_draws_its_pictures(tmp_path):
         ("pix2pix.py", ["--width", 2]),
         ("vocoder.py", ["--width", 16, "--samples", 2048]),
         ("wgan_gp.py", ["--width", 2]),
+        ("dcgan.py", ["--width", 2]),
     ],
 )
 def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size, capsys, monkeypatch):
@@ -65,6 +67,23 @@ def test_other_peoples_networks_train_as_they_do_without_fastgan(name, size, cap
         said = re.findall(r"D (\S+)  G (\S+)", capsys.readouterr().out)
         losses.append([float(value) for step in said for value in step])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pytorch_lightning"), reason="pip install -e '.[lightning]'")
+def test_a_lightning_module_trains_as_it_does_without_fastgan():
+    losses = []
+    for plain in ([], ["--plain"]):
+        command = [sys.executable, str(EXAMPLES / "lightning_module.py"), "--steps=2", "--width=2", *plain]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        losses.append([float(value) for step in re.findall(r"D (\S+)  G (\S+)", done.stdout) for value in step])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_without_lightning_its_example_says_so_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(SystemExit, match=r"needs Lightning .*pip install"):
+        runpy.run_path(str(EXAMPLES / "lightning_module.py"), run_name="__main__")
 
 
 def test_time_to_quality_measures_both(tmp_path):

@@ -40,6 +40,23 @@ def test_principal_directions_of_a_linear_generator():
     assert torch.allclose(found.abs(), torch.eye(5)[:3], atol=0.1)
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_principal_directions_of_activations(convert):
+    """The first layer moves latent 0 most, and the second one undoes it: pictures and activations disagree."""
+    scales = 0.5 ** torch.arange(5.0)
+    generator = nn.Sequential(nn.Linear(5, 5), nn.LeakyReLU(0.5), nn.Linear(5, 5), nn.Unflatten(1, (5, 1, 1)))
+    with torch.no_grad():
+        for layer, weight in ((generator[0], scales.diag()), (generator[2], scales.pow(-2).diag())):
+            layer.weight.copy_(weight)
+            layer.bias.zero_()
+    generator = fastgan.convert(generator) if convert else generator
+    found = principal_directions(generator, normal(4000, 5), count=2, of="activations")
+    assert torch.allclose(found.abs(), torch.eye(5)[:2], atol=0.1)
+    found = principal_directions(generator, normal(4000, 5), count=2)
+    assert torch.allclose(found.abs(), torch.eye(5)[[4, 3]], atol=0.1)
+    assert not any(m._forward_pre_hooks for m in generator.modules())
+
+
 def test_the_direction_of_a_class():
     z = normal(4000, 5)
     assert torch.allclose(class_direction(z, z[:, 2] > 0), torch.eye(5)[2], atol=0.06)
@@ -59,6 +76,10 @@ def test_projection_finds_the_latents(labelled):
 def test_wrong_questions():
     with pytest.raises(ValueError, match="there must be 1 to 3 of 4 latents, got 4"):
         principal_directions(Linear(), normal(4, 5), count=4)
+    with pytest.raises(ValueError, match='of must be "pictures" or "activations", got \'pixels\''):
+        principal_directions(Linear(), normal(4, 5), count=2, of="pixels")
+    with pytest.raises(ValueError, match="must have two layers for activations, got Linear"):
+        principal_directions(Linear(), normal(4, 5), count=2, of="activations")
     with pytest.raises(ValueError, match="both sides must have latents, got 4 of 4 inside"):
         class_direction(normal(4, 5), torch.ones(4, dtype=torch.bool))
     with pytest.raises(
@@ -80,6 +101,7 @@ def test_interpolate_along_components_and_through_images(tmp_path, capsys):
     assert walk("--along", "components") == (0, "")
     with Image.open(tmp_path / "walk.png") as sheet:
         assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
+    assert walk("--along", "activations") == (0, "")
     assert walk("--image", str(tmp_path / "picture.png")) == (0, "")
     for options, message in (
         (["--image", str(tmp_path / "text.png")], "--image must be a readable image"),

@@ -9,6 +9,7 @@ from tiny_run import TINY, assert_same_state, noise, trainer
 
 import fastgan
 from fastgan.cli import main
+from fastgan.training import evaluation as module
 from fastgan.training.evaluation import Evaluation
 from fastgan.training.stopping import StopRules
 from fastgan.training.trainer import Trainer
@@ -80,3 +81,41 @@ def test_a_resumed_run_remembers_its_last_evaluations(tmp_path, monkeypatch):
 def test_wrong_plateaus(tmp_path, capsys, options, message):
     assert main(["train", "--recipe", "mlp-28", "--out", str(tmp_path / "run"), *options.split()]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+class PacedJudge:
+    """A judge whose samples take time on a clock: `each` seconds to draw one, a fifth of that to score it."""
+
+    metric, words, batch, identity = "kcd", "kernel distance", 32, "a clock"
+    available = 60_000
+
+    def __init__(self, clock, each, once):
+        self.clock, self.each, self.once = clock, each, once  # once: seconds of the real features
+
+    def make(self, generator, count):
+        self.clock.now += self.each * count
+        return count
+
+    def score(self, made, count):
+        self.clock.now += 0.2 * self.each * count + self.once
+        self.once = 0.0
+        return {"kcd": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("each", "interval"),
+    [(1e-5, 2.0), (1e-3, 5.0), (1e-3, 60.0), (0.02, 60.0), (0.1, 300.0)],
+    ids=lambda value: f"{value:g}s",
+)
+def test_evaluation_takes_less_than_a_tenth_of_a_run(each, interval, monkeypatch):
+    """`interval`: seconds between evaluations. A step draws 64 samples four times at least, so that hundreds of steps
+    leave time for LEAST samples; the first evaluation also computes the real features."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    evaluation = Evaluation(PacedJudge(clock, each, once=0.05 * interval))
+    shares = []
+    for step in range(1, 21):
+        evaluation(None, step, interval)
+        shares.append(evaluation.seconds / (step * interval + evaluation.seconds))
+    assert evaluation.seconds == pytest.approx(clock.now) and module.LEAST <= evaluation.count <= module.MOST
+    assert shares[0] < 0.2 and max(shares[1:]) < 0.1 and shares[-1] < 0.07

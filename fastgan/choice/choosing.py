@@ -124,6 +124,11 @@ def begin_run(verdicts: dict[str, str] | None = None) -> None:
     STATE.begin_run(verdicts or {})
 
 
+def end_run() -> None:
+    """From here on a race that goes on over several calls may change what runs (`Contest`)."""
+    STATE.in_run = False
+
+
 def settle(cases: dict[str, dict[str, Any]] | None = None, seconds: float = 30.0) -> dict[str, str]:
     """Race the open cases of this run, or the given ones, without a budget; {digest: winner} of those settled.
 

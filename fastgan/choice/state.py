@@ -23,6 +23,7 @@ class State:
     emulated   GPU backends that run on CPU tensors just now
     watchers   called at every op that runs
     verdicts   of this run: {digest of a case: backend}; a checkpoint carries them
+    in_run     whether a run goes on that keeps its verdicts to its end
     open       cases of this run that its verdicts leave open: {digest: (op, sketch of the arguments)}
     families   (op, family) -> (bound, verdict) of the last clear race in it
     account    what proofs and races may take
@@ -39,6 +40,7 @@ class State:
         self.emulated: set[str] = set()
         self.watchers: list[Watch] = []
         self.verdicts: dict[str, str] = {}
+        self.in_run = False
         self.open: dict[str, dict[str, Any]] = {}
         self.families: dict[tuple, tuple[float, Any]] = {}
         self.account = Account()
@@ -62,7 +64,7 @@ class State:
 
     def begin_run(self, verdicts: dict[str, str]) -> None:
         """Start a run, or go on with one that had these verdicts; nothing changes them before the next."""
-        self.verdicts, self.open = dict(verdicts), {}
+        self.verdicts, self.open, self.in_run = dict(verdicts), {}, True
         self.chosen.clear()
 
 

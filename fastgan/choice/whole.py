@@ -2,8 +2,9 @@
 
 A part runs forward and backward on clones of its own inputs. Ops race singly; a part may lose what its ops have won, by
 a layout that is converted at each of them or by Python's time between them. So plain PyTorch is among a part's
-candidates, and the winner is remembered on disk as theirs are. An answer that stands for the process stands for its
-run: a checkpoint carries it, whether the disk remembers it or not.
+candidates, and the winner is remembered on disk as theirs are. A race may take several calls. In a loop of the user's
+own the winner runs as soon as it is known. In a run, which must give equal bits for equal seeds and caches, the answer
+of the first call stands, a checkpoint carries it, and a winner that is found later counts from the next run on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan.choice.budget import Account, unlimited
-from fastgan.choice.choosing import keep_to, remember, remembered
+from fastgan.choice.choosing import keep_to, remember_fact, remembered
 from fastgan.choice.forcing import forced
 from fastgan.choice.hardware import torch_multiplies_bfloat16
 from fastgan.choice.race import BEHIND, CLEAR, ROUNDS
@@ -62,6 +63,7 @@ class Contest:
         self.case, self.ways, self.plain, self.overhead = case, ways, plain, overhead
         self.settled = False  # whether the answer stands; else it is asked for again
         self.known = False  # whether it stands without a race: remembered, alone, or racing is off
+        self.standing = ""  # the answer for the run that goes on
         self.first: dict[str, float] = {}  # seconds of first runs, which decide nothing: the ops' own races are in them
         self.samples: dict[str, list[float]] = {name: [] for name in ways}  # further runs, ascending
 
@@ -87,9 +89,19 @@ class Contest:
         if self.overhead is not None and self._affords(account, account.clock()):
             with account.paying():
                 self._advance(arguments, device, account)
-            if self.settled:
-                (remember if self.clear else keep_to)(self.case, f"config {self.winner}")
-        return self.winner
+            if self.settled and self.clear:
+                remember_fact(self.case, self.winner)
+        return self._answer()
+
+    def _answer(self) -> str:
+        """The way for this call, noted for checkpoints where it stands."""
+        stood = self.standing
+        if STATE.in_run and not stood:
+            self.standing = self.winner
+        answer = self.standing or self.winner
+        if self.settled or self.standing != stood:
+            keep_to(self.case, f"config {answer}")
+        return answer
 
     def finish(self, arguments: Sequence[Any]) -> None:
         """Race to the end, whatever it takes; nothing is remembered."""

@@ -22,6 +22,8 @@ def _whole(text: str, least: int) -> int:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    if value >= MAX_SEED:  # what 64 bits hold
+        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text!r}")
     return value
 
 
@@ -42,10 +44,7 @@ def nonnegative_int(text: str) -> int:
 
 def seed(text: str) -> int:
     """0 to 2^63 - 1."""
-    value = _whole(text, 0)
-    if value >= MAX_SEED:
-        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text!r}")
-    return value
+    return _whole(text, 0)
 
 
 def positive_float(text: str) -> float:

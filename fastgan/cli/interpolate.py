@@ -48,10 +48,10 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--along",
-        choices=("latents", "components", "classes"),
+        choices=("latents", "components", "activations", "classes"),
         default="latents",
         help="from latent to latent (default), or along directions, a walk each: those in which pictures change most, "
-        "or those towards the classes of the run's images",
+        "or activations of the generator's first layer, or those towards the classes of the run's images",
     )
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="pass this image; repeat it")
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
@@ -106,7 +106,8 @@ def _walks(
             directions = _towards_classes(generator, z, recipe)[: args.walks]
         else:
             classes = None if labels is None else torch.tensor(labels).repeat(len(z))[: len(z)]
-            directions = list(principal_directions(generator, z, classes, count=args.walks))
+            of = "activations" if args.along == "activations" else "pictures"
+            directions = list(principal_directions(generator, z, classes, count=args.walks, of=of))
         # there and back, to twice the deviation of a latent along it: a closed path, as the others
         swing = 2 * torch.sin(torch.arange(frames) * 2 * torch.pi / frames)
         return [z[0] + swing[:, None] * direction for direction in directions]

@@ -230,6 +230,13 @@ class Run:
             self.ways[key] = ways[fastest(contest, [x, *parameters, *buffers], found)]
         return self.ways[key]
 
+    def runs(self) -> tuple[str, str]:
+        """What runs the layers in the calls so far, and why it is no program."""
+        if not self.ways or any(isinstance(way, Compiled) for way in self.ways.values()):
+            return "fastgan program", "" if self.ways else "from its first call on, unless plain PyTorch wins the race"
+        lost = any(way is not None for way in self.ways.values())
+        return "torch", "plain PyTorch won the race of its stretch" if lost else "no program for such a call"
+
     def tensors(self) -> list[Tensor | None]:
         """The parameters as they are now."""
         return [owner[name] for owner, name in self.parameters]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,12 +61,27 @@ def _settings() -> dict[str, Any]:
     return found
 
 
+TRACER = logging.getLogger("torch._dynamo.convert_frame")
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Whether the tracer says more than that it gave a frame up, for which it takes some 200 lines.
+
+    The frame runs as written then; where the forward itself is at fault, its own error follows.
+    """
+    return "WON'T CONVERT" not in record.getMessage()
+
+
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Within: Dynamo may trace. Its look at .grad of an input that is no leaf warns, and fails where warnings raise."""
-    with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        yield
+    TRACER.addFilter(_is_wanted)
+    try:
+        with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
+    finally:
+        TRACER.removeFilter(_is_wanted)
 
 
 class Part(Forward):

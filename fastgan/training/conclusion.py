@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgan.choice import settle
+from fastgan.choice import end_run, settle
 from fastgan.convert import explain
 
 from . import checkpoint, report
@@ -54,6 +54,7 @@ def conclude(run: Trainer, reason: str) -> Result:
         run.progress.warn(f"the report could not be written: {error}")
     if reason != "interrupted" and (settled := settle()):  # what the first steps had no time to race
         run.progress.note(f"kernels chosen for the next run: {len(settled)} cases that the first steps left open")
+    end_run()
     run.progress.stop()
     where = f"; report: {page}" if page else ""
     run.progress.note(f"{words}: step {run.step}, {run.seconds:.0f} s of training{where}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -12,24 +15,65 @@ from .sampling import draw, evaluating
 __all__ = ["class_direction", "class_directions", "principal_directions", "project"]
 
 PICTURES = 512  # that directions are found from
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
-def principal_directions(generator: nn.Module, z: Tensor, labels: Tensor | None = None, *, count: int = 8) -> Tensor:
-    """[count, latent] directions of length 1 along which pictures change most, the most first.
+def principal_directions(
+    generator: nn.Module, z: Tensor, labels: Tensor | None = None, *, count: int = 8, of: str = "pictures"
+) -> Tensor:
+    """[count, latent] directions of length 1 along which pictures or activations change most, the most first.
 
-    The principal components of pictures [N, pixels], and for each the latents' regression on its coordinate; Harkonen
-    et al. 2020 (arXiv:2004.02546) do so with activations. z: [N, latent], N above `count`.
+    The principal components of pictures [N, pixels], or, after Harkonen et al. 2020 (arXiv:2004.02546), of an early
+    layer's activations, and for each the latents' regression on its coordinate.
+
+    Args:
+        generator: in whatever mode it is, it runs in eval mode.
+        z: [N, latent], N above `count`.
+        labels: [N] for a conditional generator.
+        count: of directions.
+        of: "pictures", or "activations": what the generator's second layer with a weight takes.
 
     Raises:
-        ValueError: fewer latents than directions, or a direction that no picture follows.
+        ValueError: fewer latents than directions, a direction that nothing follows, another `of`, or a generator
+            without a second layer.
     """
+    if of not in ("pictures", "activations"):
+        raise ValueError(f'directions: of must be "pictures" or "activations", got {of!r}')
     if not 0 < count < len(z):
         raise ValueError(f"directions: there must be 1 to {len(z) - 1} of {len(z)} latents, got {count}")
-    pictures = draw(generator, z, labels).flatten(1)
-    pictures -= pictures.mean(0)
-    _, _, axes = torch.pca_lowrank(pictures, count, center=False, niter=4)
-    coordinates = pictures @ axes  # [N, count]
+    values = (draw(generator, z, labels) if of == "pictures" else _activations(generator, z, labels)).flatten(1)
+    values = values - values.mean(0)
+    _, _, axes = torch.pca_lowrank(values, count, center=False, niter=4)
+    coordinates = values @ axes  # [N, count]
     return _unit((coordinates - coordinates.mean(0)).T @ (z - z.mean(0)))
+
+
+def _activations(generator: nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
+    """[N, values] on the CPU: what the second layer takes, which is what the first one made, normed and activated."""
+    called: list[nn.Module] = []
+    layers = [m for m in generator.modules() if isinstance(m, LAYERS)]
+    with _looking(layers, lambda layer, x: called.append(layer)):
+        draw(generator, z[:1], None if labels is None else labels[:1])
+    second = next((layer for layer in called if layer is not called[0]), None)
+    if second is None:
+        raise ValueError(
+            f"directions: a generator must have two layers for activations, got {type(generator).__name__}"
+        )
+    found: list[Tensor] = []
+    with _looking([second], lambda layer, x: found.append(x.detach().float().cpu())):
+        draw(generator, z, labels)
+    return torch.cat(found)
+
+
+@contextlib.contextmanager
+def _looking(layers: list[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Within: `look` gets each of these layers and what it takes, in the order of their calls."""
+    handles = [layer.register_forward_pre_hook(lambda layer, inputs: look(layer, inputs[0])) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def class_direction(z: Tensor, is_in: Tensor) -> Tensor:
