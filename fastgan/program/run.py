@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan._layout import laid_out
 from fastgan._op import is_observed, reaches
 from fastgan.choice import STATE, Contest, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
@@ -276,4 +277,4 @@ class Run:
 def _turned(layers: Sequence[Layer], channels_last: bool, x: Tensor, parameters: Any, buffers: Any) -> Tensor:
     """Plain PyTorch in channels_last, whatever the input's layout."""
     y = plain(layers, x.contiguous(memory_format=torch.channels_last), parameters, buffers)
-    return y if channels_last or y.dim() == 2 else y.contiguous()
+    return y if y.dim() == 2 else laid_out(y, channels_last, layers[-1].makes_strides_plain())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def _activations(generator: nn.Module, z: Tensor, labels: Tensor | None) -> Tens
 
 
 @contextlib.contextmanager
-def _looking(layers: list[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+def _looking(layers: Sequence[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
     """Within: `look` gets each of these layers and what it takes, in the order of their calls."""
     handles = [layer.register_forward_pre_hook(lambda layer, inputs: look(layer, inputs[0])) for layer in layers]
     try:
