@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo faults recipes test slowest check lint types docs bench evidence scaling quality time-to-quality slow cuda arm gpu-static clean
+.PHONY: help setup demo faults recipes test slowest check lint types docs bench evidence scaling quality time-to-quality slow wheel soak cuda \
+	arm gpu-static clean
 
 help:   ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -95,6 +96,22 @@ faults: setup  ## every call that writes a run's files interrupted once, the dis
 slow: setup  ## the long sweeps that `make test` leaves out, and `make cuda` where nvcc is found
 	$(BIN)/python -m pytest -q -m slow $(SPREAD)
 	if command -v nvcc; then $(MAKE) cuda; else echo "no nvcc here: csrc/cuda was not built ahead of time"; fi
+
+# What a wheel's tests run in: the checkout without the package, so that only the installed one can be found.
+AWAY  := $(or $(TMPDIR),/tmp)/fastgan-wheel
+TESTS ?= tests
+
+wheel: setup  ## dist/: an sdist and a wheel built from it; installed by itself it passes TESTS (all that are not slow)
+	$(BIN)/pip install --quiet build auditwheel
+	rm -rf dist $(AWAY)
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/auditwheel show dist/*.whl
+	mkdir -p $(AWAY)
+	git ls-files -z | grep -zvE '^(fastgan|kernels)/' | tar --create --null --files-from - | tar --extract --directory $(AWAY)
+	$(PYTHON) -m venv $(AWAY)/venv
+	$(AWAY)/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl pytest-xdist
+	cd $(AWAY) && venv/bin/python -I -c "import fastgan; print(fastgan.__file__, fastgan.backends()['conv2d']['native'])"
+	cd $(AWAY) && venv/bin/pytest -q -m "not slow" $(SPREAD) $(TESTS)
 
 cuda: setup  ## every CUDA kernel built ahead of time by nvcc, as in a wheel, beside the installed core
 	FASTGAN_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
