@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -195,6 +196,30 @@ def test_a_killed_rank_ends_the_job(tmp_path):
 @pytest.mark.parametrize("trial", range(10))
 def test_ten_killed_ranks(tmp_path, trial):
     kill_a_rank(tmp_path, trial % 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["torchrun", "rank 0", "rank 1"])
+def test_a_run_that_is_told_to_end_saves_and_exits_with_130(tmp_path, told):
+    """SIGTERM as a scheduler sends it. torchrun's own code is 1; ending.json says that the run was interrupted."""
+    out = tmp_path / "run"
+    with open(tmp_path / "said", "w+") as said:
+        job = subprocess.Popen(training(out), env=environment(FASTGAN_BACKEND="reference"), stdout=said, stderr=said)
+        try:
+            wait_for(lambda: checkpoint.list_steps(out / "checkpoints"), job)
+            os.kill(job.pid if told == "torchrun" else rank_of(job.pid, int(told[-1])), signal.SIGTERM)
+            code = job.wait(timeout=60)
+        finally:
+            job.kill()
+        said.seek(0)
+        text = said.read()
+    assert code == 1, text[-3000:]
+    ended = json.loads((out / "ending.json").read_text())
+    found = checkpoint.newest(out / "checkpoints")
+    assert ended["status"] == "interrupted" and found is not None and found.damaged == {}
+    assert f"interrupted: step {found.state['step']}," in text and (out / "report.html").exists()
+    if told != "torchrun":  # torchrun tells nothing of its ranks when it was told to end itself
+        assert len(re.findall(r"exitcode  : 130 ", text)) == 2, text[-3000:]
 
 
 @pytest.mark.slow
