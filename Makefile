@@ -97,6 +97,11 @@ slow: setup  ## the long sweeps that `make test` leaves out, and `make cuda` whe
 	$(BIN)/python -m pytest -q -m slow $(SPREAD)
 	if command -v nvcc; then $(MAKE) cuda; else echo "no nvcc here: csrc/cuda was not built ahead of time"; fi
 
+MINUTES ?= 120
+
+soak: setup  ## a run of MINUTES (120), and the slope of its memory: fails from 1 MB an hour on
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
+
 # What a wheel's tests run in: the checkout without the package, so that only the installed one can be found.
 AWAY  := $(or $(TMPDIR),/tmp)/fastgan-wheel
 TESTS ?= tests

@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--images 20000] [--folder DIR]
 
 Makes tar shards of JPEGs of 256 x 256 (of 200 different ones), decodes them to 64 x 64 in one thread and in all, and
-trains `dcgan-64` in turns on one batch that stays, on batches of the mapped file with warm pages, and with pages that
+trains `dcgan-64` in turns on one batch that stays, on batches of the mapped file in memory, and of a copy whose pages
 the system was told to drop. Prints a table. About a minute and 1 GB of disk.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import statistics
 import sys
 import tarfile
@@ -34,7 +35,7 @@ from fastgan.data import decode
 from fastgan.data.imageset import Batches
 
 WAYS = {"same": "one batch that stays", "warm": "a file in memory", "cold": "a file that is not in memory"}
-SHARD, DIFFERENT, BATCH, ROUNDS, STEPS = 10_000, 200, 64, 3, 4
+SHARD, DIFFERENT, BATCH, WARM_UP, STEPS = 10_000, 200, 64, 6, 20
 
 
 def make_shards(folder: Path, count: int) -> None:
@@ -95,31 +96,24 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def begin(way: str, path: Path, seed: int) -> Callable[[], Any]:
-    """What gives the next batch, the epoch's numbers drawn already."""
-    images = data.load(path, max_bytes=0)
-    if way == "cold":
-        forget(path)  # what was read to compare checksums; nothing is mapped yet
-    else:
-        images.images.sum()
-    draw = batches(images, seed).__next__
-    first = draw()
-    return (lambda: first) if way == "same" else draw
-
-
 def compare(path: Path, step: fastgan.GANStep) -> dict[str, tuple[float, float]]:
-    """A key of `WAYS` -> (ms a step, ms to have a batch without a step), medians of the rounds, which take turns."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for number in range(ROUNDS + 1):
-        for name in WAYS:
-            following = begin(name, path, number)
-            whole = seconds(lambda draw=following: [step(draw()[0]) for _ in range(STEPS)]) / STEPS
-            alone = seconds(lambda draw=following: [draw() for _ in range(16)]) / 16
-            if number:  # the first one races kernels
-                rows = found.setdefault(name, ([], []))
-                rows[0].append(whole * 1e3)
-                rows[1].append(alone * 1e3)
-    return {name: (statistics.median(whole), statistics.median(alone)) for name, (whole, alone) in found.items()}
+    """A key of `WAYS` -> (ms a step with its batch, ms of a batch alone): medians of steps that take turns."""
+    other = path.with_name("cold.npy")
+    for suffix in (".npy", ".json"):
+        shutil.copy(path.with_suffix(suffix), other.with_suffix(suffix))
+    warm, cold = (data.load(where, max_bytes=0) for where in (path, other))
+    warm.images.sum()
+    forget(other)  # what was read to compare checksums; nothing of it is mapped yet
+    kept = next(batches(warm, 0))
+    draws = {"same": lambda: kept, "warm": batches(warm, 1).__next__, "cold": batches(cold, 1).__next__}
+    spent: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(WARM_UP + STEPS):
+        for way in sorted(WAYS, key=lambda way, turn=number: hash((way, turn))):
+            taken = seconds(lambda way=way: step(draws[way]()[0]))
+            if number >= WARM_UP:
+                spent[way].append(1e3 * taken)
+    alone = {way: statistics.median(1e3 * seconds(draw) for _ in range(32)) for way, draw in draws.items()}
+    return {way: (statistics.median(spent[way]), alone[way]) for way in WAYS}
 
 
 def make_step() -> fastgan.GANStep:

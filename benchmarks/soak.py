@@ -64,19 +64,15 @@ def report(out: Path) -> int:
     found, error = slope(seconds[after], megabytes[after])
     hours = seconds[-1] / 3600
     print(
-        f"{records[-1]['step']:,} steps in {hours:.2f} hours, {len(records):,} records, {after.sum():,} after warm-up"
+        f"{records[-1]['step']:,} steps in {hours:.2f} hours, {after.sum():,} of {len(records):,} records after warm-up"
     )
-    print(
-        f"memory {megabytes[after].min():.1f} to {megabytes[after].max():.1f} MB, {found:+.2f} +- {error:.2f} MB an hour"
-    )
+    span = f"{megabytes[after].min():.1f} to {megabytes[after].max():.1f} MB"
+    print(f"memory {span}, {found:+.2f} +- {error:.2f} MB an hour")
     directory = RunDirectory(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     kept = checkpoint.list_steps(directory.checkpoints)
-    pictures = len(list(directory.samples.iterdir()))
-    log = directory.log.stat().st_size / 1e6
-    print(
-        f"on disk {size:.1f} MB: {len(kept)} checkpoints of the last steps {kept}, {pictures} pictures, log {log:.1f} MB"
-    )
+    others = f"{len(list(directory.samples.iterdir()))} pictures, {directory.log.stat().st_size / 1e6:.1f} MB of log"
+    print(f"on disk {size:.1f} MB: {len(kept)} checkpoints, of steps {kept}, {others}")
     return int(found >= MOST)
 
 
