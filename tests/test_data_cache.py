@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 from tiny_run import TINY, assert_same_state, trainer
 
 from fastgan import data
-from fastgan._writing import growing_file, part_of
+from fastgan._writing import WriteError, growing_file, part_of
 from fastgan.data import pixels, store
 
 COUNT, MARK = 30, 8
@@ -151,6 +152,20 @@ def test_a_sample_of_a_large_file_is_checked(photos, monkeypatch):
                 data.load(out)
         else:
             data.load(out)
+
+
+def test_a_full_disk_leaves_what_there_is(photos, monkeypatch):
+    """A file may be no larger than two blocks here: one sentence, and the next process goes on after them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (store.HEADER + 3 * MARK * 192 - 500, hard))
+    try:
+        with pytest.raises(WriteError, match="larger than a file may be here"):
+            streamed(photos)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    names = counting(monkeypatch)
+    assert torch.equal(streamed(photos).images, data.load(photos, image_size=8).images)
+    assert names[: COUNT - 2 * MARK] == [f"b/{k:02d}.png" for k in range(2 * MARK, COUNT)]
 
 
 def test_grey_images_of_an_interrupted_build(photos, monkeypatch):
