@@ -30,6 +30,11 @@ def is_channels_last(x: Tensor) -> bool:
     return True
 
 
+def image(t: Tensor) -> Tensor:
+    """A signal [N, C, L], or its weight, as images one pixel high, a view; what has other dimensions as it is."""
+    return t.unsqueeze(2) if t.dim() == 3 else t
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     return CHANNELS_LAST if channels_last else torch.contiguous_format
 

@@ -49,25 +49,40 @@ class _Convolution(nn.Module):
             return conv_bn_act(self, norm, input, activation, slope, norm.stat_groups, norm.sync)
         return conv_act(self, input, activation, slope)
 
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return conv_act(self, input, "identity", 0.0)
+
+
+class FusedConv1d(_Convolution, nn.Conv1d):
+    """nn.Conv1d on fastgan's op."""
+
+    op = "conv1d"
+
 
 class FusedConv2d(_Convolution, nn.Conv2d):
     """nn.Conv2d on fastgan's op."""
 
     op = "conv2d"
 
-    def forward(self, input: Tensor) -> Tensor:
+
+class _TransposedConvolution(_Convolution):
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is not None:
+            found: Tensor = super(_Convolution, self).forward(input, output_size)  # torch's own
+            return found
         return conv_act(self, input, "identity", 0.0)
 
 
-class FusedConvTranspose2d(_Convolution, nn.ConvTranspose2d):
+class FusedConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d on fastgan's op."""
+
+    op = "conv_transpose1d"
+
+
+class FusedConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
     """nn.ConvTranspose2d on fastgan's op."""
 
     op = "conv_transpose2d"
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is not None:
-            return super().forward(input, output_size)
-        return conv_act(self, input, "identity", 0.0)
 
 
 class _Norm(nn.Module):
@@ -112,7 +127,9 @@ class FusedLayerNorm(_ContiguousNorm, nn.LayerNorm):
 
 
 FUSED: dict[type[nn.Module], Any] = {  # what takes a layer's place; its `op` is what explain calls it
+    nn.Conv1d: FusedConv1d,
     nn.Conv2d: FusedConv2d,
+    nn.ConvTranspose1d: FusedConvTranspose1d,
     nn.ConvTranspose2d: FusedConvTranspose2d,
     nn.BatchNorm1d: FusedBatchNorm1d,
     nn.BatchNorm2d: FusedBatchNorm2d,
@@ -120,7 +137,8 @@ FUSED: dict[type[nn.Module], Any] = {  # what takes a layer's place; its `op` is
     nn.InstanceNorm2d: FusedInstanceNorm2d,
     nn.LayerNorm: FusedLayerNorm,
 }
-CONVOLUTIONS = (FusedConv2d, FusedConvTranspose2d)
+CONVOLUTIONS_2D = (FusedConv2d, FusedConvTranspose2d)
+CONVOLUTIONS = (FusedConv1d, FusedConvTranspose1d, *CONVOLUTIONS_2D)
 
 
 class FusedDotProductAttention(DotProductAttention):
@@ -235,7 +253,7 @@ def _plain(m: Any, kinds: Collection[type[nn.Module]]) -> bool:
 def _normed(conv: Any, norm: Any) -> bool:
     """Whether a batch norm runs with the convolution before it: folded in eval mode, else over its batch statistics."""
     return (
-        isinstance(conv, CONVOLUTIONS)
+        isinstance(conv, CONVOLUTIONS_2D)
         and _plain(norm, (FusedBatchNorm2d,))
         and norm.num_features == conv.out_channels
         and (norm.running_mean is None) == (norm.running_var is None)

@@ -461,3 +461,11 @@ def test_a_batch_norm_over_two_values_is_as_exact_as_pytorchs():
             errors.append(max(distance(a, b) for a, b in zip(*gradients, strict=True)))
         ratios.append(errors[0] / errors[1])
     assert torch.tensor(ratios).log().mean().exp() < 2
+
+
+@pytest.mark.parametrize("kind, x", [(nn.ConvTranspose1d, (2, 3, 5)), (nn.ConvTranspose2d, (2, 3, 5, 5))])
+def test_a_transposed_convolution_takes_an_output_size(kind, x):
+    model, x = nn.Sequential(kind(3, 2, 3, stride=2, padding=1)), torch.randn(x)
+    size = [10] * (x.dim() - 2)
+    want = model[0](x, output_size=size)
+    torch.testing.assert_close(fastgan.convert(model)[0](x, output_size=size), want)

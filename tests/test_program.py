@@ -717,3 +717,101 @@ def test_calls_of_small_ops_have_a_ceiling():
     with fastgan.backend("native"):
         assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 60
         assert python_calls(loss) <= 175
+
+
+# ---- signals: [N, C, L] as images one pixel high ---------------------------------------------------------------------
+
+SIGNALS = {
+    "conv": lambda: [nn.Conv1d(3, 5, 5, padding=2, bias=False)],
+    "critic": lambda: [
+        nn.Conv1d(3, 4, 9, 2, 4), nn.LeakyReLU(0.2), nn.Conv1d(4, 8, 3, padding=2, dilation=2, groups=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 1),
+    ],
+    "generator": lambda: [
+        nn.Conv1d(3, 6, 3, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.GroupNorm(2, 6),
+        nn.ConvTranspose1d(6, 4, 5, 2, 2, 1), nn.LeakyReLU(0.1), nn.ConvTranspose1d(4, 1, 4, 2, 1), nn.Tanh(),
+    ],
+}  # fmt: skip  # a layer of a network a line
+
+
+def innermost(x: torch.Tensor) -> torch.Tensor:
+    """A signal with its channels innermost."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def cotangent(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """In the layout of a program's inside, since sums of another one have another order."""
+    with torch.no_grad():
+        shape = copy.deepcopy(model)(x).shape
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return innermost(drawn) if drawn.dim() == 3 else drawn
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, innermost], ids=["ncl", "innermost"])
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_signals_get_the_ops_numbers_and_pytorchs(kind, layout, ran):
+    torch.manual_seed(0)
+    model = nn.Sequential(*SIGNALS[kind]())
+    a, b = both(model)
+    x = torch.randn(4, 3, 16)
+    for training in (True, False):
+        for m in (model, a, b):
+            m.train(training)
+        ran.clear()
+        with contextlib.nullcontext() if training else torch.no_grad():
+            weights = cotangent(model, x)
+            y, grads = outcome(a, layout(x), weights) if training else (a(layout(x)), ())
+            assert len(ran) == 1
+            with op_by_op():
+                want, want_grads = outcome(b, innermost(x), weights) if training else (b(innermost(x)), ())
+            plain, plain_grads = outcome(model, x, weights) if training else (model(x), ())
+        assert layout is innermost or y.stride() == plain.stride()
+        # a norm's op turns [N, C, L] to the contiguous layout, and sums in its order
+        assert_same((y, *grads), (want, *want_grads), exact=kind != "generator")
+        assert_same((y, *grads), (plain, *plain_grads), exact=False)
+    assert_same(dict(a.named_buffers()).values(), dict(model.named_buffers()).values(), exact=False)
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_second_derivatives_of_signals(kind, ran):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Tanh(), *SIGNALS[kind]())  # its input is no leaf of the program
+    ours, x = fastgan.convert(copy.deepcopy(model)), torch.randn(4, 3, 16)
+    found = []
+    for m in (ours, model):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(m(leaf).square().sum(), leaf, create_graph=True)
+        gradient.square().sum().backward()
+        found.append([gradient, leaf.grad, *(p.grad for p in m.parameters() if p.grad is not None)])
+    assert ran
+    assert_same(*found, exact=False)
+
+
+def test_signals_under_autocast(ran):
+    torch.manual_seed(0)
+    model = nn.Sequential(*SIGNALS["critic"]())
+    (a, b), x = both(model), torch.randn(4, 3, 16)
+    weights = cotangent(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, grads = outcome(a, x, weights)
+        with op_by_op():
+            want, want_grads = outcome(b, innermost(x), weights)
+    assert len(ran) == 1 and y.dtype == torch.bfloat16 and torch.equal(y, want)
+    for got, g in zip(grads, want_grads, strict=True):  # the ops round it to bfloat16 before autograd widens it
+        torch.testing.assert_close(got, g, rtol=1e-2, atol=2e-3 * g.abs().max().item())
+
+
+def test_an_unbatched_signal_gets_no_program(ran):
+    model = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Tanh())
+    x = torch.randn(3, 9)
+    want = model(x)
+    torch.testing.assert_close(fastgan.convert(model)(x), want)
+    assert not ran
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_an_open_race_of_signals_is_settled_at_the_end_of_its_run(kind, slow_program):
+    model, x = nn.Sequential(*SIGNALS[kind]()), torch.randn(4, 3, 16)
+    assert takes_a_program(model, x) and len(STATE.open) == 1
+    (case,) = STATE.open
+    assert settle() == {case: "plain"} and not STATE.open

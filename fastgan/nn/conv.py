@@ -23,9 +23,18 @@ Size2 = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-def conv_act(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, activation: str | None, slope: float) -> Tensor:
+Conv = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+OPS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: functional.conv1d,
+    nn.Conv2d: functional.conv2d,
+    nn.ConvTranspose1d: functional.conv_transpose1d,
+    nn.ConvTranspose2d: functional.conv_transpose2d,
+}
+
+
+def conv_act(conv: Conv, x: Tensor, activation: str | None, slope: float) -> Tensor:
     """The forward of a torch convolution module followed by an activation, as one op."""
-    op = functional.conv_transpose2d if isinstance(conv, nn.ConvTranspose2d) else functional.conv2d
+    op = next(op for kind, op in OPS.items() if isinstance(conv, kind))
     return op(*_arguments(conv, x), activation=activation, negative_slope=slope)
 
 
@@ -48,16 +57,16 @@ def conv_bn_act(
     )
 
 
-def _arguments(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> tuple[Any, ...]:
+def _arguments(conv: Conv, x: Tensor) -> tuple[Any, ...]:
     """What the functions take by position, in torch's order."""
-    if isinstance(conv, nn.ConvTranspose2d):
+    if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d):
         geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
         return x, conv.weight, conv.bias, *geometry
     x, padding = _padded(conv, x)
     return x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
 
 
-def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
+def _padded(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     """Non-zero padding modes pad first, as torch does."""
     if conv.padding_mode == "zeros":
         return x, conv.padding

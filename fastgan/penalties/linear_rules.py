@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation
-from fastgan._layout import accumulation_dtype, empty, is_channels_last, per_channel
+from fastgan._layout import accumulation_dtype, empty, image, is_channels_last, per_channel
 from fastgan._op import OPS
 from fastgan.ops.upfirdn2d import adjoint_pad, taps_of
 from fastgan.penalties.linear_steps import (
     Bias,
     Concatenation,
     Convolution,
-    ConvolutionNd,
+    Convolution3d,
     EvalNorm,
     Gate,
     LinearStep,
@@ -78,14 +78,16 @@ def plain(*operands: Any) -> None:
 def convolution(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments: Any) -> Any:
     stride, padding, dilation, transposed, output_padding, groups = arguments
     plain(w, b)
-    geometry = list(stride), list(padding), list(dilation)
-    if w.dim() == 4 and transposed:
-        return conv_transpose2d(tape, h, w, b, *geometry[:2], list(output_padding), groups, geometry[2], "identity", 0)
-    if w.dim() == 4:
+    line = w.dim() == 3  # a signal is an image one pixel high
+    numbers = zip((1, 0, 1, 0), (stride, padding, dilation, output_padding), strict=True)
+    *geometry, extra = ([least] * line + list(given) for least, given in numbers)
+    if w.dim() < 5:
+        if transposed:
+            return conv_transpose2d(tape, h, w, b, *geometry[:2], extra, groups, geometry[2], "identity", 0)
         return conv2d(tape, h, w, b, *geometry, groups, "identity", 0.0)
     x = tape.read(h)
-    how = (*geometry, transposed, list(output_padding), groups)
-    step = ConvolutionNd(h.node, tape.hold(w), tape.hold(b), x.shape, how)
+    how = (*geometry, transposed, extra, groups)
+    step = Convolution3d(h.node, tape.hold(w), tape.hold(b), x.shape, how)
     return _layer(tape, step, w, b, x, aten.convolution(x, w, b, *how))
 
 
@@ -100,7 +102,8 @@ def conv2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments: Any) -> 
     stride, padding, dilation, groups, activation, slope = arguments
     plain(w, b)
     x, geometry = tape.read(h), (list(stride), list(padding), list(dilation))
-    y = OPS["conv2d"](x, w, b, *geometry, groups, gated(activation), slope)
+    y = OPS["conv2d"](image(x), image(w), b, *geometry, groups, gated(activation), slope)
+    y = y.squeeze(2) if x.dim() == 3 else y
     step = Convolution(h.node, tape.hold(w), tape.hold(b), x.shape, geometry, groups)
     return gate(tape, _layer(tape, step, w, b, x, y), y, activation, slope)
 
@@ -111,7 +114,9 @@ def conv_transpose2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments
     plain(w, b)
     x, geometry = tape.read(h), (list(stride), list(padding), list(dilation))
     extra = list(output_padding)
-    y = OPS["conv_transpose2d"](x, w, b, *geometry[:2], extra, groups, geometry[2], gated(activation), slope)
+    what = image(x), image(w), b, *geometry[:2], extra, groups, geometry[2]
+    y = OPS["conv_transpose2d"](*what, gated(activation), slope)
+    y = y.squeeze(2) if x.dim() == 3 else y
     step = TransposedConvolution(h.node, tape.hold(w), tape.hold(b), x.shape, geometry, groups)
     step.output_padding = extra
     return gate(tape, _layer(tape, step, w, b, x, y), y, activation, slope)

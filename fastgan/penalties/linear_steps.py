@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation
-from fastgan._layout import accumulation_dtype, is_channels_last, per_channel
+from fastgan._layout import accumulation_dtype, image, is_channels_last, per_channel
 from fastgan._op import OPS
 from fastgan.ops.conv2d import input_padding
 
@@ -111,65 +111,66 @@ class Gate(LinearStep):
 
 
 class Convolution(LinearStep):
-    """A 2-D convolution on fastgan's ops."""
+    """A 2-D convolution on fastgan's ops, or a 1-D one as that of images one pixel high."""
 
     def __init__(self, index: int, weight: int, bias: int | None, shape: torch.Size, geometry: tuple, groups: int):
         super().__init__((index,))
-        self.weight, self.bias, self.shape = weight, bias, shape
+        self.weight, self.bias, self.shape = weight, bias, shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
         self.stride, self.padding, self.dilation = geometry
         self.groups = groups
 
-    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
-        weight = t[self.weight]
-        extra = input_padding(self.shape, g.shape, weight.shape, self.stride, self.padding, self.dilation)
-        return (
-            OPS["conv_transpose2d"](
-                g, weight, None, self.stride, self.padding, extra, self.groups, self.dilation, "identity", 0.0
-            ),
-        )
-
-    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
-        y: Tensor = OPS["conv2d"](
-            _only(v), t[self.weight], None, self.stride, self.padding, self.dilation, self.groups, "identity", 0.0
-        )
+    def _forward(self, t: list[Tensor], x: Tensor) -> Tensor:
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        y: Tensor = OPS["conv2d"](image(x), image(t[self.weight]), None, *geometry, "identity", 0.0)
         return y
 
+    def _transposed(self, t: list[Tensor], x: Tensor, output_padding: list[int]) -> Tensor:
+        geometry = self.stride, self.padding, output_padding, self.groups, self.dilation
+        y: Tensor = OPS["conv_transpose2d"](image(x), image(t[self.weight]), None, *geometry, "identity", 0.0)
+        return y
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        shapes = self.shape, image(g).shape, image(t[self.weight]).shape
+        extra = input_padding(*shapes, self.stride, self.padding, self.dilation)
+        return (_like(self._transposed(t, g, extra), g),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        return _like(self._forward(t, _only(v)), _only(v))
+
     def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
-        weight = t[self.weight]
+        weight = image(t[self.weight])
         kernel, last = list(weight.shape[2:]), is_channels_last(weight)
-        yield (
-            self.weight,
-            OPS["conv2d_weight"](u, g, kernel, self.stride, self.padding, self.dilation, self.groups, last),
-        )
+        geometry = kernel, self.stride, self.padding, self.dilation, self.groups
+        yield self.weight, _like(OPS["conv2d_weight"](image(u), image(g), *geometry, last), t[self.weight])
 
     def term_gradients(self, t: list[Tensor], g: Tensor, scale: Tensor | None) -> Found:
         if self.bias is not None:
             yield self.bias, channel_sums(g, scale).to(t[self.bias].dtype)
 
 
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """An image as the signal that it stands for, where x is one."""
+    return y.squeeze(2) if x.dim() == 3 else y
+
+
 class TransposedConvolution(Convolution):
-    """A 2-D transposed convolution: the same with the roles of input and output exchanged."""
+    """A transposed convolution: the same with the roles of input and output exchanged."""
 
     output_padding: list[int]
 
     def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
-        dx = OPS["conv2d"](
-            g, t[self.weight], None, self.stride, self.padding, self.dilation, self.groups, "identity", 0.0
-        )
         # with output_padding >= stride the forward convolution yields extra rows
-        return (dx[:, :, : self.shape[2], : self.shape[3]],)
+        return (_like(self._forward(t, g)[:, :, : self.shape[2], : self.shape[3]], g),)
 
     def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
-        geometry = self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        y: Tensor = OPS["conv_transpose2d"](_only(v), t[self.weight], None, *geometry, "identity", 0.0)
-        return y
+        return _like(self._transposed(t, _only(v), self.output_padding), _only(v))
 
     def factor_gradients(self, t: list[Tensor], u: Tensor, g: Tensor) -> Found:
         return super().factor_gradients(t, g, u)
 
 
-class ConvolutionNd(LinearStep):
-    """A 1-D or 3-D convolution, transposed or not, on ATen's ops."""
+class Convolution3d(LinearStep):
+    """A 3-D convolution, transposed or not, on ATen's ops."""
 
     def __init__(self, index: int, weight: int, bias: int | None, shape: torch.Size, how: tuple):
         super().__init__((index,))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import _activation, functional
+from fastgan._layout import image
 
 _conv_facts = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups", "sync")
@@ -22,15 +23,34 @@ _sample_norm_facts: dict[type, Callable[[Any], Any]] = {
     nn.LayerNorm: attrgetter("eps", "normalized_shape"),
 }
 _slope = attrgetter("negative_slope")
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, *TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution module's numbers as (H, W), those of a 1-D one as for images one pixel high."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+
+    @classmethod
+    def of(cls, conv: Any) -> Geometry:
+        numbers: Any = conv.stride, conv.padding, conv.dilation, conv.output_padding
+        if len(conv.kernel_size) == 1:
+            numbers = tuple((least, *given) for least, given in zip((1, 0, 1, 0), numbers, strict=True))
+        return cls(*numbers)
 
 
 @dataclass
 class Layer:
     """A product, a norm and an activation in this order, each of which may be absent.
 
-    conv: nn.Conv2d, nn.ConvTranspose2d, nn.Linear or None. norm: a converted nn.BatchNorm1d or 2d after any of them; a
-    converted nn.GroupNorm, nn.InstanceNorm2d or nn.LayerNorm; or None. activation: its name, "identity" for none, and
-    act: its module or None. flatten: whether the layer's input goes through nn.Flatten() first.
+    conv: nn.Conv1d or 2d, nn.ConvTranspose1d or 2d, nn.Linear or None. norm: a converted nn.BatchNorm1d or 2d after any
+    of them; a converted nn.GroupNorm, nn.InstanceNorm2d or nn.LayerNorm; or None. activation: its name, "identity" for
+    none, and act: its module or None. flatten: whether the layer's input goes through nn.Flatten() first.
     """
 
     conv: Any
@@ -83,7 +103,7 @@ class Layer:
         return found + ([(_slope, self.act)] if self.activation == "leaky_relu" else [])
 
     def convolves(self) -> bool:
-        return isinstance(self.conv, nn.Conv2d | nn.ConvTranspose2d)
+        return isinstance(self.conv, CONVOLUTIONS)
 
     def is_batch_norm(self) -> bool:
         return isinstance(self.norm, _BatchNorm)
@@ -98,7 +118,7 @@ class Layer:
         conv, norm = self.conv, self.norm if self.is_batch_norm() else None
         if self.convolves() and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
             return "padding other than by a number of zeros"
-        if isinstance(conv, nn.ConvTranspose2d) and any(
+        if isinstance(conv, TRANSPOSED) and any(
             extra >= step for extra, step in zip(conv.output_padding, conv.stride, strict=True)
         ):
             return "output_padding of the stride or more"
@@ -122,7 +142,8 @@ def torch_class(m: Any) -> str:
 
 
 def dense(t: Tensor) -> bool:
-    """Whether t is contiguous or channels_last."""
+    """Whether t is contiguous, or has its channels innermost."""
+    t = image(t)
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
@@ -168,10 +189,14 @@ def replay(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Tensor | Non
 
 def convolved(conv: Any, x: Tensor, weight: Any, bias: Tensor | None, **epilogue: Any) -> Tensor:
     """The op of a convolution module, on other tensors than its own."""
-    if isinstance(conv, nn.ConvTranspose2d):
-        geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-        return functional.conv_transpose2d(x, weight, bias, *geometry, **epilogue)  # type: ignore[arg-type]
-    return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, **epilogue)
+    signals = len(conv.kernel_size) == 1
+    op: Callable[..., Tensor]
+    if isinstance(conv, TRANSPOSED):
+        op = functional.conv_transpose1d if signals else functional.conv_transpose2d
+        geometry: Any = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+        return op(x, weight, bias, *geometry, **epilogue)
+    op = functional.conv1d if signals else functional.conv2d
+    return op(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, **epilogue)
 
 
 def plain(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> Tensor:
@@ -182,11 +207,8 @@ def plain(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Any], buffers
         x = x.flatten(1) if layer.flatten else x
         if isinstance(conv, nn.Linear):
             x = torch.nn.functional.linear(x, next(rest), next(rest))
-        elif isinstance(conv, nn.ConvTranspose2d):
-            geometry = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-            x = torch.nn.functional.conv_transpose2d(x, next(rest), next(rest), *geometry)  # type: ignore[arg-type]
         elif conv is not None:
-            x = torch.conv2d(x, next(rest), next(rest), conv.stride, conv.padding, conv.dilation, conv.groups)
+            x = _plain_convolution(conv, x, next(rest), next(rest))
         if layer.is_batch_norm():
             x = _plain_norm(norm, x, next(rest), next(rest), next(kept), next(kept), next(kept))
         elif norm is not None:
@@ -194,6 +216,17 @@ def plain(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Any], buffers
         y = _activation.apply(x, layer.activation, layer.slope)
         x = y if not layer.in_place or y.stride() == x.stride() else y.as_strided(y.shape, x.stride())
     return x
+
+
+def _plain_convolution(conv: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    signals = len(conv.kernel_size) == 1
+    op: Callable[..., Tensor]
+    if isinstance(conv, TRANSPOSED):
+        op = torch.conv_transpose1d if signals else torch.conv_transpose2d
+        geometry: Any = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+        return op(x, weight, bias, *geometry)
+    op = torch.conv1d if signals else torch.conv2d
+    return op(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _plain_norm(norm: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, batches: Any) -> Tensor:

@@ -4,7 +4,8 @@ The steps call the kernels that the ops of the same layers call one by one (fast
 the numbers are theirs to the bit. What a program saves is the rest: a Python call, a dispatch, an autograd node, a
 layout conversion and an allocation for every layer.
 
-Inside, every activation is dense channels_last, as the kernels want it; a matrix [N, C] is an image of one pixel.
+Inside, every activation is dense channels_last, as the kernels want it; a matrix [N, C] is an image of one pixel, a
+signal [N, C, L] one that is one pixel high.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import _activation, _native
-from fastgan._layout import is_channels_last
+from fastgan._layout import image, is_channels_last
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
-from fastgan.program.layer import Layer
+from fastgan.program.layer import TRANSPOSED, Geometry, Layer
 from fastgan.program.memory import ARENA, Place, arrange
 from fastgan.program.product import PRODUCTS, Native, Product, Steps
 
@@ -65,6 +66,11 @@ def strides(shape: Shape, channels_last: bool) -> Shape:
     return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
+def outer(shape: Shape, rank: int) -> Shape:
+    """The sizes, or strides, of an image as those of the tensor that it stands for: [N, C], [N, C, L] or itself."""
+    return {2: shape[:2], 3: (*shape[:2], *shape[3:]), 4: shape}[rank]
+
+
 class Unfit(ValueError):
     """Shapes that do not fit the layers."""
 
@@ -96,11 +102,11 @@ class Plan:
         self.cotangent = self._slot()
         self.gradients = {i: self._slot() for i, wants in enumerate(wanted) if wants}
         self.asked = {0} & self.gradients.keys()  # whose steps are left out where their gradient is not asked for
-        self.input_channels_last = self.output_channels_last = is_channels_last(x)
+        self.input_channels_last = self.output_channels_last = is_channels_last(image(x))
         self.passes: list[_Pass] = []
 
-        self.flat = x.dim() == 2  # whether the tensor at hand is [N, C]
-        shape = (*x.shape, 1, 1) if self.flat else tuple(x.shape)
+        self.rank = x.dim()  # dimensions of the tensor at hand: 2 for [N, C], 3 for [N, C, L], 4 for images
+        shape = (*x.shape, 1, 1) if self.rank == 2 else tuple(image(x).shape)
         h = self._enter(self.input, shape, self.input_channels_last, self.input_code)
         first = 1  # index of a layer's first parameter among `wanted`
         for i in range(len(layers)):
@@ -108,10 +114,9 @@ class Plan:
             first += len(parameters[i])
         self._leave(h, self.output, shape, self.output_channels_last, self.code)
         self.forward_steps = len(self.steps)
-        flat = 2 if self.flat else 4
-        self.shape = shape[:flat]  # of y
         plain = plain_order(shape) and layers[-1].makes_strides_plain()
-        self.strides = strides(shape, self.output_channels_last and not plain)[:flat]
+        self.shape = outer(shape, self.rank)  # of y
+        self.strides = outer(strides(shape, self.output_channels_last and not plain), self.rank)
         final = self.passes[-1]
         self.reads_output = final.y is self.output and final.t is None and final.epilogue[0] != IDENTITY[0]
         if self.gradients:
@@ -209,7 +214,7 @@ class Plan:
         layer, last = self.layers[i], i == len(self.layers) - 1
         names = [*(("weight", "bias") if layer.conv is not None else ())]
         names += ["gamma", "beta"] if layer.norm is not None else []
-        image = shape if layer.flatten else None
+        before = shape if layer.flatten else None
         if layer.flatten:
             x, shape = self._flattened(x, shape)
         tensors = dict(zip(names, layer.parameters(), strict=True))
@@ -217,16 +222,16 @@ class Plan:
         present = {name: slot if tensors[name] is not None else None for name, slot in zip(names, slots, strict=True)}
         gradients = {name: self.gradients.get(first + j) for j, name in enumerate(names)}
         found = _Pass(layer, x, shape, x, shape, epilogue, present, gradients, first)
-        found.image = image
+        found.image = before
         self.passes.append(found)
-        if layer.conv is not None and self.flat != isinstance(layer.conv, nn.Linear):
+        if layer.conv is not None and self.rank != _rank(layer.conv):
             raise Unfit
         if isinstance(layer.conv, nn.Linear):
             if shape[1] != layer.conv.in_features:
                 raise Unfit
             found.y_shape = shape[0], layer.conv.out_features, 1, 1
         elif layer.conv is not None:
-            weight: Any = tensors["weight"]
+            weight: Any = image(tensors["weight"])
             self.output_channels_last |= is_channels_last(weight)
             found.weight_strides = weight.stride()
             found.conv, found.y_shape = self._geometry(layer.conv, weight, shape)
@@ -238,7 +243,7 @@ class Plan:
             self._compute(found)
         elif not layer.is_batch_norm():
             self._normalise_samples(found)
-        elif self.flat != isinstance(layer.norm, nn.BatchNorm1d) or layer.norm.num_features != out[1]:
+        elif (self.rank < 4) != isinstance(layer.norm, nn.BatchNorm1d) or layer.norm.num_features != out[1]:
             raise Unfit
         elif layer.norm.training:
             self._normalise(i, found)
@@ -249,9 +254,9 @@ class Plan:
     def _flattened(self, x: Place, shape: Shape) -> tuple[Place, Shape]:
         """The image as nn.Flatten leaves it: a row in NCHW order."""
         n, c, h, w = shape
-        if self.flat:
+        if self.rank == 2:
             raise Unfit
-        self.flat, row = True, (n, c * h * w, 1, 1)
+        self.rank, row = 2, (n, c * h * w, 1, 1)
         if plain_order(shape):
             return x, row
         flat = self._image(row)
@@ -276,26 +281,23 @@ class Plan:
         self._product("linear", (p.x, (n, c)), (weight, (k, c)), (bias, (1, k)), (y, (n, k)))
 
     def _geometry(self, conv: Any, weight: Tensor, shape: Shape) -> tuple[Any, Shape]:
-        like = torch.empty(shape, device="meta")
-        kernel = tuple(weight.shape[2:])
+        like, g = torch.empty(shape, device="meta"), Geometry.of(conv)
         small: Shape
         large: Shape
-        if isinstance(conv, nn.ConvTranspose2d):
-            out = _conv_transpose2d.output_shape(
-                like, weight, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-            )
-            small, large = shape, tuple(out)
+        if isinstance(conv, TRANSPOSED):
+            numbers = g.stride, g.padding, g.output_padding, conv.groups, g.dilation
+            out = tuple(_conv_transpose2d.output_shape(like, weight, *numbers))
+            small, large, channels = shape, out, weight.shape[0]
         else:
-            out = _conv2d.output_shape(like, weight, conv.stride, conv.padding, conv.dilation)
-            small, large = tuple(out), shape
-        channels = weight.shape[0] if isinstance(conv, nn.ConvTranspose2d) else weight.shape[1] * conv.groups
+            out = tuple(_conv2d.output_shape(like, weight, g.stride, g.padding, g.dilation))
+            small, large, channels = out, shape, weight.shape[1] * conv.groups
         if shape[1] != channels or min(out) < 1:
             raise Unfit
-        geometry = kernel, tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation), conv.groups
-        return _conv2d.plan(self.core, large, small, *geometry), tuple(out)
+        geometry = tuple(weight.shape[2:]), g.stride, g.padding, g.dilation, conv.groups
+        return _conv2d.plan(self.core, large, small, *geometry), out
 
     def _convolve(self, p: _Pass, weight: Any, bias: Any, y: Place, epilogue: tuple) -> None:
-        kernel = "conv_transpose2d" if isinstance(p.layer.conv, nn.ConvTranspose2d) else "conv2d"
+        kernel = "conv_transpose2d" if isinstance(p.layer.conv, TRANSPOSED) else "conv2d"
         fields = p.x, weight, FLOAT32, p.weight_strides, self._rounded(bias, p.y_shape[1]), y
         self._step(kernel, p.conv, self.code, *fields, *epilogue)
 
@@ -341,11 +343,11 @@ class Plan:
         """Group, instance and layer norm: groups of a sample's channels have statistics of their own."""
         norm, (n, c, h, w) = p.layer.norm, p.y_shape
         if isinstance(norm, nn.LayerNorm):
-            groups, fits = 1, self.flat and tuple(norm.normalized_shape) == (c,)
+            groups, fits = 1, self.rank == 2 and tuple(norm.normalized_shape) == (c,)
         elif isinstance(norm, nn.GroupNorm):
             groups, fits = norm.num_groups, c == norm.num_channels and n * c * h * w > norm.num_groups
         else:
-            groups, fits = c, not self.flat and c == norm.num_features and h * w > 1
+            groups, fits = c, self.rank == 4 and c == norm.num_features and h * w > 1
         if not fits:
             raise Unfit
         p.t = self._norm_input(p)
@@ -357,7 +359,9 @@ class Plan:
     def _normalise_in_eval(self, i: int, p: _Pass, tensors: dict[str, Any]) -> None:
         layer, (mean, var, _) = p.layer, self.buffers[i]
         vectors = p.parameters["gamma"], p.parameters["beta"], mean, var
-        if not layer.convolves() or not _folds(layer.conv, tensors["weight"], p.x_shape):
+        if not isinstance(layer.conv, nn.Conv2d | nn.ConvTranspose2d) or not _folds(
+            layer.conv, tensors["weight"], p.x_shape
+        ):
             t = self._norm_input(p)
             self._step("bn_act_forward", self.code, t, *vectors, p.y, *self._norm_fields(p, 1, False))
             return
@@ -456,7 +460,7 @@ class Plan:
             self._product("linear_input", (dt, (n, k)), weight, (dx, (n, c)), only=input_only)
 
     def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, input_only: int | None) -> None:
-        transposed = isinstance(p.layer.conv, nn.ConvTranspose2d)
+        transposed = isinstance(p.layer.conv, TRANSPOSED)
         if (dw := p.gradients["weight"]) is not None:
             images = (dt, p.x) if transposed else (p.x, dt)
             n, _, h, w = p.x_shape if transposed else p.y_shape
@@ -466,6 +470,11 @@ class Plan:
             weight = p.parameters["weight"], FLOAT32, p.weight_strides
             kernel = "conv2d" if transposed else "conv_transpose2d"
             self._step(kernel, p.conv, self.code, dt, *weight, None, dx, *IDENTITY, only=input_only)
+
+
+def _rank(product: Any) -> int:
+    """Dimensions of what a convolution or linear layer takes."""
+    return 2 if isinstance(product, nn.Linear) else 2 + len(product.kernel_size)
 
 
 def _folds(conv: Any, weight: Tensor, shape: Shape) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._layout import laid_out
+from fastgan._layout import image, laid_out
 from fastgan._op import is_observed, reaches
 from fastgan.choice import STATE, Contest, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
@@ -137,8 +137,7 @@ class Node(torch.autograd.Function):
             arena.view(place.offset, (1, dy.numel()), dy.dtype).fill_(dy.as_strided((), ()))
             left_out.append(COTANGENT)
         else:
-            turned = plan.output_channels_last and dy.dim() == 4
-            dy = dy.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
+            dy = _laid_out(dy, plan.output_channels_last)
         tensors = (x, *parameters)
         found: list[Tensor | None] = [None] * len(tensors)
         for i in plan.gradients:
@@ -153,6 +152,14 @@ class Node(torch.autograd.Function):
             if i != COTANGENT:
                 found[i] = None
         return None, None, *found
+
+
+def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
+    """t itself or its copy; a matrix has one layout only."""
+    if t.dim() == 3 and channels_last:
+        return image(t).contiguous(memory_format=torch.channels_last).squeeze(2)
+    turned = channels_last and t.dim() == 4
+    return t.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
 
 
 def _versions(parameters: Sequence[Tensor | None]) -> list[int]:
@@ -263,7 +270,7 @@ class Run:
         return Contest((KIND, *key), apart, ("plain", "channels_last"))
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
-        fits = x.dim() in (2, 4) and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
+        fits = x.dim() in (2, 3, 4) and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
         if not torch.is_autocast_enabled("cpu"):  # float32 parameters take no other input
             fits = fits and dtype == torch.float32
         if self.layers[0].conv is None:  # a norm under autocast computes in its input's type

@@ -16,7 +16,9 @@ from fastgan.program.layer import Layer, torch_class
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 SETTINGS: dict[str, tuple[str, ...]] = {
+    "Conv1d": CONVOLUTION,
     "Conv2d": CONVOLUTION,
+    "ConvTranspose1d": (*CONVOLUTION, "output_padding"),
     "ConvTranspose2d": (*CONVOLUTION, "output_padding"),
     "Linear": ("in_features", "out_features"),
     "BatchNorm1d": ("num_features", "eps", "momentum", "track_running_stats"),

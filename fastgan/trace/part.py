@@ -243,8 +243,8 @@ def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # ---- which modules become parts -------------------------------------------------------------------------------------
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
-SIGNALS = (nn.Conv1d, nn.ConvTranspose1d)  # chains know images only
-LAYERS = (*SIGNALS, nn.Conv2d, nn.ConvTranspose2d, *NORMS)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+LAYERS = (*CONVOLUTIONS, *NORMS)
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:
@@ -266,9 +266,7 @@ def has_own_forward(m: nn.Module) -> bool:
 def _has_unseen_layers(m: nn.Module) -> bool:
     children = list(m.children())
     if isinstance(m, nn.Sequential) and not has_own_forward(m):
-        return any(
-            isinstance(c, SIGNALS) or (isinstance(c, LAYERS) and _no_chain_makes_its_weight(c)) for c in children
-        )
+        return any(isinstance(c, LAYERS) and _no_chain_makes_its_weight(c) for c in children)
     if not has_own_forward(m) and not isinstance(m, nn.ModuleList | nn.ModuleDict):
         return False
     layers = any(isinstance(c, LAYERS) for c in children) or sum(isinstance(c, nn.Linear) for c in children) > 1
@@ -278,7 +276,7 @@ def _has_unseen_layers(m: nn.Module) -> bool:
 def _no_chain_makes_its_weight(m: nn.Module) -> bool:
     """Whether something makes the weight at each call that chains do not know: torch's older hooks, or a norm's."""
     if torch.nn.utils.parametrize.is_parametrized(m):
-        return plain_class(m) not in (nn.Conv2d, nn.ConvTranspose2d)
+        return plain_class(m) not in CONVOLUTIONS
     return bool(m._forward_pre_hooks) and not has_hooks_on_values(m)
 
 
