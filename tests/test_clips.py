@@ -116,3 +116,22 @@ def test_settings_that_cannot_be_meant_of_clips():
     for wrong in ({"frames": 3}, {"frames": 1}, {"image_size": 24}, {"image_size": 8}):
         with pytest.raises(ValueError, match="must be a power of two of at least"):
             fastgan.models.build("clip-32", **wrong)
+
+
+def test_clips_are_written_as_a_film(tmp_path, monkeypatch):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    domain = domain_of(SMALL)
+    made = torch.linspace(-1, 1, 4).view(1, 4, 1, 1, 1).expand(3, -1, 1, 16, 16)
+    domain.check_out(str(tmp_path / "clips.mp4"))
+    domain.save(made, str(tmp_path / "clips.mp4"), 3)
+    reader = ffmpeg.read_frames(str(tmp_path / "clips.mp4"))
+    width, height = next(reader)["size"]
+    shades = [np.frombuffer(raw, np.uint8).reshape(height, width, 3)[10, 10, 0] for raw in reader]
+    assert len(shades) == 48 and width % 2 == height % 2 == 0
+    assert np.abs(np.array(shades[:4], int) - [0, 85, 170, 255]).max() < 12 and shades[4:8] == shades[:4]
+
+
+def test_a_film_names_the_package_that_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    with pytest.raises(ImportError, match="sample: mp4 needs the package imageio-ffmpeg"):
+        domain_of(SMALL).check_out(str(tmp_path / "clips.mp4"))

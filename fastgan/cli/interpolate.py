@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from fastgan import data
-from fastgan._writing import atomic_file, atomic_path, target_of
+from fastgan._writing import atomic_file, target_of
 from fastgan.data.decode import decode, reason
+from fastgan.data.films import require_ffmpeg, save_mp4
 from fastgan.data.memory import require
 from fastgan.domains import domain_of
 from fastgan.training import sampling
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"interpolate: --stops must be at least 2, got {args.stops}")
     target_of(args.out)
     if kind == ".mp4":
-        _require_ffmpeg()
+        require_ffmpeg("interpolate")
     frames = args.frames or (10 if kind == ".png" else 80)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     domain_of(Recipe.from_dict(config["recipe"])).require_latents("interpolate")
@@ -88,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     elif kind == ".gif":
         _save_gif(_pictures(images), frames, args.out)
     else:
-        _save_mp4(_pictures(images), args.out)
+        save_mp4(_pictures(images), args.out, fps=_FPS)
     print(f"{len(walks)} walks of {frames} frames: {args.out}")
     return 0
 
@@ -177,29 +175,3 @@ def _save_gif(pictures: Iterator[Tensor], frames: int, path: str) -> None:
     first, *rest = [Image.fromarray(p.numpy()) for p in (start, *pictures)]
     with atomic_file(path) as file:
         first.save(file, format="GIF", save_all=True, append_images=rest, duration=1000 // _FPS, loop=0)
-
-
-def _require_ffmpeg() -> None:
-    try:
-        importlib.import_module("imageio_ffmpeg")
-    except ImportError as error:
-        raise ImportError(
-            "interpolate: mp4 needs the package imageio-ffmpeg, which is not installed; "
-            "pip install imageio-ffmpeg, or write a .gif"
-        ) from error
-
-
-def _save_mp4(pictures: Iterator[Tensor], path: str) -> None:
-    ffmpeg = importlib.import_module("imageio_ffmpeg")
-    with atomic_path(path) as part, contextlib.ExitStack() as stack:
-        writer = None
-        for picture in pictures:
-            height, width, _ = picture.shape
-            # H.264 with 4:2:0 colour wants even sizes
-            picture = pad(picture, (0, 0, 0, width % 2, 0, height % 2))
-            if writer is None:
-                size = (picture.shape[1], picture.shape[0])
-                writer = ffmpeg.write_frames(str(part), size, fps=_FPS, macro_block_size=1)
-                stack.callback(writer.close)
-                writer.send(None)
-            writer.send(picture.contiguous().numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastgan import data
 from fastgan._writing import atomic_file, target_of
 from fastgan.data.clips import DEMONSTRATION, ClipSet, load_clips
+from fastgan.data.films import require_ffmpeg, save_mp4
 from fastgan.training.evaluation import MOST, NAMES, FeatureJudge
 from fastgan.training.figures import figure
 from fastgan.training.recipes import Recipe
@@ -24,6 +26,7 @@ from .sound import evenly
 __all__ = ["Clips", "motion_pictures"]
 
 PACE = 120  # milliseconds a frame
+LEAST = 48  # frames of a film: short clips are shown several times, since a player does not repeat them
 TILE = 64  # pixels of a frame in an animation, at least
 LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -89,16 +92,21 @@ class Clips(Domain):
     # ---- fastgan sample -------------------------------------------------------------------------------------------
 
     def check_out(self, out: str | None) -> None:
-        """A .gif, or a .png of strips."""
-        if out is None or Path(out).suffix.lower() not in (".gif", ".png"):
-            raise ValueError(f"sample: --out must end in .gif or .png, got {out}")
+        """A .gif, an .mp4, or a .png of strips."""
+        if out is None or Path(out).suffix.lower() not in (".gif", ".mp4", ".png"):
+            raise ValueError(f"sample: --out must end in .gif, .mp4 or .png, got {out}")
+        if Path(out).suffix.lower() == ".mp4":
+            require_ffmpeg("sample")
         target_of(out)
 
     def save(self, made: Tensor, out: str | None, columns: int | None) -> None:
-        """An animation, or strips."""
+        """An animation, a film, or strips."""
         path = Path(out or "")
         if path.suffix.lower() == ".gif":
             save_gif(made, path, columns)
+        elif path.suffix.lower() == ".mp4":
+            film = [page.expand(-1, -1, 3) for page in pages(made, columns)]
+            save_mp4(film * -(-LEAST // len(film)), path, fps=1000 / PACE)
         else:
             data.save_grid(self.pictures(made), path, columns=columns or 2)
 
@@ -116,15 +124,22 @@ def motion_pictures(clips: Tensor) -> Tensor:
     return (some * some.new_tensor(LUMINANCE)[:, None, None]).sum(2)
 
 
-def save_gif(clips: Tensor, path: Path, columns: int | None) -> None:
-    """Clips [N, T, C, H, W] in [-1, 1] beside each other in one animation, frames of at least 64 pixels a side."""
-    from PIL import Image
-
+def pages(clips: Tensor, columns: int | None) -> Iterator[Tensor]:
+    """Clips [N, T, C, H, W] in [-1, 1] beside each other: T pictures [height, width, C] uint8, frames of at least 64
+    pixels a side for up to 16 clips."""
     scale = max(1, -(-TILE // clips.shape[-1])) if len(clips) <= 16 else 1
-    pages = []
     for frame in clips.unbind(1):
         page = data.make_grid(frame, columns=columns, padding=1)
-        page = page.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0)
-        pages.append(Image.fromarray((page[..., 0] if page.shape[2] == 1 else page).contiguous().numpy()))
+        yield page.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0)
+
+
+def save_gif(clips: Tensor, path: Path, columns: int | None) -> None:
+    """The `pages` of clips as one animation that goes on for ever."""
+    from PIL import Image
+
+    first, *rest = [
+        Image.fromarray((page[..., 0] if page.shape[2] == 1 else page).contiguous().numpy())
+        for page in pages(clips, columns)
+    ]
     with atomic_file(path) as file:
-        pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], duration=PACE, loop=0)
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=PACE, loop=0)
