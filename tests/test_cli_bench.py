@@ -79,6 +79,7 @@ SMALL = {"mlp-28": {}, "sngan-32": {"g_width": 8, "d_width": 8}, "r3gan-small": 
 SMALL["r3gan"] = SMALL["r3gan-small"]
 SMALL["chargan"] = {"width": 8, "blocks": 1}
 SMALL |= {"sagan-32": {"g_width": 8, "d_width": 8}, "vit-gan-small": {"g_width": 4, "d_width": 8, "depth": 1}}
+SMALL["hifigan-small"] = {"g_width": 8, "d_width": 4}
 SMALL["cyclegan"] = {"g_width": 4, "d_width": 4, "blocks": 1}
 KINDS = [*fastgan.recipes(), "dragan"]
 

@@ -50,6 +50,7 @@ TINY += ["--set=sample_count=4", "--set=log_every=1"]
 NARROW = ["--set=model_options.g_width=2", "--set=model_options.d_width=2"]
 SMALL = {  # of recipes whose models have other options
     "chargan": ["--set=model_options.width=2"],
+    "hifigan-small": ["--set=model_options.g_width=8", "--set=model_options.d_width=4", "--set=held_out=8"],
     "wavegan": [*NARROW, "--set=domain_options.length=256", "--set=d_steps=1"],
 }
 QUICK = {  # what runs, and with which further arguments

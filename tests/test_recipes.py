@@ -20,11 +20,12 @@ NARROW = {
     "stylegan2-small": {"g_width": 8, "d_width": 8},
     "chargan": {"width": 8, "blocks": 1},
     "wavegan": {"g_width": 4, "d_width": 4},
+    "hifigan-small": {"g_width": 8, "d_width": 4},
     "sagan-32": {"g_width": 8, "d_width": 8},
     "vit-gan-small": {"g_width": 8, "d_width": 16, "depth": 2},
     "clip-32": {"g_width": 4, "d_width": 4},
 }
-SHORT = {"wavegan": {"length": 256}}
+SHORT = {"wavegan": {"length": 256}, "hifigan-small": {"length": 512}}
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -146,10 +146,15 @@ def textbook_step(
     for name in getattr(extra, "calls", ()) if compile else ():
         getattr(g, name).compile(dynamic=False)
 
-    def logits(images: Tensor, told: tuple[Tensor, ...]) -> list[Tensor]:
+    def outputs(images: Tensor, told: tuple[Tensor, ...]) -> Any:
         with autocast():
-            out = d_forward(images, *told)
-        return [t.float() for t in logits_of(out)]
+            return d_forward(images, *told)
+
+    def floats(output: Any) -> list[Tensor]:
+        return [t.float() for t in logits_of(output)]
+
+    def logits(images: Tensor, told: tuple[Tensor, ...]) -> list[Tensor]:
+        return floats(outputs(images, told))
 
     def total(term: Callable[..., Tensor], *scales: list[Tensor]) -> Tensor:
         values = [term(*scale) for scale in zip(*scales, strict=True)]
@@ -201,18 +206,18 @@ def textbook_step(
             told, given = () if labels is None else (labels[i],), None if z is None else z[i]
             fake, drawn, metrics = update_d(real[i], told, given, last=i == recipe.d_steps - 1)
         g_adam.zero_grad()
-        on_real = None
-        if recipe.loss == "relativistic":
+        d_real = None
+        if recipe.loss == "relativistic" or (extra is not None and getattr(extra, "reads_d_real", True)):
             with torch.no_grad():
-                on_real = logits(real[-1], told)
-        on_fake = logits(fake, told)
-        scales = (on_fake,) if on_real is None else (on_fake, on_real)
+                d_real = outputs(real[-1], told)
+        d_fake = outputs(fake, told)
+        scales = (floats(d_fake), floats(d_real)) if recipe.loss == "relativistic" else (floats(d_fake),)
         loss = total(lambda f, r=None: formula(f, r, recipe.loss, "g", 0.0), *scales)
         metrics["g_loss"] = loss.detach()
         if extra is not None and next(g_updates) % extra_every == 0:
             latents = drawn[0] if len(drawn) == 1 else drawn
             with autocast():
-                value = extra(Outputs(real[-1], fake, on_real, on_fake, told[0] if told else None, latents))
+                value = extra(Outputs(real[-1], fake, d_real, d_fake, told[0] if told else None, latents))
             loss = loss + extra_every * value
         backward(loss, g_scaler)
         g_scaler.step(g_adam)

@@ -15,6 +15,7 @@ from .pairs import Pairs
 from .sound import Sound
 from .text import Text
 from .unpaired import Unpaired
+from .vocoder import Vocoder
 
 __all__ = [
     "Clips",
@@ -27,12 +28,13 @@ __all__ = [
     "Stream",
     "Text",
     "Unpaired",
+    "Vocoder",
     "domain_of",
     "domains",
     "register",
 ]
 
-_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Text, Clips, Unpaired)}
+_DOMAINS: dict[str, type[Domain]] = {kind.name: kind for kind in (Images, Pairs, Sound, Vocoder, Text, Clips, Unpaired)}
 
 
 def domains() -> dict[str, type[Domain]]:

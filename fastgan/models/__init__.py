@@ -34,6 +34,7 @@ from .dcgan import (
     build_dcgan,
     build_keras_dcgan,
 )
+from .hifigan import MelGenerator, SoundDiscriminators, build_hifigan
 from .mlp import MLPDiscriminator, MLPGenerator
 from .mlp import build as build_mlp
 from .pix2pix import PatchGAN, UNet, build_pix2pix
@@ -63,6 +64,7 @@ __all__ = [
     "LabelledGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "MelGenerator",
     "MinibatchDeviation",
     "PatchGAN",
     "Preset",
@@ -73,6 +75,7 @@ __all__ = [
     "SNGANDiscriminator",
     "SNGANGenerator",
     "SelfAttention2d",
+    "SoundDiscriminators",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
     "TransformerBlock",
@@ -123,6 +126,9 @@ _PRESETS = {
         Preset("stylegan2-small", build_stylegan2, "Karras et al. 2020 (arXiv:1912.04958), with at most 64 channels"),
         Preset("chargan", build_chargan, "Gulrajani et al. 2017 (arXiv:1704.00028), its language model in small"),
         Preset("wavegan", build_wavegan, "Donahue et al. 2019 (arXiv:1802.04208), at a quarter of width and length"),
+        Preset(
+            "hifigan-small", build_hifigan, "Kong et al. 2020 (arXiv:2010.05646), at an eighth of V1's width or less"
+        ),
         Preset("sagan-32", build_sagan, "Zhang et al. 2019 (arXiv:1805.08318), on the networks of sngan-32"),
         Preset(
             "vit-gan-small",

@@ -559,6 +559,22 @@ _RECIPES = {
             "where it has 64, a quarter of its width and length",
         ),
         Recipe(
+            name="hifigan-small",
+            model="hifigan-small",
+            domain="vocoder",
+            data="drums",
+            batch_size=8,
+            steps=20_000,
+            loss="lsgan",
+            betas=(0.8, 0.99),
+            sample_count=16,
+            held_out=64,
+            eval_every=500,
+            source="Kong et al. 2020 (arXiv:2010.05646): LSGAN, 2 times feature matching, 45 times the distance of mel "
+            "spectrograms, Adam 2e-4 (0.8, 0.99); 8 kHz and an eighth of V1's width or less, batches of 8 whole sounds "
+            "where it has 16 pieces, constant rates and no weight decay",
+        ),
+        Recipe(
             name="sagan-32",
             model="sagan-32",
             data="emoji-64",

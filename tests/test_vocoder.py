@@ -1,0 +1,153 @@
+"""The recipe `hifigan-small`: mel spectrograms, its losses and scores, and a run through trainer and command."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import l1_loss
+
+import fastgan
+from fastgan.cli import main
+from fastgan.data.sounds import load_sounds
+from fastgan.domains import domain_of
+from fastgan.domains.mel import MelSpectrogram
+from fastgan.domains.vocoder import Sounding
+from fastgan.training.outputs import Outputs
+
+SMALL = fastgan.recipes()["hifigan-small"].replace(
+    model_options={"g_width": 8, "d_width": 4},
+    domain_options={"length": 512, "bands": 8},
+    **dict(batch_size=4, steps=4, eval_every=2, log_every=1, sample_count=6, held_out=10),
+)
+
+
+def tone(frequency, rate=8000, length=2048):
+    return torch.sin(2 * math.pi * frequency * torch.arange(length) / rate).view(1, 1, -1)
+
+
+# ---- spectrograms ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frequency", [200.0, 1000.0, 3100.0])
+def test_a_tone_is_loudest_in_the_band_around_it(frequency):
+    spectrogram = MelSpectrogram(8000, bands=40, hop=64)
+    found = spectrogram(tone(frequency))
+    assert found.shape == (1, 40, 32) and found.isfinite().all()
+    mel = lambda f: 2595 * math.log10(1 + f / 700)
+    assert abs(found[0, :, 16].argmax().item() + 1 - mel(frequency) / mel(4000) * 41) <= 1
+
+
+def test_silence_has_finite_derivatives():
+    x = torch.zeros(2, 1, 512, requires_grad=True)
+    MelSpectrogram(8000, bands=8, hop=64)(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_derivatives_of_a_spectrogram():
+    spectrogram = MelSpectrogram(8000, bands=8, hop=64)
+    torch.manual_seed(0)
+    x, way = torch.randn(1, 1, 512) * 0.3, torch.randn(1, 1, 512)
+    leaf = x.clone().requires_grad_()
+    spectrogram(leaf).sum().backward()
+    difference = (spectrogram(x + 1e-3 * way).double().sum() - spectrogram(x - 1e-3 * way).double().sum()) / 2e-3
+    assert (leaf.grad * way).sum().item() == pytest.approx(difference.item(), rel=0.02)
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hop", "factors"), [(4, [4]), (64, [4, 4, 4]), (32, [4, 4, 2])])
+def test_sounds_have_a_hop_a_frame(hop, factors):
+    from fastgan.models.hifigan import factors_of
+
+    generator, discriminator = fastgan.models.build("hifigan-small", bands=8, hop=hop, g_width=8, d_width=4)
+    assert factors_of(hop) == factors
+    sound = generator(torch.randn(2, 8, 9))
+    assert sound.shape == (2, 1, 9 * hop) and sound.abs().max() <= 1
+    logits, features = discriminator(torch.rand(2, 1, 509))
+    assert len(logits) == len(features) == 8 and all(t.dim() == 2 and len(t) == 2 for t in logits)
+    assert [f.shape[-1] for f in features[:5] for f in f[:1]] == [2, 3, 5, 7, 11]  # a column a place of the period
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"hop": 48}, "hop must be a power of two of at least 4, got 48"),
+        ({"g_width": 4}, "g_width must be at least 8 for hop 64, got 4"),
+        ({"d_width": 6}, "d_width must be a multiple of 4, got 6"),
+        ({"bands": 0}, "bands must be a positive integer"),
+    ],
+)
+def test_sizes_that_are_none(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        fastgan.models.build("hifigan-small", **options)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_generator_learns_is_half_of_the_papers_terms():
+    """LSGAN here has half of the paper's square, so the others have half of their weights."""
+    domain = domain_of(SMALL)
+    extra = domain.step(None, None)["extra_g_loss"]
+    assert isinstance(extra, Sounding) and (extra.mel, extra.matching) == (22.5, 1.0)
+    torch.manual_seed(0)
+    _, discriminator = fastgan.models.build("hifigan-small", d_width=4)
+    real, fake = torch.rand(2, 1, 512) - 0.5, torch.rand(2, 1, 512) - 0.5
+    mel = domain.spectrogram
+    d_real, d_fake = discriminator(real), discriminator(fake)
+    found = extra(Outputs(real, fake, d_real, d_fake, None, mel(real)))
+    layers = [(a, b) for a, b in zip(d_real[1], d_fake[1], strict=True) for a, b in zip(a, b, strict=True)]
+    assert len(layers) == 40
+    want = 22.5 * l1_loss(mel(fake), mel(real)) + sum(l1_loss(a, b) for a, b in layers)
+    torch.testing.assert_close(found, want)
+    assert extra(Outputs(real, real, d_real, d_real, None, mel(real))).item() < 1e-4
+
+
+def test_the_score_is_the_distance_of_spectrograms():
+    sounds = load_sounds("drums", length=512)
+    judge = domain_of(SMALL).judge(sounds.select(torch.arange(30)))
+    real = sounds.pick(torch.arange(30))
+    noisy = (real + 0.05 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    same, off = judge.score((real, real), 30), judge.score((noisy, real), 30)
+    assert same["mel"] == 0 and abs(same["kcd"]) < 0.05 and off["mel"] > 0.5 and off["kcd"] > same["kcd"]
+    assert judge.score((real * torch.nan, real), 30) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"conditional": True}, "conditional and instance_noise must be left out"),
+        ({"domain_options": {"length": 500}}, "length must be a multiple of hop 64, got 500"),
+    ],
+)
+def test_recipes_that_are_none(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        domain_of(SMALL.replace(**changes))
+
+
+# ---- the recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unraced")
+def test_a_vocoder_trains_resumes_reports_and_writes_sounds(tmp_path, capsys):
+    run = tmp_path / "run"
+    trainer = fastgan.Trainer(SMALL, out=run, device="cpu", quiet=True)
+    result = trainer.fit()
+    assert result.step == 4 and {"mel", "kcd", "extra_g_loss"} <= result.metrics.keys()
+    page = (run / "report.html").read_text()
+    assert page.count("<audio controls") >= 2 and "Distance of spectrograms" in page
+    out = tmp_path / "sounds"
+    assert main(["sample", "--run", str(run), "--n", "3", "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["1.wav", "2.wav", "3.wav"]
+    capsys.readouterr()
+    assert main(["sample", "--run", str(run), "--out", str(out), "--truncation", "0.5"]) == 2
+    assert "--truncation must be left out" in capsys.readouterr().err
+    assert main(["interpolate", "--run", str(run), "--out", str(tmp_path / "a.gif")]) == 2
+    assert "makes sounds from spectrograms" in capsys.readouterr().err
+    fastgan.Trainer(SMALL.replace(steps=2), out=tmp_path / "parts", device="cpu", quiet=True).fit()
+    parts = fastgan.Trainer(SMALL, resume=tmp_path / "parts", quiet=True)
+    parts.fit()
+    for network in ("generator", "discriminator"):
+        weights = (getattr(run, network).state_dict().items() for run in (trainer, parts))
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*weights, strict=True))
