@@ -4,7 +4,7 @@
     python benchmarks/first_step.py --table avx2         # both held to AVX2
     python benchmarks/first_step.py --table avx2 --recipes dcgan-64 --precisions bf16
 
-Each figure is of a process of its own. Ours builds and converts the networks, then runs three steps on random images;
+Each figure is of a process of its own. Ours builds and converts the networks, then runs three steps on random samples;
 PyTorch's is the textbook step of the same recipe in channels_last. A step of PyTorch beyond LIMIT is not repeated:
 its first step stands for its warm one, and the row says so. The bound is 1.5 warm steps of PyTorch and 2 s.
 Results go into one JSON a machine and table in benchmarks/results, row by row, so that the work can be done in parts;
@@ -36,6 +36,7 @@ import fastgan
 from fastgan import models
 from fastgan.benchmarking.textbook import textbook_step
 from fastgan.choice import STATE, native
+from fastgan.domains import domain_of
 from fastgan.training.sampling import build_models
 from fastgan.training.assembly import assemble
 
@@ -43,18 +44,18 @@ who, name, precision, table, limit = sys.argv[1:]
 if table:
     native()[0].use_table(table)
 recipe = fastgan.recipes()[name].replace(precision=precision)
-images = torch.rand(recipe.batch_size, recipe.channels, recipe.image_size, recipe.image_size) * 2 - 1
-images = images.to(memory_format=torch.channels_last)
+domain = domain_of(recipe)
+given = domain.inputs([domain.probe("cpu")] * recipe.d_steps)
 if who == "ours":
     step = assemble(recipe, torch.device("cpu"))[2]
-    run = lambda: step([images] * recipe.d_steps)
+    run = lambda: step(*given)
 else:
     torch.manual_seed(0)
     g, d = (m.to(memory_format=torch.channels_last) for m in build_models(recipe))
     rates = (g, recipe.g_lr), (d, recipe.d_lr)
     adams = [torch.optim.Adam(m.parameters(), lr=lr, betas=recipe.betas, fused=True) for m, lr in rates]
     step = textbook_step(recipe, g, d, *adams)
-    run = lambda: step(images)
+    run = lambda: step(*given)
 times = []
 while len(times) < 4 and (len(times) < 1 or sum(times) < float(limit)):
     begin = time.perf_counter()

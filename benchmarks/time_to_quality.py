@@ -36,9 +36,8 @@ from torch import Tensor, nn
 import fastgan
 from fastgan.benchmarking.textbook import textbook_step
 from fastgan.metrics import features, kernel_distance, load_backbone
-from fastgan.training.assembly import assemble
+from fastgan.training.assembly import assemble, precision_of
 from fastgan.training.ema import EMA
-from fastgan.training.precision import resolve
 from fastgan.training.recipes import Recipe
 from fastgan.training.sampling import build_models, draw, latents
 
@@ -68,7 +67,8 @@ def plain(recipe: Recipe, networks: tuple[nn.Module, nn.Module]) -> Arm:
 
 def automatic(recipe: Recipe, networks: tuple[nn.Module, nn.Module]) -> Arm:
     """In bf16 where this machine is faster in it."""
-    return ours(recipe.replace(precision=resolve("auto", torch.device("cpu")).name), networks)
+    found = precision_of(recipe.replace(precision="auto"), torch.device("cpu"), networks)
+    return ours(recipe.replace(precision=found.name), networks)
 
 
 def ours(recipe: Recipe, networks: tuple[nn.Module, nn.Module]) -> Arm:
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "target": options.target,
         "limit": options.limit,
         "images_compared": COMPARED,
-        "auto": resolve("auto", torch.device("cpu")).name,
+        "auto": precision_of(RECIPE.replace(precision="auto"), torch.device("cpu")).name,
         "backbone": load_backbone().identity,
         "between_halves_of_the_images": kernel_distance(real[::2], real[1::2]),
         "times": runs,

@@ -23,8 +23,7 @@ from fastgan._op import around
 from fastgan._writing import atomic_path
 from fastgan.choice import Routine, cost_of
 from fastgan.domains import domain_of
-from fastgan.training.assembly import assemble
-from fastgan.training.precision import resolve
+from fastgan.training.assembly import assemble, precision_of
 from fastgan.training.recipes import Recipe
 from fastgan.training.step import GANStep
 
@@ -135,7 +134,7 @@ def profile(
         share_of_roofline), "other_ms" (outside every row: Python, waiting), "ceilings"; on a GPU "kernels" and "gaps".
     """
     place = torch.device(device)
-    recipe = recipe.replace(precision=resolve(recipe.precision, place).name)
+    recipe = recipe.replace(precision=precision_of(recipe, place).name)
     following = _inputs(recipe, place, images)
     _, _, step = assemble(recipe, place)
     timed = _timed(step, following, steps, place)

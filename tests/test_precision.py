@@ -11,6 +11,7 @@ from fastgan.choice import STATE, native
 from fastgan.choice.state import State
 from fastgan.cli import main
 from fastgan.training import precision
+from fastgan.training.assembly import precision_of
 from fastgan.training.precision import resolve
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ def table(monkeypatch, tmp_path):
         measured = []
         fake = types.SimpleNamespace(table=lambda: name)
         monkeypatch.setattr(precision, "native", lambda: (fake, "") if name else (None, "no core here"))
-        monkeypatch.setattr(precision, "bf16_gain", lambda: measured.append(1) or gain)
+        monkeypatch.setattr(precision, "bf16_gain", lambda layer: measured.append(layer) or gain)
         precision.warn.cache_clear()
         return measured
 
@@ -41,17 +42,17 @@ def table(monkeypatch, tmp_path):
 )  # fmt: skip  # a table
 def test_auto_goes_by_instructions_and_then_by_a_measurement(table, name, gain, want):
     measured = table(name, gain)
-    found = resolve("auto", CPU)
+    found = resolve("auto", CPU, ())
     assert found.name == want and found.why.startswith("auto: ")
     assert len(measured) == (name in precision.FAST_TABLES)
-    assert resolve("auto", CPU) == found and len(measured) <= 1  # the cache remembers
+    assert resolve("auto", CPU, ()) == found and len(measured) <= 1  # the cache remembers
     assert not STATE.verdicts  # a fact about the machine is no choice of a run
 
 
 @pytest.mark.parametrize(("capability", "want"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_on_a_gpu_goes_by_its_tensor_cores(monkeypatch, capability, want):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = resolve("auto", torch.device("cuda"))
+    found = resolve("auto", torch.device("cuda"), ())
     assert found.name == want and f"sm_{capability[0]}{capability[1]}" in found.why
 
 
@@ -94,6 +95,28 @@ def test_a_run_records_what_auto_was_and_a_resumed_one_keeps_it(table, tmp_path,
     assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["precision"] == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "layer"),
+    [("chargan", "conv1d"), ("wavegan", "conv1d"), ("hifigan-small", "conv1d"), ("dcgan-64", "conv2d"),
+     ("clip-32", "conv2d"), ("mlp-28", "linear")],
+)  # fmt: skip  # a table
+def test_auto_goes_by_the_layers_that_a_recipe_has(table, recipe, layer):
+    measured = table("avx512_bf16", 1.7)
+    found = precision_of(fastgan.recipes()[recipe].replace(precision="auto"), CPU)
+    assert found.name == "bf16" and measured == [layer] and precision.LAYERS[layer].words in found.why
+    networks = fastgan.models.build(recipe)
+    assert precision_of(fastgan.recipes()[recipe].replace(precision="auto"), CPU, networks) == found
+    assert measured == [layer]  # the cache remembers
+
+
+def test_each_kind_of_layer_is_remembered_by_itself(table):
+    measured = table("avx512_bf16", 1.7)
+    for network in (torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 1), torch.nn.Conv2d(2, 2, 1)) * 2:
+        resolve("auto", CPU, [network])
+    assert measured == ["linear", "conv1d", "conv2d"]
+
+
 @pytest.mark.skipif(native()[0] is None, reason="no native core here")
-def test_the_measured_layer_is_a_real_one():
-    assert 0.05 < precision.bf16_gain(rounds=2) < 20
+@pytest.mark.parametrize("layer", precision.LAYERS)
+def test_the_measured_layer_is_a_real_one(layer):
+    assert 0.02 < precision.bf16_gain(layer, rounds=2) < 50

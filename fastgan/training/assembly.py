@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -13,12 +16,13 @@ from . import needs
 from .ada import Ada
 from .adam import Adam
 from .augment import ADAPTIVE, Augment, policy_of
+from .precision import Precision, resolve
 from .recipes import Recipe
 from .sampling import build_models
 from .schedules import average_decay
 from .step import GANStep
 
-__all__ = ["assemble", "resolve_device"]
+__all__ = ["assemble", "precision_of", "resolve_device"]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -34,6 +38,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {device} must exist, this machine has {torch.cuda.device_count()} CUDA device(s)")
     return found
+
+
+def precision_of(recipe: Recipe, device: torch.device, networks: Iterable[nn.Module] | None = None) -> Precision:
+    """What the recipe's precision means on `device`; networks: in place of those of the recipe's model."""
+    if networks is None and recipe.precision == "auto":
+        # what cannot be built is refused with words of its own later on
+        refused = contextlib.suppress(ValueError, RuntimeError, OverflowError)
+        with refused, torch.random.fork_rng([]), torch.device("meta"):
+            networks = build_models(recipe.replace(conditional=False))
+    return resolve(recipe.precision, device, networks or ())
 
 
 def augmentation(recipe: Recipe, device: torch.device) -> Augment | None:

@@ -12,9 +12,8 @@ from torch import nn
 from fastgan.choice import backend as force_backend
 from fastgan.domains import domain_of
 
-from .assembly import assemble, resolve_device
+from .assembly import assemble, precision_of, resolve_device
 from .origin import load_samples
-from .precision import resolve
 from .progress import duration, memory_mb
 from .recipes import Recipe
 
@@ -96,7 +95,7 @@ def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) ->
     with force_backend(backend) if backend else contextlib.nullcontext():
         found = measure(recipe, place)
     rows = {key: str(value) for key, value in recipe.to_dict().items()}
-    rows["precision"] = str(resolve(recipe.precision, place))
+    rows["precision"] = str(precision_of(recipe, place))
     rows["device"] = f"{place}, backend {backend or 'auto'}"
     rows["parameters"] = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
     rows["images seen"] = f"{recipe.steps * recipe.batch_size * recipe.d_steps:,}"

@@ -206,7 +206,7 @@ class GANStep:
         self._average = None if ema is None else EMA(generator, ema)
         first = next(generator.parameters())
         self.device, self.dtype = first.device, first.dtype
-        self._resolved = resolve(precision, self.device)
+        self._resolved = resolve(precision, self.device, (generator, self.discriminator))
         self.precision, self.rng = self._resolved.name, rng
         if self._resolved.slower:
             warn(self._resolved.slower)

@@ -22,7 +22,7 @@ from fastgan.choice import backend, begin_run
 from fastgan.domains import domain_of
 
 from . import checkpoint, snapshot
-from .assembly import assemble, resolve_device
+from .assembly import assemble, precision_of, resolve_device
 from .board import boards
 from .clock import Clock
 from .conclusion import Result, conclude
@@ -31,7 +31,6 @@ from .evaluation import Evaluation
 from .guard import Collapse, DivergedError, Guard
 from .health import gradient_norms
 from .origin import changed_images, configuration, load_samples, open_run, recipe_of
-from .precision import resolve
 from .progress import memory_mb, progress_for
 from .recipes import Recipe
 from .recovery import check_action, recover
@@ -102,7 +101,7 @@ class Trainer:
         self.recipe = recipe_of(config, saved)
         place = resolve_device(device if device is not None else (saved["device"] if saved else "auto"))
         self.device = resolve_device(self.world.place(place))
-        self._precision = self.world.gather(resolve(self.recipe.precision, self.device))[0]
+        self._precision = self.world.gather(precision_of(self.recipe, self.device, networks))[0]
         self.recipe = self.recipe.replace(precision=self._precision.name)  # what config.json holds
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
         measured, metrics = bool(self.recipe.eval_every), domain_of(self.recipe).metrics
