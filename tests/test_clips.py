@@ -101,7 +101,7 @@ def test_clip_32_trains_resumes_reports_and_writes_gifs(tmp_path, capsys):
     with Image.open(out) as moving:
         assert moving.n_frames == 4 and moving.size == (2 * 17 * 4 + 4, 2 * 17 * 4 + 4)
     assert main(["sample", "--run", str(run), "--n", "4", "--out", str(tmp_path / "a.avi")]) == 2
-    assert "must end in .gif or .png" in capsys.readouterr().err
+    assert "must end in .gif, .mp4 or .png" in capsys.readouterr().err
     fastgan.Trainer(SMALL.replace(steps=2), out=tmp_path / "parts", device="cpu", quiet=True).fit()
     parts = fastgan.Trainer(SMALL, resume=tmp_path / "parts", quiet=True)
     parts.fit()
@@ -128,7 +128,7 @@ def test_clips_are_written_as_a_film(tmp_path, monkeypatch):
     width, height = next(reader)["size"]
     shades = [np.frombuffer(raw, np.uint8).reshape(height, width, 3)[10, 10, 0] for raw in reader]
     assert len(shades) == 48 and width % 2 == height % 2 == 0
-    assert np.abs(np.array(shades[:4], int) - [0, 85, 170, 255]).max() < 12 and shades[4:8] == shades[:4]
+    assert np.abs(np.array(shades, int).reshape(12, 4) - [0, 85, 170, 255]).max() < 12
 
 
 def test_a_film_names_the_package_that_it_needs(tmp_path, monkeypatch):

@@ -42,11 +42,8 @@ class Vocoder(Sound):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
-        if recipe.conditional or recipe.instance_noise:
-            raise ValueError(
-                f"recipe: {recipe.name} compares sounds with their spectrograms, conditional and instance_noise must "
-                "be left out"
-            )
+        if recipe.instance_noise:
+            raise ValueError(f"recipe: {recipe.name} compares sounds with their spectrograms, instance_noise must be 0")
         if self.option["length"] % self.option["hop"]:
             hop, length = self.option["hop"], self.option["length"]
             raise ValueError(f"recipe: domain_options.length must be a multiple of hop {hop}, got {length}")
