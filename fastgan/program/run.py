@@ -137,7 +137,7 @@ class Node(torch.autograd.Function):
             arena.view(place.offset, (1, dy.numel()), dy.dtype).fill_(dy.as_strided((), ()))
             left_out.append(COTANGENT)
         else:
-            dy = _laid_out(dy, plan.output_channels_last)
+            dy = _turned_to(dy, plan.output_channels_last)
         tensors = (x, *parameters)
         found: list[Tensor | None] = [None] * len(tensors)
         for i in plan.gradients:
@@ -154,7 +154,7 @@ class Node(torch.autograd.Function):
         return None, None, *found
 
 
-def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
+def _turned_to(t: Tensor, channels_last: bool) -> Tensor:
     """t itself or its copy; a matrix has one layout only."""
     if t.dim() == 3 and channels_last:
         return image(t).contiguous(memory_format=torch.channels_last).squeeze(2)
