@@ -65,6 +65,7 @@ ELEMENTWISE = (
     "adam",
     "attention",
     "upfirdn2d",
+    "filtered_lrelu",
     "program",
 )
 

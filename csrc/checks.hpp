@@ -89,6 +89,15 @@ inline void check(const char* op, const Upfirdn2dArgs& a) {
     refuse(std::string(op) + ": a separable filter has one length, got " + text(a.KH) + " and " + text(a.KW));
 }
 
+inline void check(const char* op, const FilteredLreluShape& s) {
+  for (int64_t v : {s.N, s.C, s.H, s.W, s.MH, s.MW, s.OH, s.OW, s.KH_up, s.KW_up, s.KH_down, s.KW_down, s.up, s.down})
+    within(op, "every size and factor", v, 1, INT32_MAX);
+  for (int64_t v : {s.pad_y, s.pad_x, s.pad_out_y, s.pad_out_x}) within(op, "every padding", v, -INT32_MAX, INT32_MAX);
+  if ((s.separable_up && s.KH_up != s.KW_up) || (s.separable_down && s.KH_down != s.KW_down))
+    refuse(std::string(op) + ": a separable filter has one length, got " + text(s.KH_up) + " and " + text(s.KW_up) +
+           ", " + text(s.KH_down) + " and " + text(s.KW_down));
+}
+
 inline void check(const char* op, const AdamArgs& a) {
   for (int64_t i = 0; i < a.tensors.count; ++i)
     if (a.tensors.first[i].count < 1)

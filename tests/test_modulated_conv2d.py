@@ -1,10 +1,10 @@
-"""modulated_conv2d, conv2d_resample and filtered_lrelu against their definitions in float64 PyTorch."""
+"""modulated_conv2d and conv2d_resample against their definitions in float64 PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import BACKENDS, LAYOUTS, against_plain
-from test_upfirdn2d import LONG, ODD, SMOOTH, plain
+from test_upfirdn2d import ODD, SMOOTH, plain
 
 from fastgan import functional
 
@@ -92,33 +92,6 @@ def test_modulated_conv2d_in_half_precision_does_not_overflow():
         torch.testing.assert_close(y.float(), want, rtol=0.02, atol=0.02)
 
 
-def plain_filtered(fu, fd, up, down, padding, gain, slope, clamp):
-    def run(x, b):
-        x = upfirdn(x + b.view(1, -1, 1, 1), fu, up, 1, padding, False, up**2)
-        x = F.leaky_relu(x, slope) * gain
-        return upfirdn(x if clamp is None else x.clamp(-clamp, clamp), fd, 1, down, 0)
-
-    return run
-
-
-FILTERED = [
-    (LONG, LONG, 2, 2, (10, 11, 9, 12), 0.7),
-    (SMOOTH, None, 2, 1, 2, None),
-    (ODD, FILTER, 4, 2, (5, 4, 3, 6), None),
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("fu", "fd", "up", "down", "padding", "clamp"), FILTERED, ids=["12 taps", "up", "2-D"])
-def test_filtered_lrelu_to_second_order(fu, fd, up, down, padding, clamp, dtype, layout, backend):
-    x, b = torch.randn(2, 3, 8, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    form = {"gain": 1.3, "negative_slope": 0.1, "clamp": clamp}
-    ours = lambda x, b: functional.filtered_lrelu(x, fu, fd, b, up, down, padding, **form)
-    against_plain(ours, plain_filtered(fu, fd, up, down, padding, 1.3, 0.1, clamp), (x, b), dtype, layout, backend)
-
-
 def test_errors():
     x, w = torch.randn(2, 4, 6, 6), torch.randn(5, 4, 3, 3)
     modulate, resample = functional.modulated_conv2d, functional.conv2d_resample
@@ -127,7 +100,6 @@ def test_errors():
         (lambda: modulate(x, w, torch.ones(2, 4), form="both"), "form must be one of auto, activations, weights, got"),
         (lambda: resample(x, w[0]), r"conv2d_resample: weight must have 4 dimensions, got shape \(4, 3, 3\)"),
         (lambda: resample(x, w, up=0), "conv2d_resample: up must be an int >= 1, got 0"),
-        (lambda: functional.filtered_lrelu(x[0]), r"filtered_lrelu: x must be \[N,C,H,W\]"),
     ]:
         with pytest.raises(ValueError, match=text):
             call()

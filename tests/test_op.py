@@ -10,9 +10,11 @@ from fastgan._op import OPS
 
 
 def sample(name):
-    """The op's example, with gradients asked of every tensor but statistics (constants of their x)."""
+    """The op's example, with gradients asked of every tensor but statistics (constants of their x), masks and the
+    filters that an op refuses to learn."""
     op = OPS[name]
-    leaves = [] if name.endswith("_double_backward") else [n for n in op.names if n not in ("mean", "var")]
+    constant = ("mean", "var", "signs", "fu", "fd")
+    leaves = [] if name.endswith("_double_backward") else [n for n in op.names if n not in constant]
     return tuple(
         a.requires_grad_() if isinstance(a, torch.Tensor) and n in leaves else a
         for n, a in zip(op.names, op.example(), strict=True)

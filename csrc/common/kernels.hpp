@@ -125,6 +125,23 @@ FG_STRUCT(Upfirdn2dArgs, (DType, dtype), (const void*, x), (const float*, f), (v
           (int64_t, up_x), (int64_t, down_y), (int64_t, down_x), (int64_t, pad_y), (int64_t, pad_x), (bool, separable),
           (bool, flip), (bool, channels_last), (float, gain), (Threads, threads));
 
+// y [N, C, OH, OW] = every down-th sample of f_down * phi(u), u [N, C, MH, MW] = f_up * (x + bias), x with up - 1 zeros
+// behind each sample; pads before, filters, flip and channels_last as in Upfirdn2dArgs. signs are words of 32 samples
+// of a row of u, [1 or 2][N][C][MH][words]: u > 0 does not hold; and where clamp >= 0: the clamp holds phi(u). Forward
+// phi is a leaky ReLU with gain and clamp and u has the gain up^2; backward phi is a product with gain, gain slope or
+// 0, as the signs say.
+FG_STRUCT(FilteredLreluShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, H), (int64_t, W), (int64_t, MH),
+          (int64_t, MW), (int64_t, OH), (int64_t, OW), (int64_t, KH_up), (int64_t, KW_up), (int64_t, KH_down),
+          (int64_t, KW_down), (int64_t, up), (int64_t, down), (int64_t, pad_y), (int64_t, pad_x), (int64_t, pad_out_y),
+          (int64_t, pad_out_x), (bool, separable_up), (bool, separable_down), (bool, flip), (bool, channels_last),
+          (float, gain), (float, slope), (float, clamp), (Threads, threads));
+
+FG_STRUCT(FilteredLreluForwardArgs, (const void*, x), (const float*, bias), (const float*, f_up),
+          (const float*, f_down), (void*, y), (void*, signs));
+
+FG_STRUCT(FilteredLreluBackwardArgs, (const void*, x), (const void*, signs), (const float*, f_up),
+          (const float*, f_down), (void*, y));
+
 // A parameter with its gradient, Adam's state and the moving average that follows it (null: none), all dense, in one
 // layout; step: a count, this update's included.
 FG_STRUCT(AdamTensor, (float*, parameter), (const float*, gradient), (float*, exp_avg), (float*, exp_avg_sq),
@@ -208,6 +225,9 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
   f(adam, AdamArgs)                                                                \
   f(upfirdn2d, Upfirdn2dArgs)
 // clang-format on
+#define FG_FILTERED_LRELU_KERNELS(f)                                      \
+  f(filtered_lrelu_forward, FilteredLreluShape, FilteredLreluForwardArgs) \
+      f(filtered_lrelu_backward, FilteredLreluShape, FilteredLreluBackwardArgs)
 // Attention has no CUDA C++ kernel yet.
 #define FG_ATTENTION_KERNELS(f)                                    \
   f(attention_forward, AttentionShape, AttentionForwardArgs)       \
@@ -218,9 +238,10 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
 #define FG_KERNELS(f)   \
   FG_PRODUCT_KERNELS(f) \
   FG_ELEMENTWISE_KERNELS(f)
-#define FG_CPU_KERNELS(f) \
-  FG_KERNELS(f)           \
-  FG_ATTENTION_KERNELS(f) \
+#define FG_CPU_KERNELS(f)      \
+  FG_KERNELS(f)                \
+  FG_FILTERED_LRELU_KERNELS(f) \
+  FG_ATTENTION_KERNELS(f)      \
   FG_PROGRAM_KERNELS(f)
 
 template <class... Structs>

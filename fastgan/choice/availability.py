@@ -87,8 +87,6 @@ def has_kernel(op: str, device: str) -> bool:
 
     Not whether it takes a certain case: then the reference does.
     """
-    if device == "cpu" and not STATE.emulated:  # no fused op has a kernel there
-        return False
 
     def may_run(name: str) -> bool:
         runs_on = ("cpu",) if name in STATE.emulated else DEVICES[name]

@@ -37,13 +37,20 @@ def bias_act(
     Raises:
         ValueError: a shape, name or number is not as above.
     """
-    activation = _activation.check("bias_act", activation, negative_slope, tuple(_activation.CODES))
-    if not (math.isfinite(gain) and gain):
-        raise ValueError(f"bias_act: gain must be finite and not 0, got {gain}; multiply the result instead")
-    if clamp is not None and not clamp >= 0:
-        raise ValueError(f"bias_act: clamp must be None or >= 0, got {clamp}")
+    activation, limit = check_form("bias_act", activation, negative_slope, gain, clamp)
     if x.dim() < 2:
         raise ValueError(f"bias_act: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
     check_bias("bias_act", bias, x.shape[1])
-    limit = -1.0 if clamp is None else float(clamp)
     return _bias_act.op(x, bias, activation, float(negative_slope), float(gain), limit)
+
+
+def check_form(
+    op: str, activation: str | None, negative_slope: float, gain: float, clamp: float | None
+) -> tuple[str, float]:
+    """The activation's canonical name and the clamp as ops take it, -1 for None; or one clear ValueError."""
+    name = _activation.check(op, activation, negative_slope, tuple(_activation.CODES))
+    if not (math.isfinite(gain) and gain):
+        raise ValueError(f"{op}: gain must be finite and not 0, got {gain}; multiply the result instead")
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"{op}: clamp must be None or >= 0, got {clamp}")
+    return name, -1.0 if clamp is None else float(clamp)

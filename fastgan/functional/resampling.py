@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.functional.checks import Size2, pair
+from fastgan.choice import has_kernel
+from fastgan.functional.checks import Size2, check_bias, pair
 from fastgan.functional.convolution import conv2d, conv_transpose2d
-from fastgan.functional.elementwise import bias_act
+from fastgan.functional.elementwise import bias_act, check_form
+from fastgan.ops import filtered_lrelu as _filtered_lrelu
 from fastgan.ops import upfirdn2d as _upfirdn2d
 
 
@@ -106,17 +108,18 @@ def filtered_lrelu(
 ) -> Tensor:
     """StyleGAN3's activation: bias, upsampling by fu, leaky ReLU with gain and clamp, downsampling by fd.
 
-    A composition of `upfirdn2d`, `bias_act` and `upfirdn2d`: the upsampled image goes through memory, three times.
+    One pass on a CPU: the upsampled image stays in cache, and a bit for each of its samples (two with a clamp) is kept
+    for the derivatives. On a GPU, and where a filter requires gradients, `upfirdn2d` and `bias_act` compute the same.
 
     Args:
         x: [N, C, H, W], floating.
         fu, fd: filters as `upfirdn2d` takes them; fu's result is multiplied by up^2, which keeps the magnitude.
         bias: [C] or None, added before the upsampling.
-        up, down: factors of both axes.
+        up, down: factors of both axes, ints >= 1.
         padding: as `upfirdn2d`, of the upsampled image.
-        gain: of the leaky ReLU, above 0.
+        gain: of the leaky ReLU; finite and not 0.
         negative_slope: of the leaky ReLU, >= 0.
-        clamp: None, or the largest absolute value behind the leaky ReLU.
+        clamp: None, or the largest absolute value behind the leaky ReLU, >= 0. What it holds has the derivative 0.
         flip_filter: False: convolution; True: correlation; of both filters.
 
     Returns:
@@ -125,12 +128,31 @@ def filtered_lrelu(
     Raises:
         ValueError, TypeError: as `upfirdn2d` and `bias_act`.
     """
-    check_image("filtered_lrelu", x)
-    if bias is not None:
-        x = bias_act(x, bias, activation=None)
-    x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
-    x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
-    return upfirdn2d(x, fd, 1, down, 0, flip_filter)
+    name = "filtered_lrelu"
+    check_image(name, x)
+    fu, fd = filter_of(name, "fu", fu, x), filter_of(name, "fd", fd, x)
+    check_bias(name, bias, x.shape[1])
+    for factor, value in (("up", up), ("down", down)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {factor} must be an int >= 1, got {value!r}")
+    limit = check_form(name, "leaky_relu", negative_slope, gain, clamp)[1]
+    before_x, after_x, before_y, after_y = pads(name, padding)
+    pad = [before_y, after_y, before_x, after_x]
+    inner = _filtered_lrelu.middle(x, fu, up, pad)
+    if any(size < taps for size, taps in zip(inner, _upfirdn2d.taps_of(fd), strict=True)):
+        raise ValueError(
+            f"{name}: the filters must fit into the padded image, got fu {tuple(fu.shape)} and fd {tuple(fd.shape)} "
+            f"for x {tuple(x.shape)}, up {up}, padding {padding}"
+        )
+    learns = torch.is_grad_enabled() and (fu.requires_grad or fd.requires_grad)
+    if learns or not has_kernel(name, x.device.type):
+        x = x if bias is None else bias_act(x, bias, activation=None)
+        x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
+        x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
+        return upfirdn2d(x, fd, 1, down, 0, flip_filter)
+    form = bool(flip_filter), float(gain), float(negative_slope), limit
+    y: Tensor = _filtered_lrelu.op(x, bias, fu, fd, up, down, pad, *form)[0]
+    return y
 
 
 def conv2d_resample(
