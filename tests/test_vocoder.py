@@ -37,6 +37,13 @@ def test_a_tone_is_loudest_in_the_band_around_it(frequency):
     assert abs(found[0, :, 16].argmax().item() + 1 - mel(frequency) / mel(4000) * 41) <= 1
 
 
+def test_a_spectrogram_is_float32_under_autocast():
+    spectrogram = MelSpectrogram(8000, bands=40, hop=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = spectrogram(tone(700.0).bfloat16())
+    assert torch.equal(found, spectrogram(tone(700.0).bfloat16()))
+
+
 def test_silence_has_finite_derivatives():
     x = torch.zeros(2, 1, 512, requires_grad=True)
     MelSpectrogram(8000, bands=8, hop=64)(x).sum().backward()
