@@ -706,3 +706,52 @@ def test_explain_says_by_which_route():
     assert "penalty" not in str(fastgan.explain(d)) and not fastgan.explain(nn.Linear(2, 4), torch.randn(3, 2)).penalty
     d, args = build("projection")
     assert fastgan.explain(d, (x, *args)).penalty == "forward ops (4F)"
+
+
+class ViewsSignals(nn.Module):
+    """A critic of signals that views maps as rows, as PyTorch's own layout allows, and adds a skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(2, 4, 5, padding=2), nn.Conv1d(4, 4, 3, padding=1, groups=2)
+        self.up, self.head = nn.ConvTranspose1d(4, 3, 4, 2, 1), nn.Linear(3 * 18, 1)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.first(x), 0.2)
+        x = torch.relu(self.up(x + 0.3 * self.second(torch.relu(x))))
+        return self.head(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_signals_keep_their_channels_innermost_and_may_be_viewed(converted):
+    torch.manual_seed(0)
+    plain = ViewsSignals().double()
+    critic = copy.deepcopy(plain)
+    if converted:
+        critic = nn.Sequential(fastgan.convert(nn.Sequential(critic.first, nn.LeakyReLU(0.2))), Rest(critic))
+    x = torch.randn(3, 2, 9, dtype=torch.float64)
+    logits, squared = linearised.logits_and_squared_norms(critic, x)
+    assert linearised.verdict(critic) == "forward ops (4F)"
+    (logits.sum() + squared.sum()).backward()
+    leaf = x.clone().requires_grad_()
+    want = plain(leaf)
+    (gradient,) = torch.autograd.grad(want.sum(), leaf, create_graph=True)
+    norms = gradient.flatten(1).square().sum(1)
+    (want.sum() + norms.sum()).backward()
+    torch.testing.assert_close(logits, want)
+    torch.testing.assert_close(squared, norms)
+    given = dict(critic[1].critic.named_parameters() if converted else critic.named_parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(given[name].grad, p.grad)
+
+
+class Rest(nn.Module):
+    """What `ViewsSignals` does behind its first layer."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, x):
+        c = self.critic
+        return c.head(torch.relu(c.up(x + 0.3 * c.second(torch.relu(x)))).view(len(x), -1))

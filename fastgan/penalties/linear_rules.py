@@ -32,6 +32,7 @@ from fastgan.penalties.linear_steps import (
     Resampling,
     Sum,
     TransposedConvolution,
+    innermost,
 )
 from fastgan.penalties.tape import Declined, Rule, Tape, Traced
 
@@ -102,7 +103,7 @@ def conv2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments: Any) -> 
     stride, padding, dilation, groups, activation, slope = arguments
     plain(w, b)
     x, geometry = tape.read(h), (list(stride), list(padding), list(dilation))
-    y = OPS["conv2d"](image(x), image(w), b, *geometry, groups, gated(activation), slope)
+    y = OPS["conv2d"](innermost(x), image(w), b, *geometry, groups, gated(activation), slope)
     y = y.squeeze(2) if x.dim() == 3 else y
     step = Convolution(h.node, tape.hold(w), tape.hold(b), x.shape, geometry, groups)
     return gate(tape, _layer(tape, step, w, b, x, y), y, activation, slope)
@@ -114,7 +115,7 @@ def conv_transpose2d(tape: Tape, h: Any, w: Tensor, b: Tensor | None, *arguments
     plain(w, b)
     x, geometry = tape.read(h), (list(stride), list(padding), list(dilation))
     extra = list(output_padding)
-    what = image(x), image(w), b, *geometry[:2], extra, groups, geometry[2]
+    what = innermost(x), image(w), b, *geometry[:2], extra, groups, geometry[2]
     y = OPS["conv_transpose2d"](*what, gated(activation), slope)
     y = y.squeeze(2) if x.dim() == 3 else y
     step = TransposedConvolution(h.node, tape.hold(w), tape.hold(b), x.shape, geometry, groups)
@@ -356,14 +357,21 @@ def _linear(tape: Tape, h: Any, y: Tensor, tangent: Linear, adjoint: Linear, apa
 
 def _reshaped(tape: Tape, h: Any, y: Tensor) -> Any:
     """Row-major reshapes keep sample n at row n where the first dimension stays N (which `record` looks at)."""
-    before, after = tape.read(h).shape, y.shape
-    return _linear(tape, h, y, lambda v: v.reshape(after), lambda g: g.reshape(before))
+    x = tape.read(h)
+    before, after, turned = x.shape, y.shape, x.dim() == 3 and is_channels_last(image(x))
+
+    def adjoint(g: Tensor) -> Tensor:
+        g = g.reshape(before)
+        return innermost(g).squeeze(2) if turned else g  # in the layout of x: it meets other gradients of its kind
+
+    return _linear(tape, h, y, lambda v: v.reshape(after), adjoint)
 
 
 def _reshape_rule(*names: str) -> None:
     for name in names:
         packet, overload = name.removeprefix("aten.").split(".")
-        op = getattr(getattr(aten, packet), overload)
+        # signals have other strides here than in PyTorch (`innermost`), so that a view of them may need a copy
+        op = aten.reshape.default if packet == "view" else getattr(getattr(aten, packet), overload)
         RULES[name] = lambda tape, h, *args, op=op, **kwargs: _reshaped(tape, h, op(tape.read(h), *args, **kwargs))
 
 
