@@ -251,3 +251,27 @@ def test_a_pickled_networks_source_finds_the_ops(modules):
     module = types.ModuleType("_imported_module_1")
     exec(NETWORK, module.__dict__)
     assert module.Network()(torch.randn(1, 2, 4, 4)).shape == (1, 2, 8, 8)
+
+
+def test_truncation_draws_styles_towards_their_mean():
+    """At 1 the generator is itself; a half halves every style's distance from its class's mean."""
+    from fastgan import models
+    from fastgan.domains import domain_of
+    from fastgan.training.recipes import recipes
+
+    g, _ = models.build("stylegan2-small", image_size=16, channels=1, latent=4, g_width=8, d_width=8, classes=3)
+    g.eval()
+    z, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    torch.testing.assert_close(g.truncated(1.0)(z, labels), g(z, labels))
+    means = torch.stack([g.mapping(torch.randn(4096, 4), torch.full((4096,), k)).mean(0) for k in range(3)])
+    cut = g.truncated(0.5)
+    torch.testing.assert_close(cut.mean, means, rtol=0.1, atol=0.05)
+    w = g.styles(z, labels)
+    torch.testing.assert_close(cut(z, labels), g.synthesise((w + cut.mean[labels][:, None]) / 2))
+    with pytest.raises(ValueError, match="truncated: strength must be positive and finite, got 0"):
+        g.truncated(0.0)
+    recipe = recipes()["stylegan2-small"].replace(latent=4, image_size=16, channels=1)
+    plain, _ = models.build("stylegan2-small", image_size=16, channels=1, latent=4, g_width=8, d_width=8)
+    sample = lambda t: domain_of(recipe).sample(plain, {"recipe": {}}, 64, seed=0, truncation=t)[0]
+    spread = [sample(t).std(0).mean() for t in (None, 0.5, 1e-6)]
+    assert spread[0] > 1.2 * spread[1] > 1e3 * spread[2]

@@ -32,7 +32,8 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         "--truncation",
         type=positive_float,
         metavar="T",
-        help="cut latents to [-T, T]: less varied, more typical",
+        help="less varied, more typical: latents cut to [-T, T]; with stylegan2-small, styles at T times their "
+        "distance from the mean style",
     )
     parser.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, cuda:1")
     return parser

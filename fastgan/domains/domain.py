@@ -216,7 +216,10 @@ class Domain:
         label: str | None = None,
         truncation: float | None = None,
     ) -> tuple[Tensor, int | None]:
-        """(about `count` new samples, how many a row or None). config: the run's."""
+        """(about `count` new samples, how many a row or None). config: the run's.
+
+        truncation draws styles towards their mean where the generator has them, else it cuts the latents.
+        """
         labels, rows = None, None
         if label is not None:
             data.require(8 * count, "cpu", f"labels: {count:,} numbers")
@@ -224,6 +227,8 @@ class Domain:
         elif self.recipe.conditional:
             labels, rows = sampling.class_rows(count, self.recipe.classes)
         count = count if labels is None else len(labels)
+        if truncation is not None and hasattr(generator, "truncated"):
+            generator, truncation = generator.truncated(truncation), None  # type: ignore[operator]
         z = sampling.latents(count, self.recipe.latent, seed=seed, truncation=truncation)
         return self.draw(generator, z, labels), rows
 

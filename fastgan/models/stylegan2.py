@@ -20,6 +20,7 @@ from .dcgan import MinibatchDeviation
 from .sizes import check_positive, doublings
 
 TAPS = (1.0, 3.0, 3.0, 1.0)  # of the filter that images are resampled with
+MEAN_OF = 4096  # latents whose mean style truncation draws towards
 SQRT2 = 2**0.5  # what leaky ReLU's result is multiplied by, to keep the magnitude
 
 
@@ -214,6 +215,16 @@ class StyleGAN2Generator(nn.Module):
             image = image + to_image(x, w[:, 2 * i + 1])
         return image
 
+    def truncated(self, strength: float) -> nn.Module:
+        """This generator with every style vector w at mean + strength (w - mean): below 1 more typical, less varied.
+
+        The mean is that of the style vectors of 4,096 latents, of each class its own. strength is positive.
+        Source: Karras, Laine, Aila 2019 (arXiv:1812.04948), appendix B.
+        """
+        if not 0 < strength < float("inf"):
+            raise ValueError(f"truncated: strength must be positive and finite, got {strength}")
+        return _Truncated(self, strength)
+
     def path_length_penalty(self, z: Tensor, labels: Tensor | None = None, *, decay: float = 0.01) -> Tensor:
         """mean over z of (l - a)^2, l the path lengths at z (`functional.path_lengths`); a scalar.
 
@@ -224,6 +235,28 @@ class StyleGAN2Generator(nn.Module):
         with torch.no_grad():
             self.mean_length.lerp_(lengths.mean().to(self.mean_length.dtype), decay)
         return (lengths - self.mean_length.clone()).square().mean()
+
+
+class _Truncated(nn.Module):
+    """z (and labels) to images, from styles drawn towards their mean."""
+
+    mean: Tensor
+
+    def __init__(self, generator: StyleGAN2Generator, strength: float):
+        super().__init__()
+        self.generator, self.strength = generator, strength
+        z = torch.randn(MEAN_OF, generator.latent, generator=torch.Generator().manual_seed(0))
+        z = z.to(generator.constant)
+        with torch.no_grad():
+            every = range(generator.classes) if generator.classes else [None]
+            labels = [None if k is None else torch.full((MEAN_OF,), k, device=z.device) for k in every]
+            self.register_buffer("mean", torch.stack([generator.mapping(z, some).mean(0) for some in labels]))
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        w = self.generator.styles(z, labels)
+        mean = (self.mean if labels is None else self.mean[labels])[:, None]
+        images: Tensor = self.generator.synthesise(mean + self.strength * (w - mean))
+        return images
 
 
 class ResidualDown(nn.Module):
