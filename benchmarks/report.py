@@ -160,6 +160,35 @@ def ops_page(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def resampling_page(results: dict[str, Any]) -> list[str]:
+    """StyleGAN's ops, a line a case: milliseconds in both layouts."""
+    rows, best = [], []
+    names = "eager", "eager-channels_last", "fastgan", "fastgan-channels_last"
+    for case in results["cases"]:
+        found = {row["row"]: row for row in case["rows"] if not row["failed"]}
+        if not set(names) <= set(found):
+            continue
+        seconds = [found[name]["median_s"] for name in names]
+        shares = [found[name]["share_of_bound"] for name in names[2:]]
+        ratios = seconds[0] / seconds[2], seconds[1] / seconds[3], min(seconds[:2]) / min(seconds[2:])
+        best.append(ratios[2])
+        bounds = ("-" if share is None else f"{100 * share:.0f} %" for share in shares)
+        rows.append((title(case), *map(milliseconds, seconds), *(f"{r:.2f}" for r in ratios), *bounds))
+    header = "", *(f"{who} {layout}" for who in ("PyTorch", "fastgan") for layout in ("NCHW", "channels_last"))
+    return [
+        "Milliseconds, medians, the four rows of a case in turns. PyTorch's are the formulas that the projects fall "
+        "back to (`benchmarks/resampling.py`). The first two ratios compare one layout in both, the third PyTorch's "
+        "better layout with fastgan's better one. The last columns are the share of the bound that fastgan's rows "
+        "reach.",
+        "",
+        f"{sum(ratio >= 1 for ratio in best)} of {len(best)} ratios of better layouts are 1 or more; the least is "
+        f"{min(best):.2f}.",
+        "",
+        *table((*header, "NCHW", "channels_last", "better", "bound, NCHW", "bound, channels_last"), rows),
+        "",
+    ]
+
+
 def scaling_page(results: dict[str, Any]) -> list[str]:
     """Images a second at every point of `make scaling`, with the ratio of the rows of one precision."""
     header = ("threads", "image side", "batch", "PyTorch", "fastgan", "ratio", "PyTorch bf16", "fastgan bf16", "ratio")
@@ -320,8 +349,10 @@ def times_page(results: dict[str, Any]) -> list[str]:
     ]
 
 
-KINDS = {  # kind -> (the key that only its files have, title, body)
+RESAMPLING = {"upfirdn2d", "filtered_lrelu", "modulated_conv2d"}  # a file of these ops alone has a page of its own
+KINDS = {  # kind -> (the key that its files have, title, body)
     "bench": ("cases", "Every op and step", ops_page),
+    "resampling": ("cases", "StyleGAN's ops", resampling_page),
     "scaling": ("points", "The step over batch, image side and threads", scaling_page),
     "first-step": ("first_steps", "The first step, cold", first_step_page),
     "chains": ("chains", "Chains of layers as programs", chains_page),
@@ -336,8 +367,9 @@ def newest(folder: Path) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
     found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
+        resampling = {case["op"] for case in results.get("cases", ())} <= RESAMPLING
         for kind, (key, _, _) in KINDS.items():
-            if key in results and "machine" in results:
+            if key in results and "machine" in results and (key != "cases" or resampling == (kind == "resampling")):
                 name = kind, facts.slug(results["machine"])
                 if name not in found or found[name][1]["machine"]["date"] < results["machine"]["date"]:
                     found[name] = path, results

@@ -146,6 +146,7 @@ class Filtered(nn.Module):
         h = functional.upfirdn2d(h, self.taps, up=(2, 1), down=(2, 1), padding=(2, 1, 1, 2))
         h = functional.conv2d_resample(h, self.weight, self.taps, down=2, padding=1)
         h = functional.bias_act(h, self.bias, gain=2**0.5, clamp=1.5)
+        h = functional.filtered_lrelu(h, self.taps, self.plane, self.bias, 2, 2, (2, 2, 2, 3), 1.3, 0.1, 0.9)
         skip = functional.upfirdn2d(self.skip(x), self.taps, down=2, padding=1)
         return self.head((h + skip).flatten(1)).squeeze(1)
 

@@ -149,7 +149,7 @@ def _backward(ctx, dy, _):
     dx = dbias = None
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     if ctx.needs_input_grad[0] or wants_bias:
-        pads = _adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, [0] * 4)
+        pads = adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, [0] * 4)
         form = not ctx.flip, ctx.gain * ctx.up**2, ctx.slope, ctx.clamp
         dx = OPS["filtered_lrelu_backward"](dy, signs, fd, fu, ctx.down, ctx.up, *pads, *form)
         dbias = dx.sum([0, 2, 3]).to(ctx.bias_dtype) if wants_bias else None
@@ -168,7 +168,7 @@ def _refuse_filters(ctx, index):
         )
 
 
-def _adjoint_pads(size, inner, out, filters, up, down, pad, pad_out):
+def adjoint_pads(size, inner, out, filters, up, down, pad, pad_out):
     """The paddings of the adjoint, whose first filter is the last one here."""
     first, last = (upfirdn2d.taps_of(f) for f in filters)
     one = (1, 1)
@@ -231,7 +231,7 @@ def _save_backward(ctx, inputs, output):
 def _backward_of_backward(ctx, dy):
     signs, fu, fd = ctx.saved_tensors
     _refuse_filters(ctx, 2)
-    pads = _adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, ctx.pad_out)
+    pads = adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, ctx.pad_out)
     dx = OPS["filtered_lrelu_backward"](dy, signs, fd, fu, ctx.down, ctx.up, *pads, not ctx.flip, *ctx.form)
     return dx, *[None] * 11
 

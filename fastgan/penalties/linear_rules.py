@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgan import _activation
 from fastgan._layout import accumulation_dtype, empty, image, is_channels_last, per_channel
 from fastgan._op import OPS
+from fastgan.ops.filtered_lrelu import adjoint_pads, middle
 from fastgan.ops.upfirdn2d import adjoint_pad, taps_of
 from fastgan.penalties.linear_steps import (
     Bias,
@@ -24,6 +25,7 @@ from fastgan.penalties.linear_steps import (
     Convolution,
     Convolution3d,
     EvalNorm,
+    FilteredGate,
     Gate,
     LinearStep,
     Map,
@@ -133,6 +135,26 @@ def upfirdn2d(tape: Tape, h: Any, f: Tensor, up: Any, down: Any, pad: Any, flip:
     back = adjoint_pad(x.shape[2:], y.shape[2:], taps_of(f), up, down, pad)
     step = Resampling(h.node, tape.hold(f), (up, down, pad, flip, gain), (down, up, back, not flip, gain))
     return tape.record(step, y)
+
+
+@rule("fastgan.filtered_lrelu.default")
+def filtered_lrelu(tape: Tape, h: Any, b: Tensor | None, fu: Tensor, fd: Tensor, *arguments: Any) -> Any:
+    plain(b, fu, fd)
+    if fu.requires_grad or fd.requires_grad:
+        raise Declined("filtered_lrelu has a rule for filters that do not learn alone")
+    x = tape.read(h)
+    y, signs = OPS["filtered_lrelu"](x, b, fu, fd, *arguments)
+    if b is not None:
+        step = Bias(h.node, tape.hold(b), 1)
+        tape.learn(step, terms=(b,))
+        h = tape.record(step, x)
+    up, down, pad, flip, gain, slope, clamp = arguments
+    ends = x.shape[2:], middle(x, fu, up, pad), y.shape[2:]
+    back = adjoint_pads(*ends, (fu, fd), up, down, pad, [0] * 4)
+    form = gain * up**2, slope, clamp
+    held = tape.hold(fu), tape.hold(fd), tape.hold(signs)
+    passes = (up, down, pad, [0] * 4, flip, *form), (down, up, *back, not flip, *form)
+    return tape.record(FilteredGate(h.node, *held, *passes), y), signs
 
 
 def gated(activation: str) -> str:

@@ -259,6 +259,21 @@ class Resampling(LinearStep):
         return y
 
 
+class FilteredGate(LinearStep):
+    """`filtered_lrelu` behind its bias, with the slopes that its signs tell: one op forward and back."""
+
+    def __init__(self, index: int, fu: int, fd: int, signs: int, forward: tuple, back: tuple):
+        super().__init__((index,))
+        self.fu, self.fd, self.signs, self.forward, self.back = fu, fd, signs, forward, back
+
+    def adjoint(self, t: list[Tensor], g: Tensor) -> Sequence[Tensor]:
+        return (OPS["filtered_lrelu_backward"](g, t[self.signs], t[self.fd], t[self.fu], *self.back),)
+
+    def tangent(self, t: list[Tensor], v: Sequence[Tensor | None]) -> Tensor:
+        y: Tensor = OPS["filtered_lrelu_backward"](_only(v), t[self.signs], t[self.fu], t[self.fd], *self.forward)
+        return y
+
+
 class Sum(LinearStep):
     """sum_j c_j h_j + offset, with broadcasting; `parts` are (index, shape, dtype, c)."""
 
