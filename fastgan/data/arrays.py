@@ -146,6 +146,8 @@ def mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int, ord
     Memory for such writing is not reserved: numpy's own mode "c" does, so that Linux refuses files larger than main
     memory with "Cannot allocate memory".
     """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return np.memmap(path, dtype, "c", offset, shape, order)
     with path.open("rb") as file:
         flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         buffer = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
