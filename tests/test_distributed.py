@@ -181,9 +181,7 @@ def kill_a_rank(folder: Path, rank: int) -> None:
         said.seek(0)
         text = said.read()
     assert code == 1 and "exitcode  : -9" in text, text[-2000:]
-    if rank:  # rank 0 is the one that writes
-        assert "all 2 ranks must reach every update, another one has ended" in text, text[-2000:]
-        assert "the run can go on from step" in text
+    assert "another rank has ended, the run can go on from step" in text, text[:2000]
     found = checkpoint.newest(out / "checkpoints")
     assert found is not None and found.damaged == {} and len(found.state["ranks"]) == 2
 

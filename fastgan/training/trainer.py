@@ -26,7 +26,7 @@ from .assembly import assemble, precision_of, resolve_device
 from .board import boards
 from .clock import Clock
 from .conclusion import Result, conclude
-from .distributed import Exchange, join
+from .distributed import Exchange, LostRankError, join
 from .evaluation import Evaluation
 from .guard import Collapse, DivergedError, Guard
 from .health import gradient_norms
@@ -272,7 +272,9 @@ class Trainer:
             with contextlib.suppress(Exception):  # the first error is the one to hear of
                 self.save()
                 step = self.step
-        self.progress.warn(f"the run can go on from step {step}: fastgan train --resume {self.out}")
+        # said here, where signals wait: torchrun ends the ranks that are left, some before they have said their error
+        lost = "another rank has ended, " if isinstance(error, LostRankError) else ""
+        self.progress.warn(f"{lost}the run can go on from step {step}: fastgan train --resume {self.out}")
 
     def _loop(self, signals: Signals) -> str:
         self.clock.start(self.step)
