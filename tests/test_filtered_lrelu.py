@@ -8,6 +8,8 @@ from test_upfirdn2d import LONG, ODD, SMOOTH, plain
 
 import fastgan
 from fastgan import functional
+from fastgan._op import around
+from fastgan.functional import resampling
 from fastgan.ops.filtered_lrelu import backward, cost, op
 
 SQUARE = torch.outer(SMOOTH, SMOOTH)
@@ -21,6 +23,11 @@ CASES = {  # fu, fd, up, down, padding, clamp
     "wide padding": (ODD, LONG, 1, 2, (50, 40, 3, 33), 0.3),
 }
 FORM = {"gain": 1.3, "negative_slope": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def every_case_in_one_pass(monkeypatch):
+    monkeypatch.setattr(resampling, "FEWEST_PLANES", 1)
 
 
 def composed(fu, fd, up, down, padding, clamp, gain=1.3, slope=0.1):
@@ -127,6 +134,19 @@ def test_filters_that_learn_take_the_composition_and_the_op_refuses_them():
     again = backward(x, signs, fu, fd, 2, 2, [3] * 4, pad_out, False, 1.0, 0.1, 0.5)
     with pytest.raises(NotImplementedError, match="filtered_lrelu: the filters must not require gradients"):
         again.sum().backward()
+
+
+def test_few_planes_take_the_composition(monkeypatch):
+    if "native" not in BACKENDS:
+        pytest.skip("fastgan._C is not built here")
+    monkeypatch.setattr(resampling, "FEWEST_PLANES", 8)
+    ran = []
+    note = lambda op, launch: ran.append(op.name) or launch
+    with around(note):
+        few = functional.filtered_lrelu(torch.randn(1, 7, 5, 4), SMOOTH, SMOOTH, torch.randn(7), 2, 2, 3)
+        enough = functional.filtered_lrelu(torch.randn(1, 8, 5, 4), SMOOTH, SMOOTH, torch.randn(8), 2, 2, 3)
+    assert few.shape[2:] == enough.shape[2:]
+    assert ran == ["bias_act", "upfirdn2d", "bias_act", "upfirdn2d", "filtered_lrelu"]
 
 
 def test_empty_batches_and_half():

@@ -15,6 +15,10 @@ from fastgan.functional.elementwise import bias_act, check_form
 from fastgan.ops import filtered_lrelu as _filtered_lrelu
 from fastgan.ops import upfirdn2d as _upfirdn2d
 
+# The kernel has a plane in each lane of a vector. Of 3 planes of 68x68 with 12 taps, up 2 and down 2, it took 0.29 ms
+# forward and the composition 0.15, of 512 planes of 36x36 2.2 and 4.4 (one thread, AMD EPYC Zen 5, AVX-512).
+FEWEST_PLANES = 8
+
 
 def upfirdn2d(
     x: Tensor,
@@ -109,7 +113,8 @@ def filtered_lrelu(
     """StyleGAN3's activation: bias, upsampling by fu, leaky ReLU with gain and clamp, downsampling by fd.
 
     One pass on a CPU: the upsampled image stays in cache, and a bit for each of its samples (two with a clamp) is kept
-    for the derivatives. On a GPU, and where a filter requires gradients, `upfirdn2d` and `bias_act` compute the same.
+    for the derivatives. On a GPU, of fewer than 8 planes, and where a filter requires gradients, `upfirdn2d` and
+    `bias_act` compute the same.
 
     Args:
         x: [N, C, H, W], floating.
@@ -145,7 +150,7 @@ def filtered_lrelu(
             f"for x {tuple(x.shape)}, up {up}, padding {padding}"
         )
     learns = torch.is_grad_enabled() and (fu.requires_grad or fd.requires_grad)
-    if learns or not has_kernel(name, x.device.type):
+    if learns or x.shape[0] * x.shape[1] < FEWEST_PLANES or not has_kernel(name, x.device.type):
         x = x if bias is None else bias_act(x, bias, activation=None)
         x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
         x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
