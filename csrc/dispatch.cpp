@@ -14,6 +14,7 @@
 #endif
 #endif
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -160,6 +161,16 @@ std::string select(const char* name) {
   return "this build has no such table";
 }
 
+void prefer_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) noexcept {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(block) + bytes) / page * page;
+  // A refusal (no such pages on this system) leaves the small ones.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Scratch memory: a block carries its size in a header of one alignment unit and returns to a short list. The list
 // keeps at most 8 blocks, and never more than 256 MB; the best fit that wastes less than half of itself is reused.
 namespace {
@@ -167,6 +178,7 @@ namespace {
 constexpr size_t ALIGN = 64;
 constexpr size_t MAX_BLOCKS = 8;
 constexpr size_t MAX_BYTES = size_t{256} << 20;
+constexpr size_t HUGE_FROM = size_t{4} << 20;  // bytes from which a block asks for huge pages, of 2 MB on x86
 
 std::mutex scratch_mutex;
 char* kept[MAX_BLOCKS];
@@ -199,6 +211,7 @@ void* scratch_acquire(size_t bytes) {
   if (need < bytes) throw std::bad_alloc();
   if (char* block = take_kept(need)) return block + ALIGN;
   char* block = static_cast<char*>(::operator new(need + ALIGN, std::align_val_t{ALIGN}));
+  if (need >= HUGE_FROM) prefer_huge_pages(block, need + ALIGN);
   size_of(block) = need;
   std::lock_guard<std::mutex> lock(scratch_mutex);
   held_bytes += need;

@@ -110,6 +110,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_table", &use_table, arg("name"), "Force a table by name; None goes back to the best one.");
   m.def("scratch_highest", &scratch_highest, arg("restart") = false,
         "Most bytes of scratch memory ever held at once, in use or kept for the next call; restart begins anew.");
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      arg("address"), arg("bytes"), "Ask the system for huge pages, before a block's first use.");
 #ifdef FG_CUDA
   m.def("cuda_devices", &cuda_devices, "Runtime and driver version, and the devices or why there are none.");
 #endif

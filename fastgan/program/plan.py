@@ -23,7 +23,7 @@ from fastgan._layout import image, is_channels_last
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
 from fastgan.program.layer import TRANSPOSED, Geometry, Layer
-from fastgan.program.memory import ARENA, Place, arrange
+from fastgan.program.memory import ARENA, BACKWARD, Place, arrange
 from fastgan.program.product import PRODUCTS, Native, Product, Steps
 
 FLOAT32 = _native.DTYPE_CODES[torch.float32]
@@ -85,9 +85,11 @@ class Plan:
     asked: those of `wanted` whose steps a backward pass can do without. turned_cotangent: where the cotangent is turned
     to, a step that COTANGENT leaves out, or None.
 
-    The slots of a run are: the arena, x, y, parameters, buffers, the cotangent of y, and the wanted gradients.
+    The slots of a run are: the arena, x, y, the arena's blocks of one pass, parameters, buffers, the cotangent of y,
+    and the wanted gradients.
     """
 
+    MADE_AGAIN = 1 << 20  # bytes from which a norm's output does not wait for backward
     PART_BYTES, PART_PIXELS = 512 * 1024, 2048
     WORTH_ASKING = 400_000  # multiplications, 8 us at 50 a nanosecond
 
@@ -97,6 +99,7 @@ class Plan:
         self.layers, self.places, self.slots = layers, [Place(ARENA)], 1
         self.steps: list[tuple[str, tuple, int | None]] = []  # kernel, fields, the one gradient that it is for
         self.input, self.output = self._slot(), self._slot()
+        self.slots = BACKWARD + 1
         parameters = [[self._slot() for _ in layer.parameters()] for layer in layers]
         self.buffers = [[self._slot() for _ in layer.buffers()] for layer in layers]
         self.cotangent = self._slot()
@@ -121,7 +124,8 @@ class Plan:
         self.reads_output = final.y is self.output and final.t is None and final.epilogue[0] != IDENTITY[0]
         if self.gradients:
             self._backward(shape)
-        self.arena_bytes = arrange(self.places)
+        self.blocks = arrange(self.places, self.forward_steps)
+        self.arena_bytes = sum(self.blocks.values())
 
     def program(self, first: int, last: int, unwanted: frozenset[int] = frozenset()) -> Steps:
         """The steps [first, last), without those that serve unwanted gradients alone."""
@@ -396,9 +400,9 @@ class Plan:
             through = dx if p.layer.conv is None else None
             dt = self._epilogue_backward(p, dy, through)
             if isinstance(p.layer.conv, nn.Linear):
-                self._product_backward(p, dt, dx, 0 if i == bottom else None)
+                self._product_backward(i, dt, dx, 0 if i == bottom else None)
             elif p.layer.conv is not None:
-                self._convolution_backward(p, dt, dx, 0 if i == bottom else None)
+                self._convolution_backward(i, dt, dx, 0 if i == bottom else None)
             if dx is not None:
                 dy = self._unflattened(dx, p.image) if p.image is not None else dx
         if 0 in self.gradients:
@@ -429,18 +433,37 @@ class Plan:
                 dt = dy
                 fields: tuple[Place | None, ...] = dy, dy, None
             else:
-                dt = out or self._image(p.y_shape)
+                dt = self._in_place_of(dy, p, out)
                 fields = dy, p.y, dt
-            if dbias is not None or dt is not dy:
+            if dbias is not None or p.epilogue[0] != IDENTITY[0]:
                 self._step("bias_act_backward", self.code, *fields, dbias, *shape, *p.epilogue, *PLAIN)
             return dt
-        dt = out or self._image(p.y_shape)
+        dt = self._in_place_of(dy, p, out)
         vectors = p.parameters["gamma"], p.parameters["beta"], *p.statistics
         found = p.gradients["gamma"], p.gradients["beta"]
         self._step(f"{p.norm}_backward", self.code, dy, p.t, *vectors, dt, *found, *p.norm_shape)
         if dbias is not None:
             self._step("bias_act_backward", self.code, dt, dt, None, dbias, *shape, *IDENTITY, *PLAIN)
         return dt
+
+    def _in_place_of(self, dy: Place, p: _Pass, out: Place | None) -> Place:
+        """`out`, or where dy lies, which nothing reads again; a cotangent stays as it is."""
+        return out or (dy if dy.slot == ARENA else self._image(p.y_shape))
+
+    def _input(self, i: int, only: int | None) -> Place:
+        """The input of layer i for its weight's gradient.
+
+        It waits since forward, or it is a large output of a batch norm: that is made again from the norm's input, which
+        waits anyway, by the pass that made it first and so to the bit.
+        """
+        p, before = self.passes[i], self.passes[i - 1]
+        if i == 0 or p.x is not before.y or before.norm != "bn_act" or p.x.bytes < self.MADE_AGAIN:
+            return p.x
+        x = self._image(p.x_shape)
+        vectors = before.parameters["gamma"], before.parameters["beta"], *before.statistics
+        shape = self._norm_fields(before, before.layer.norm.stat_groups, False)
+        self._step("bn_act_forward", self.code, before.t, *vectors, x, *shape, only=only)
+        return x
 
     def _weight_only(self, p: _Pass, pixels: int) -> int | None:
         """The weight's index, where making its gradient for nothing costs more than to ask for it: asking for a leaf
@@ -450,21 +473,24 @@ class Plan:
         self.asked.add(p.first)
         return p.first
 
-    def _product_backward(self, p: _Pass, dt: Place, dx: Place | None, input_only: int | None) -> None:
+    def _product_backward(self, i: int, dt: Place, dx: Place | None, input_only: int | None) -> None:
+        p = self.passes[i]
         n, c, k = p.x_shape[0], p.x_shape[1], p.y_shape[1]
         if (dw := p.gradients["weight"]) is not None:
             only = self._weight_only(p, n)
-            self._product("linear_weight", (dt, (n, k)), (p.x, (n, c)), (dw, (k, c)), only=only)
+            self._product("linear_weight", (dt, (n, k)), (self._input(i, only), (n, c)), (dw, (k, c)), only=only)
         if dx is not None:
             weight = p.parameters["weight"], (k, c)
             self._product("linear_input", (dt, (n, k)), weight, (dx, (n, c)), only=input_only)
 
-    def _convolution_backward(self, p: _Pass, dt: Place, dx: Place | None, input_only: int | None) -> None:
+    def _convolution_backward(self, i: int, dt: Place, dx: Place | None, input_only: int | None) -> None:
+        p = self.passes[i]
         transposed = isinstance(p.layer.conv, TRANSPOSED)
         if (dw := p.gradients["weight"]) is not None:
-            images = (dt, p.x) if transposed else (p.x, dt)
             n, _, h, w = p.x_shape if transposed else p.y_shape
             only = self._weight_only(p, n * h * w)
+            x = self._input(i, only)
+            images = (dt, x) if transposed else (x, dt)
             self._step("conv2d_weight", p.conv, self.code, *images, dw, FLOAT32, p.weight_strides, only=only)
         if dx is not None:
             weight = p.parameters["weight"], FLOAT32, p.weight_strides

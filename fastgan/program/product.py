@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.program.memory import ARENA, Arena, Place
+from fastgan.program.memory import BLOCKS, Arena, Place
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -49,10 +49,10 @@ class Product:
 
     def __init__(self, kernel: str, operands: Sequence[Operand | None]):
         self.kernel = PRODUCTS[kernel]
-        self.operands = [o and (o[0].slot, (o[0].offset, *o[1:])) for o in operands]
+        self.operands = [o and (o[0].slot, o[0].offset, *o[1:]) for o in operands]
 
-    def run(self, threads: int, arena: Arena, *tensors: Tensor | None) -> None:
-        self.kernel(*(o and (tensors[o[0] - 1] if o[0] != ARENA else arena.view(*o[1])) for o in self.operands))
+    def run(self, threads: int, arena: Arena, *slots: Tensor | None) -> None:
+        self.kernel(*(o and (arena.view(*o) if o[0] in BLOCKS else slots[o[0]]) for o in self.operands))
 
 
 class Native:
@@ -61,12 +61,12 @@ class Native:
     def __init__(self, program: Any):
         self.program = program
 
-    def run(self, threads: int, arena: Arena, *tensors: Tensor | None) -> None:
-        self.program.run(threads, arena.tensor, *tensors)
+    def run(self, threads: int, arena: Arena, *slots: Tensor | None) -> None:
+        self.program.run(threads, *slots)
 
 
 class Steps:
-    """The steps of a program in order: run(threads, arena, *tensors of the slots behind the arena's)."""
+    """The steps of a program in order: run(threads, arena, *slots)."""
 
     def __init__(self, parts: Sequence[Native | Product]):
         self.parts = parts
@@ -77,10 +77,10 @@ class Steps:
         """From now on for `count` parts of the batch, one after the other; of native steps only."""
         (native,) = self.parts
         program = native.program  # type: ignore[union-attr]
-        self.run = lambda threads, arena, *tensors: program.run_parts(  # type: ignore[method-assign]
-            threads, count, x_bytes, y_bytes, arena.tensor, *tensors
+        self.run = lambda threads, arena, *slots: program.run_parts(  # type: ignore[method-assign]
+            threads, count, x_bytes, y_bytes, *slots
         )
 
-    def run(self, threads: int, arena: Arena, *tensors: Tensor | None) -> None:
+    def run(self, threads: int, arena: Arena, *slots: Tensor | None) -> None:
         for part in self.parts:
-            part.run(threads, arena, *tensors)
+            part.run(threads, arena, *slots)

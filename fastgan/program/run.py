@@ -21,7 +21,7 @@ from fastgan._layout import image, laid_out
 from fastgan._op import is_observed, reaches
 from fastgan.choice import STATE, Contest, absent, fastest, forced
 from fastgan.program.layer import Layer, dense, plain, replay
-from fastgan.program.memory import Arena, Spares
+from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
 from fastgan.program.written import written
@@ -71,7 +71,7 @@ class Compiled:
         self.forward = plan.program(0, plan.forward_steps)
         if self.parts > 1:
             self.forward.split(self.parts, len(x) // self.parts * x.stride(0) * x.element_size(), plan.bytes())
-        self.spares = Spares(plan.arena_bytes)
+        self.spares = Spares(plan.blocks)
         self.backwards: dict[frozenset[int], Steps] = {}
         self.updates = any(layer.is_batch_norm() and layer.norm.training for layer in layers)
         self.activation = layers[-1].activation
@@ -92,7 +92,11 @@ class Compiled:
         plan = self.plan
         y = torch.empty_strided((len(x), *plan.shape[1:]), plan.strides, dtype=plan.dtype)
         arena = self.spares.take()
-        self.forward.run(torch.get_num_threads(), arena, x, y, *parameters, *buffers)
+        if not self.spares.whole:
+            arena.open(FORWARD)
+        self.forward.run(torch.get_num_threads(), arena, *arena.slots(x, y), *parameters, *buffers)
+        if not self.spares.whole:
+            arena.close(FORWARD)
         return y, arena
 
     def __call__(self, x: Tensor, parameters: Sequence[Any], buffers: Sequence[Any]) -> Tensor:
@@ -131,10 +135,12 @@ class Node(torch.autograd.Function):
             return None, None, *_replayed(ctx, dy, x, parameters)
         compiled, plan = ctx.compiled, ctx.compiled.plan
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
+        if not compiled.spares.whole:
+            arena.open(BACKWARD)
         left_out = []
         if plan.turned_cotangent is not None and not any(dy.stride()):  # of sum() and mean(): one number
             place = plan.turned_cotangent
-            arena.view(place.offset, (1, dy.numel()), dy.dtype).fill_(dy.as_strided((), ()))
+            arena.view(place.slot, place.offset, (1, dy.numel()), dy.dtype).fill_(dy.as_strided((), ()))
             left_out.append(COTANGENT)
         else:
             dy = _turned_to(dy, plan.output_channels_last)
@@ -145,8 +151,8 @@ class Node(torch.autograd.Function):
         edges = ctx.next_functions
         left_out += [i for i, edge in compiled.asked if not reaches(edges[edge][0])]
         made = [found[i] for i in plan.gradients]
-        slots = arena, x, y, *parameters, *(None,) * ctx.buffers, dy, *made
-        compiled.backward(frozenset(left_out)).run(torch.get_num_threads(), *slots)
+        slots = *arena.slots(x, y), *parameters, *(None,) * ctx.buffers, dy, *made
+        compiled.backward(frozenset(left_out)).run(torch.get_num_threads(), arena, *slots)
         compiled.spares.give(arena)
         for i in left_out:
             if i != COTANGENT:
