@@ -105,3 +105,49 @@ def test_errors():
         functional.bias_act(torch.randn(2, 3), clamp=-2)
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         functional.bias_act(torch.randn(3))
+
+
+# ---- small tensors go through PyTorch's own ops --------------------------------------------------------------------
+
+
+@pytest.fixture
+def free():
+    """Neither a backend forced nor races forbidden: what a user's call sees."""
+    with fastgan.backend("auto"), fastgan.racing(True):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_small_tensors_equal_torch_to_second_order(activation, bias, dtype, free):
+    for shape in SHAPES:
+        x = torch.randn(shape, dtype=torch.float64)
+        b = torch.randn(shape[1], dtype=torch.float64) if bias else None
+        ours = lambda x, b: functional.bias_act(x, b, activation=activation, negative_slope=0.3)
+        against_plain(ours, plain(activation), (x, b), dtype, torch.contiguous_format, "auto")
+
+
+def test_which_calls_are_small(free):
+    """The graph tells: an op of ours is a node of Python."""
+    x, b = torch.randn(2, 8, 3, 3, requires_grad=True), torch.randn(8)
+    node = lambda x, **form: type(functional.bias_act(x, b, **form).grad_fn).__name__
+    assert "LeakyRelu" in node(x) and "Tanh" in node(x, activation="tanh")
+    for other in (
+        x.to(memory_format=torch.channels_last),
+        x[:, :, :, 1:],
+        torch.randn(1, 8, 300, 300).requires_grad_(),
+    ):
+        assert node(other) == "ThinBackward"
+    assert node(x, gain=2.0) == node(x, clamp=1.0) == "ThinBackward"
+    for chosen in (fastgan.backend("native"), fastgan.backend("reference"), fastgan.racing(False)):
+        with chosen:
+            assert node(x) == "ThinBackward"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.bias_act(x, b).dtype == torch.float32
+
+
+def test_a_small_tensor_keeps_its_dtype_beside_another_of_the_bias(free):
+    x, b = torch.randn(2, 8, 3, 3, dtype=torch.bfloat16), torch.randn(8)
+    y = functional.bias_act(x, b)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, F.leaky_relu(x + b.view(1, 8, 1, 1).bfloat16(), 0.2))

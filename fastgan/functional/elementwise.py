@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fastgan import _activation
+from fastgan._layout import per_channel
 from fastgan.functional.checks import check_bias
+from fastgan.functional.small import is_small
 from fastgan.ops import bias_act as _bias_act
+
+# Elements up to which PyTorch's two ops are faster, without and with gradients (docs/evidence/call-overhead.md).
+SMALL, SMALL_IN_TRAINING = 150_000, 500_000
 
 
 def bias_act(
@@ -21,6 +27,9 @@ def bias_act(
     clamp: float | None = None,
 ) -> Tensor:
     """gain activation(x + bias) with bias along dimension 1, kept within ±clamp.
+
+    Without gain and clamp, a contiguous CPU tensor of at most 150,000 elements (500,000 under gradients) goes through
+    PyTorch's own ops, which are faster there.
 
     Args:
         x: [N, C, *], floating.
@@ -41,7 +50,20 @@ def bias_act(
     if x.dim() < 2:
         raise ValueError(f"bias_act: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
     check_bias("bias_act", bias, x.shape[1])
+    if gain == 1 and clamp is None and (bias is not None or activation != "identity"):
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if is_small(x, SMALL_IN_TRAINING if learns else SMALL):
+            return _plain(x, bias, activation, negative_slope)
     return _bias_act.op(x, bias, activation, float(negative_slope), float(gain), limit)
+
+
+def _plain(x: Tensor, bias: Tensor | None, activation: str, slope: float) -> Tensor:
+    """The reference of the op, differentiated by PyTorch. A view and a cast that change nothing cost 1 us together."""
+    if bias is None:
+        return _activation.apply(x, activation, slope)
+    bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
+    t = x + (bias if x.dim() == 2 else per_channel(bias, x))
+    return (_activation.overwrite if activation in _activation.FUSED else _activation.apply)(t, activation, slope)
 
 
 def check_form(
