@@ -736,7 +736,7 @@ def test_calls_of_small_ops_have_a_ceiling():
     fake, real = (torch.randn(64, requires_grad=True) for _ in range(2))
     loss = lambda: fastgan.functional.gan_loss(fake, real, kind="bce", side="d").backward()
     with fastgan.backend("native"):
-        assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 62
+        assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 63
         assert python_calls(loss) <= 175
     with fastgan.racing(True):  # PyTorch's two ops
         assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 32
