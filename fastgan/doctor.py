@@ -31,7 +31,7 @@ EXTRAS = {
     "onnx": ("fastgan export --format onnx, with onnxscript", "pip install onnx onnxscript"),
     "safetensors": ("fastgan export --format safetensors", "pip install safetensors"),
     "matplotlib": ("fastgan bench --plot", "pip install matplotlib"),
-    "imageio_ffmpeg": ("mp4 output of fastgan interpolate", "pip install imageio-ffmpeg"),
+    "imageio_ffmpeg": ("films of clips, mp4 output of fastgan interpolate", "pip install imageio-ffmpeg"),
 }
 
 
