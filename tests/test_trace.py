@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from handwritten import FAMILIES, SNDiscriminator, SNGenerator, UNet, images
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._pytree import tree_leaves
 
 import fastgan
 from fastgan.choice import STATE, whole
 from fastgan.choice.budget import Account
+from fastgan.program.run import Compiled
 from fastgan.trace import Part, graphs, rewrite
 
 # layers of each family that run on our ops at least, in train mode
@@ -534,3 +536,110 @@ def test_what_a_call_spends_beside_its_graph_is_measured_before_the_race(monkeyp
     with torch.no_grad():
         named(x)
     assert told[-1] == 0.0  # every way goes through Dynamo
+
+
+# ---- straight stretches as programs ---------------------------------------------------------------------------------
+
+
+class Ladder(nn.Module):
+    """Every layer that programs know, one after the other, and a skip that ends a stretch."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(3, 6, 4, 2, 1), spectral_norm(nn.Conv2d(6, 8, 3, padding=1, bias=False))
+        self.b2, self.c3, self.i3 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.InstanceNorm2d(8)
+        self.up, self.g = nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.GroupNorm(2, 4)
+        self.l1, self.n1, self.l2 = nn.Linear(1024, 9), nn.BatchNorm1d(9), nn.Linear(9, 1)
+
+    def forward(self, x):
+        h = F.leaky_relu(self.c1(x), 0.2)
+        h = F.relu(self.b2(self.c2(h)))
+        h = h + F.relu(self.i3(self.c3(h)))
+        h = F.leaky_relu(self.g(self.up(h)), 0.1)
+        h = F.relu(self.n1(self.l1(torch.tanh(h).flatten(1))))
+        return self.l2(h)
+
+
+class SharedNorm(nn.Module):
+    """One batch norm in two branches: its running statistics follow the order of the calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.n = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=0.5)
+
+    def forward(self, x):
+        h = F.relu(self.n(self.a(x)))
+        g = F.relu(self.n(self.a(2 * x + 1)))
+        return self.b(h) + F.relu(self.b(g))
+
+
+class WritesBetween(nn.Module):
+    """What the first layer of a stretch reads is written to before the second one runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = x * 2
+        h = F.relu(self.a(x))
+        with torch.no_grad():
+            x.detach().zero_()
+        return F.relu(self.b(h)).sum() + x.sum() + self.c(F.relu(self.b(F.relu(self.a(x + 1))))).sum()
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The programs that ran."""
+    found, run = [], Compiled.run
+    monkeypatch.setattr(Compiled, "run", lambda self, *args: (found.append(self), run(self, *args))[1])
+    return found
+
+
+@pytest.mark.parametrize("network", [Ladder, SharedNorm])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_straight_stretches_run_as_programs_with_the_same_numbers(network, layout, programs):
+    torch.manual_seed(0)
+    plain = network().to(memory_format=layout)
+    ours = fastgan.convert(copy.deepcopy(plain))
+    x = images(size=16 if network is Ladder else 9).float().contiguous(memory_format=layout)
+    for given in (lambda: x, lambda: x.clone().requires_grad_(), lambda: x.clone().requires_grad_() * 1):
+        results = []
+        for model in (ours, plain):
+            image = given()
+            total = sum(y.square().sum() for y in tree_leaves(model(image)))
+            sources = [*([image] if image.requires_grad else []), *model.parameters()]
+            first = torch.autograd.grad(total, sources, create_graph=image.requires_grad)
+            second = ()
+            if image.requires_grad:
+                second = torch.autograd.grad(first[0].square().sum(), list(model.parameters()), allow_unused=True)
+            results.append([[total.detach()], [*first], [g for g in second if g is not None], [*model.buffers()]])
+        for these, those in zip(*results, strict=True):  # a bias before a norm has the noise of the others alone
+            scale = max((float(b.detach().abs().max()) for b in those), default=0.0)
+            for a, b in zip(these, those, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * scale)
+    assert len(programs) > 2
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_stretch_reads_what_its_first_layer_would_have_read():
+    plain, ours = (WritesBetween() for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    fastgan.convert(ours)
+    x = images(size=9).float()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_stretch_ends_where_a_value_has_another_reader_or_is_written():
+    def lengths(network, size):
+        _, ours, _ = pair(network())
+        ours(images(size=size))
+        (graph,) = ours.forward.graphs
+        modules = graph.ways["ours"].__self__.children()
+        return [len(m.calls) for m in modules]
+
+    assert lengths(Ladder, 16) == [2, 2, 2, 3]
+    assert lengths(SharedNorm, 9) == [2]  # the second call of the norm; the first one must come before it
+    assert lengths(WritesBetween, 9) == [3]

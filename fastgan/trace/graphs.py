@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fastgan.choice import STATE, Contest, forced
 from fastgan.trace.layout import in_channels_last
 from fastgan.trace.rewrite import Group, attention, rewritten
+from fastgan.trace.straight import stretches
 
 # Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's
 # autograd.Function loses its second derivative.
@@ -108,9 +109,10 @@ def traced(module: fx.GraphModule, example_inputs: list[Any], left: Collection[t
     ours, groups = rewritten(module, left)
     if not groups:
         return None
+    turned = in_channels_last(ours)
+    ours, _ = rewritten(module, left, stretches)
     digest = hashlib.sha256(f"{module.graph}{ours.graph}".encode()).hexdigest()[:24]
     numbers = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
-    turned = in_channels_last(ours)
     ways = {"ours": ours.forward} | ({"channels_last": turned.forward} if turned else {}) | _theirs(module, groups)
     return Graph(ways, groups, digest, numbers)
 

@@ -87,30 +87,30 @@ SIGNED = ("relu", "leaky_relu")  # what norms fuse
 CONVOLUTION = {"x": REQUIRED, "weight": REQUIRED, "bias": None, "stride": 1, "padding": 0}
 
 
-def _value(node: Any) -> Any:
+def example(node: Any) -> Any:
     """The tensor, without data, that Dynamo saw there."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
 def _image(arguments: dict[str, Any]) -> str:
-    x, weight = (_value(arguments[name]) for name in ("x", "weight"))
+    x, weight = (example(arguments[name]) for name in ("x", "weight"))
     if not isinstance(x, Tensor) or x.dim() != 4:
         return "not a batch of images"
     return "" if x.dtype in FLOATING and isinstance(weight, Tensor) else f"{x.dtype}"
 
 
 def _signal(arguments: dict[str, Any]) -> str:
-    x = _value(arguments["x"])
+    x = example(arguments["x"])
     return "" if isinstance(x, Tensor) and x.dim() == 3 and x.dtype in FLOATING else "not a batch of signals"
 
 
 def _rows(arguments: dict[str, Any]) -> str:
-    x = _value(arguments["x"])
+    x = example(arguments["x"])
     return "" if isinstance(x, Tensor) and x.dim() == 2 and x.dtype in FLOATING else "not [N, F]"
 
 
 def _attends(arguments: dict[str, Any]) -> str:
-    x = _value(arguments["x"])
+    x = example(arguments["x"])
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.dim() < 3:
         return "not [N, ..., L, d]"
     if arguments["dropout_p"] != 0.0:  # a number at each call, or one that is not known yet
@@ -121,7 +121,7 @@ def _attends(arguments: dict[str, Any]) -> str:
 
 
 def _normable(arguments: dict[str, Any]) -> str:
-    x = _value(arguments["x"])
+    x = example(arguments["x"])
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or not 2 <= x.dim() <= 4:
         return "not [N, C], [N, C, L] or [N, C, H, W]"
     if not isinstance(arguments.get("momentum", 0.1), float | int):
@@ -130,7 +130,7 @@ def _normable(arguments: dict[str, Any]) -> str:
 
 
 def _summed(arguments: dict[str, Any]) -> str:
-    a, b = (_value(arguments[name]) for name in ("a", "b"))
+    a, b = (example(arguments[name]) for name in ("a", "b"))
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or arguments.get("alpha", 1) != 1:
         return "not a sum of tensors"
     return "" if a.dtype == b.dtype and a.dtype in FLOATING and a.shape == b.shape else "not of one shape and dtype"
@@ -219,7 +219,7 @@ def _called(node: fx.Node, table: dict[Any, Any]) -> Any:
     return table.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
-def _arguments(node: fx.Node, parameters: dict[str, Any]) -> dict[str, Any] | None:
+def arguments_of(node: fx.Node, parameters: dict[str, Any]) -> dict[str, Any] | None:
     """A call's arguments by our names, or None where it passes others."""
     names, given = list(parameters), {"input": "x", "query": "x", "other": "b", "use_batch_stats": "use_input_stats"}
     arguments = dict(zip(names, node.args, strict=False))
@@ -329,7 +329,7 @@ def groups(graph: fx.Graph) -> Iterator[Group]:
 
 
 def _group(node: fx.Node, pattern: Pattern, written: dict, order: dict) -> Group | None:
-    arguments = _arguments(node, pattern.parameters)
+    arguments = arguments_of(node, pattern.parameters)
     if arguments is None:
         return None
     if pattern is SUM:
@@ -373,7 +373,7 @@ def _absorbed(node: fx.Node, activation: fx.Node, allowed: tuple[str, ...], writ
     """Whether a call may compute the activation after it, which may itself write in place: nobody sees that."""
     if ACTIVATIONS[activation.target] not in allowed or _slope(activation) is None or "out" in activation.kwargs:
         return False
-    if _writes(activation) is not None and _keeps_odd_strides(_value(activation)):
+    if _writes(activation) is not None and _keeps_odd_strides(example(activation)):
         return False
     return not _written_by_others(node, [activation], written) and not _written_by_others(activation, [], written)
 
@@ -391,7 +391,7 @@ def _written_by_others(node: fx.Node, own: list[fx.Node], written: dict) -> bool
 def _folded(conv: fx.Node, norm: fx.Node, order: dict) -> dict[str, Any] | None:
     """The arguments of a batch norm beside its convolution's, where all of them exist before the convolution."""
     pattern = PATTERNS[F.batch_norm]
-    found = _arguments(norm, pattern.parameters)
+    found = arguments_of(norm, pattern.parameters)
     if found is None or pattern.fits(found):
         return None
     early = all(order[n] < order[conv] for n in norm.all_input_nodes if n is not conv)
@@ -411,7 +411,7 @@ def _sum(node: fx.Node, arguments: dict[str, Any], written: dict) -> Group | Non
     activation = {"activation": ACTIVATIONS[following.target], "negative_slope": _slope(following)}
     nodes, names = [node, following], ["add", ACTIVATIONS[following.target]]
     for x, bias in ((a, b), (b, a)):
-        if _is_bias(_value(x), _value(bias)) and arguments.get("alpha", 1) == 1:
+        if _is_bias(example(x), example(bias)) and arguments.get("alpha", 1) == 1:
             arguments = {"x": x, "bias": bias, **activation}
             return Group(nodes, channel_bias_act, arguments, ["bias", names[1]])
     if _summed(arguments):
@@ -437,25 +437,49 @@ def _is_bias(x: Any, bias: Any) -> bool:
 # ---- rewriting ------------------------------------------------------------------------------------------------------
 
 
-def rewritten(module: fx.GraphModule, left: Collection[tuple[str, str]]) -> tuple[fx.GraphModule, list[Group]]:
-    """A copy of a graph whose groups run on our ops, and those groups; left: keys of groups that stay as they are."""
+Together = Callable[[fx.Graph, list[Group], dict[fx.Node, set[fx.Node]]], list[list[Group]]]
+
+
+def rewritten(
+    module: fx.GraphModule, left: Collection[tuple[str, str]], stretches: Together | None = None
+) -> tuple[fx.GraphModule, list[Group]]:
+    """A copy of a graph whose groups run on our ops, and those groups.
+
+    left: keys of groups that stay as they are. stretches: which groups run as one program (`fastgan.trace.straight`).
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, copies))
     found = [group for group in groups(module.graph) if group.key not in left]
-    for group in found:
-        first, last = copies[group.nodes[0]], copies[group.nodes[-1]]
-        arguments = fx.map_arg(dict(group.arguments), lambda n: copies[n])
-        with graph.inserting_before(first):
-            call = graph.call_function(group.target, (), arguments)
-        call.meta = dict(last.meta)
-        if group.target in CONTIGUOUS and is_channels_last(_value(group.arguments["x"])):
-            with graph.inserting_after(call):
-                call = graph.call_method("contiguous", (call,))
-            call.meta = {**last.meta, RELAID: True}
+    programs: dict[str, Any] = {}
+    for stretch in stretches(module.graph, found, writers(module.graph)) if stretches else ([g] for g in found):
+        nodes = [node for group in stretch for node in group.nodes]
+        with graph.inserting_before(copies[stretch[-1].nodes[0]]):
+            call = _call(graph, stretch, copies, programs)
+        last = copies[nodes[-1]]
+        call.meta = {**last.meta, **call.meta}
         last.replace_all_uses_with(call)
-        for node in reversed(group.nodes):
+        for node in reversed(nodes):
             graph.erase_node(copies[node])
             copies[node] = call
     graph.lint()
-    return fx.GraphModule(module, graph), found
+    kept = [n.target for n in graph.nodes if n.op in ("get_attr", "call_module") and n.target not in programs]
+    return fx.GraphModule({**{name: operator.attrgetter(name)(module) for name in kept}, **programs}, graph), found
+
+
+def _call(graph: fx.Graph, stretch: list[Group], copies: dict[fx.Node, fx.Node], programs: dict[str, Any]) -> fx.Node:
+    """What runs a stretch: a call of one group's op, with its result laid out as in torch, or of a program."""
+    first = stretch[0]
+    if len(stretch) > 1:
+        from fastgan.trace.straight import Straight
+
+        name = f"straight_{len(programs)}"
+        programs[name] = Straight(stretch)
+        tensors = fx.map_arg(programs[name].arguments(stretch), lambda n: copies[n])
+        return graph.call_module(name, (copies[first.arguments["x"]], *tensors))
+    call = graph.call_function(first.target, (), fx.map_arg(dict(first.arguments), lambda n: copies[n]))
+    if first.target in CONTIGUOUS and is_channels_last(example(first.arguments["x"])):
+        call.meta = dict(copies[first.nodes[-1]].meta)
+        call = graph.call_method("contiguous", (call,))
+        call.meta = {RELAID: True}
+    return call
