@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fastgan.choice import STATE, Contest, forced
 from fastgan.trace.layout import in_channels_last
 from fastgan.trace.rewrite import Group, attention, rewritten
-from fastgan.trace.straight import stretches
+from fastgan.trace.straight import Straight
 
 # Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's
 # autograd.Function loses its second derivative.
@@ -110,7 +110,7 @@ def traced(module: fx.GraphModule, example_inputs: list[Any], left: Collection[t
     if not groups:
         return None
     turned = in_channels_last(ours)
-    ours, _ = rewritten(module, left, stretches)
+    ours, _ = rewritten(module, left, Straight)
     digest = hashlib.sha256(f"{module.graph}{ours.graph}".encode()).hexdigest()[:24]
     numbers = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
     ways = {"ours": ours.forward} | ({"channels_last": turned.forward} if turned else {}) | _theirs(module, groups)

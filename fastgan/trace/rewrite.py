@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -437,25 +437,39 @@ def _is_bias(x: Any, bias: Any) -> bool:
 # ---- rewriting ------------------------------------------------------------------------------------------------------
 
 
-Together = Callable[[fx.Graph, list[Group], dict[fx.Node, set[fx.Node]]], list[list[Group]]]
+class Programs(Protocol):
+    """What runs several groups as one (`fastgan.trace.straight.Straight`)."""
+
+    @staticmethod
+    def stretches(graph: fx.Graph, groups: list[Group], written: dict[fx.Node, set[fx.Node]]) -> list[list[Group]]:
+        """The groups in order, those together that run as one."""
+
+    def __call__(self, groups: list[Group]) -> Any:
+        """A module that runs them: forward(x, *tensors), and `arguments(groups)`, the nodes of those tensors."""
 
 
 def rewritten(
-    module: fx.GraphModule, left: Collection[tuple[str, str]], stretches: Together | None = None
+    module: fx.GraphModule, left: Collection[tuple[str, str]], program: Programs | None = None
 ) -> tuple[fx.GraphModule, list[Group]]:
     """A copy of a graph whose groups run on our ops, and those groups.
 
-    left: keys of groups that stay as they are. stretches: which groups run as one program (`fastgan.trace.straight`).
+    left: keys of groups that stay as they are. program: what runs several of them as one; None: each runs by itself.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, copies))
     found = [group for group in groups(module.graph) if group.key not in left]
     programs: dict[str, Any] = {}
-    for stretch in stretches(module.graph, found, writers(module.graph)) if stretches else ([g] for g in found):
+    for stretch in program.stretches(module.graph, found, writers(module.graph)) if program else [[g] for g in found]:
         nodes = [node for group in stretch for node in group.nodes]
         with graph.inserting_before(copies[stretch[-1].nodes[0]]):
-            call = _call(graph, stretch, copies, programs)
+            if program is not None and len(stretch) > 1:
+                name = f"straight_{len(programs)}"
+                programs[name] = program(stretch)
+                arguments = [stretch[0].arguments["x"], *programs[name].arguments(stretch)]
+                call = graph.call_module(name, tuple(n and copies[n] for n in arguments))
+            else:
+                call = _call(graph, stretch[0], copies)
         last = copies[nodes[-1]]
         call.meta = {**last.meta, **call.meta}
         last.replace_all_uses_with(call)
@@ -467,19 +481,11 @@ def rewritten(
     return fx.GraphModule({**{name: operator.attrgetter(name)(module) for name in kept}, **programs}, graph), found
 
 
-def _call(graph: fx.Graph, stretch: list[Group], copies: dict[fx.Node, fx.Node], programs: dict[str, Any]) -> fx.Node:
-    """What runs a stretch: a call of one group's op, with its result laid out as in torch, or of a program."""
-    first = stretch[0]
-    if len(stretch) > 1:
-        from fastgan.trace.straight import Straight
-
-        name = f"straight_{len(programs)}"
-        programs[name] = Straight(stretch)
-        tensors = fx.map_arg(programs[name].arguments(stretch), lambda n: copies[n])
-        return graph.call_module(name, (copies[first.arguments["x"]], *tensors))
-    call = graph.call_function(first.target, (), fx.map_arg(dict(first.arguments), lambda n: copies[n]))
-    if first.target in CONTIGUOUS and is_channels_last(example(first.arguments["x"])):
-        call.meta = dict(copies[first.nodes[-1]].meta)
+def _call(graph: fx.Graph, group: Group, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The call of a group's op, with its result laid out as in torch."""
+    call = graph.call_function(group.target, (), fx.map_arg(dict(group.arguments), lambda n: copies[n]))
+    if group.target in CONTIGUOUS and is_channels_last(example(group.arguments["x"])):
+        call.meta = dict(copies[group.nodes[-1]].meta)
         call = graph.call_method("contiguous", (call,))
         call.meta = {RELAID: True}
     return call

@@ -39,8 +39,16 @@ class Straight(nn.Module):
         self.run = program.Run([layer for layers, _ in made for layer in layers])
         self.places = [(owner, name) for _, places in made for owner, name, _ in places]
         self.names = [[argument for _, _, argument in places] for _, places in made]
-        self.calls = [(group.target, _constants(group)) for group in groups]
+        self.calls = [
+            (group.target, {k: v for k, v in group.arguments.items() if k != "x" and k not in names})
+            for group, names in zip(groups, self.names, strict=True)
+        ]
         self.turn = threading.Lock()
+
+    @staticmethod
+    def stretches(graph: fx.Graph, groups: list[Group], written: dict[fx.Node, set[fx.Node]]) -> list[list[Group]]:
+        """The groups in order, those together that run as one program; linear layers without a group join them."""
+        return _stretches(graph, groups, written)
 
     def arguments(self, groups: Sequence[Group]) -> list[Any]:
         """The nodes whose values `forward` takes behind x."""
@@ -63,13 +71,6 @@ class Straight(nn.Module):
             x = target(x=x, **dict(zip(names, rest)), **constants)  # noqa: B905 (takes its own)
             x = x.contiguous() if target in CONTIGUOUS else x
         return x
-
-
-def _constants(group: Group) -> dict[str, Any]:
-    """The arguments of a group that are no tensors."""
-    _, places = _layers(group) or ([], [])
-    given = {"x", *(argument for _, _, argument in places)}
-    return {name: value for name, value in group.arguments.items() if name not in given}
 
 
 # ---- a group as layers ----------------------------------------------------------------------------------------------
@@ -132,6 +133,8 @@ def _batch_norm(kind: Any, channels: int, found: dict[str, Any], names: tuple[st
 
 
 def _norm(target: Callable[..., Any], found: dict[str, Any]) -> tuple[Any, Places]:
+    if target not in (functional.bn_act, functional.gn_act, functional.in_act):
+        return None, []
     x = example(found["x"])
     if target is functional.bn_act and x.dim() in (2, 4):
         kind = nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d
@@ -147,21 +150,23 @@ def _norm(target: Callable[..., Any], found: dict[str, Any]) -> tuple[Any, Place
 # ---- which groups follow each other ---------------------------------------------------------------------------------
 
 
-def stretches(graph: fx.Graph, groups: list[Group], written: dict[fx.Node, set[fx.Node]]) -> list[list[Group]]:
-    """The groups in order, those together that run as one program; linear layers without a group join them."""
+def _stretches(graph: fx.Graph, groups: list[Group], written: dict) -> list[list[Group]]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     taken = {node for group in groups for node in group.nodes}
-    alone = [found for node in graph.nodes if node not in taken and (found := _lone_linear(node)) is not None]
-    made: dict[fx.Node, list[Group]] = {}  # by the value that a stretch makes
+    alone = [linear for node in graph.nodes if node not in taken and (linear := _lone_linear(node)) is not None]
+    ends: dict[Any, list[Group]] = {}  # stretches that may go on, by the value that they make
+    found: list[list[Group]] = []
     for group in sorted([*groups, *alone], key=lambda group: order[group.nodes[0]]):
-        before = made.get(group.arguments.get("x"))
-        if before is not None and _layers(group) and _follows(before, group, order, written):
-            del made[before[-1].nodes[-1]]
-            made[group.nodes[-1]] = [*before, group]
+        known, stretch = _layers(group) is not None, ends.pop(group.arguments.get("x"), None)
+        if known and stretch is not None and _follows(stretch, group, order, written):
+            stretch.append(group)
         else:
-            made[group.nodes[-1]] = [group]
-    found = [stretch for stretch in made.values() if len(stretch) > 1 or stretch[0] in groups]
-    return sorted(found, key=lambda stretch: order[stretch[-1].nodes[0]])
+            stretch = [group]
+            found.append(stretch)
+        if known:
+            ends[group.nodes[-1]] = stretch
+    kept = [stretch for stretch in found if len(stretch) > 1 or stretch[0].nodes[0] in taken]
+    return sorted(kept, key=lambda stretch: order[stretch[-1].nodes[0]])
 
 
 def _lone_linear(node: fx.Node) -> Group | None:
@@ -175,7 +180,7 @@ def _lone_linear(node: fx.Node) -> Group | None:
 def _follows(stretch: list[Group], group: Group, order: dict, written: dict) -> bool:
     """Whether nobody else reads what the stretch makes, and nothing that it reads changes before the group runs."""
     last = stretch[-1].nodes[-1]
-    if len(last.users) != 1 or not _layers(stretch[0]):
+    if len(last.users) != 1:
         return False
     own = {node for g in (*stretch, group) for node in g.nodes}
     between = range(order[stretch[0].nodes[0]], order[group.nodes[-1]])
