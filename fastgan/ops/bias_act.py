@@ -51,7 +51,7 @@ def launch(core, x, bias, activation, slope, gain, clamp):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     (bias,) = _native.float_vectors(bias)
-    y = empty_result(x, activation != "identity")
+    y = empty_result(x, activation != "identity") if channels_last else torch.empty_like(x)
     code, act = _native.DTYPE_CODES[x.dtype], _activation.CODES[activation]
     core.call(
         "bias_act_forward",

@@ -109,7 +109,8 @@ def reference(x, weight, bias, running_mean, running_var, training, eps, activat
 def launch(core, x, weight, bias, running_mean, running_var, training, eps, activation, slope, groups):
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
-    y = empty_result(x, True)  # as torch's batch norm does, activation or not
+    # torch's batch norm is `elementwise` there, activation or not
+    y = empty_result(x, True) if channels_last else torch.empty_like(x)
     if training and running_mean is not None:
         mean, var = (s.to(torch.float32).contiguous() for s in (running_mean, running_var))
     elif training:
