@@ -139,12 +139,12 @@ def test_filters_that_learn_take_the_composition_and_the_op_refuses_them():
 def test_few_planes_take_the_composition(monkeypatch):
     if "native" not in BACKENDS:
         pytest.skip("fastgan._C is not built here")
-    monkeypatch.setattr(resampling, "FEWEST_PLANES", 8)
+    monkeypatch.setattr(resampling, "FEWEST_PLANES", 6)
     ran = []
     note = lambda op, launch: ran.append(op.name) or launch
     with around(note):
-        few = functional.filtered_lrelu(torch.randn(1, 7, 5, 4), SMOOTH, SMOOTH, torch.randn(7), 2, 2, 3)
-        enough = functional.filtered_lrelu(torch.randn(1, 8, 5, 4), SMOOTH, SMOOTH, torch.randn(8), 2, 2, 3)
+        few = functional.filtered_lrelu(torch.randn(1, 5, 5, 4), SMOOTH, SMOOTH, torch.randn(5), 2, 2, 3)
+        enough = functional.filtered_lrelu(torch.randn(1, 6, 5, 4), SMOOTH, SMOOTH, torch.randn(6), 2, 2, 3)
     assert few.shape[2:] == enough.shape[2:]
     assert ran == ["bias_act", "upfirdn2d", "bias_act", "upfirdn2d", "filtered_lrelu"]
 

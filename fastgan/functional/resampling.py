@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgan._layout import is_channels_last
 from fastgan.choice import has_kernel
 from fastgan.functional.checks import Size2, check_bias, pair
 from fastgan.functional.convolution import conv2d, conv_transpose2d
@@ -15,9 +16,10 @@ from fastgan.functional.elementwise import bias_act, check_form
 from fastgan.ops import filtered_lrelu as _filtered_lrelu
 from fastgan.ops import upfirdn2d as _upfirdn2d
 
-# The kernel has a plane in each lane of a vector. Of 3 planes of 68x68 with 12 taps, up 2 and down 2, it took 0.29 ms
-# forward and the composition 0.15, of 512 planes of 36x36 2.2 and 4.4 (one thread, AMD EPYC Zen 5, AVX-512).
-FEWEST_PLANES = 8
+# The kernel has a plane in each lane of a vector. In NCHW 3 planes of 68x68, 12 taps, up 2 and down 2, took 0.17 ms
+# forward and the composition 0.11; 8 planes 0.18 and 0.20; in channels_last 3 planes 0.17 and 0.19 (one thread, AMD
+# EPYC Zen 5, AVX-512).
+FEWEST_PLANES = 6
 
 
 def upfirdn2d(
@@ -113,8 +115,8 @@ def filtered_lrelu(
     """StyleGAN3's activation: bias, upsampling by fu, leaky ReLU with gain and clamp, downsampling by fd.
 
     One pass on a CPU: the upsampled image stays in cache, and a bit for each of its samples (two with a clamp) is kept
-    for the derivatives. On a GPU, of fewer than 8 planes, and where a filter requires gradients, `upfirdn2d` and
-    `bias_act` compute the same.
+    for the derivatives. On a GPU, of fewer than 6 planes in NCHW, and where a filter requires gradients, `upfirdn2d`
+    and `bias_act` compute the same.
 
     Args:
         x: [N, C, H, W], floating.
@@ -150,7 +152,8 @@ def filtered_lrelu(
             f"for x {tuple(x.shape)}, up {up}, padding {padding}"
         )
     learns = torch.is_grad_enabled() and (fu.requires_grad or fd.requires_grad)
-    if learns or x.shape[0] * x.shape[1] < FEWEST_PLANES or not has_kernel(name, x.device.type):
+    few = x.shape[0] * x.shape[1] < FEWEST_PLANES and not is_channels_last(x)
+    if learns or few or not has_kernel(name, x.device.type):
         x = x if bias is None else bias_act(x, bias, activation=None)
         x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
         x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
