@@ -14,7 +14,7 @@ from torch import nn
 import fastgan
 from fastgan import functional
 from fastgan._layout import laid_out
-from fastgan.program import switched_off
+from fastgan.program import run, switched_off
 
 SHAPES = [
     (3, 4, 5, 6),
@@ -131,6 +131,24 @@ def test_a_view_after_a_converted_chain_works_where_it_does_in_torch(written, pr
                     results.append(model(x))
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
             assert results[0].stride() == results[1].stride(), (chain, weights, images)
+
+
+@pytest.mark.parametrize("way", ["program", "plain", "channels_last", "ops", "traced"])
+def test_the_gradient_of_one_sample_through_an_instance_norm_is_that_of_nchw(way, monkeypatch):
+    """PyTorch 2.13 reads the channels_last cotangent of one sample as NCHW: its own gradient is wrong by 1.4."""
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 5, 3))
+    ours = fastgan.convert(copy.deepcopy(HandWritten(chain) if way == "traced" else chain))
+    ours.to(memory_format=torch.channels_last)
+    if way in ("plain", "channels_last"):
+        ways = run.Run._ways
+        monkeypatch.setattr(run.Run, "_ways", lambda *args: {way: ways(*args)[way]})
+    x, dy = torch.randn(1, 3, 9, 9), torch.randn(1, 5, 5, 5)
+    want = torch.autograd.grad(chain(x), list(chain.parameters()), dy)
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    with switched_off() if way == "ops" else contextlib.nullcontext():
+        got = torch.autograd.grad(ours(x), list(ours.parameters()), dy)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -248,4 +248,7 @@ def _plain_sample_norm(norm: Any, x: Tensor, weight: Any, bias: Any) -> Tensor:
         return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
     if isinstance(norm, nn.GroupNorm):
         return torch.nn.functional.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-    return torch.nn.functional.instance_norm(x, weight=weight, bias=bias, eps=norm.eps)
+    y = torch.nn.functional.instance_norm(x, weight=weight, bias=bias, eps=norm.eps)
+    if len(x) == 1 and y.requires_grad:  # torch 2.13 takes one sample's channels_last cotangent for NCHW: wrong by 1.4
+        y.register_hook(torch.Tensor.contiguous)
+    return y
