@@ -160,31 +160,21 @@ def ops_page(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def resampling_page(results: dict[str, Any]) -> list[str]:
-    """StyleGAN's ops, a line a case: milliseconds in both layouts."""
-    rows, best = [], []
-    names = "eager", "eager-channels_last", "fastgan", "fastgan-channels_last"
-    for case in results["cases"]:
-        found = {row["row"]: row for row in case["rows"] if not row["failed"]}
-        if not set(names) <= set(found):
-            continue
-        seconds = [found[name]["median_s"] for name in names]
-        shares = [found[name]["share_of_bound"] for name in names[2:]]
-        ratios = seconds[0] / seconds[2], seconds[1] / seconds[3], min(seconds[:2]) / min(seconds[2:])
-        best.append(ratios[2])
-        bounds = ("-" if share is None else f"{100 * share:.0f} %" for share in shares)
-        rows.append((title(case), *map(milliseconds, seconds), *(f"{r:.2f}" for r in ratios), *bounds))
-    header = "", *(f"{who} {layout}" for who in ("PyTorch", "fastgan") for layout in ("NCHW", "channels_last"))
+def stylegan_page(results: dict[str, Any]) -> list[str]:
+    """StyleGAN's ops and a step of stylegan2-small in CPU time."""
+    rows = []
+    for row in results["stylegan"]:
+        ms = row["ms"]
+        composition = digits(ms["composition"]) if "composition" in ms else "-"
+        figures = digits(ms["fastgan"]), digits(ms["torch"]), f"{ms['torch'] / ms['fastgan']:.2f}", composition
+        rows.append((row["what"], *figures))
     return [
-        "Milliseconds, medians, the four rows of a case in turns. PyTorch's are the formulas that the projects fall "
-        "back to (`benchmarks/resampling.py`). The first two ratios compare one layout in both, the third PyTorch's "
-        "better layout with fastgan's better one. The last columns are the share of the bound that fastgan's rows "
-        "reach.",
+        "Milliseconds of CPU time of one thread in float32, the least of several rounds in turns, which leaves out the "
+        "time in which others had the core. PyTorch's are the formulas that the projects fall back to "
+        "(`benchmarks/resampling.py`), in the step those of fastgan's references. The composition is fastgan's own ops "
+        "one after another.",
         "",
-        f"{sum(ratio >= 1 for ratio in best)} of {len(best)} ratios of better layouts are 1 or more; the least is "
-        f"{min(best):.2f}.",
-        "",
-        *table((*header, "NCHW", "channels_last", "better", "bound, NCHW", "bound, channels_last"), rows),
+        *table(("", "fastgan", "PyTorch", "ratio", "composition"), rows),
         "",
     ]
 
@@ -349,10 +339,9 @@ def times_page(results: dict[str, Any]) -> list[str]:
     ]
 
 
-RESAMPLING = {"upfirdn2d", "filtered_lrelu", "modulated_conv2d"}  # a file of these ops alone has a page of its own
-KINDS = {  # kind -> (the key that its files have, title, body)
+KINDS = {  # kind -> (the key that only its files have, title, body)
     "bench": ("cases", "Every op and step", ops_page),
-    "resampling": ("cases", "StyleGAN's ops", resampling_page),
+    "stylegan": ("stylegan", "StyleGAN's ops", stylegan_page),
     "scaling": ("points", "The step over batch, image side and threads", scaling_page),
     "first-step": ("first_steps", "The first step, cold", first_step_page),
     "chains": ("chains", "Chains of layers as programs", chains_page),
@@ -367,9 +356,8 @@ def newest(folder: Path) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
     found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
-        resampling = {case["op"] for case in results.get("cases", ())} <= RESAMPLING
         for kind, (key, _, _) in KINDS.items():
-            if key in results and "machine" in results and (key != "cases" or resampling == (kind == "resampling")):
+            if key in results and "machine" in results:
                 name = kind, facts.slug(results["machine"])
                 if name not in found or found[name][1]["machine"]["date"] < results["machine"]["date"]:
                     found[name] = path, results

@@ -3,14 +3,17 @@
     python benchmarks/stylegan.py                # this machine's own instructions, about a minute
     python benchmarks/stylegan.py --table avx2   # both held to AVX2
 
-Minima of rounds in turns. CPU time leaves out the time in which others have the core, so that a busy machine disturbs
-it less than wall time; a shared cache and a shared core disturb it still. docs/evidence/cpu-kernels.md has the numbers.
+Results go into benchmarks/results, and `make evidence` makes the page of them. Minima of rounds in turns. CPU time
+leaves out the time in which others have the core, so that a busy machine disturbs it less than wall time; a shared
+cache and a shared core disturb it still.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,19 +46,24 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     fastgan.racing(False)
-    machine = facts.gather("stylegan.py")
-    print(f"{machine['cpu']}, {machine['kernels']}, commit {machine['commit']}, load {facts.load()}; ms")
+    machine = facts.gather("python " + " ".join(sys.argv))
+    rows: list[dict[str, Any]] = []
     for shape in FILTERED:
         for name, layout in LAYOUTS.items():
             x, bias = torch.randn(*shape, shape[-1]).contiguous(memory_format=layout), torch.randn(shape[1])
-            show(f"filtered_lrelu {shape} {name}", (in_one_pass, composed, plain), (x, bias))
+            what = f"filtered_lrelu {'x'.join(map(str, (*shape, shape[-1])))} {name}"
+            rows += both(what, (in_one_pass, plain, composed), (x, bias))
     for form, (f, up, down, padding) in FORMS.items():
         ours = lambda x, f=f, up=up, down=down, p=padding: functional.upfirdn2d(x, f, up, down, p)
         theirs = lambda x, f=f, up=up, down=down, p=padding: resampling.upfirdn2d(x, f, up, down, p)
         for name, layout in LAYOUTS.items():
             x = torch.randn(16, 64, 32, 32).contiguous(memory_format=layout)
-            show(f"upfirdn2d {form} {name}", (ours, theirs), (x,))
-    steps()
+            rows += both(f"upfirdn2d {form} 16x64x32x32 {name}", (ours, theirs), (x,))
+    rows += steps()
+    machine["load_after"] = facts.load()
+    path = facts.ROOT / "benchmarks" / "results" / f"stylegan-{facts.slug(machine)}.json"
+    path.write_text(json.dumps({"machine": machine, "stylegan": rows}, indent=1) + "\n")
+    print(f"written: {path}")
 
 
 def in_one_pass(x: Tensor, bias: Tensor) -> Tensor:
@@ -72,15 +80,20 @@ def plain(x: Tensor, bias: Tensor) -> Tensor:
     return resampling.filtered_lrelu(x, resampling.LONG, bias, 2, 2, PADDING)
 
 
-def show(what: str, functions: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> None:
-    """A line of forward times and of forward + backward times."""
+def row(what: str, times: Sequence[float]) -> dict[str, Any]:
+    """times: fastgan's, PyTorch's, and where there is one the composition's."""
+    print(f"{what:60}" + " ".join(f"{ms:8.2f}" for ms in times), flush=True)
+    return {"what": what, "ms": dict(zip(("fastgan", "torch", "composition"), times, strict=False))}
+
+
+def both(what: str, functions: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> list[dict[str, Any]]:
+    """The rows of forward and of forward + backward."""
     with torch.no_grad():
         forward = least([lambda f=f: f(*inputs) for f in functions])
     leaves = [t.requires_grad_() for t in inputs]
     dy = torch.randn_like(functions[0](*inputs).detach())
-    both = least([lambda f=f: torch.autograd.grad(f(*leaves), leaves, dy) for f in functions])
-    figures = "  ".join(" ".join(f"{ms:7.2f}" for ms in times) for times in (forward, both))
-    print(f"{what:44} {figures}  ratio {forward[-1] / forward[0]:.1f} {both[-1] / both[0]:.1f}", flush=True)
+    back = least([lambda f=f: torch.autograd.grad(f(*leaves), leaves, dy) for f in functions])
+    return [row(f"{what} forward", forward), row(f"{what} forward + backward", back)]
 
 
 def least(runs: Sequence[Callable[[], Any]], rounds: int = 8) -> list[float]:
@@ -95,7 +108,7 @@ def least(runs: Sequence[Callable[[], Any]], rounds: int = 8) -> list[float]:
     return found
 
 
-def steps() -> None:
+def steps() -> list[dict[str, Any]]:
     """A step of stylegan2-small at 32 pixels and batch 16, its ops ours and PyTorch's formulas for them."""
     g, d = models.build("stylegan2-small", image_size=32, channels=3, latent=64)
     optimizers = [torch.optim.Adam(net.parameters(), 2e-3, (0.0, 0.99)) for net in (g, d)]
@@ -121,10 +134,13 @@ def steps() -> None:
         with fastgan.backend(backend):
             step(penalties)
 
-    for penalties in (False, True):
-        ours, theirs = least([lambda b=b: on(b, penalties) for b in ("auto", "reference")], 6)  # noqa: B023
-        what = "with R1 and path lengths" if penalties else "without penalties"
-        print(f"stylegan2-small step {what:23} {ours:7.1f} {theirs:7.1f}  ratio {theirs / ours:.2f}", flush=True)
+    return [
+        row(
+            "stylegan2-small step, batch 16, " + ("R1 and path lengths" if penalties else "no penalties"),
+            least([lambda b=b, p=penalties: on(b, p) for b in ("auto", "reference")], 6),
+        )
+        for penalties in (False, True)
+    ]
 
 
 if __name__ == "__main__":

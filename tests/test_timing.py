@@ -242,17 +242,12 @@ def test_the_newest_results_of_a_machine_make_its_page(tmp_path):
 
 
 def test_stylegans_ops_have_a_page_of_their_own(tmp_path):
-    """A newer file of these ops alone does not take the place of all ops'."""
-    times = {"eager": 0.4, "eager-channels_last": 0.3, "fastgan": 0.1, "fastgan-channels_last": 0.2}
-    theirs = results()
-    theirs["machine"]["date"] = "e"
-    row = records(eager=0.2, fastgan=0.25)[0]
-    theirs["cases"][0] |= {"op": "upfirdn2d", "rows": [{**row, "row": n, "median_s": s} for n, s in times.items()]}
-    for name, found in (("all", results()), ("some", theirs)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    found = {"machine": results()["machine"], "stylegan": [{"what": "w", "ms": {"fastgan": 2.0, "torch": 3.0}}]}
+    (tmp_path / "all.json").write_text(json.dumps(results()))
+    (tmp_path / "some.json").write_text(json.dumps(found))
     pages = report.pages(tmp_path)
-    assert list(pages) == ["bench-c-k-x2.md", "resampling-c-k-x2.md"]
-    assert "| 400 | 300 | 100 | 200 | 4.00 | 1.50 | 3.00 |" in pages["resampling-c-k-x2.md"]
+    assert list(pages) == ["bench-c-k-x2.md", "stylegan-c-k-x2.md"]
+    assert "| w | 2 | 3 | 1.50 | - |" in pages["stylegan-c-k-x2.md"]
 
 
 def test_results_without_ceilings_say_why():
