@@ -151,9 +151,7 @@ def filtered_lrelu(
             f"{name}: the filters must fit into the padded image, got fu {tuple(fu.shape)} and fd {tuple(fd.shape)} "
             f"for x {tuple(x.shape)}, up {up}, padding {padding}"
         )
-    learns = torch.is_grad_enabled() and (fu.requires_grad or fd.requires_grad)
-    few = x.shape[0] * x.shape[1] < FEWEST_PLANES and not is_channels_last(x)
-    if learns or few or not has_kernel(name, x.device.type):
+    if not _in_one_pass(x, fu, fd):
         x = x if bias is None else bias_act(x, bias, activation=None)
         x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
         x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
@@ -161,6 +159,13 @@ def filtered_lrelu(
     form = bool(flip_filter), float(gain), float(negative_slope), limit
     y: Tensor = _filtered_lrelu.op(x, bias, fu, fd, up, down, pad, *form)[0]
     return y
+
+
+def _in_one_pass(x: Tensor, fu: Tensor, fd: Tensor) -> bool:
+    """Whether `filtered_lrelu`'s kernel takes x: there is one, it is worth it, and no filter requires gradients."""
+    learns = torch.is_grad_enabled() and (fu.requires_grad or fd.requires_grad)
+    few = x.shape[0] * x.shape[1] < FEWEST_PLANES and not is_channels_last(x)
+    return not learns and not few and has_kernel("filtered_lrelu", x.device.type)
 
 
 def conv2d_resample(
