@@ -63,11 +63,12 @@ ELEMENTWISE = (
     "grad_norm_penalty",
     "sample_dot",
     "adam",
-    "attention",
     "upfirdn2d",
     "filtered_lrelu",
     "program",
 )
+# These use vdpbf16ps but no AMX: the amx table takes avx512_bf16's.
+PAIRS = ("attention",)
 
 
 class BuildError(RuntimeError):
@@ -200,7 +201,7 @@ def unit_flags() -> dict[Path, list[tuple[str, str]]]:
     """Source -> [(object name, extra flags)]."""
     units = {}
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        shared = ("avx512_bf16", "amx") if source.stem in ELEMENTWISE else ()
+        shared = ("avx512_bf16", "amx") if source.stem in ELEMENTWISE else ("amx",) if source.stem in PAIRS else ()
         units[source] = [
             (f"cpu/{source.stem}.{table}.o", f"-DISA={table} {flags}")
             for table, flags in TABLES.items()

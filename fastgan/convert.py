@@ -150,7 +150,62 @@ class FusedDotProductAttention(DotProductAttention):
         return functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
-CORES: dict[type[nn.Module], Any] = {DotProductAttention: FusedDotProductAttention}  # wherever they are called from
+class FusedMultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention around the op `attention`; without gradients torch's own, which has a path of its own."""
+
+    op = "attention"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if is_exported() or not torch.is_grad_enabled() or query.is_nested:
+            return super().forward(query, key, value, *options)
+        turned = self.batch_first and query.dim() == 3
+        if turned:  # an object that comes in twice goes on as one
+            sides = {id(t): t.transpose(0, 1) for t in (query, key, value)}
+            query, key, value = sides[id(query)], sides[id(key)], sides[id(value)]
+        y, weights = functional.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight,
+            v_proj_weight=self.v_proj_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return y.transpose(0, 1) if turned else y, weights
+
+
+CORES: dict[type[nn.Module], Any] = {  # wherever they are called from
+    DotProductAttention: FusedDotProductAttention,
+    nn.MultiheadAttention: FusedMultiheadAttention,
+}
+KINDS_OF_CORES = {*CORES, *CORES.values()}
 # Forward and backward of a 3 x 3 x 3 layer of 16, 32 and 64 channels took 18.0, 11.2 and 9.4 ms in PyTorch, and 44.4,
 # 11.0 and 15.3 ms as three of our 2-D convolutions over the depth (one thread of AMD EPYC Zen 5, AVX-512, some load).
 DEPTH = "3-D: a loop of our 2-D convolutions over the depth is no faster"
@@ -634,7 +689,12 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
         within = [root for root in traced if not root or name == root or name.startswith(f"{root}.")]
         if within:
             rows += _traced_rows(name, m, within[-1], traced[within[-1]])
-        elif not list(m.children()) or hasattr(m, "stat_groups") or (id(m) in in_chain and plain_class(m)):
+        elif (
+            not list(m.children())
+            or type(m) in KINDS_OF_CORES
+            or hasattr(m, "stat_groups")
+            or (id(m) in in_chain and plain_class(m))
+        ):
             rows.append(_row(name, m, runs.get(id(m)), in_chain, owners))
     report = Report(rows, calls)
     if example_input is not None:
@@ -656,6 +716,8 @@ def _watched(model: nn.Module, example: Any) -> tuple[list[Tensor], list[tuple[s
 def _traced_rows(name: str, m: nn.Module, root: str, part: Part) -> list[Row]:
     """What runs a module of a traced part, a row for each line that calls it; leaves that nothing fuses, too."""
     kind = type(m).__name__
+    if type(m) in CORES.values():
+        return [Row(name or "(model)", kind, f"fastgan.{m.op}")]
     refusal = part.refusal()
     found = [Row(name or "(model)", kind, *told) for told in part.told(name[len(root) :].lstrip(".")) if not refusal]
     is_leaf = not list(m.children())
@@ -700,6 +762,8 @@ def _row(name: str, m: nn.Module, runs: tuple[str, str] | None, in_chain: set[in
         row.why = "hooks: run apart" if has_hooks(m) else ""
     elif type(m).__module__.startswith("fastgan.nn"):
         row.runs = "fastgan"
+    elif type(m) in CORES:
+        row.why = "has hooks" if has_hooks(m) else "not converted: call fastgan.convert(model)"
     elif type(m) in ACTIVATIONS:
         row.why = "hooks: run apart" if has_hooks(m) else "no convolution or norm before it to compute it"
     elif type(m) in FUSED and id(m) not in in_chain:

@@ -228,20 +228,22 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
 #define FG_FILTERED_LRELU_KERNELS(f)                                      \
   f(filtered_lrelu_forward, FilteredLreluShape, FilteredLreluForwardArgs) \
       f(filtered_lrelu_backward, FilteredLreluShape, FilteredLreluBackwardArgs)
-// Attention has no CUDA C++ kernel yet.
-#define FG_ATTENTION_KERNELS(f)                                    \
-  f(attention_forward, AttentionShape, AttentionForwardArgs)       \
-      f(attention_backward, AttentionShape, AttentionBackwardArgs) \
-          f(attention_double_backward, AttentionShape, AttentionDoubleBackwardArgs)
+// Those of many products.
+// clang-format off: a line each
+#define FG_ATTENTION_KERNELS(f)                                \
+  f(attention_forward, AttentionShape, AttentionForwardArgs)   \
+  f(attention_backward, AttentionShape, AttentionBackwardArgs) \
+  f(attention_double_backward, AttentionShape, AttentionDoubleBackwardArgs)
+// clang-format on
 // What a program needs besides, on a CPU.
 #define FG_PROGRAM_KERNELS(f) f(relayout, RelayoutArgs) f(bn_fold, BnFoldArgs) f(bn_update, BnUpdateArgs)
-#define FG_KERNELS(f)   \
-  FG_PRODUCT_KERNELS(f) \
-  FG_ELEMENTWISE_KERNELS(f)
+#define FG_KERNELS(f)       \
+  FG_PRODUCT_KERNELS(f)     \
+  FG_ELEMENTWISE_KERNELS(f) \
+  FG_ATTENTION_KERNELS(f)
 #define FG_CPU_KERNELS(f)      \
   FG_KERNELS(f)                \
   FG_FILTERED_LRELU_KERNELS(f) \
-  FG_ATTENTION_KERNELS(f)      \
   FG_PROGRAM_KERNELS(f)
 
 template <class... Structs>

@@ -45,22 +45,23 @@ inline float load_unit(const char* p) {
 inline vf load_units(const char* p) { return load(reinterpret_cast<const float*>(p)); }
 inline vf load_units(const char* p, int n) { return load_tail(reinterpret_cast<const float*>(p), n); }
 
-// A unit's weights for a vector of output channels, in a panel or, `apart` bytes from an input channel to the next, in
-// the weight itself.
-template <bool DOT, bool IN_PLACE>
+// A unit's weights for a vector of output channels: a row of units or, in a bf16 weight itself, two rows of channels,
+// `apart` bytes from one to the next.
+template <bool OF_UNITS>
 inline vf load_weights(const char* b, int vector, int64_t apart) {
-  if constexpr (!IN_PLACE || !DOT) return load_units(b + vector * VF * 4);
+  if constexpr (OF_UNITS) return load_units(b + vector * VF * 4);
   const char* at = b + vector * VF * 2;
   const auto row = [](const char* p) { return load_half(reinterpret_cast<const bf16*>(p)); };
   return interleave(row(at), row(at + apart));
 }
 
-// IN_PLACE: Run::row counts the weight's elements.
-template <bool DOT, int NV, bool IN_PLACE>
+// IN_PLACE: rows lie `apart` bytes from each other, and Run::row counts the weight's elements. OF_UNITS: its rows are
+// of units, not of channels.
+template <bool DOT, int NV, bool IN_PLACE, bool OF_UNITS>
 FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left, int64_t step, const char* panel,
                               int64_t apart, float* out, int64_t ld_out, bool accumulate) {
   constexpr int ROW_BYTES = NV * VF * 4;
-  const int64_t row_bytes = IN_PLACE ? (DOT ? 2 : 1) * apart : ROW_BYTES;
+  const int64_t row_bytes = IN_PLACE ? (OF_UNITS ? 1 : 2) * apart : ROW_BYTES;
   vf acc[TILE_ROWS][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; ++i)
@@ -68,12 +69,12 @@ FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left,
     for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(out + i * ld_out + j * VF) : zero();
 
   for (int t = 0; t < runs; ++t, left += TILE_ROWS) {
-    const char* b = panel + run[t].row * (!IN_PLACE ? ROW_BYTES : DOT ? 2 : 4);
+    const char* b = panel + run[t].row * (!IN_PLACE ? ROW_BYTES : OF_UNITS ? 4 : 2);
     const char *a0 = left[0], *a1 = left[1], *a2 = left[2], *a3 = left[3], *a4 = left[4], *a5 = left[5];
     for (int64_t u = run[t].units, at = 0; u > 0; --u, at += step, b += row_bytes) {
       vf w[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) w[j] = load_weights<DOT, IN_PLACE>(b, j, apart);
+      for (int j = 0; j < NV; ++j) w[j] = load_weights < !IN_PLACE || OF_UNITS > (b, j, apart);
       const char* const a[TILE_ROWS] = {a0, a1, a2, a3, a4, a5};
 #pragma GCC unroll 8
       for (int i = 0; i < TILE_ROWS; ++i) {
@@ -91,8 +92,8 @@ FG_NOINLINE void tile_vectors(const Run* run, int runs, const char* const* left,
 }
 
 // The broadcast form: vectors run over output channels. IN_PLACE: it reads the weights where they lie, output channels
-// next to each other; `panel_rows` of tile() are then the bytes from an input channel to the next.
-template <bool DOT, bool IN_PLACE_ = false>
+// next to each other, or with OF_UNITS units; `panel_rows` of tile() are then the bytes from a row to the next.
+template <bool DOT, bool IN_PLACE_ = false, bool OF_UNITS = !DOT>
 struct BroadcastKernel {
   static constexpr bool IN_PLACE = IN_PLACE_;
   static constexpr int ROWS = TILE_ROWS;
@@ -112,14 +113,18 @@ struct BroadcastKernel {
                    int64_t panel_rows, int columns, float* out, int64_t ld_out, bool accumulate) {
     switch (columns / VF) {
       case 1:
-        return tile_vectors<DOT, 1, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
+        return tile_vectors<DOT, 1, IN_PLACE, OF_UNITS>(run, runs, left, step, panel, panel_rows, out, ld_out,
+                                                        accumulate);
       case 2:
-        return tile_vectors<DOT, 2, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
+        return tile_vectors<DOT, 2, IN_PLACE, OF_UNITS>(run, runs, left, step, panel, panel_rows, out, ld_out,
+                                                        accumulate);
 #if defined(__AVX512F__) || defined(__aarch64__)
       case 3:
-        return tile_vectors<DOT, 3, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
+        return tile_vectors<DOT, 3, IN_PLACE, OF_UNITS>(run, runs, left, step, panel, panel_rows, out, ld_out,
+                                                        accumulate);
       case 4:
-        return tile_vectors<DOT, 4, IN_PLACE>(run, runs, left, step, panel, panel_rows, out, ld_out, accumulate);
+        return tile_vectors<DOT, 4, IN_PLACE, OF_UNITS>(run, runs, left, step, panel, panel_rows, out, ld_out,
+                                                        accumulate);
 #endif
     }
   }

@@ -11,6 +11,13 @@
 #define ELEMENTWISE ISA
 #endif
 
+// Attention multiplies pairs of bf16, but by no tiles of AMX: that table takes avx512_bf16's.
+#ifdef __AMX_BF16__
+#define ATTENTION avx512_bf16
+#else
+#define ATTENTION ISA
+#endif
+
 #define FG_DECLARE(kernel, ...) Kernel<__VA_ARGS__> kernel;
 namespace fg::ISA {
 FG_PRODUCT_KERNELS(FG_DECLARE)
@@ -18,17 +25,20 @@ FG_PRODUCT_KERNELS(FG_DECLARE)
 namespace fg::ELEMENTWISE {
 FG_ELEMENTWISE_KERNELS(FG_DECLARE)
 FG_FILTERED_LRELU_KERNELS(FG_DECLARE)
-FG_ATTENTION_KERNELS(FG_DECLARE)
 FG_PROGRAM_KERNELS(FG_DECLARE)
 }  // namespace fg::ELEMENTWISE
+namespace fg::ATTENTION {
+FG_ATTENTION_KERNELS(FG_DECLARE)
+}
 
 namespace fg::ISA {
 
 #define FG_PRODUCT(kernel, ...) kernel,
 #define FG_ELEMENTWISE(kernel, ...) ELEMENTWISE::kernel,
+#define FG_ATTENTION(kernel, ...) ATTENTION::kernel,
 extern const Table table;
 const Table table = {FG_STRING(ISA), FG_PRODUCT_KERNELS(FG_PRODUCT) FG_ELEMENTWISE_KERNELS(FG_ELEMENTWISE)
-                                         FG_FILTERED_LRELU_KERNELS(FG_ELEMENTWISE) FG_ATTENTION_KERNELS(FG_ELEMENTWISE)
+                                         FG_ATTENTION_KERNELS(FG_ATTENTION) FG_FILTERED_LRELU_KERNELS(FG_ELEMENTWISE)
                                              FG_PROGRAM_KERNELS(FG_ELEMENTWISE)};
 
 }  // namespace fg::ISA

@@ -5,7 +5,8 @@
 //
 // Both hand out their sums row by row to a sink: row(i) begins a row, put(column, values) gives values that lie side by
 // side in it. Both also show them as they lie: value(i, j) is a thread's output in row(i) and column(j). Lanes whose
-// numbers agree modulo LANES hold other rows of the same columns, and so do the warps of SHARES different share().
+// numbers agree modulo LANES hold other rows of the same columns, and so do the warps of SHARES different share();
+// LANES neighbours hold other columns of the same rows, and so do the warps of ROW_SHARES different row_share().
 #pragma once
 
 #include "cuda/conv_tile.cuh"
@@ -34,6 +35,8 @@ struct TensorCores {
   static constexpr int TILES_M = WARP_ROWS / 16, TILES_N = WARP_COLUMNS / 8;
   static constexpr int PER_CHUNK = TileA::PER_CHUNK, STEP = 2 * PER_CHUNK;  // of the reduction, an mma
   static constexpr int HELD_ROWS = 2 * TILES_M, HELD_COLUMNS = 2 * TILES_N, LANES = 4, SHARES = WARPS_M;
+  static constexpr int ROW_SHARES = WARPS_N;
+  static constexpr bool PAIRS = true;  // columns 2 j and 2 j + 1 of a thread lie side by side
   static_assert(TileA::SLAB == TileB::SLAB && TileA::SLAB % STEP == 0 && TILES_N % 2 == 0);
 
   float sum[TILES_M][TILES_N][4];
@@ -53,9 +56,11 @@ struct TensorCores {
   }
 
   FG_MEMBER float& value(int i, int j) { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  FG_MEMBER float value(int i, int j) const { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
   FG_MEMBER int row(int i) const { return row0 + 8 * i + lane / 4; }
   FG_MEMBER int column(int j) const { return column0 + 8 * (j / 2) + lane % 4 * 2 + j % 2; }
   FG_MEMBER int share() const { return row0 / WARP_ROWS; }
+  FG_MEMBER int row_share() const { return column0 / WARP_COLUMNS; }
 
   // 16 outputs x one step. The order of the four matrices is that of a fragment of a (a[0..3]),
   // or with PAIRS that of two fragments of b: b[0], b[1] of the first 8 outputs, then of the next 8.
@@ -82,7 +87,7 @@ struct TensorCores {
   }
 
   FG_MEMBER void slab(T* a, T* b) {
-#pragma unroll
+#pragma unroll 2  // all of a convolution's slab; attention's has 4, and no registers for their fragments
     for (int step = 0; step < TileA::SLAB / STEP; ++step) {
       u32 rows[TILES_M][4], columns[TILES_N / 2][4];
 #pragma unroll
@@ -130,6 +135,8 @@ struct Fma {
   static constexpr int COLUMNS = TileB::ALONG_COLUMNS ? TileB::ROWS : TileB::COLS;
   static constexpr int PER_N = COLUMNS >= 128 ? 8 : 4, TX = COLUMNS / PER_N, TY = THREADS / TX, PER_M = ROWS / TY;
   static constexpr int HELD_ROWS = PER_M, HELD_COLUMNS = PER_N, LANES = TX, SHARES = THREADS / WARP;
+  static constexpr int ROW_SHARES = 1;
+  static constexpr bool PAIRS = false;
   static_assert(PER_M % 4 == 0 && TileA::SLAB == TileB::SLAB && TX <= WARP);
 
   float sum[PER_M][PER_N];
@@ -149,9 +156,11 @@ struct Fma {
   }
 
   FG_MEMBER float& value(int i, int j) { return sum[i][j]; }
+  FG_MEMBER float value(int i, int j) const { return sum[i][j]; }
   FG_MEMBER int row(int i) const { return output<TileA>(ty, i, TY); }
   FG_MEMBER int column(int j) const { return output<TileB>(tx, j, TX); }
   FG_MEMBER int share() const { return static_cast<int>(threadIdx.x) / WARP; }
+  FG_MEMBER int row_share() const { return 0; }
 
   // value[i][k]: output i at reduction step 4 quarter + k.
   template <class Tile, int COUNT>
@@ -169,7 +178,7 @@ struct Fma {
   }
 
   FG_MEMBER void slab(float* a, float* b) {
-#pragma unroll
+#pragma unroll 4  // all of a convolution's slab; attention's has 16
     for (int quarter = 0; quarter < TileA::SLAB / 4; ++quarter) {
       float rows[PER_M][4], columns[PER_N][4];
       fetch<TileA>(rows, a, ty, TY, quarter);
@@ -203,6 +212,15 @@ struct Fma {
       }
     }
   }
+};
+
+template <class Operand, class TileA, class TileB, class Block>
+struct ComputeFor {
+  using Type = TensorCores<Operand, TileA, TileB, Block::WARPS_M, Block::WARPS_N>;
+};
+template <class TileA, class TileB, class Block>
+struct ComputeFor<float, TileA, TileB, Block> {
+  using Type = Fma<TileA, TileB, Block::THREADS>;
 };
 
 }  // namespace fg::cuda

@@ -41,15 +41,6 @@ constexpr int BLOCKS_PER_SM = Block::THREADS < 256                          ? 2
                               : sizeof(typename Stored<Operand>::Type) == 4 ? 1
                                                                             : LARGE_BLOCKS;
 
-template <class Operand, class TileA, class TileB, class Block>
-struct ComputeFor {
-  using Type = TensorCores<Operand, TileA, TileB, Block::WARPS_M, Block::WARPS_N>;
-};
-template <class TileA, class TileB, class Block>
-struct ComputeFor<float, TileA, TileB, Block> {
-  using Type = Fma<TileA, TileB, Block::THREADS>;
-};
-
 // The types of one kernel: A_ALONG, B_ALONG say whether the reduction runs along that operand's columns.
 template <class Operand_, class Block_, bool A_ALONG, bool B_ALONG>
 struct Gemm {

@@ -17,6 +17,7 @@ from fastgan.functional.convolution import (
 from fastgan.functional.elementwise import bias_act
 from fastgan.functional.losses import adaptive_weight, gan_loss, gan_loss_statistics, lecam_regularization
 from fastgan.functional.modulation import modulated_conv2d
+from fastgan.functional.multi_head import multi_head_attention_forward
 from fastgan.functional.norm import bn_act, gn_act, in_act, ln_act
 from fastgan.functional.penalties import grad_norm_penalty, interpolate
 from fastgan.functional.resampling import conv2d_resample, filtered_lrelu, upfirdn2d
@@ -52,6 +53,7 @@ __all__ = [
     "linear_act",
     "ln_act",
     "modulated_conv2d",
+    "multi_head_attention_forward",
     "path_lengths",
     "rms_norm",
     "scaled_dot_product_attention",

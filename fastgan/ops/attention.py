@@ -159,11 +159,11 @@ def reference_double_backward(dy, ddq, ddk, ddv, ddbias, q, k, v, bias, lse, cau
 # ---- the native kernels ---------------------------------------------------------------------------------------------
 
 
-def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """As the kernels read heads: float16 as float32, the last stride 1."""
+def _rows(core: _native.Core, *tensors: Tensor | None) -> list[Tensor | None]:
+    """As the kernels read heads: in a dtype that they know, the last stride 1."""
 
     def one(t: Tensor) -> Tensor:
-        t = t.to(_computed(t.dtype))
+        t = t.to(_computed(core, t.dtype))
         return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
     return [None if t is None else one(t) for t in tensors]
@@ -199,14 +199,14 @@ def _call(core, direction, q, k, v, causal, scale, inputs, outputs):
     core.call(f"attention_{direction}", q, code, *(t for t, _ in tensors), *strides, *shape, causal, scale)
 
 
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels read and write: float16 goes through float32."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def _computed(core: _native.Core, dtype: torch.dtype) -> torch.dtype:
+    """What the kernels read and write: float16 goes through float32 on a CPU."""
+    return dtype if dtype in core.dtypes else torch.float32
 
 
-def _outputs(*likes: tuple[Any, Tensor]) -> list[Tensor]:
+def _outputs(core: _native.Core, *likes: tuple[Any, Tensor]) -> list[Tensor]:
     """New tensors of shapes in the layouts of others."""
-    return [empty_like_heads(shape, like, _computed(like.dtype)) for shape, like in likes]
+    return [empty_like_heads(shape, like, _computed(core, like.dtype)) for shape, like in likes]
 
 
 def _back(t: Tensor, like: Tensor) -> Tensor:
@@ -214,46 +214,89 @@ def _back(t: Tensor, like: Tensor) -> Tensor:
 
 
 def launch(core, q, k, v, bias, causal, scale):
-    (y,) = _outputs(((*q.shape[:3], v.shape[3]), q))
+    (y,) = _outputs(core, ((*q.shape[:3], v.shape[3]), q))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    q_, k_, v_ = _rows(q, k, v)
+    q_, k_, v_ = _rows(core, q, k, v)
     inputs = [(t, True) for t in (q_, k_, v_, _floats(bias, q, k))]
     _call(core, "forward", q_, k_, v_, causal, scale, inputs, [(y, True), (lse, False)])
     return _back(y, q), lse
 
 
-def _new_bias_gradient(q: Tensor, k: Tensor, bias: Tensor | None, asked: bool) -> Tensor:
-    """float32; the kernels add to it."""
-    return q.new_zeros(bias_gradient_shape(q, k, bias, asked), dtype=torch.float32)
+def _new_bias_gradient(core: _native.Core, q: Tensor, k: Tensor, bias: Tensor | None, asked: bool) -> Tensor:
+    """float32; a CPU's kernels add to it, a GPU's write a square for each head."""
+    shape = bias_gradient_shape(q, k, bias, asked)
+    whole = (*q.shape[:3], k.shape[2]) if core is _native.CUDA and len(shape) == 4 else shape
+    return q.new_zeros(whole, dtype=torch.float32)
 
 
 def launch_backward(core, dy, q, k, v, bias, y, lse, causal, scale, bias_gradient):
-    grads = _outputs((q.shape, q), (k.shape, k), (v.shape, v))
-    dbias = _new_bias_gradient(q, k, bias, bias_gradient)
-    dy_, q_, k_, v_, y_ = _rows(dy, q, k, v, y)
+    grads = _outputs(core, (q.shape, q), (k.shape, k), (v.shape, v))
+    dbias = _new_bias_gradient(core, q, k, bias, bias_gradient)
+    dy_, q_, k_, v_, y_ = _rows(core, dy, q, k, v, y)
     inputs = [(t, True) for t in (dy_, q_, k_, v_, _floats(bias, q, k), y_)]
     outputs = [*((g, True) for g in grads), (dbias if dbias.dim() == 4 else None, True)]
     _call(core, "backward", q_, k_, v_, causal, scale, [*inputs, (lse.contiguous(), False)], outputs)
+    dbias = _rows_summed(dbias, bias_gradient_shape(q, k, bias, bias_gradient))
     return *(_back(g, t) for g, t in zip(grads, (q, k, v), strict=True)), dbias
 
 
 def launch_double_backward(core, dy, ddq, ddk, ddv, ddbias, q, k, v, bias, lse, causal, scale, bias_gradient):
-    grads = _outputs((dy.shape, dy), (q.shape, q), (k.shape, k), (v.shape, v))
-    d_bias = _new_bias_gradient(q, k, bias, bias_gradient)
-    dy_, ddq_, ddk_, ddv_, q_, k_, v_ = _rows(dy, ddq, ddk, ddv, q, k, v)
+    grads = _outputs(core, (dy.shape, dy), (q.shape, q), (k.shape, k), (v.shape, v))
+    d_bias = _new_bias_gradient(core, q, k, bias, bias_gradient)
+    dy_, ddq_, ddk_, ddv_, q_, k_, v_ = _rows(core, dy, ddq, ddk, ddv, q, k, v)
     ddbias = None if ddbias is None else ddbias.float().contiguous()
     inputs = [(t, True) for t in (dy_, ddq_, ddk_, ddv_, ddbias, q_, k_, v_, _floats(bias, q, k))]
     outputs = [*((g, True) for g in grads), (d_bias if d_bias.dim() == 4 else None, True)]
     _call(core, "double_backward", q_, k_, v_, causal, scale, [*inputs, (lse.contiguous(), False)], outputs)
+    d_bias = _rows_summed(d_bias, bias_gradient_shape(q, k, bias, bias_gradient))
     return *(_back(g, t) for g, t in zip(grads, (dy, q, k, v), strict=True)), d_bias
 
 
-def _backends(name: str, launcher: Any, activations: Any) -> dict[str, Backend]:
+LONGEST = {"attention": 256, "attention_backward": 256, "attention_double_backward": 128}  # elements of CUDA's heads
+OWN_TILES = {  # of 64 x 64 elements that a block of the CUDA kernels keeps, of heads of p and r parts of 64
+    "attention": lambda p, r: p,
+    "attention_backward": lambda p, r: p + r,
+    "attention_double_backward": lambda p, r: 2 * (p + r),
+}
+
+
+def shared_bytes(name: str, q: Tensor, v: Tensor) -> int:
+    """The most shared memory that a block of the CUDA kernels asks for, but for 2 KiB of row sums.
+
+    Its own tiles, one of scores, and one, or in 16 bits two, through which others pass.
+    """
+    own = OWN_TILES[name](*(-(-t.shape[3] // 64) for t in (q, v)))
+    return (own + 1 + (1 if q.element_size() == 4 else 2)) * 64 * 64 * q.element_size()
+
+
+def _cuda_declines(name: str, q: Tensor, v: Tensor) -> str:
+    longest = LONGEST[name]
+    if max(q.shape[3], v.shape[3]) > longest:
+        return f"cuda kernels of {name} hold heads of at most {longest} elements"
+    if not q.is_cuda:
+        return ""
+    card = torch.cuda.get_device_properties(q.device)
+    if q.dtype == torch.bfloat16 and card.major < 8:
+        return "cuda kernels multiply bfloat16 on tensor cores of compute capability 8.0 and newer"
+    wanted = shared_bytes(name, q, v) + 2048
+    most: int = getattr(card, "shared_memory_per_block_optin", 48 << 10)  # what every card has without being asked
+    if wanted > most:
+        return f"a block needs {wanted} bytes of shared memory, the card has {most}"
+    return ""
+
+
+def _backends(name: str, launcher: Any, activations: Any, q: int) -> dict[str, Backend]:
+    """q: the number of that argument; v is the second behind it."""
+
     def declines(*args: Any) -> str:
         return _native.CPU.declines(*activations(*args), also=(torch.float16,))
 
+    def cuda_declines(*args: Any) -> str:
+        return _native.CUDA.declines(*activations(*args)) or _cuda_declines(name, args[q], args[q + 2])
+
+    cuda = Backend(functools.partial(launcher, _native.CUDA), cuda_declines)
     native = Backend(functools.partial(launcher, _native.CPU), declines)
-    return {"native": native, "triton": triton("attention", name)}
+    return {"cuda": cuda, "native": native, "triton": triton("attention", name)}
 
 
 # ---- shapes and ops -------------------------------------------------------------------------------------------------
@@ -281,7 +324,7 @@ op = Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends=_backends("attention", launch, lambda q, k, v, *rest: (q, k, v)),
+    backends=_backends("attention", launch, lambda q, k, v, *rest: (q, k, v), 0),
     autocast="lower",
     example=lambda: (*draw(*SHAPES, BIAS), False, 0.5),
 )
@@ -291,7 +334,7 @@ backward = Op(
     " float scale, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=fake_backward,
-    backends=_backends("attention_backward", launch_backward, lambda dy, q, k, v, bias, y, *rest: (dy, q, k, v, y)),
+    backends=_backends("attention_backward", launch_backward, lambda dy, q, k, v, bias, y, *rest: (dy, q, k, v, y), 1),
     example=lambda: (*draw(OUT, *SHAPES, BIAS, OUT), draw(LSE)[0].abs() + 2, False, 0.5, True),
 )
 
@@ -305,6 +348,7 @@ double_backward = Op(
         "attention_double_backward",
         launch_double_backward,
         lambda dy, ddq, ddk, ddv, ddbias, q, k, v, *rest: (dy, ddq, ddk, ddv, q, k, v),
+        5,
     ),
     example=lambda: (*draw(OUT, *SHAPES, (1, *BIAS), *SHAPES, BIAS), draw(LSE)[0].abs() + 2, False, 0.5, True),
 )

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fastgan import functional
 from fastgan.choice import STATE, Contest, forced
 from fastgan.trace.layout import in_channels_last
-from fastgan.trace.rewrite import Group, attention, example, rewritten
+from fastgan.trace.rewrite import Group, attention, example, multi_head, rewritten
 from fastgan.trace.straight import Straight
 
 # Calls of calls that run as written without a compiler behind them. Others do not: torch's own form of a user's
@@ -122,7 +122,7 @@ def _theirs(module: fx.GraphModule, groups: list[Group]) -> dict[str, Callable[.
     """PyTorch's way, but for attention: its fused kernels have no second derivative."""
     if any(group.target is functional.in_act and len(example(group.arguments["x"])) == 1 for group in groups):
         return {}  # torch 2.13 takes a channels_last cotangent of its instance norm of one sample for NCHW
-    others = {group.key for group in groups if group.target is not attention}
+    others = {group.key for group in groups if group.target not in (attention, multi_head)}
     if len(others) == len({group.key for group in groups}):
         return {"plain": module.forward}
     return {"plain but attention": rewritten(module, others)[0].forward} if others else {}

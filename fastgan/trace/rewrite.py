@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from fastgan import functional
 from fastgan._layout import is_channels_last
 from fastgan.choice import has_kernel
+from fastgan.functional.multi_head import left_to_torch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSIDE = tuple(str(Path(m.__file__ or "").parent) for m in (torch, functional))  # not a user's source line
@@ -54,6 +55,11 @@ def attention(x: Tensor, key: Tensor, value: Tensor, *, activation: str | None =
     return functional.scaled_dot_product_attention(x, key, value, **options)
 
 
+def multi_head(x: Tensor, *, activation: str | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """torch's multi_head_attention_forward around the same."""
+    return functional.multi_head_attention_forward(x, **options)
+
+
 def channel_bias_act(x: Tensor, bias: Tensor, **activation: Any) -> Tensor:
     """activation(x + bias) for a bias of shape [1, C, 1, 1] or, beside [N, C], [C]."""
     return functional.bias_act(x, bias.reshape(-1), **activation)
@@ -75,7 +81,7 @@ class Pattern:
 
     name: str
     parameters: dict[str, Any]
-    fused: Callable[..., Tensor]
+    fused: Callable[..., Any]
     activations: tuple[str, ...]
     alone: bool = True
     fits: Callable[[dict[str, Any]], str] = lambda arguments: ""
@@ -120,6 +126,17 @@ def _attends(arguments: dict[str, Any]) -> str:
     return ""
 
 
+def _attends_in_heads(arguments: dict[str, Any]) -> str:
+    """left_to_torch's word on a call whose tensors are known by their shapes."""
+    known = {name: example(value) for name, value in arguments.items()}
+    x = known["x"]
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or not isinstance(known["dropout_p"], float | int):
+        return "not [L, N, E]"
+    if x.device.type != "cpu" and not has_kernel("attention", x.device.type):
+        return f"fastgan has no kernel of attention for {x.device.type}"
+    return left_to_torch({**known, "query": x})
+
+
 def _normable(arguments: dict[str, Any]) -> str:
     x = example(arguments["x"])
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or not 2 <= x.dim() <= 4:
@@ -138,6 +155,10 @@ def _summed(arguments: dict[str, Any]) -> str:
 
 NORM = {"x": REQUIRED, "running_mean": None, "running_var": None, "weight": None, "bias": None}
 SUM = Pattern("add", {"a": REQUIRED, "b": REQUIRED, "alpha": 1}, add_act, EVERY, False, _summed)
+HEADS = {
+    "x" if name == "query" else name: parameter.default
+    for name, parameter in inspect.signature(functional.multi_head_attention_forward).parameters.items()
+}
 PATTERNS: dict[Any, Pattern] = {
     torch.conv2d: Pattern("conv2d", {**CONVOLUTION, "dilation": 1, "groups": 1}, functional.conv2d, EVERY, fits=_image),
     torch.conv_transpose2d: Pattern(
@@ -191,6 +212,13 @@ PATTERNS: dict[Any, Pattern] = {
         attention,
         (),
         fits=_attends,
+    ),
+    F.multi_head_attention_forward: Pattern(
+        "multi-head attention",
+        HEADS,
+        multi_head,
+        (),
+        fits=_attends_in_heads,
     ),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), SUM),
 }
@@ -337,7 +365,7 @@ def _group(node: fx.Node, pattern: Pattern, written: dict, order: dict) -> Group
     if pattern.fits(arguments) or arguments["x"] is None:
         return None
     nodes, names = [node], [pattern.name]
-    target: Callable[..., Tensor] = pattern.fused
+    target = pattern.fused
     activations = pattern.activations
     norm = _following(node, {F.batch_norm: True}) if pattern.name in FOLDED else None
     if norm is not None and not _written_by_others(node, [norm], written):

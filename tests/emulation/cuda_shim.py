@@ -50,6 +50,7 @@ class Launch:
     cooperative: bool
     shared_wavefronts: int
     shared_ideal: int
+    products: int  # mma.sync instructions of its warps
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,35 @@ def load() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+# ---- planted faults --------------------------------------------------------------------------------------------------
+
+
+def planted(faults: list[tuple[str, str, str, str]], stems: tuple[str, ...], driver: str, folder: Path) -> Any:
+    """A library of launchers whose copies of the kernels hold every fault, each behind `planted == its number`.
+
+    faults: (name, file, text, its replacement, in which PLANTED is 1 where the fault is on), numbered from 1; driver: a
+    .cu with the C functions that a test calls, which set `planted`.
+    """
+    import ctypes
+
+    shutil.copytree(CSRC, folder / "csrc")
+    cuda = folder / "csrc" / "cuda"
+    for number, (name, file, right, wrong) in enumerate(faults, 1):
+        text = (cuda / file).read_text()
+        if right not in text:
+            raise AssertionError(f"{name}: {file} has no {right!r} any more; plant the fault anew")
+        (cuda / file).write_text(text.replace(right, wrong.replace("PLANTED", f"(planted == {number})"), 1))
+    prelude = cuda / "prelude.cuh"
+    prelude.write_text(prelude.read_text().replace("#pragma once", "#pragma once\nextern int planted;", 1))
+    (cuda / "driver.cu").write_text(driver)
+    with locked():
+        made = objects([cuda / f"{stem}.cu" for stem in (*stems, "driver")], "faults", ("-O1",), (folder / "csrc",))
+        made += objects([SIMT / "simt.cpp"], "scheduler", ("-O2",))
+    library = folder / "faults.so"
+    run(compiler(), "-shared", *made, "-o", str(library))
+    return ctypes.CDLL(str(library))
 
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------

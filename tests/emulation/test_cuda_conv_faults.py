@@ -191,24 +191,8 @@ extern "C" const char* convolve(int which, int fault, unsigned seed, Int v, int 
 @pytest.fixture(scope="module")
 def convolve(tmp_path_factory):
     """The C function of DRIVER over the faulty copies."""
-    shim = testing._emulator("cuda")
-    folder = tmp_path_factory.mktemp("faults")
-    shutil.copytree(CSRC, folder / "csrc")
-    cuda = folder / "csrc" / "cuda"
-    for number, (name, file, right, wrong) in enumerate(FAULTS, 1):
-        text = (cuda / file).read_text()
-        assert text.count(right) >= 1, f"{name}: {file} has no {right!r} any more; plant the fault anew"
-        (cuda / file).write_text(text.replace(right, wrong.replace("PLANTED", f"(planted == {number})"), 1))
-    prelude = cuda / "prelude.cuh"
-    prelude.write_text(prelude.read_text().replace("#pragma once", "#pragma once\nextern int planted;", 1))
-    (cuda / "driver.cu").write_text(DRIVER)
-    sources = [cuda / f"{stem}.cu" for stem in ("conv2d", "conv_transpose2d", "conv2d_weight", "driver")]
-    with shim.locked():
-        made = shim.objects(sources, "faults", ("-O1", f"-I{folder / 'csrc'}"))
-        made += shim.objects([shim.SIMT / "simt.cpp"], "scheduler", ("-O2",))
-    library = folder / "faults.so"
-    shim.run(shim.compiler(), "-shared", *made, "-o", str(library))
-    function = ctypes.CDLL(str(library)).convolve
+    stems = ("conv2d", "conv_transpose2d", "conv2d_weight")
+    function = testing._emulator("cuda").planted(FAULTS, stems, DRIVER, tmp_path_factory.mktemp("faults")).convolve
     function.restype = ctypes.c_char_p
     return function
 

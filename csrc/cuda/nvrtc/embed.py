@@ -14,7 +14,8 @@ def device_sources(csrc: Path) -> str:
     """The header's text: names as the sources include them, contents, and a hash of all that decides machine code."""
     room = csrc / "cuda" / "nvrtc"
     sources = {path.relative_to(csrc).as_posix(): path for path in sorted((csrc / "cuda").glob("*.cuh"))}
-    sources |= {f"common/{name}": csrc / "common" / name for name in ("codes.hpp", "norm_derivatives.hpp")}
+    shared = ("codes.hpp", "norm_derivatives.hpp", "attention_derivatives.hpp")
+    sources |= {f"common/{name}": csrc / "common" / name for name in shared}
     sources |= {path.name: path for path in sorted((room / "toolkit").glob("cuda_?*16.h"))}
     digest = hashlib.sha256((room / "loader.cpp").read_bytes())
     texts = []

@@ -56,10 +56,10 @@ PYBIND11_MODULE(fastgan_cuda_shim, m) {
         py::list all;
         for (const auto& l : simt::launches)
           all.append(py::make_tuple(l.kernel, l.blocks, l.threads, l.shared, l.cooperative, l.shared_wavefronts,
-                                    l.shared_ideal));
+                                    l.shared_ideal, l.products));
         simt::launches.clear();
         return all;
       },
-      "(kernel, blocks, threads, dynamic bytes, cooperative, shared wavefronts, fewest possible) of every launch since "
-      "the last call.");
+      "(kernel, blocks, threads, dynamic bytes, cooperative, shared wavefronts, fewest possible, mma.sync) of every "
+      "launch since the last call.");
 }

@@ -271,6 +271,48 @@ void upfirdn2d(DType d, const Size& s) {
   written("upfirdn2d", d, y);
 }
 
+// Two heads, two tiles of keys, whose width is whole chunks or is not.
+void attention(DType d, const Size& s) {
+  if (s.HW > 64 || s.G > 1) return;  // a few sizes are enough
+  const int64_t heads = 2, rows = 5, keys = 66, w = s.C % 8 ? 5 : 8;
+  const AttentionShape shape{d, 1, heads, rows, keys, w, w, s.channels_last, 0.3f, 1};
+  const auto array = [&](int64_t n, bool output) { return Array(d, heads * n * w, output); };
+  const Array q = array(rows, false), k = array(keys, false), v = array(keys, false), dy = array(rows, false);
+  const Array y = array(rows, true), dq = array(rows, true), dk = array(keys, true), dv = array(keys, true);
+  const Array d_dy = array(rows, true), d_q = array(rows, true), d_k = array(keys, true), d_v = array(keys, true);
+  const Array bias(F32, rows * keys), lse(F32, heads * rows, true);
+#define FG_ROWS {heads * rows * w, rows * w, w, 1}
+#define FG_KEYS {heads * keys * w, keys * w, w, 1}
+  call([&](const auto& t) {
+    return cuda::attention_forward(shape,
+                                   {q.get(),
+                                    k.get(),
+                                    v.get(),
+                                    bias.floats(),
+                                    y.get(),
+                                    lse.floats(),
+                                    FG_ROWS,
+                                    FG_KEYS,
+                                    FG_KEYS,
+                                    {0, 0, keys, 1},
+                                    FG_ROWS},
+                                   t);
+  });
+  AttentionBackwardArgs b{dy.get(), q.get(),         k.get(),  v.get(), bias.floats(), y.get(), lse.floats(),
+                          dq.get(), dk.get(),        dv.get(), nullptr, FG_ROWS,       FG_ROWS, FG_KEYS,
+                          FG_KEYS,  {0, 0, keys, 1}, FG_ROWS,  FG_ROWS, FG_KEYS,       FG_KEYS, {}};
+  call([&](const auto& t) { return cuda::attention_backward(shape, b, t); });
+  AttentionDoubleBackwardArgs w2{dy.get(),  q.get(),   k.get(),       nullptr,      nullptr,    q.get(),
+                                 k.get(),   v.get(),   bias.floats(), lse.floats(), d_dy.get(), d_q.get(),
+                                 d_k.get(), d_v.get(), nullptr,       FG_ROWS,      FG_ROWS,    FG_KEYS,
+                                 {},        {},        FG_ROWS,       FG_KEYS,      FG_KEYS,    {0, 0, keys, 1},
+                                 FG_ROWS,   FG_ROWS,   FG_KEYS,       FG_KEYS,      {}};
+  call([&](const auto& t) { return cuda::attention_double_backward(shape, w2, t); });
+#undef FG_ROWS
+#undef FG_KEYS
+  for (const Array* a : {&y, &dq, &dk, &dv, &d_dy, &d_q, &d_k, &d_v}) written("attention", d, *a);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -292,6 +334,7 @@ int main(int count, char** arguments) {
       {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward && cuda::sample_dot},
       {"adam", adam, cuda::adam != nullptr},
       {"upfirdn2d", upfirdn2d, cuda::upfirdn2d != nullptr},
+      {"attention", attention, cuda::attention_forward != nullptr},
       {"convolutions", convolutions, cuda::conv2d != nullptr}};
   try {
     for (const auto& f : functions)

@@ -82,6 +82,7 @@ struct Launch {
   size_t shared;  // dynamic bytes of a block
   bool cooperative;
   uint64_t shared_wavefronts = 0, shared_ideal = 0;  // counted only with settings.counting
+  uint64_t products = 0;                             // mma.sync instructions of its warps
 };
 extern std::vector<Launch> launches;
 
@@ -113,6 +114,7 @@ void before_atomic(void* p);
 void after_atomic(void* p);
 void global_access(const void* p, unsigned bytes, bool write);
 void shared_access(const void* p, unsigned bytes);
+void count_product();  // a warp's mma.sync
 void* shared_memory(const void* key, size_t bytes);
 void copy_later(void* shared, const void* global, unsigned bytes, unsigned valid);  // cp.async: done at the wait
 void commit_copies();
@@ -262,6 +264,7 @@ inline void __nanosleep(unsigned) { simt::yield(); }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float __uint_as_float(unsigned bits) { return simt::unpack<float>(bits); }
 inline float __fdividef(float a, float b) { return a / b; }
 using std::max;
 using std::min;

@@ -21,6 +21,7 @@ float half_of(uint64_t word, int index) {
 
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_WHERE) {
+  if (current->lane == 0) count_product();
   uint64_t left[32], right[32], lower[32];  // A's columns 0..7 and 8..15, B
   exchange(a[0], a[1], left, {file_, line_});
   exchange(a[2], a[3], right, {file_, line_});
@@ -44,6 +45,7 @@ inline uint32_t to_tf32(float v) {
 }
 
 inline void mma_1688_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_WHERE) {
+  if (current->lane == 0) count_product();
   uint64_t left[32], right[32], lower[32];
   exchange(a[0], a[1], left, {file_, line_});
   exchange(a[2], a[3], right, {file_, line_});
