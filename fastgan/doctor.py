@@ -185,7 +185,8 @@ def _example(a: Any, op: Op, name: str, dtype: torch.dtype, layout: torch.memory
         return a
     a = a.to("cpu" if name == "native" else "cuda")
     a = a.contiguous(memory_format=layout) if a.dim() == 4 else a
-    return a if op.autocast == "first" and a.dim() < 4 else a.to(dtype)
+    vector = op.autocast == "first" and a.dim() < 4
+    return a if vector or not a.is_floating_point() else a.to(dtype)
 
 
 def _race_open() -> dict[str, Any]:
