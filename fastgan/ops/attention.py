@@ -3,7 +3,8 @@
 Formula      s = scale q k^T + bias, p = softmax over the keys of s, y = p v; lse = log of each row's sum of exp(s).
              causal: row i sees the keys 0 to i. A row that sees no key gives y = 0 and lse = 0
 Shapes       q [N,H,L,d], k [N,H,S,d], v [N,H,S,e], bias broadcast against [N,H,L,S] or None -> y [N,H,L,e], lse [N,H,L]
-Dtypes       float32, bfloat16 and float16 (computed in float32) natively, every floating dtype through the reference;
+Dtypes       float32, bfloat16 and float16 natively, every floating dtype through the reference; sums are float32,
+             products of 16 bits take scores rounded to them (on a CPU: bfloat16 where it has vdpbf16ps, else float32).
              bias may be float32 beside a 16-bit q; lse is float32 (float64 for float64)
 Layout       heads by their strides, the last of 1; y, dq, dk and dv lie as q, k and v do, as [N,L,H,d] or [N,H,L,d]
 Autocast     lower: q, k, v and bias go to the autocast dtype, as for torch's scaled_dot_product_attention
@@ -14,8 +15,8 @@ Traffic      each of q, k, v, y once forward; the natively computed scores stay 
              accesses an element of [N,H,L,S] forward, about 12 backward and 60 in the double backward
 FLOPs        2 N H L S (d + e) forward, 2 N H L S (3 d + 2 e) backward, 2 N H L S (7 d + 5 e) double backward
 Determinism  bit-equal from run to run for one thread count
-Backends     triton (d and e to 128; float32 to 64, its double backward to 32; a bias' gradient takes memory of
-             [N,H,L,S]), native, reference
+Backends     cuda (d and e to 256, double backward to 128), triton (to 128; float32 to 64, its double backward to 32),
+             native, reference. A bias' gradient takes memory of [N,H,L,S] on a GPU
 Source       Dao et al., FlashAttention (2022), for the first derivative; the second derived in docs/maths.md, section 6
 """
 
