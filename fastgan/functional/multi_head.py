@@ -43,11 +43,11 @@ def multi_head_attention_forward(
     torch's own raises at the second derivative with need_weights=False, and holds the scores of every head with True.
     Here the output comes from the op `attention` in both cases; weights that are asked for are made beside it. Memory
     is linear in the number of keys but for those weights. A row that sees no key gives zeros, and NaN as its weights,
-    as torch has them.
+    as torch has them. The arguments that are not listed are torch's; `left_to_torch` names what is left to torch's
+    function.
 
     Args:
         query, key, value: [L, N, E], or [L, E] of one sample; key and value may have another L.
-        The others are torch's. `left_to_torch` names what is left to torch's function.
 
     Returns:
         ([L, N, E], weights [N, L, S], of each head [N, heads, L, S] without average_attn_weights, or None).
