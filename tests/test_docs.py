@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 import fastgan
+import fastgan.domains
 import fastgan.metrics
 import fastgan.profiling
 from fastgan._op import OPS
@@ -162,6 +163,7 @@ def folder(tmp_path, monkeypatch):
     """A folder with what the pages speak of: a folder of pictures, one of two classes, a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("fastgan.domains._DOMAINS", fastgan.domains.domains())  # a page registers one of its own
     for number in range(12):
         shape = (40, 30) if number % 2 else (32, 32)
         for name in ("pictures", f"animals/{'cats' if number % 2 else 'dogs'}"):

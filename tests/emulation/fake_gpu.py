@@ -37,7 +37,7 @@ DEVICE = torch.device("fgpu")
 FAKE = FakeTensorMode()
 for op in OPS.values():
     LIBRARY.impl(op.name, _autocast(op.overload, op.autocast, "fgpu"), "AutocastPrivateUse1")
-CONSTANT = ("mean", "var", "norm")  # statistics: constants of their x
+CONSTANT = ("mean", "var", "norm", "fu", "fd")  # statistics: constants of their x; filters that no op differentiates by
 
 
 def report(name, check, *args):
