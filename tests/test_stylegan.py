@@ -195,8 +195,11 @@ def test_no_weight_gradients_skips_them(transposed):
 
 @pytest.fixture
 def modules():
-    """sys.modules and sys.path as they were."""
+    """sys.modules and sys.path as they were; within, no project's ops are there, nor ours in their place."""
     before, path = dict(sys.modules), list(sys.path)
+    for name in before:
+        if name.split(".")[0] in ("torch_utils", "network"):
+            del sys.modules[name]
     yield
     for name in set(sys.modules) - set(before):
         del sys.modules[name]

@@ -327,6 +327,15 @@ def test_networks_of_ones_own(images, tmp_path):
 # ----------------------------------------------------------------------------------------- ways to end
 
 
+@pytest.fixture
+def heard(number):
+    """A handler for the signal: a shell's background job ignores SIGINT, and so does what it starts."""
+    before = signal.signal(number, signal.default_int_handler)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_after_the_step_and_can_be_resumed(images, tmp_path, number):
     straight = trainer(images, tmp_path / "straight")
@@ -337,11 +346,10 @@ def test_a_signal_ends_after_the_step_and_can_be_resumed(images, tmp_path, numbe
             os.kill(os.getpid(), number)
         return False
 
-    before = signal.getsignal(number)
     run = trainer(images, tmp_path / "cut", target=interrupt)
     result = run.fit()
     assert (result.reason, result.step) == ("interrupted", 3)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is signal.default_int_handler
     assert result.checkpoint == checkpoint.path_of(tmp_path / "cut" / "checkpoints", 3)
     resumed = Trainer(resume=tmp_path / "cut", images=images, quiet=True)
     resumed.fit()
