@@ -219,6 +219,15 @@ def test_labels_of_other_pictures_are_never_taken(tmp_path, monkeypatch):
         fastgan.data.load(out)
 
 
+@pytest.mark.parametrize("command", ["train --recipe mlp-28 --data NAME --out x", "data inspect NAME"])
+def test_a_path_that_the_system_refuses(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.replace("NAME", "a" * 300).split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "must be a path that can be used, the system says: File name too long" in error
+    assert "characters)" in error and "Errno" not in error and not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------ as many as were asked for
 
 

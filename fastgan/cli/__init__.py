@@ -104,10 +104,21 @@ def _refuse_empty(args: argparse.Namespace) -> None:
                 raise ValueError(f"{args.command}: {option} must be neither empty nor hold a NUL, got {text!r}")
 
 
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        name = str(error.filename)
+        name = name if len(name) <= 100 else f"{name[:60]}... ({len(name)} characters)"
+        return (
+            f"{name} must be a path that can be used, the system says: {error.strerror}; check it and its permissions"
+        )
+    # torch adds the frames of its C++ code
+    return " ".join(str(error).partition("Exception raised from")[0].split()) or type(error).__name__
+
+
 def _fail(error: Exception) -> int:
     """Print one line for `error` and return the exit code: 2 if the input was wrong, 1 otherwise."""
-    # torch adds the frames of its C++ code
-    text = " ".join(str(error).partition("Exception raised from")[0].split()) or type(error).__name__
+    text = _sentence(error)
     if isinstance(error, (ValueError, TypeError, ImportError, OSError)) and not isinstance(error, WriteError):
         print(f"fastgan: {text}", file=sys.stderr)
         return 2
