@@ -472,7 +472,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     machine = results["machine"]
     axes.set_xlabel(
-        f"times as fast as PyTorch's best; {machine['cores']} cores of {machine['cpu']}, {machine['kernels']}"
+        f"times as fast as PyTorch's best\n{machine['cores']} cores of {machine['cpu']}, {machine['kernels']}"
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

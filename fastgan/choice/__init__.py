@@ -30,10 +30,11 @@ from fastgan.choice.forcing import backend, emulated, forced, racing, watching
 from fastgan.choice.native import native
 from fastgan.choice.proof import proof_error, timing
 from fastgan.choice.routine import NAMES, REGISTERED, Backend, Routine, triton
-from fastgan.choice.state import STATE
+from fastgan.choice.state import FREE, STATE
 from fastgan.choice.whole import Contest, fastest, finished
 
 __all__ = [
+    "FREE",
     "NAMES",
     "REGISTERED",
     "SETTLED_BY",

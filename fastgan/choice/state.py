@@ -12,6 +12,9 @@ from fastgan.choice.routine import Routine
 Watch = Callable[[Routine, str, str], None]
 
 
+FREE = "auto True"  # the mode in which no backend is forced and races decide
+
+
 class State:
     """The choices of a process.
 
@@ -33,7 +36,7 @@ class State:
     MAX_CHOSEN = 4096
 
     def __init__(self) -> None:
-        self._forced, self._racing, self.mode = "auto", True, "auto True"
+        self._forced, self._racing, self.mode = "auto", True, FREE
         self.chosen: dict[tuple, Callable[..., Any]] = {}
         self.disabled: dict[tuple[str, str], str] = {}
         self.proved: set[tuple] = set()

@@ -9,7 +9,7 @@ import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, ClassVar
@@ -75,11 +75,9 @@ class Files:
             self.ignored[suffix or "no suffix"] += 1
         return False
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    def open(self, name: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
         """A binary file for `name` and its size in bytes. Safe to call from several threads."""
         raise NotImplementedError
-        yield
 
     def labels(self, names: list[str]) -> tuple[list[int], list[str]] | None:
         """The class numbers of these files, and the classes' names; None where they have no classes."""

@@ -7,7 +7,7 @@ import wave
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -185,8 +185,8 @@ def _windows(sound: np.ndarray, length: int, name: str, remarks: Remarks) -> np.
 # ---- writing, and the demonstration ---------------------------------------------------------------------------------
 
 
-def save_wav(sound: Tensor, rate: int, file: Any) -> None:
-    """Write a sound, floats [samples] in [-1, 1], to a path or an open file as 16-bit PCM; what is outside is cut."""
+def save_wav(sound: Tensor, rate: int, file: BinaryIO) -> None:
+    """Write a sound, floats [samples] in [-1, 1], to an open file as 16-bit PCM; what is outside is cut."""
     numbers = sound.detach().float().nan_to_num().clamp(-1, 1).mul(FULL).round().to(torch.int16)
     with wave.open(file, "wb") as out:
         out.setnchannels(1)

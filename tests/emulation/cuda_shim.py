@@ -233,17 +233,17 @@ def planted(faults: list[tuple[str, str, str, str]], stems: tuple[str, ...], dri
     cuda = folder / "csrc" / "cuda"
     for number, (name, file, right, wrong) in enumerate(faults, 1):
         text = (cuda / file).read_text()
-        if right not in text:
-            raise AssertionError(f"{name}: {file} has no {right!r} any more; plant the fault anew")
-        (cuda / file).write_text(text.replace(right, wrong.replace("PLANTED", f"(planted == {number})"), 1))
+        if text.count(right) != 1:
+            raise AssertionError(f"{name}: {file} must have {right!r} once, has it {text.count(right)} times")
+        (cuda / file).write_text(text.replace(right, wrong.replace("PLANTED", f"(planted == {number})")))
     prelude = cuda / "prelude.cuh"
     prelude.write_text(prelude.read_text().replace("#pragma once", "#pragma once\nextern int planted;", 1))
     (cuda / "driver.cu").write_text(driver)
     with locked():
         made = objects([cuda / f"{stem}.cu" for stem in (*stems, "driver")], "faults", ("-O1",), (folder / "csrc",))
         made += objects([SIMT / "simt.cpp"], "scheduler", ("-O2",))
-    library = folder / "faults.so"
-    run(compiler(), "-shared", *made, "-o", str(library))
+        library = folder / "faults.so"
+        run(compiler(), "-shared", *made, "-o", str(library))  # locked: another process's build removes these objects
     return ctypes.CDLL(str(library))
 
 

@@ -26,17 +26,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).partition
 HOPPER = {"shared": 228 << 10}
 
 
-@pytest.fixture
-def record():
-    try:
-        with testing.emulate("cuda") as record:
-            yield record
-    except RuntimeError as error:
-        if "the CUDA emulator needs" not in str(error):
-            raise
-        pytest.skip(str(error))
-
-
 def noise(*shape):
     return torch.randn(shape, dtype=torch.float64)
 

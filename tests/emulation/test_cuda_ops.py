@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from checks import LAYOUTS, against_plain, clear_of
 
-from fastgan import functional, testing
+from fastgan import functional
 from fastgan._native import CUDA
 from fastgan._op import OPS
 from fastgan.choice import watching
@@ -24,18 +24,6 @@ ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t
 ALL_ACTIVATIONS = {**ACTIVATIONS, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).partition(".")[2])
-
-
-@pytest.fixture
-def record():
-    try:
-        emulation = testing.emulate("cuda")
-        with emulation as record:
-            yield record
-    except RuntimeError as error:
-        if "the CUDA emulator needs" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ common is in test_cuda_ops.py.
 """
 
 import ctypes
-import shutil
 
 import pytest
 import torch
@@ -21,17 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.2)}
 FUNCTIONS = ("bn_act_forward", "bn_act_backward", "bn_act_double_backward")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).partition(".")[2])
-
-
-@pytest.fixture
-def record():
-    try:
-        with testing.emulate("cuda") as record:
-            yield record
-    except RuntimeError as error:
-        if "the CUDA emulator needs" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def noise(*shape):
@@ -284,26 +272,11 @@ def backward(tmp_path_factory):
     """The C function of DRIVER over the faulty copies."""
     try:
         shim = testing._emulator("cuda")
-        shim.compiler()
+        function = shim.planted(FAULTS, ("bn_act", "norm"), DRIVER, tmp_path_factory.mktemp("faults")).backward
     except RuntimeError as error:
+        if "the CUDA emulator needs" not in str(error):
+            raise
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("faults")
-    shutil.copytree(shim.CSRC, folder / "csrc")
-    cuda = folder / "csrc" / "cuda"
-    for number, (name, file, right, wrong) in enumerate(FAULTS, 1):
-        text = (cuda / file).read_text()
-        assert text.count(right) == 1, f"{name}: {file} has no {right!r} any more; plant the fault anew"
-        (cuda / file).write_text(text.replace(right, wrong.replace("PLANTED", f"(planted == {number})")))
-    prelude = cuda / "prelude.cuh"
-    prelude.write_text(prelude.read_text().replace("#pragma once", "#pragma once\nextern int planted;", 1))
-    (cuda / "driver.cu").write_text(DRIVER)
-    with shim.locked():
-        made = shim.objects(
-            [cuda / f"{s}.cu" for s in ("bn_act", "norm", "driver")], "resident-faults", ("-O1", f"-I{folder / 'csrc'}")
-        )
-        made += shim.objects([shim.SIMT / "simt.cpp"], "scheduler", ("-O2",))
-    shim.run(shim.compiler(), "-shared", *made, "-o", str(folder / "faults.so"))
-    function = ctypes.CDLL(str(folder / "faults.so")).backward
     function.restype = ctypes.c_char_p
     return function
 
