@@ -252,7 +252,12 @@ FAULTS = [  # (name, file, as it is, with the fault)
     ),
     ("a buffer that is being filled", TILES, "return buffers + next %", "return buffers + (next + PLANTED) %"),
     ("a tile before it has come", TILES, "    cp_async_wait<0>();", "    if (!PLANTED) cp_async_wait<0>();"),
-    ("the writer's swizzle", TILES, "column / Along<T>::PER_CHUNK)", "column / Along<T>::PER_CHUNK ^ PLANTED)"),
+    (
+        "the writer's swizzle",
+        TILES,
+        "column / Along<T>::PER_CHUNK) + column % Along<T>::PER_CHUNK, pair);",
+        "column / Along<T>::PER_CHUNK ^ PLANTED) + column % Along<T>::PER_CHUNK, pair);",
+    ),
     ("another head's rows", TILES, "+ of_sample * t.h, t.present", "+ (1 - PLANTED) * of_sample * t.h, t.present"),
     (
         "shift without alpha delta",
