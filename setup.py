@@ -11,12 +11,17 @@ FASTGAN_CUDA says who compiles the CUDA kernels, and when:
   1                          nvcc, now, for the architectures of TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), without it for
                              one of each generation. Wheels and `make cuda` use it.
 
-Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace.
+Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace. FASTGAN_TABLES
+says for which:
+  cpu (the default)          up to the best that this CPU runs: who installs on a CPU with AVX2 alone does not wait for
+                             the AVX-512 tables, a third of the compiler's time.
+  all                        every table of this architecture, for wheels and images that other CPUs run too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -52,6 +57,14 @@ if X86:
         "avx512_bf16": f"{AVX512} -mavx512bf16",
         "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
     }
+
+# What /proc/cpuinfo lists where a CPU runs a table; each table needs the ones before it.
+NEEDS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
 
 # These stems use nothing that the last two tables have beyond AVX-512: cpu/table.cpp gives them avx512's.
 ELEMENTWISE = (
@@ -197,14 +210,27 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def unit_flags() -> dict[Path, list[tuple[str, str]]]:
+def chosen_tables() -> list[str]:
+    """The tables to compile, worst first: what FASTGAN_TABLES asks for."""
+    mode = os.environ.get("FASTGAN_TABLES", "cpu")
+    if mode not in ("cpu", "all"):
+        raise SystemExit(f"FASTGAN_TABLES must be cpu or all, got {mode!r}")
+    with contextlib.suppress(OSError):
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if mode == "cpu" and found:
+            flags = set(found[1].split())
+            return list(itertools.takewhile(lambda table: NEEDS.get(table, set()) <= flags, TABLES))
+    return list(TABLES)  # all, or a system that does not say what its CPU can do
+
+
+def unit_flags(tables: list[str]) -> dict[Path, list[tuple[str, str]]]:
     """Source -> [(object name, extra flags)]."""
     units = {}
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         shared = ("avx512_bf16", "amx") if source.stem in ELEMENTWISE else ("amx",) if source.stem in PAIRS else ()
         units[source] = [
-            (f"cpu/{source.stem}.{table}.o", f"-DISA={table} {flags}")
-            for table, flags in TABLES.items()
+            (f"cpu/{source.stem}.{table}.o", f"-DISA={table} {TABLES[table]}")
+            for table in tables
             if table not in shared
         ]
     return units
@@ -268,8 +294,9 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
     ]
     # The binding is templates, called once a kernel: -Og compiles them in 8.0 s where -O1 takes 10.3 s, and makes less
     # code. It is the longest unit and comes first: last, it would keep one core busy while the other has nothing left.
-    units = {CSRC / "module.cpp": [("module.o", f"-Og {include}")], **unit_flags()}
-    units[CSRC / "dispatch.cpp"] = [("dispatch.o", "")]
+    tables = chosen_tables()
+    units = {CSRC / "module.cpp": [("module.o", f"-Og {include}")], **unit_flags(tables)}
+    units[CSRC / "dispatch.cpp"] = [("dispatch.o", quote(f"-DFG_TABLES(X)={' '.join(f'X({t})' for t in tables)}"))]
     if LINUX and not cuda.nvcc:
         units |= first_use_units(folder)
     objects = []

@@ -21,23 +21,17 @@
 
 namespace fg {
 
-namespace portable {
-extern const Table table;
-}
-#if defined(FG_X86)
-namespace avx2 {
-extern const Table table;
-}
-namespace avx512 {
-extern const Table table;
-}
-namespace avx512_bf16 {
-extern const Table table;
-}
-namespace amx {
-extern const Table table;
-}
+// The tables that setup.py compiled (FASTGAN_TABLES).
+#ifndef FG_TABLES
+#define FG_TABLES(X) X(portable)
 #endif
+#define FG_DECLARE(name)    \
+  namespace name {          \
+  extern const Table table; \
+  }
+FG_TABLES(FG_DECLARE)
+#define FG_FIND(built) \
+  if (std::strcmp(name, #built) == 0) return &built::table;
 
 namespace {
 
@@ -117,20 +111,25 @@ std::string refuse_amx() {
 
 #endif  // FG_X86
 
+const Table* find(const char* name) {
+  FG_TABLES(FG_FIND)
+  return nullptr;
+}
+
 const Candidate all[] = {
-    {&portable::table, refuse_nothing},
+    {"portable", find("portable"), refuse_nothing},
 #if defined(FG_X86)
-    {&avx2::table, refuse_avx2},
-    {&avx512::table, refuse_avx512},
-    {&avx512_bf16::table, refuse_avx512_bf16},
-    {&amx::table, refuse_amx},
+    {"avx2", find("avx2"), refuse_avx2},
+    {"avx512", find("avx512"), refuse_avx512},
+    {"avx512_bf16", find("avx512_bf16"), refuse_avx512_bf16},
+    {"amx", find("amx"), refuse_amx},
 #endif
-    {nullptr, nullptr},
+    {nullptr, nullptr, nullptr},
 };
 
 const Table* best() {
   const Table* found = nullptr;
-  for (const Candidate* c = all; c->table; ++c)
+  for (const Candidate* c = all; c->name; ++c)
     if (c->refusal().empty()) found = c->table;
   return found;
 }
@@ -138,6 +137,11 @@ const Table* best() {
 std::atomic<const Table*> in_use{nullptr};
 
 }  // namespace
+
+std::string Candidate::refusal() const {
+  if (std::string why = unsuitable(); !why.empty()) return why;
+  return table ? "" : "this build left it out; reinstall fastgan on this machine, or with FASTGAN_TABLES=all";
+}
 
 const Candidate* candidates() { return all; }
 
@@ -152,13 +156,13 @@ std::string select(const char* name) {
     in_use.store(best(), std::memory_order_release);
     return "";
   }
-  for (const Candidate* c = all; c->table; ++c) {
-    if (std::strcmp(c->table->name, name) != 0) continue;
+  for (const Candidate* c = all; c->name; ++c) {
+    if (std::strcmp(c->name, name) != 0) continue;
     std::string why = c->refusal();
     if (why.empty()) in_use.store(c->table, std::memory_order_release);
     return why;
   }
-  return "this build has no such table";
+  return "fastgan has no such table";
 }
 
 void prefer_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) noexcept {

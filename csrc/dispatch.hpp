@@ -8,11 +8,15 @@
 namespace fg {
 
 struct Candidate {
-  const Table* table;
-  std::string (*refusal)();  // "" if the table is usable on this machine, else the reason
+  const char* name;
+  const Table* table;           // null where the build left it out
+  std::string (*unsuitable)();  // why this machine cannot run it, or ""
+
+  // "" if the table is usable, else the reason.
+  std::string refusal() const;
 };
 
-// Every table of this binary, worst first; ended by a null table.
+// Every table of the sources, worst first; ended by a null name.
 const Candidate* candidates();
 // The table in use: the last usable candidate unless select() forced another.
 const Table& current();

@@ -40,7 +40,8 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["standard"] = static_cast<int64_t>(__cplusplus);
   py::list names;
-  for (const Candidate* c = candidates(); c->table; ++c) names.append(c->table->name);
+  for (const Candidate* c = candidates(); c->name; ++c)
+    if (c->table) names.append(c->name);
   info["tables"] = names;
 #ifdef FG_CUDA
   py::dict cuda;
@@ -61,7 +62,7 @@ py::dict build_info() {
 
 py::dict tables() {
   py::dict usable;
-  for (const Candidate* c = candidates(); c->table; ++c) usable[c->table->name] = c->refusal();
+  for (const Candidate* c = candidates(); c->name; ++c) usable[c->name] = c->refusal();
   return usable;
 }
 

@@ -1,5 +1,6 @@
 """The build of the native core: what it says of itself, and that its instruction-set tables stay apart."""
 
+import platform
 import runpy
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 def test_build_info():
     info = _C.build_info()
     assert info["compiler"] and info["standard"] >= 202002
-    assert info["tables"] == list(_C.tables()) and info["tables"][0] == "portable"
+    left_out = [name for name, why in _C.tables().items() if "FASTGAN_TABLES" in why]
+    assert info["tables"][0] == "portable" and not set(left_out) & set(info["tables"])
     if info["cuda"] is None or info["cuda"]["compiler"] == "nvrtc":
         assert info["nvcc_absent"]
     else:
@@ -42,6 +44,52 @@ def test_tables_are_chosen_best_first():
     finally:
         _C.use_table(None)
     assert _C.table() == usable[-1]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """setup.py's choice of tables on x86 under FASTGAN_TABLES and a CPU's flags."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    chosen = runpy.run_path(str(ROOT / "setup.py"))["chosen_tables"]
+
+    def under(mode, flags):
+        monkeypatch.setenv("FASTGAN_TABLES", mode)
+        monkeypatch.setattr(Path, "read_text", lambda self: f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t:\n")
+        return chosen()
+
+    return under
+
+
+AVX512_FLAGS = "avx2 fma avx512f avx512bw avx512vl avx512dq"
+
+
+@pytest.mark.parametrize(
+    "mode, flags, best",
+    [
+        ("cpu", "sse4_2", "portable"),
+        ("cpu", "avx2 fma", "avx2"),
+        ("cpu", "avx2 fma avx512f", "avx2"),  # AVX-512 of the first kind, without the instructions on bytes and words
+        ("cpu", AVX512_FLAGS, "avx512"),
+        ("cpu", f"{AVX512_FLAGS} avx512_bf16", "avx512_bf16"),
+        ("cpu", f"{AVX512_FLAGS} avx512_bf16 amx_tile amx_bf16", "amx"),
+        ("all", "sse4_2", "amx"),
+    ],
+)
+def test_a_build_holds_the_tables_that_its_cpu_runs(tables, mode, flags, best):
+    assert tables(mode, flags) == {
+        "portable": ["portable"],
+        "avx2": ["portable", "avx2"],
+        "avx512": ["portable", "avx2", "avx512"],
+        "avx512_bf16": ["portable", "avx2", "avx512", "avx512_bf16"],
+        "amx": ["portable", "avx2", "avx512", "avx512_bf16", "amx"],
+    }[best]
+
+
+def test_a_wrong_choice_of_tables_is_refused(tables):
+    with pytest.raises(SystemExit, match="FASTGAN_TABLES must be cpu or all, got 'avx2'"):
+        tables("avx2", "avx2 fma")
 
 
 def test_cuda_devices():
