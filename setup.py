@@ -14,7 +14,7 @@ FASTGAN_CUDA says who compiles the CUDA kernels, and when:
 Every file of csrc/cpu is compiled once per instruction-set table, with -DISA=<table> as its namespace. FASTGAN_TABLES
 says for which:
   cpu (the default)          up to the best that this CPU runs: who installs on a CPU with AVX2 alone does not wait for
-                             the AVX-512 tables, a third of the compiler's time.
+                             the AVX-512 tables, 60 s of 162 on 2 cores of a Zen 1.
   all                        every table of this architecture, for wheels and images that other CPUs run too.
 """
 
@@ -236,14 +236,18 @@ def unit_flags(tables: list[str]) -> dict[Path, list[tuple[str, str]]]:
     return units
 
 
-def first_use_units(folder: Path) -> dict[Path, list[tuple[str, str]]]:
+def first_use_unit(folder: Path) -> dict[Path, list[tuple[str, str]]]:
     """The CUDA part without nvcc: launchers whose kernels NVRTC compiles at first launch. As unit_flags."""
     header = runpy.run_path(str(NVRTC / "embed.py"))["device_sources"](CSRC)
     write_if_changed(folder / "device_sources.hpp", header)
     sources = [s for s in sorted((CSRC / "cuda").glob("*.cu")) if s.stem != "device"]  # that one asks a real runtime
+    # One unit: the headers are most of what a compiler reads here. Apart they take 50 s of a Zen 1's time, together 13.
+    unit = folder / "launchers.cpp"
+    write_if_changed(unit, "".join(f'#include "{source}"\n' for source in (*sources, NVRTC / "loader.cpp")))
     # They only prepare launches: -Og. The kernels' bodies are read, never compiled; their pragmas are NVRTC's.
-    flags = f"-DFG_NVRTC -Og -Wno-unknown-pragmas -I{quote(NVRTC / 'toolkit')} -I{quote(folder)} -x c++"
-    return {s: [(f"cuda/{s.stem}.first_use.o", flags)] for s in (*sources, NVRTC / "loader.cpp")}
+    return {
+        unit: [("launchers.o", f"-DFG_NVRTC -Og -Wno-unknown-pragmas -I{quote(NVRTC / 'toolkit')} -I{quote(folder)}")]
+    }
 
 
 def openmp() -> tuple[str, str]:
@@ -298,7 +302,7 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda) -> None:
     units = {CSRC / "module.cpp": [("module.o", f"-Og {include}")], **unit_flags(tables)}
     units[CSRC / "dispatch.cpp"] = [("dispatch.o", quote(f"-DFG_TABLES(X)={' '.join(f'X({t})' for t in tables)}"))]
     if LINUX and not cuda.nvcc:
-        units |= first_use_units(folder)
+        units = first_use_unit(folder) | units
     objects = []
     for source, variants in units.items():
         for name, extra in variants:

@@ -78,13 +78,16 @@ AVX512_FLAGS = "avx2 fma avx512f avx512bw avx512vl avx512dq"
     ],
 )
 def test_a_build_holds_the_tables_that_its_cpu_runs(tables, mode, flags, best):
-    assert tables(mode, flags) == {
-        "portable": ["portable"],
-        "avx2": ["portable", "avx2"],
-        "avx512": ["portable", "avx2", "avx512"],
-        "avx512_bf16": ["portable", "avx2", "avx512", "avx512_bf16"],
-        "amx": ["portable", "avx2", "avx512", "avx512_bf16", "amx"],
-    }[best]
+    assert (
+        tables(mode, flags)
+        == {
+            "portable": ["portable"],
+            "avx2": ["portable", "avx2"],
+            "avx512": ["portable", "avx2", "avx512"],
+            "avx512_bf16": ["portable", "avx2", "avx512", "avx512_bf16"],
+            "amx": ["portable", "avx2", "avx512", "avx512_bf16", "amx"],
+        }[best]
+    )
 
 
 def test_a_wrong_choice_of_tables_is_refused(tables):

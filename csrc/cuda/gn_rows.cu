@@ -21,7 +21,7 @@ struct Views {
 };
 
 template <class Args>
-RowNorm norm_of(const GnShape& s, const Args& a) {
+RowNorm row_norm_of(const GnShape& s, const Args& a) {
   return {a.weight,
           a.bias,
           a.mean,
@@ -53,7 +53,7 @@ int64_t gn_rows_forward(const GnShape& s, const NormForwardArgs& a, const Target
   auto* partials = static_cast<float*>(target.workspace);
   if (!partials) return plan.floats(views.pieces, Moments::WORDS) * int64_t{sizeof(float)};
   reduce_norm(op, views.pieces, t, plain, NormSums::STATISTICS, plan, partials, target.stream);
-  const RowNorm norm = norm_of(s, a);
+  const RowNorm norm = row_norm_of(s, a);
   FG_LAUNCH(FG_KERNEL(gn_rows_statistics_kernel), finish_grid(op, s.N * s.groups), THREADS, 0, target.stream,
             finish_of(s, norm, plan, partials, nullptr), pivot_of(views.pieces, t, plain), a.mean, a.var);
   check_launch(op);
@@ -68,7 +68,7 @@ int64_t gn_rows_forward(const GnShape& s, const NormForwardArgs& a, const Target
 int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_backward";
   const Views views(op, s);
-  const RowNorm norm = norm_of(s, a);
+  const RowNorm norm = row_norm_of(s, a);
   const int64_t pieces = s.N * s.groups;
   return by_dtype(s.dtype, [&](auto zero) -> int64_t {
     using T = decltype(zero);
@@ -100,7 +100,7 @@ int64_t gn_rows_backward(const GnShape& s, const NormBackwardArgs& a, const Targ
 int64_t gn_rows_double_backward(const GnShape& s, const NormDoubleBackwardArgs& a, const Target& target) {
   constexpr auto op = "gn_act_double_backward";
   const Views views(op, s);
-  const RowNorm norm = norm_of(s, a);
+  const RowNorm norm = row_norm_of(s, a);
   const int64_t pieces = s.N * s.groups;
   return by_dtype(s.dtype, [&](auto zero) -> int64_t {
     using T = decltype(zero);

@@ -71,7 +71,7 @@ constexpr int COEF_WORDS = sizeof(Coef) / sizeof(float);
 // The coefficients of column x of the block from its own sums (row 0 of threads has them) and the team's, into
 // coefs[][x].
 template <class Op, class Store>
-FG_DEVICE void finish_columns(const Op& op, const Planes& p, const Residence& r, const Tile& t, int first, int width,
+FG_DEVICE void finish_columns(const Op& op, const Planes& p, const Residence& r, const Slab& t, int first, int width,
                               typename Op::Reduce::Acc acc, const Store& store_coefs) {
   using Acc = typename Op::Reduce::Acc;
   const int x = static_cast<int>(threadIdx.x) % FINISH_COLUMNS;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS) resident_kernel(Op o
   using Raw = Pack<T, V>;
   FG_DYN_SHARED(T, kept);
   FG_SHARED(float, shared_coefs, [COEF_WORDS<typename Map::Coef>][FINISH_COLUMNS]);
-  const Tile t = tile_of<V>(p, blockIdx.x, r.lanes, r.parts, r.rows);
+  const Slab t = slab_of<V>(p, blockIdx.x, r.lanes, r.parts, r.rows);
   // a warp's vectors of 16 bytes lie side by side, so that no two of them want the same banks at a time
   const auto place = [&](i64 row, int k) {
     return kept + ((static_cast<int>(row - t.begin) + k * static_cast<int>(r.rows)) * r.lanes + t.lane_x) * V;

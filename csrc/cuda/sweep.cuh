@@ -122,16 +122,16 @@ __global__ void __launch_bounds__(THREADS) apply_rows_kernel(Body body, Planes p
 }
 
 // The part of a channels_last tensor that a block has: columns [column, column + V) of rows [begin, end) of a group.
-struct Tile {
+struct Slab {
   int column, lane_x, lane_y, lanes_y;
   i64 group, split, begin, end;
   bool inside;
 };
 
 template <int V>
-FG_DEVICE Tile tile_of(const Planes& p, u32 block_index, int lanes_x, int splits, i64 rows_per_split) {
+FG_DEVICE Slab slab_of(const Planes& p, u32 block_index, int lanes_x, int splits, i64 rows_per_split) {
   const int tiles = (p.channels + lanes_x * V - 1) / (lanes_x * V);
-  Tile t;
+  Slab t;
   t.lane_x = static_cast<int>(threadIdx.x) % lanes_x;
   t.lane_y = static_cast<int>(threadIdx.x) / lanes_x;
   t.lanes_y = THREADS / lanes_x;
@@ -151,7 +151,7 @@ template <class Body, int V>
 __global__ void __launch_bounds__(THREADS, ByRow<Body> ? 1 : 0)
     apply_columns_kernel(Body body, Planes p, int lanes_x, int splits, i64 rows_per_split) {
   constexpr int U = UNROLL<Body>;
-  const Tile t = tile_of<V>(p, last_first(), lanes_x, splits, rows_per_split);
+  const Slab t = slab_of<V>(p, last_first(), lanes_x, splits, rows_per_split);
   if (!t.inside) return;
   typename Body::Coef coefs[V];
   body.coefs(t.group, t.column, coefs);
@@ -267,7 +267,7 @@ FG_DEVICE void accumulate_row(const Body& body, i64 row, const Pack<typename Bod
 
 // This thread's columns of a tile into their accumulators; then visit(row, at, raw, coefs) of each of its rows.
 template <class Body, int V, class Visit>
-FG_DEVICE void accumulate_columns(const Body& body, const Planes& p, const Tile& t, typename Body::Acc (&acc)[V],
+FG_DEVICE void accumulate_columns(const Body& body, const Planes& p, const Slab& t, typename Body::Acc (&acc)[V],
                                   const Visit& visit) {
   // with eight columns a thread half the rows are in flight: all of them spilled 8 to 16 bytes of registers
   constexpr int U = V == 8 ? (UNROLL<Body> + 1) / 2 : UNROLL<Body>;
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(THREADS)
   constexpr int PITCH = COLUMN_LANES + WARP / V;  // the 32 columns that a warp reads below lie in 32 banks
   using Acc = typename Body::Acc;
   FG_SHARED(float, part, [WORDS][WARPS][V * PITCH]);
-  const Tile t = tile_of<V>(p, blockIdx.x, lanes_x, splits, rows_per_split);
+  const Slab t = slab_of<V>(p, blockIdx.x, lanes_x, splits, rows_per_split);
   Acc acc[V];
   accumulate_columns<Body, V>(
       body, p, t, acc,
