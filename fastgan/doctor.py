@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from fastgan._op import OPS, Op
 from fastgan._version import __version__
 from fastgan.choice import STATE, absent, backends, cache_dir, missing, native, proof_error, refusal, settle
+from fastgan.choice.cache import cpu_name
 
 __all__ = ["doctor", "machine"]
 
@@ -42,21 +42,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The machine and the versions that a measurement depends on; `device` adds its GPU."""
     device = torch.device(device)
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "os": platform.platform(),

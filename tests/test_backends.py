@@ -1,9 +1,11 @@
 import functools
 import json
+import platform
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +150,7 @@ def test_winners_of_another_machine_or_version_are_not_taken(forget, monkeypatch
     known = dict(STATE.cache.winners)
     before = cache.fingerprint()
     if changed == "cpu":
-        monkeypatch.setattr(cache, "_cpu_name", lambda: "another CPU")
+        monkeypatch.setattr(cache, "cpu_name", lambda: "another CPU")
     else:
         monkeypatch.setattr({"torch": torch, "fastgan": cache}[changed], "__version__", "99.0")
     fresh = functools.cache(cache.fingerprint.__wrapped__)
@@ -157,6 +159,22 @@ def test_winners_of_another_machine_or_version_are_not_taken(forget, monkeypatch
     STATE.chosen.clear()
     call(5)
     assert len(STATE.cache.winners) == len(known) + 1  # raced again, under a key of its own
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        (
+            "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n",
+            "AMD EPYC (family 23, model 1)",
+        ),
+        ("processor\t: 0\nmodel name\t: ARMv8 Processor rev 4 (v8l)\n", "ARMv8 Processor rev 4 (v8l)"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", platform.processor() or platform.machine()),
+    ],
+)
+def test_generations_of_a_cpu_have_different_names(monkeypatch, text, name):
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert cache.cpu_name() == name
 
 
 @CORE

@@ -107,12 +107,16 @@ def fingerprint() -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         compiler = importlib.metadata.version("triton")
     table = module.table() if module else ""
-    return "|".join([_cpu_name(), gpu, table, torch.__version__, compiler, __version__, sys.platform])
+    cpu = f"{cpu_name()} x{os.cpu_count()}"
+    return "|".join([cpu, gpu, table, torch.__version__, compiler, __version__, sys.platform])
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's name; of an x86 on Linux also its family and model, since a cloud gives CPUs of many years one name."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip() + f" x{os.cpu_count()}"
-    return f"{platform.processor() or platform.machine()} x{os.cpu_count()}"
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        if name := facts.get("model name"):
+            kind = f" (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else ""
+            return name + kind
+    return platform.processor() or platform.machine()
