@@ -79,6 +79,7 @@ ELEMENTWISE = (
     "upfirdn2d",
     "filtered_lrelu",
     "program",
+    "bernoulli",
 )
 # These use vdpbf16ps but no AMX: the amx table takes avx512_bf16's.
 PAIRS = ("attention",)

@@ -172,6 +172,11 @@ FG_STRUCT(BnFoldArgs, (const float*, weight), (const float*, bias),  // [K] or n
 FG_STRUCT(BnUpdateArgs, (const float*, mean), (const float*, var), (float*, running_mean), (float*, running_var),
           (int64_t*, batches), (int64_t, G), (int64_t, C), (int64_t, count), (float, momentum), (Threads, threads));
 
+// y [N] = value with probability p, else 0, by the next N draws of the generator, whose state
+// torch.Generator.get_state() gives: the draws of Tensor.bernoulli_(p) where torch draws one number after another.
+FG_STRUCT(BernoulliArgs, (DType, dtype), (void*, y), (void*, generator), (int64_t, N), (double, p), (float, value),
+          (Threads, threads));
+
 // Attention of every head, in base e: P = exp(scale q k^T + bias - lse), y = P v. q [N,heads,rows,d], k
 // [N,heads,keys,d], v [N,heads,keys,dv] and what has their shapes lie by their strides, whose last is 1. bias is
 // float32 [N,heads,rows,keys] by its strides (0: shared). causal: row i sees the keys up to i.
@@ -235,8 +240,14 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
   f(attention_backward, AttentionShape, AttentionBackwardArgs) \
   f(attention_double_backward, AttentionShape, AttentionDoubleBackwardArgs)
 // clang-format on
-// What a program needs besides, on a CPU.
-#define FG_PROGRAM_KERNELS(f) f(relayout, RelayoutArgs) f(bn_fold, BnFoldArgs) f(bn_update, BnUpdateArgs)
+// What a CPU has besides: steps of a program, and draws.
+// clang-format off: a line each
+#define FG_HOST_KERNELS(f)   \
+  f(relayout, RelayoutArgs)  \
+  f(bn_fold, BnFoldArgs)     \
+  f(bn_update, BnUpdateArgs) \
+  f(bernoulli, BernoulliArgs)
+// clang-format on
 #define FG_KERNELS(f)       \
   FG_PRODUCT_KERNELS(f)     \
   FG_ELEMENTWISE_KERNELS(f) \
@@ -244,7 +255,7 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
 #define FG_CPU_KERNELS(f)      \
   FG_KERNELS(f)                \
   FG_FILTERED_LRELU_KERNELS(f) \
-  FG_PROGRAM_KERNELS(f)
+  FG_HOST_KERNELS(f)
 
 template <class... Structs>
 using Kernel = void(const Structs&...);

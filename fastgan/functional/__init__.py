@@ -14,6 +14,7 @@ from fastgan.functional.convolution import (
     conv_transpose2d,
     conv_transpose2d_statistics,
 )
+from fastgan.functional.dropout import dropout
 from fastgan.functional.elementwise import bias_act
 from fastgan.functional.losses import adaptive_weight, gan_loss, gan_loss_statistics, lecam_regularization
 from fastgan.functional.modulation import modulated_conv2d
@@ -38,6 +39,7 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_bn_act",
     "conv_transpose2d_statistics",
+    "dropout",
     "filtered_lrelu",
     "gan_loss",
     "gan_loss_statistics",

@@ -60,6 +60,11 @@ def multi_head(x: Tensor, *, activation: str | None = None, **options: Any) -> t
     return functional.multi_head_attention_forward(x, **options)
 
 
+def dropout(x: Tensor, *, activation: str | None = None, **options: Any) -> Tensor:
+    """torch's dropout, by the same draws."""
+    return functional.dropout(x, **options)
+
+
 def channel_bias_act(x: Tensor, bias: Tensor, **activation: Any) -> Tensor:
     """activation(x + bias) for a bias of shape [1, C, 1, 1] or, beside [N, C], [C]."""
     return functional.bias_act(x, bias.reshape(-1), **activation)
@@ -137,6 +142,11 @@ def _attends_in_heads(arguments: dict[str, Any]) -> str:
     return left_to_torch({**known, "query": x})
 
 
+def _drops(arguments: dict[str, Any]) -> str:
+    x = example(arguments["x"])
+    return "" if isinstance(x, Tensor) and x.dtype in FLOATING and not arguments["inplace"] else "in place"
+
+
 def _normable(arguments: dict[str, Any]) -> str:
     x = example(arguments["x"])
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or not 2 <= x.dim() <= 4:
@@ -212,6 +222,9 @@ PATTERNS: dict[Any, Pattern] = {
         attention,
         (),
         fits=_attends,
+    ),
+    F.dropout: Pattern(
+        "dropout", {"x": REQUIRED, "p": 0.5, "training": True, "inplace": False}, dropout, (), fits=_drops
     ),
     F.multi_head_attention_forward: Pattern(
         "multi-head attention",
