@@ -1,5 +1,6 @@
 """Hand-written forwards: traced, they give the numbers, gradients, R1 gradients and side effects of plain PyTorch."""
 
+import contextlib
 import copy
 import pickle
 import sys
@@ -7,14 +8,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from handwritten import FAMILIES, SNDiscriminator, SNGenerator, UNet, images
+from handwritten import FAMILIES, ResStack, SNDiscriminator, SNGenerator, UNet, images
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils._pytree import tree_leaves
 
 import fastgan
 from fastgan.choice import STATE, whole
 from fastgan.choice.budget import Account
+from fastgan.program import switched_off
 from fastgan.program.run import Compiled
 from fastgan.trace import Part, graphs, rewrite
 
@@ -560,6 +562,25 @@ class Ladder(nn.Module):
         return self.l2(h)
 
 
+class SignalLadder(nn.Module):
+    """The same of signals: both norms of a weight, dilation, groups, strides, norms of [N, C, L]."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1 = weight_norm(nn.Conv1d(3, 6, 5, 2, 2))
+        self.c2, self.b2 = spectral_norm(nn.Conv1d(6, 8, 3, padding=3, dilation=3, groups=2)), nn.BatchNorm1d(8)
+        self.c3, self.c4 = weight_norm(nn.Conv1d(8, 8, 3, padding=1)), nn.Conv1d(8, 8, 7, padding=3, bias=False)
+        self.up, self.g = weight_norm(nn.ConvTranspose1d(8, 4, 8, 4, 2)), nn.GroupNorm(2, 4)
+        self.last = nn.ConvTranspose1d(4, 1, 3, 2, 1, 1)
+
+    def forward(self, x):
+        h = F.leaky_relu(self.c1(x), 0.2)
+        h = F.relu(self.b2(self.c2(h)))
+        h = h + self.c4(F.leaky_relu(self.c3(h), 0.1))
+        h = F.leaky_relu(self.g(self.up(h)), 0.1)
+        return torch.tanh(self.last(h))
+
+
 class SharedNorm(nn.Module):
     """One batch norm in two branches: its running statistics follow the order of the calls."""
 
@@ -596,13 +617,20 @@ def programs(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("network", [Ladder, SharedNorm])
+def signals(length=16):
+    return torch.randn(2, 3, length, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("network", [Ladder, SharedNorm, SignalLadder])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_straight_stretches_run_as_programs_with_the_same_numbers(network, layout, programs):
     torch.manual_seed(0)
     plain = network().to(memory_format=layout)
     ours = fastgan.convert(copy.deepcopy(plain))
-    x = images(size=16 if network is Ladder else 9).float().contiguous(memory_format=layout)
+    if network is SignalLadder:  # channels innermost, or not
+        x = signals().unsqueeze(2).contiguous(memory_format=layout).squeeze(2)
+    else:
+        x = images(size=16 if network is Ladder else 9).float().contiguous(memory_format=layout)
     for given in (lambda: x, lambda: x.clone().requires_grad_(), lambda: x.clone().requires_grad_() * 1):
         results = []
         for model in (ours, plain):
@@ -635,11 +663,54 @@ def test_a_stretch_reads_what_its_first_layer_would_have_read():
 def test_a_stretch_ends_where_a_value_has_another_reader_or_is_written():
     def lengths(network, size):
         _, ours, _ = pair(network())
-        ours(images(size=size))
+        ours(signals(size).double() if network is SignalLadder else images(size=size))
         (graph,) = ours.forward.graphs
         modules = graph.ways["ours"].__self__.children()
         return [len(m.calls) for m in modules]
 
     assert lengths(Ladder, 16) == [2, 2, 2, 3]
+    assert lengths(SignalLadder, 16) == [3, 2, 3]
     assert lengths(SharedNorm, 9) == [2]  # the second call of the norm; the first one must come before it
     assert lengths(WritesBetween, 9) == [3]
+
+
+def test_stretches_of_signals_equal_their_ops_to_the_bit(programs):
+    """A residual stack of HiFi-GAN; gradients of biases sum in the layout's order, which a program's inside decides."""
+    torch.manual_seed(0)
+    ours = fastgan.convert(ResStack(4, 3, weight_norm))
+    x, found = torch.randn(2, 4, 24), []
+    for off in (False, True):
+        with switched_off() if off else contextlib.nullcontext():
+            y = ours(x)
+            found.append([y, *torch.autograd.grad(y, list(ours.parameters()), torch.ones_like(y))])
+        assert len(programs) == 3
+    for name, a, b in zip(("y", *dict(ours.named_parameters())), *found, strict=True):
+        exact = {"rtol": 1e-6, "atol": 1e-5} if name.endswith("bias") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(a, b, **exact, msg=name)
+
+
+def test_signals_keep_their_r1_gradients_in_float64(programs):
+    plain, ours, _ = pair(SignalLadder())
+    x = signals().double()
+    for training in (True, False):
+        plain.train(training), ours.train(training)
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    want = numbers(plain.train(), (x,))
+    plain.float(), ours.train().float()
+    assert not programs
+    got = numbers(ours, (x.float(),))  # from a leaf, by the ops; behind another layer by programs
+    scale = max(float(b.abs().max()) for b in want[1] if b is not None)
+    for a, b in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_hook_inside_a_stretch_of_signals_is_called_and_programs_come_back(programs):
+    ours, seen, x = fastgan.convert(SignalLadder()), [], signals()
+    want = ours.eval()(x)
+    handle = ours.c3.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    before = len(programs)
+    torch.testing.assert_close(ours(x), want)
+    assert seen == [(2, 8, 8)] and before and len(programs) == before
+    handle.remove()
+    assert torch.equal(ours(x), want) and len(programs) > before and len(seen) == 1

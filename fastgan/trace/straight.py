@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastgan import functional, program
+from fastgan.program.layer import TRANSPOSED
 from fastgan.trace.rewrite import CONTIGUOUS, PATTERNS, Group, arguments_of, example, linear_act
 
 CONVOLUTIONS: dict[Callable[..., Any], type[nn.Module]] = {
+    functional.conv1d: nn.Conv1d,
+    functional.conv_transpose1d: nn.ConvTranspose1d,
     functional.conv2d: nn.Conv2d,
     functional.conv2d_bn_act: nn.Conv2d,
     functional.conv_transpose2d: nn.ConvTranspose2d,
@@ -116,7 +119,7 @@ def _convolution(kind: Any, found: dict[str, Any]) -> tuple[Any, Places]:
         return None, []
     first, second, *kernel = example(found["weight"]).shape
     channels = (first, second * found["groups"])
-    inputs, outputs = channels if kind is nn.ConvTranspose2d else channels[::-1]
+    inputs, outputs = channels if kind in TRANSPOSED else channels[::-1]
     settings = {name: tuple(v) if isinstance(v, list | tuple) and len(v) > 1 else v for name, v in settings.items()}
     conv = kind(inputs, outputs, tuple(kernel), **settings, bias=found["bias"] is not None, device="meta")
     return conv, _learned(conv)
@@ -136,11 +139,11 @@ def _norm(target: Callable[..., Any], found: dict[str, Any]) -> tuple[Any, Place
     if target not in (functional.bn_act, functional.gn_act, functional.in_act):
         return None, []
     x = example(found["x"])
-    if target is functional.bn_act and x.dim() in (2, 4):
-        kind = nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d
+    if target is functional.bn_act:
+        kind = nn.BatchNorm2d if x.dim() == 4 else nn.BatchNorm1d
         return _batch_norm(kind, x.shape[1], found, ("weight", "bias"))
     norm: Any = None
-    if target is functional.gn_act and x.dim() == 4:
+    if target is functional.gn_act and x.dim() > 2:
         norm = nn.GroupNorm(found["num_groups"], x.shape[1], found["eps"], device="meta")
     if target is functional.in_act and x.dim() == 4 and found["running_mean"] is None and found["use_input_stats"]:
         norm = nn.InstanceNorm2d(x.shape[1], found["eps"], affine=True, device="meta")
