@@ -97,12 +97,11 @@ def _added(name: str, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _modulated(name: str, y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """y (1 + scale) + shift, in one pass over y: the sum 1 + scale has the size of scale."""
     scale, shift = (None if m is None else _spread(name, m, y) for m in (scale, shift))
-    if scale is not None:
-        y = y + y * scale if shift is None else torch.addcmul(y + shift, y, scale)
-    elif shift is not None:
-        y = y + shift
-    return y
+    if scale is None:
+        return y if shift is None else y + shift
+    return y * (1 + scale) if shift is None else torch.addcmul(shift, y, 1 + scale)
 
 
 def _spread(name: str, m: Tensor, y: Tensor) -> Tensor:
