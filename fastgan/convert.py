@@ -517,9 +517,7 @@ def convert(
                 swapped.append((child, type(child)))
                 child.__class__ = FUSED[type(child)]
         chain.install()
-    for core in (m for m in model.modules() if type(m) in CORES and not has_hooks(m)):
-        if isinstance(core, nn.Dropout) and id(core) in inside:
-            continue  # the trace finds the function that it calls
+    for core in _cores(model, inside):
         swapped.append((core, type(core)))
         core.__class__ = CORES[type(core)]
     for part in traced:
@@ -590,6 +588,13 @@ def revert(model: nn.Module) -> nn.Module:
                     m.__dict__.pop(name, None)
                 m.__class__ = plain
     return model
+
+
+def _cores(model: nn.Module, traced: Collection[int]) -> Iterator[nn.Module]:
+    """The modules of CORES; of a dropout in a traced part the trace finds the function that it calls."""
+    for m in model.modules():
+        if type(m) in CORES and not has_hooks(m) and not (isinstance(m, nn.Dropout) and id(m) in traced):
+            yield m
 
 
 def _converted(m: nn.Module) -> bool:
