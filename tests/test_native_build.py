@@ -28,6 +28,16 @@ def test_build_info():
         assert info["cuda"]["version"] and all(a.startswith("sm_") for a in info["cuda"]["archs"])
 
 
+def test_the_library_holds_the_header_of_every_cuda_kernel():
+    """What NVRTC is asked to include at a kernel's first launch: one that is missing switches the kernel off."""
+    if not hasattr(_C.cuda, "kernels") or not (ROOT / "csrc").is_dir():
+        pytest.skip("the CUDA kernels are not compiled at first use here, or the sources are not")
+    text = runpy.run_path(str(ROOT / "csrc" / "cuda" / "nvrtc" / "embed.py"))["device_sources"](ROOT / "csrc")
+    names = text.partition("DEVICE_SOURCE_NAMES[] = {")[2].partition("}")[0]
+    headers = {header for header, _ in _C.cuda.kernels()}
+    assert headers and not [header for header in headers if f'"{header}"' not in names]
+
+
 def test_tables_are_chosen_best_first():
     usable = [name for name, why in _C.tables().items() if not why]
     assert "portable" in usable
