@@ -419,16 +419,18 @@ def headline_rows(results: dict[str, Any]) -> dict[str, tuple[float, dict[str, A
 def headlines(all_results: list[dict[str, Any]]) -> list[str]:
     """A table a machine, its instruction sets side by side, at batch 64 unless it is one image.
 
-    A cell is how many times as fast as PyTorch's best row fastgan is, and the milliseconds of both.
+    A cell is how many times as fast as PyTorch's best row fastgan is, and the milliseconds of both. A machine on which
+    no row of HEADLINES was measured has no table.
     """
     lines = []
     for cores, cpu in dict.fromkeys((r["machine"]["cores"], r["machine"]["cpu"]) for r in all_results):
         here = [r for r in all_results if (r["machine"]["cores"], r["machine"]["cpu"]) == (cores, cpu)]
         sets = {r["machine"]["kernels"]: headline_rows(r) for r in sorted(here, key=order) if headline_rows(r)}
         rows = [what for what in HEADLINES.values() if any(what in found for found in sets.values())]
-        if rows:
-            header = (f"{cores} cores of {cpu}: times as fast (PyTorch's best, fastgan, ms)", *sets)
-            lines += [*table(header, ((what, *(headline(s.get(what)) for s in sets.values())) for what in rows)), ""]
+        if not rows:
+            continue
+        header = (f"{cores} cores of {cpu}: times as fast (PyTorch's best, fastgan, ms)", *sets)
+        lines += [*table(header, ((what, *(headline(s.get(what)) for s in sets.values())) for what in rows)), ""]
         refused = {k: v for r in here for k, v in r["machine"].get("tables", {}).items() if v}
         lines += [f"No column for {name}, not found on this machine: {why}.\n" for name, why in refused.items()]
     return lines

@@ -220,6 +220,11 @@ def test_the_evidence_pages_are_what_the_committed_results_make():
         )
 
 
+def test_a_machine_without_a_headline_has_no_lines():
+    facts = {"cores": 2, "cpu": "C", "kernels": "avx2", "tables": {"amx": "the CPU has no AMX"}}
+    assert report.headlines([{"machine": facts, "cases": []}]) == []
+
+
 def test_headlines_need_their_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"# T\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
