@@ -460,11 +460,19 @@ inline void compute_with(const Problem& p) {
 // Few output channels and many input channels: the dot-product form.
 inline bool rowwise(const Problem& p) { return p.M <= 4 && p.C >= 16; }
 
-// Few pixels do not pay for packing: the weights are then read from where they lie. 256 of each phase: a generator's
-// 512 to 256 channels at 4x4 took 0.97 ms packed and 0.34 in place for one image, 4.9 and 4.6 for 16 (float32).
+// Few pixels do not pay for packing: the weights are then read from where they lie. In float32 a generator's 512 to 256
+// channels at 4x4 took, for one image and for 16 (256 pixels of each phase), in ms:
+//                     packed        in place
+//   Zen 5, AVX-512    0.97   4.9    0.34   4.6
+//   Zen 1, AVX2       3.9   13.2    6.8   49.8
+// In place a row of channels is a page of its own. Those 8 MB are 2,048 pages, more than the 1,536 that a Zen 1 or a
+// Skylake translates at once; 512 to 128 channels, 1,024 pages, took 2.0 packed and 0.9 in place for one image, 3.1 and
+// 3.0 for four (64 pixels), 7.1 and 8.8 for 16.
 inline bool leave_weights(const Problem& p) {
-  constexpr int64_t PIXELS = 256;
+  constexpr bool WIDE = VF == 16;
+  constexpr int64_t PIXELS = WIDE ? 256 : 64, BYTES = WIDE ? INT64_MAX : int64_t{4} << 20;
   if (p.weight_dtype != p.source_dtype || p.stride_m != 1 || p.M % VF || p.C < 32 || p.C % 2) return false;
+  if (p.C * p.M * p.R * p.S * 4 > BYTES) return false;
   return p.N * p.OH * p.OW <= PIXELS * p.h.phases * p.w.phases;
 }
 
