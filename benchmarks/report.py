@@ -432,7 +432,9 @@ def headlines(all_results: list[dict[str, Any]]) -> list[str]:
         header = (f"{cores} cores of {cpu}: times as fast (PyTorch's best, fastgan, ms)", *sets)
         lines += [*table(header, ((what, *(headline(s.get(what)) for s in sets.values())) for what in rows)), ""]
         refused = {k: v for r in here for k, v in r["machine"].get("tables", {}).items() if v}
-        lines += [f"No column for {name}, not found on this machine: {why}.\n" for name, why in refused.items()]
+        for why in dict.fromkeys(refused.values()):
+            names = ", ".join(name for name, reason in refused.items() if reason == why)
+            lines += [f"No column for {names}, not found on this machine: {why}.\n"]
     return lines
 
 
