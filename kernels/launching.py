@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDE_FROM = 2**31  # elements: from here on an offset needs 64 bits; monkeypatched by the tests
 LONGEST = 2**30  # samples and pixels: counted in 32 bits, rounded up to whole tiles and chunks

@@ -334,3 +334,19 @@ def test_a_fused_op_has_a_kernel_only_where_one_may_run(monkeypatch):
     assert not has("conv2d_statistics", "cuda")  # Triton alone is asked for
     monkeypatch.setattr(STATE, "forced", "auto")
     assert has("conv2d_statistics", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"), [(1, ""), (2, "output 1 must be within 1.58 of the reference, got an error of 2")]
+)
+def test_a_proof_lets_a_sample_fall_on_the_other_side_of_an_edge(monkeypatch, bits, said):
+    """Signs are bits of comparisons: of 576 bytes one may differ by a rounding, two are too many."""
+    op = OPS["filtered_lrelu"]
+
+    def run(*args):
+        y, signs = op.reference(*args)
+        signs.view(-1)[:bits] ^= 64
+        return y, signs
+
+    monkeypatch.setitem(op.backends, "native", Backend(run))
+    assert proof.proof_error(op, "native", op.drawn(op.example())) == said

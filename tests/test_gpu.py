@@ -92,6 +92,7 @@ def layers(x):
         "gan_loss_double_backward": (x, x, torch.ones((), dtype=x.dtype), x, x, "bce", "d", 0.1),
         "sample_dot": (x, x),
         "upfirdn2d": (x, torch.randn(4, 3), [2, 1], [1, 2], [2, 1, 1, 1], False, 1.5),
+        "filtered_lrelu": (x, per_channel(c), *[torch.rand(12) / 6] * 2, 2, 2, [10, 11] * 2, False, 1.4, 0.2, 0.9),
         "interpolate": (x, x, torch.rand(n), None),
         "grad_norm_penalty": (x, 1.0),
         "grad_norm_penalty_backward": (per_channel(n), x, per_channel(n), 1.0),

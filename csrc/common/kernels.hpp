@@ -228,11 +228,10 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
   f(grad_norm_penalty_forward, GradNormPenaltyShape, GradNormPenaltyForwardArgs)   \
   f(grad_norm_penalty_backward, GradNormPenaltyShape, GradNormPenaltyBackwardArgs) \
   f(adam, AdamArgs)                                                                \
-  f(upfirdn2d, Upfirdn2dArgs)
+  f(upfirdn2d, Upfirdn2dArgs)                                                      \
+  f(filtered_lrelu_forward, FilteredLreluShape, FilteredLreluForwardArgs)          \
+  f(filtered_lrelu_backward, FilteredLreluShape, FilteredLreluBackwardArgs)
 // clang-format on
-#define FG_FILTERED_LRELU_KERNELS(f)                                      \
-  f(filtered_lrelu_forward, FilteredLreluShape, FilteredLreluForwardArgs) \
-      f(filtered_lrelu_backward, FilteredLreluShape, FilteredLreluBackwardArgs)
 // Those of many products.
 // clang-format off: a line each
 #define FG_ATTENTION_KERNELS(f)                                \
@@ -252,9 +251,8 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
   FG_PRODUCT_KERNELS(f)     \
   FG_ELEMENTWISE_KERNELS(f) \
   FG_ATTENTION_KERNELS(f)
-#define FG_CPU_KERNELS(f)      \
-  FG_KERNELS(f)                \
-  FG_FILTERED_LRELU_KERNELS(f) \
+#define FG_CPU_KERNELS(f) \
+  FG_KERNELS(f)           \
   FG_HOST_KERNELS(f)
 
 template <class... Structs>

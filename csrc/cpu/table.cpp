@@ -24,7 +24,6 @@ FG_PRODUCT_KERNELS(FG_DECLARE)
 }
 namespace fg::ELEMENTWISE {
 FG_ELEMENTWISE_KERNELS(FG_DECLARE)
-FG_FILTERED_LRELU_KERNELS(FG_DECLARE)
 FG_HOST_KERNELS(FG_DECLARE)
 }  // namespace fg::ELEMENTWISE
 namespace fg::ATTENTION {
@@ -38,7 +37,6 @@ namespace fg::ISA {
 #define FG_ATTENTION(kernel, ...) ATTENTION::kernel,
 extern const Table table;
 const Table table = {FG_STRING(ISA), FG_PRODUCT_KERNELS(FG_PRODUCT) FG_ELEMENTWISE_KERNELS(FG_ELEMENTWISE)
-                                         FG_ATTENTION_KERNELS(FG_ATTENTION) FG_FILTERED_LRELU_KERNELS(FG_ELEMENTWISE)
-                                             FG_HOST_KERNELS(FG_ELEMENTWISE)};
+                                         FG_ATTENTION_KERNELS(FG_ATTENTION) FG_HOST_KERNELS(FG_ELEMENTWISE)};
 
 }  // namespace fg::ISA

@@ -114,9 +114,9 @@ def filtered_lrelu(
 ) -> Tensor:
     """StyleGAN3's activation: bias, upsampling by fu, leaky ReLU with gain and clamp, downsampling by fd.
 
-    One pass on a CPU: the upsampled image stays in cache, and a bit for each of its samples (two with a clamp) is kept
-    for the derivatives. On a GPU, of fewer than 6 planes in NCHW, and where a filter requires gradients, `upfirdn2d`
-    and `bias_act` compute the same.
+    One pass: the upsampled image stays in cache or on chip, and a bit for each of its samples (two with a clamp) is
+    kept for the derivatives. Of fewer than 6 planes in NCHW, where a filter requires gradients, and on a GPU with more
+    than 32 taps a side or a factor above 32, `upfirdn2d` and `bias_act` compute the same.
 
     Args:
         x: [N, C, H, W], floating.
@@ -151,7 +151,7 @@ def filtered_lrelu(
             f"{name}: the filters must fit into the padded image, got fu {tuple(fu.shape)} and fd {tuple(fd.shape)} "
             f"for x {tuple(x.shape)}, up {up}, padding {padding}"
         )
-    if not _in_one_pass(x, fu, fd):
+    if not _in_one_pass(x, fu, fd, up, down):
         x = x if bias is None else bias_act(x, bias, activation=None)
         x = upfirdn2d(x, fu, up, 1, padding, flip_filter, float(up) ** 2)
         x = bias_act(x, activation="leaky_relu", negative_slope=negative_slope, gain=gain, clamp=clamp)
@@ -161,11 +161,12 @@ def filtered_lrelu(
     return y
 
 
-def _in_one_pass(x: Tensor, fu: Tensor, fd: Tensor) -> bool:
+def _in_one_pass(x: Tensor, fu: Tensor, fd: Tensor, up: int, down: int) -> bool:
     """Whether `filtered_lrelu`'s kernel takes x: there is one, it is worth it, and no filter requires gradients."""
     learns = torch.is_grad_enabled() and (fu.requires_grad or fd.requires_grad)
     few = x.shape[0] * x.shape[1] < FEWEST_PLANES and not is_channels_last(x)
-    return not learns and not few and has_kernel("filtered_lrelu", x.device.type)
+    fits = x.device.type == "cpu" or not _filtered_lrelu.does_not_fit(fu, fd, up, down)
+    return not learns and not few and fits and has_kernel("filtered_lrelu", x.device.type)
 
 
 def conv2d_resample(

@@ -5,8 +5,8 @@ Formula      y = fd * phi(up^2 fu * u), every down-th result; u holds x[i] + bia
 Shapes       x [N,C,H,W]; bias [C] or None; fu, fd [KH,KW], or [K] for f f^T -> y [N,C,OH,OW] and signs, uint8
              [1 or 2, N, C, MH, 4 ceil(MW / 32)], of the upsampled image MH = H up + pad_before + pad_after - KH + 1;
              OH = (MH - KH of fd) // down + 1
-Dtypes       float32, bfloat16 natively (computed in float32, rounded once); every floating torch dtype through the
-             reference. Filters are float32, or float64 beside a float64 x
+Dtypes       float32, bfloat16 natively (computed in float32, rounded once), float16 too on a GPU; every floating torch
+             dtype through the reference. Filters are float32, or float64 beside a float64 x
 Layout       y keeps x's layout (channels_last or NCHW); signs are of planes in either
 Autocast     first: runs in x's dtype
 Derivatives  of x and bias every order: filtered_lrelu_backward, which is linear and its own derivative with the two
@@ -16,7 +16,8 @@ Saves        signs: a bit for each sample of the upsampled image, two under a cl
 Traffic      x once, y once and the signs once; PyTorch writes the upsampled image three times and reads it three times
 FLOPs        2 for each tap that meets a sample, rows before columns where a filter is a product
 Determinism  bit-equal from run to run
-Backends     native, reference (two depthwise convolutions of torch around its leaky ReLU)
+Backends     cuda and triton (to 32 taps a side and factors of 32), native, reference (two depthwise convolutions of
+             torch around its leaky ReLU)
 Source       Karras et al., Alias-Free Generative Adversarial Networks (2021), section 3.2 and its appendix D
 """
 
@@ -30,14 +31,24 @@ from torch import Tensor
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, empty, is_channels_last, per_channel
 from fastgan._op import OPS, Op, draw
+from fastgan.choice import triton
 from fastgan.ops import upfirdn2d
 
 WORD = 32  # samples of a row whose signs lie in one word of four bytes
+LONGEST = 32  # taps of a side, and factors, on a GPU: tiles of longer filters do not fit on chip
+LONGEST_AXIS = 2**29  # samples with zeros and padding, there: counted in 32 bits
 
 
 def middle(x: Tensor, f: Tensor, up: int, pad: Sequence[int]) -> list[int]:
     """(MH, MW) of the upsampled image."""
     return upfirdn2d.output_size(x.shape[2:], upfirdn2d.taps_of(f), (up, up), (1, 1), pad)
+
+
+def output_size(
+    x: Tensor, fu: Tensor, fd: Tensor, up: int, down: int, pad: Sequence[int], pad_out: Sequence[int]
+) -> list[int]:
+    """(OH, OW)."""
+    return upfirdn2d.output_size(middle(x, fu, up, pad), upfirdn2d.taps_of(fd), (1, 1), (down, down), pad_out)
 
 
 def signs_shape(x: Tensor, size: Sequence[int], clamp: float) -> tuple[int, ...]:
@@ -54,6 +65,23 @@ def cost(x: Tensor, fu: Tensor, fd: Tensor, up: int, down: int, pad: Sequence[in
     second = upfirdn2d.cost(fine, fd, (1, 1), (down, down), [0] * 4)
     outside = first["bytes"] + second["bytes"] - 2 * fine.numel() * x.element_size()  # the upsampled image stays within
     return {"bytes": outside + torch.Size(signs).numel(), "flops": first["flops"] + second["flops"]}
+
+
+def does_not_fit(fu: Tensor, fd: Tensor, up: int, down: int) -> str:
+    """Why a GPU's kernels leave these filters and factors, or ""."""
+    longest = max(*upfirdn2d.taps_of(fu), *upfirdn2d.taps_of(fd), up, down)
+    return f"GPU kernels take at most {LONGEST} taps a side and factors of {LONGEST}, got {longest}" * (
+        longest > LONGEST
+    )
+
+
+def too_large(x: Tensor, fu: Tensor, fd: Tensor, up: int, down: int, *pads: Sequence[int]) -> str:
+    """Why a GPU's kernels leave this case, or ""; pads: of the first filter and, backward, of the second one."""
+    inner = middle(x, fu, up, pads[0])
+    longest = max(*x.shape[2:], *inner) * max(up, down) + max(abs(p) for pad in pads for p in pad)
+    if longest > LONGEST_AXIS:
+        return f"GPU kernels count positions in 32 bits, got {longest}"
+    return does_not_fit(fu, fd, up, down)
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -105,19 +133,16 @@ def _launch(core, kernel, x, tensors, filters, geometry, size, flip, form):
 def launch(core, x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp):
     x = dense(x, is_channels_last(x))
     (bias,) = _native.float_vectors(bias)
-    inner = middle(x, fu, up, pad)
-    signs = x.new_empty(signs_shape(x, inner, clamp), dtype=torch.uint8)
-    size = upfirdn2d.output_size(inner, upfirdn2d.taps_of(fd), (1, 1), (down, down), [0] * 4)
+    signs = x.new_empty(signs_shape(x, middle(x, fu, up, pad), clamp), dtype=torch.uint8)
+    size = output_size(x, fu, fd, up, down, pad, [0] * 4)
     geometry, form = (up, down, pad, [0] * 4), (gain, slope, clamp)
     y = _launch(core, "filtered_lrelu_forward", x, (bias, (signs,)), (fu, fd), geometry, size, flip, form)
     return y, signs
 
 
 def fake(x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp):
-    inner = middle(x, fu, up, pad)
-    size = upfirdn2d.output_size(inner, upfirdn2d.taps_of(fd), (1, 1), (down, down), [0] * 4)
-    y = empty((*x.shape[:2], *size), x, is_channels_last(x))
-    return y, x.new_empty(signs_shape(x, inner, clamp), dtype=torch.uint8)
+    y = empty((*x.shape[:2], *output_size(x, fu, fd, up, down, pad, [0] * 4)), x, is_channels_last(x))
+    return y, x.new_empty(signs_shape(x, middle(x, fu, up, pad), clamp), dtype=torch.uint8)
 
 
 def _example():
@@ -130,7 +155,14 @@ op = Op(
     "float slope, float clamp) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    backends={"native": _native.backend(_native.CPU, launch, lambda x, *rest: (x,))},
+    backends={
+        **_native.backends(
+            launch,
+            lambda x, *rest: (x,),
+            lambda x, bias, fu, fd, up, down, pad, *form: too_large(x, fu, fd, up, down, pad),
+        ),
+        "triton": triton("filtered_lrelu"),
+    },
     example=_example,
 )
 
@@ -191,19 +223,15 @@ def reference_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slo
     return dense(y.to(x.dtype), is_channels_last(x))
 
 
-def _size_backward(x, fu, fd, up, down, pad, pad_out):
-    return upfirdn2d.output_size(middle(x, fu, up, pad), upfirdn2d.taps_of(fd), (1, 1), (down, down), pad_out)
-
-
 def launch_backward(core, x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp):
     x, signs = dense(x, is_channels_last(x)), signs.contiguous()
-    size = _size_backward(x, fu, fd, up, down, pad, pad_out)
+    size = output_size(x, fu, fd, up, down, pad, pad_out)
     geometry, form = (up, down, pad, pad_out), (gain, slope, clamp)
     return _launch(core, "filtered_lrelu_backward", x, (signs, ()), (fu, fd), geometry, size, flip, form)
 
 
 def fake_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp):
-    return empty((*x.shape[:2], *_size_backward(x, fu, fd, up, down, pad, pad_out)), x, is_channels_last(x))
+    return empty((*x.shape[:2], *output_size(x, fu, fd, up, down, pad, pad_out)), x, is_channels_last(x))
 
 
 def _example_backward():
@@ -217,7 +245,10 @@ backward = Op(
     "int[4] pad_out, bool flip, float gain, float slope, float clamp) -> Tensor",
     reference=reference_backward,
     fake=fake_backward,
-    backends={"native": _native.backend(_native.CPU, launch_backward, lambda x, *rest: (x,))},
+    backends={
+        **_native.backends(launch_backward, lambda x, *rest: (x,), lambda x, signs, *case: too_large(x, *case[:6])),
+        "triton": triton("filtered_lrelu", "filtered_lrelu_backward"),
+    },
     example=_example_backward,
 )
 

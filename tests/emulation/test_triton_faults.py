@@ -65,6 +65,48 @@ FAULTS = {
     "a tap is forgotten": ("upfirdn2d", "(KW + UP_X - 1) // UP_X", "KW // UP_X", "upfirdn2d", "value"),
     "the padding is read": ("upfirdn2d", "(column >= 0) & ", "", "upfirdn2d", "value|outside"),
     "outputs of two programs": ("upfirdn2d", "program * BLOCK +", "program * (BLOCK // 2) +", "upfirdn2d", "race"),
+    "a tap of the upsampling is forgotten": (
+        "filtered_lrelu",
+        "for j in range((KH + UP - 1) // UP):\n            tap",
+        "for j in range(KH // UP):\n            tap",
+        "filtered_lrelu",
+        "value",
+    ),
+    "a tap of the downsampling is forgotten": (
+        "filtered_lrelu",
+        "along = tl.zeros((FINE_Y, OUT_X), tl.float32)\n        for i in range(KW):",
+        "along = tl.zeros((FINE_Y, OUT_X), tl.float32)\n        for i in range(KW - 1):",
+        "filtered_lrelu",
+        "value",
+    ),
+    "signs of the padding": (
+        "filtered_lrelu",
+        "packed(is_low & inside, FINE_Y, FINE_X)",
+        "packed(is_low, FINE_Y, FINE_X)",
+        "filtered_lrelu",
+        "value",
+    ),
+    "signs of two tiles": (
+        "filtered_lrelu",
+        "(left + TILE_X) * DOWN // 8)",
+        "(left + TILE_X) * DOWN // 8 + 1)",
+        "filtered_lrelu",
+        "race",
+    ),
+    "the clamped have slopes": (
+        "filtered_lrelu",
+        "held != 0, 0.0, v)",
+        "held != 0, v, v)",
+        "filtered_lrelu_backward",
+        "value",
+    ),
+    "a sample past the row": (
+        "filtered_lrelu",
+        "in_column = (tap < KW) & (column >= 0) & (column < W)",
+        "in_column = (tap < KW) & (column >= 0) & (column <= W)",
+        "filtered_lrelu",
+        "value|outside",
+    ),
     "a key past the end": ("attention", "(j < S)[None, :]", "(j <= S)[None, :]", "attention", "value|outside|race"),
     "sums keep their old maximum": ("attention", "total = total * shrink +", "total = total +", "attention", "value"),
     "rows of two programs": ("attention", "% blocks) * BLOCK +", "% blocks) * (BLOCK // 2) +", "attention", "race"),
@@ -107,6 +149,7 @@ def arguments(name):
     x, other = torch.randn(4, 18, 5, 3), torch.randn(4, 18, 5, 3)
     weight, bias = torch.rand(18) + 0.5, torch.randn(18)
     mean, var = torch.randn(2, 18), torch.rand(2, 18) + 0.5
+    wide = torch.randn(1, 1, 5, 80)  # two tiles of filtered_lrelu
     q, k = torch.randn(1, 2, 35, 8), torch.randn(1, 2, 18, 8)
     square = torch.randn(35, 18)
     lse = torch.logsumexp((q + 1) @ k.mT * 0.5 + square, -1)
@@ -143,6 +186,11 @@ def arguments(name):
             *(False, 0.5, True),
         ),
         "upfirdn2d": (x, torch.randn(4, 3), [2, 2], [1, 1], [2, 1, 2, 1], False, 1.5),
+        "filtered_lrelu": (wide, bias[:1], torch.rand(5), torch.rand(3), 2, 2, [3, 4, 3, 4], False, 1.4, 0.2, 1.0),
+        "filtered_lrelu_backward": (
+            *(wide, torch.randint(256, (2, 1, 1, 10, 20), dtype=torch.uint8), torch.rand(3), torch.rand(5)),
+            *(2, 2, [1, 1, 1, 1], [1, 1, 1, 1], True, 1.4, 0.2, 1.0),
+        ),
     }[name]
 
 

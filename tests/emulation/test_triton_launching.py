@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from fastgan.kernels import (
     attention,
     bias_act,
+    filtered_lrelu,
     gan_loss,
     grad_norm_penalty,
     interpolate,
@@ -25,6 +26,8 @@ from fastgan.kernels import (
 )
 
 MODULES = [attention, bias_act, normalisation, gan_loss, interpolate, grad_norm_penalty, sample_dot, upfirdn2d]
+MODULES += [filtered_lrelu]
+SINGLE = (interpolate, upfirdn2d, filtered_lrelu)  # of one kernel
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -70,7 +73,7 @@ def test_the_compiled_kernel_is_looked_up_per_case(monkeypatch):
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_static_cases_are_what_would_be_launched(module):
     cases = module.static_cases()
-    assert cases and len({c[0].fn.__name__ for c in cases}) >= (1 if module in (interpolate, upfirdn2d) else 2)
+    assert cases and len({c[0].fn.__name__ for c in cases}) >= (1 if module in SINGLE else 2)
     for kernel, signature, constants, options in cases:
         assert {*signature, *constants} == {p.name for p in kernel.params}
         fixed = [p.name for p in kernel.params if p.is_constexpr]

@@ -4,17 +4,20 @@ What the kernels decline runs on the reference, as on a GPU; each case says whic
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
 
 pytest.importorskip("triton", "3.8", reason="triton 3.8 or newer is needed to emulate Triton kernels")
+import test_filtered_lrelu as filtered
 import torch.nn.functional as F
 from checks import LAYOUTS, against_plain, assert_close, clear_of, distance, orders
 
 from fastgan import functional, testing
 from fastgan._op import OPS
 from fastgan.choice import watching
+from fastgan.functional import resampling
 from fastgan.kernels import samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -330,7 +333,7 @@ def example(name, dtype=torch.float32, layout=torch.contiguous_format):
     op = OPS[name]
 
     def given(a):
-        if not isinstance(a, torch.Tensor):
+        if not isinstance(a, torch.Tensor) or not a.is_floating_point():
             return a
         a = a.contiguous(memory_format=layout) if a.dim() == 4 else a
         return a if op.autocast == "first" and a.dim() < 4 else a.to(dtype)
@@ -440,6 +443,57 @@ def plain_upfirdn2d(f, up, down, padding):
 def test_upfirdn2d(f, up, down, padding, dtype, layout):
     ours = lambda x: functional.upfirdn2d(x, f, up, down, padding)
     emulated(ours, plain_upfirdn2d(f, up, down, padding), (noise(2, 3, 7, 5),), dtype, layout, ["upfirdn2d"])
+
+
+# ---- filtered_lrelu --------------------------------------------------------------------------------------------------
+
+LRELU = ["filtered_lrelu", "filtered_lrelu_backward"]
+
+
+@pytest.fixture
+def every_case_in_one_pass(monkeypatch):
+    monkeypatch.setattr(resampling, "FEWEST_PLANES", 1)
+
+
+@pytest.mark.usefixtures("every_case_in_one_pass")
+@pytest.mark.parametrize("case", filtered.CASES)
+def test_filtered_lrelu(case):
+    layout = LAYOUTS[list(filtered.CASES).index(case) % 2]
+    plain, ours = filtered.composed(*filtered.CASES[case]), filtered.ours(*filtered.CASES[case])
+    emulated(ours, plain, (noise(1, 2, 4, 5), noise(2)), torch.float32, layout, LRELU)
+
+
+@pytest.mark.usefixtures("every_case_in_one_pass")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_filtered_lrelu_in_16_bits(dtype):
+    """Where no sample of the upsampled image is within a rounding of 0 or of the clamp."""
+    case = (None, filtered.SMOOTH, 1, 2, 0, 1.0)
+    b = noise(3).to(dtype).double()
+    edges = lambda x: ((x + b.view(1, -1, 1, 1)) * torch.where(x + b.view(1, -1, 1, 1) > 0, 1.3, 0.13)).abs()
+    x = clear_of(lambda x: torch.minimum(edges(x), (edges(x) - 1).abs()), noise(1, 3, 7, 10).to(dtype).double())
+    emulated(filtered.ours(*case), filtered.composed(*case), (x, b), dtype, LAYOUTS[1], LRELU)
+
+
+@pytest.mark.parametrize("width", [9, 33, 75])
+def test_filtered_lrelus_signs_are_the_references(width):
+    """Up to 149 samples a row in up to seven tiles: words that are full, and one that is not."""
+    args = torch.randn(1, 2, 5, width), torch.randn(2), filtered.SMOOTH, filtered.LONG[:3], 2, 1, [2, 1, 2, 1]
+    with testing.emulate("triton") as record:
+        _, signs = OPS["filtered_lrelu"].backends["triton"].run(*args, False, 1.3, 0.1, 0.7)
+    want = OPS["filtered_lrelu"].reference(*args, False, 1.3, 0.1, 0.7)[1]
+    assert record.kernels == ["filtered_lrelu_kernel"] and signs.shape == want.shape
+    assert (signs != want).sum() <= 1 and want.float().mean() > 10  # float32 may round over an edge
+
+
+def test_filtered_lrelus_tiles_fit_every_filter():
+    """Powers of two, no more than registers hold; one program makes an image that fits a tile."""
+    from fastgan.kernels.filtered_lrelu import LARGEST, tile
+
+    for taps, down, forward in itertools.product(((1, 1), (12, 12), (32, 32)), (1, 2, 31, 32), (True, False)):
+        t = tile((100, 100), taps, down, forward)
+        assert t.fine_rows * t.fine_columns <= LARGEST and t.rows >= 1 and t.columns >= 1
+        assert t.rows * down + taps[0] - 1 <= t.fine_rows and t.columns * down + taps[1] - 1 <= t.fine_columns
+    assert tile((10, 26), (12, 12), 2, True)[:2] == (10, 26)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from checks import LAYOUTS
 import fastgan
 from fastgan import testing
 from fastgan._op import OPS
+from fastgan.ops.filtered_lrelu import adjoint_pads
 
 N, C, H, W = 4, 32, 12, 12  # 18,432 elements: partial sums are small beside them, as in real layers
 
@@ -132,3 +133,15 @@ def test_upfirdn2d_moves_each_tensor_once(up, down, layout):
     (x,) = images(dtype=torch.float32, layout=layout)
     args = x, torch.rand(4, 4), [up, up], [down, down], [2, 1, 2, 1]
     assert close(moved(launches("upfirdn2d", *args, False, 1.0)), cost_of("upfirdn2d", *args))
+
+
+def test_filtered_lrelu_moves_x_y_and_the_signs_once():
+    """The upsampled image stays in registers: x of [1, 1, 36, 36], 82 x 82 of it, in 4 x 2 tiles."""
+    x, f = torch.randn(1, 1, 36, 36), torch.rand(12)
+    args = f, f, 2, 2, [11, 10, 11, 10]
+    pads = adjoint_pads((36, 36), (82, 82), (36, 36), (f, f), 2, 2, args[-1], [0] * 4)
+    ran = launches("filtered_lrelu", x, None, *args, False, 1.4, 0.2, 0.9)
+    assert len(ran) == 1 and close(moved(ran), cost_of("filtered_lrelu", x, *args, 0.9))
+    signs = OPS["filtered_lrelu"].reference(x, None, *args, False, 1.4, 0.2, 0.9)[1]
+    back = launches("filtered_lrelu_backward", x, signs, f, f, 2, 2, *pads, True, 5.6, 0.2, 0.9)
+    assert len(back) == 1 and close(moved(back), cost_of("filtered_lrelu", x, *args, 0.9))

@@ -33,6 +33,7 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes);
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane);
+unsigned __ballot_sync(unsigned mask, int predicate);
 unsigned atomicAdd(unsigned*, unsigned);
 unsigned atomicExch(unsigned*, unsigned);
 size_t __cvta_generic_to_shared(const void*);

@@ -271,6 +271,34 @@ void upfirdn2d(DType d, const Size& s) {
   written("upfirdn2d", d, y);
 }
 
+// Up 2 and down 2 by 5 x 3 taps and a product of 3, forward, and its adjoint by the same filters exchanged. Rows are
+// long enough for two strips where sizes are large.
+void filtered_lrelu(DType d, const Size& s) {
+  const int64_t H = 5, W = s.HW > 1000 ? 160 : s.HW, MH = 2 * H + 6 - 5 + 1, MW = 2 * W + 6 - 3 + 1;
+  const int64_t OH = (MH - 3) / 2 + 1, OW = (MW - 3) / 2 + 1, C = std::min<int64_t>(s.C, 18), planes = 2 * C;
+  const int64_t signs = 2 * planes * MH * ((MW + 31) / 32);
+  const auto shape = [&](int64_t in_h, int64_t in_w, int64_t out_h, int64_t out_w, int64_t pad, int64_t pad_out,
+                         bool forward) {
+    const int64_t up_h = forward ? 5 : 3, down_h = forward ? 3 : 5;
+    return FilteredLreluShape{
+        d, 2,   C,   in_h,    in_w,    MH,       MW,      out_h,           out_w,           up_h, 3,    down_h, 3, 2,
+        2, pad, pad, pad_out, pad_out, !forward, forward, s.channels_last, s.channels_last, 1.4f, 0.2f, 0.9f,   1};
+  };
+  const Array x(d, planes * H * W), bias(F32, C), plane(F32, 5 * 3), product(F32, 3), dy(d, planes * OH * OW);
+  const Array y(d, planes * OH * OW, true), dx(d, planes * H * W, true), bits(F32, signs, true);
+  call([&](const auto& t) {
+    return cuda::filtered_lrelu_forward(shape(H, W, OH, OW, 3, 0, true),
+                                        {x.get(), bias.floats(), plane.floats(), product.floats(), y.get(), bits.get()},
+                                        t);
+  });
+  call([&](const auto& t) {
+    return cuda::filtered_lrelu_backward(shape(OH, OW, H, W, 2, 1, false),
+                                         {dy.get(), bits.get(), product.floats(), plane.floats(), dx.get()}, t);
+  });
+  written("filtered_lrelu", d, y);
+  written("filtered_lrelu_backward", d, dx);
+}
+
 // Two heads, two tiles of keys, whose width is whole chunks or is not.
 void attention(DType d, const Size& s) {
   if (s.HW > 64 || s.G > 1) return;  // a few sizes are enough
@@ -334,6 +362,7 @@ int main(int count, char** arguments) {
       {"penalties", penalties, cuda::interpolate_forward && cuda::grad_norm_penalty_forward && cuda::sample_dot},
       {"adam", adam, cuda::adam != nullptr},
       {"upfirdn2d", upfirdn2d, cuda::upfirdn2d != nullptr},
+      {"filtered_lrelu", filtered_lrelu, cuda::filtered_lrelu_forward != nullptr},
       {"attention", attention, cuda::attention_forward != nullptr},
       {"convolutions", convolutions, cuda::conv2d != nullptr}};
   try {
