@@ -105,4 +105,7 @@ def _wanted(op: Routine, args: tuple, timed: Timed) -> Any:
     dtype = op.first(args).dtype
     wide = tuple(a.float() if isinstance(a, Tensor) and a.dtype == dtype else a for a in args)
     y = op.reference(*wide)
-    return tuple(t.to(dtype) if t.dim() > 2 else t for t in y) if isinstance(y, tuple) else y.to(dtype)
+    if not isinstance(y, tuple):
+        return y.to(dtype)
+    dtypes = [t.dtype for t in op.reference(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))]
+    return tuple(t.to(dtype) for t, dtype in zip(y, dtypes, strict=True))
