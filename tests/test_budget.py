@@ -13,7 +13,19 @@ import torch
 import fastgan
 from fastgan import functional
 from fastgan._op import OPS
-from fastgan.choice import STATE, Backend, Routine, budget, cache_dir, hardware, race, settle, watching, winners
+from fastgan.choice import (
+    STATE,
+    Backend,
+    Routine,
+    budget,
+    cache_dir,
+    hardware,
+    proof_error,
+    race,
+    settle,
+    watching,
+    winners,
+)
 from fastgan.choice.budget import HELD, RATE, Account
 from fastgan.choice.routine import REGISTERED
 from fastgan.choice.state import State
@@ -214,6 +226,15 @@ def test_the_reference_never_multiplies_a_dtype_that_the_cpu_lacks(state, monkey
         op(*args)
     assert seen == [torch.float32]
     assert told[0][0] == "native"
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.products and "native" in op.backends])
+def test_kernels_pass_their_proof_where_the_cpu_lacks_the_dtype(state, monkeypatch, name):
+    """What is float32 beside bfloat16, as attention's row sums, is held against float32."""
+    monkeypatch.setattr(hardware, "torch_multiplies_bfloat16", lambda: False)
+    op = OPS[name]
+    args = tuple(a.bfloat16() if isinstance(a, torch.Tensor) else a for a in op.drawn(op.example()))
+    assert proof_error(op, "native", args) == ""
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable names an instruction set of x86")

@@ -89,7 +89,7 @@ def _write(name: str, values: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a read-only home costs a race per process, nothing else
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-            file.write(json.dumps(values))  # dump() encodes in Python, 10 times as long
+            file.write(json.dumps(values))  # dump() encodes in Python
         os.replace(file.name, folder / name)
 
 

@@ -99,7 +99,8 @@ def _distance(got: Tensor, want: Tensor, dtype: torch.dtype) -> tuple[float, flo
 
 
 def _wanted(op: Routine, args: tuple, timed: Timed) -> Any:
-    """The reference's outputs; in float32, rounded at the end, where PyTorch has no instructions for the dtype."""
+    """The reference's outputs. Where PyTorch has no instructions for the dtype they are computed in float32, and each
+    is rounded at the end to its own dtype: attention's row sums stay float32."""
     if not lacks_products(op, args):
         return timed("reference", lambda: op.reference(*op.copies(args)))
     dtype = op.first(args).dtype

@@ -52,7 +52,7 @@ def _applies(x: Tensor) -> bool:
     )
 
 
-@functools.cache
+@functools.lru_cache(64)  # a probability may be annealed
 def _kept(p: float, dtype: torch.dtype) -> float:
     """What torch multiplies a kept element by, to the bit."""
     return torch.ones((), dtype=dtype).div_(1 - p).item()

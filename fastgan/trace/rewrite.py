@@ -144,7 +144,9 @@ def _attends_in_heads(arguments: dict[str, Any]) -> str:
 
 def _drops(arguments: dict[str, Any]) -> str:
     x = example(arguments["x"])
-    return "" if isinstance(x, Tensor) and x.dtype in FLOATING and not arguments["inplace"] else "in place"
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+        return "not floating"
+    return "in place" if arguments["inplace"] else ""
 
 
 def _normable(arguments: dict[str, Any]) -> str:
