@@ -1,7 +1,7 @@
 """Finds what compiles the CUDA kernels at their first launch: NVRTC, which torch's CUDA builds bring, and the driver.
 
 What is compiled when: building fastgan compiles the CPU kernels and the CUDA launchers by the C++ compiler; the first
-launch of a CUDA kernel compiles that kernel for the card, in a second or so, and keeps it in FASTGAN_CACHE/kernels.
+launch of a CUDA kernel compiles that kernel for the card, in 0.1 to 1.5 s, and keeps it in FASTGAN_CACHE/kernels.
 An import compiles nothing, nor does this module: csrc/cuda/nvrtc does. An installation built with FASTGAN_CUDA=1 has
 its kernels from nvcc and needs none of this.
 """

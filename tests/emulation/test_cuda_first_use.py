@@ -267,15 +267,16 @@ def real_compiler():
 
 
 def kernels():
-    """(header, name) of the launchers' kernels: without the test's own."""
-    return sorted((header, name) for header, name in shim.load().kernels() if header != "cuda/module.cuh")
+    """(includes, name) of the launchers' kernels: without the test's own."""
+    return sorted((includes, name) for includes, name in shim.load().kernels() if name != "large_kernel")
 
 
 def all_kernels():
+    """Includes -> the kernels that are compiled with exactly these."""
     found = defaultdict(list)
-    for header, name in kernels():
-        found[header].append(name)
-    return found
+    for includes, name in kernels():
+        found[includes].append(name)
+    return found.values()
 
 
 @pytest.fixture
@@ -290,28 +291,53 @@ def compiler(fake, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_nvrtc_compiles_a_kernel_of_every_kind(compiler, capability):
     """Of each template and each function one, in bfloat16 where there is a choice, with no header but our own."""
-    for header, names in all_kernels().items():
+    for names in all_kernels():
         kinds = {}
         for name in sorted(names, key=lambda n: "__nv_bfloat16" not in n):
             kinds.setdefault(name.partition("<")[0], name)
-        code, lowered = compiler.compile(header, list(kinds.values()), capability)
+        code, lowered = compiler.compile(list(kinds.values()), capability)
         assert code[:4] == b"\x7fELF" and all(one.encode() in code for one in lowered)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [75, 80, 90])
 def test_nvrtc_compiles_every_kernel(compiler, capability):
-    for header, names in all_kernels().items():
-        code, lowered = compiler.compile(header, names, capability)
+    for names in all_kernels():
+        code, lowered = compiler.compile(names, capability)
         assert all(one.encode() in code for one in lowered)
 
 
 def test_a_card_that_nvrtc_does_not_know_takes_ptx(compiler):
-    code, _ = compiler.compile("cuda/bias_act.cuh", ["bias_act_dbias_kernel"], 999)
+    code, _ = compiler.compile(["bias_act_dbias_kernel"], 999)
     assert b".target sm_" in code
 
 
 def test_every_kernel_has_one_name(fake):
-    names = kernels()
+    names = [name for _, name in kernels()]
     assert len(names) == len(set(names)) > 200
-    assert all(re.fullmatch(r"\w+(<.*>)?", name) for _, name in names)
+    assert all(re.fullmatch(r"\w+(<.*>)?", name) for name in names)
+
+
+def test_a_kernel_is_compiled_with_the_headers_that_its_name_asks_for(fake):
+    """Every word of a kernel's expression is defined in a header that it includes, and no header comes for nothing."""
+    defined = {
+        path.name: set(re.findall(r"^struct (\w+)[^;]*?{", text, re.MULTILINE))
+        | set(re.findall(r"(\w+_kernel)\(", text))
+        for path in sorted((shim.shim.CSRC / "cuda").glob("*.cuh"))
+        for text in [path.read_text()]
+    }
+    known = {"float", "__half", "__nv_bfloat16", "fg", "cuda", "true", "false"}
+    for includes, name in kernels():
+        words = set(re.findall(r"\b[A-Za-z_]\w*", name)) - known
+        headers = re.findall(r'^#include "cuda/(.*)"$', includes, re.MULTILINE)
+        assert len(headers) == includes.count("\n") and headers == sorted(set(headers))
+        assert all(words & defined[header] for header in headers), (name, headers)
+        assert words <= set().union(*(defined[header] for header in headers)), (name, headers)
+
+
+def test_the_product_names_the_kernels_that_are_tested(fake):
+    """Its launchers are one unit, the tests' a unit each."""
+    native = pytest.importorskip("fastgan._C", reason="fastgan is installed without its native core").cuda
+    if not hasattr(native, "kernels"):
+        pytest.skip("this installation's CUDA kernels are nvcc's")
+    assert sorted(map(tuple, native.kernels())) == kernels()

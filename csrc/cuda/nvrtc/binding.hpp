@@ -18,21 +18,22 @@ inline void bind_nvrtc(pybind11::module_& m) {
       "kernels",
       [] {
         std::vector<std::pair<std::string, std::string>> all;
-        for (const auto* k : cuda::nvrtc::kernels()) all.emplace_back(k->header, k->name);
+        for (const auto* k : cuda::nvrtc::kernels()) all.emplace_back(cuda::nvrtc::headers_of(k->name), k->name);
         return all;
       },
-      "(device header, C++ expression) of every kernel that a launcher names.");
+      "(includes of its device code, C++ expression) of every kernel that a launcher names.");
   m.def(
       "compile",
-      [](const std::string& header, const std::vector<std::string>& names, int capability) {
+      [](const std::vector<std::string>& names, int capability) {
         cuda::nvrtc::Compiled c;
         {
           py::gil_scoped_release release;
-          c = cuda::nvrtc::compile(header, names, capability);
+          c = cuda::nvrtc::compile(names, capability);
         }
         return std::make_pair(py::bytes(c.code), c.names);
       },
-      arg("header"), arg("names"), arg("capability"), "(machine code, names in it) of kernels for sm_<capability>.");
+      arg("names"), arg("capability"),
+      "(machine code, names in it) of kernels with the same includes for sm_<capability>.");
 }
 
 }  // namespace fg::binding

@@ -7,18 +7,18 @@ structs are its kernels' parameters.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
+# At the beginning of a line, so that neither members nor declarations ahead (`struct From;`) count.
+DEFINED = re.compile(
+    r"^struct (\w+)[^;{]*\{|^(?:static )?__global__ void(?: __launch_bounds__\([^;{]*?\))?\s+(\w+)\(", re.MULTILINE
+)
 
-def launchers_header(csrc: Path) -> str:
-    """cuda/launchers.cuh: the device code of all launchers.
 
-    A kernel's header has the stem of the unit that launches it (loader.hpp), and setup.py compiles all launchers as the
-    unit launchers.cpp. The kernels that are no templates come with every other one: 1.4 s more of NVRTC 13.5 (a busy
-    Zen 1) and 130 KB more on disk than by the header of an op's own.
-    """
-    stems = [path.stem for path in sorted((csrc / "cuda").glob("*.cu")) if path.with_suffix(".cuh").exists()]
-    return "".join(f'#include "cuda/{stem}.cuh"\n' for stem in stems)
+def definitions(sources: dict[str, str]) -> list[tuple[str, str]]:
+    """(structure or kernel, header that defines it): loader.cpp includes those of a kernel's C++ expression."""
+    return [(one or other, name) for name, text in sources.items() for one, other in DEFINED.findall(text)]
 
 
 def device_sources(csrc: Path) -> str:
@@ -30,15 +30,17 @@ def device_sources(csrc: Path) -> str:
     sources |= {path.name: path for path in sorted((room / "toolkit").glob("cuda_?*16.h"))}
     digest = hashlib.sha256((room / "loader.cpp").read_bytes())
     contents = {name: path.read_text() for name, path in sources.items()}
-    contents["cuda/launchers.cuh"] = launchers_header(csrc)
     texts = []
     for name, text in contents.items():
         digest.update(f"{name}\n{text}".encode())
         texts.append(f'R"fastgan({text})fastgan"')
     names = ", ".join(f'"{name}"' for name in contents)
+    defined = ", ".join(f'{{"{what}", "{name}"}}' for what, name in definitions(contents))
+    digest.update(defined.encode())
     return (
         "// Written by csrc/cuda/nvrtc/embed.py.\n"
         f'#define DEVICE_SOURCES_HASH "{digest.hexdigest()[:32]}"\n'
         f"static const char* const DEVICE_SOURCE_NAMES[] = {{{names}}};\n"
         f"static const char* const DEVICE_SOURCES[] = {{{', '.join(texts)}}};\n"
+        f"static const char* const DEVICE_DEFINITIONS[][2] = {{{defined}}};\n"
     )

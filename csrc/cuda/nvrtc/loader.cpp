@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +13,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
-#include <sstream>
+#include <set>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -139,7 +140,7 @@ struct CacheFile {
 
   CacheFile(const Kernel& kernel, const std::string& arch)
       : identity("fastgan " DEVICE_SOURCES_HASH " nvrtc " + std::to_string(lib.major) + "." +
-                 std::to_string(lib.minor) + " " + arch + " " + kernel.header + " " + kernel.name) {
+                 std::to_string(lib.minor) + " " + arch + " " + kernel.name) {
     const uint64_t one = fnv(identity, 0xcbf29ce484222325u), two = fnv(identity, one ^ 0x9e3779b97f4a7c15u);
     path = lib.cache / (hexadecimal(one) + hexadecimal(two) + ".bin");
   }
@@ -205,7 +206,7 @@ Function load(Kernel& kernel, int device) {
     } catch (const std::runtime_error&) {  // whole, but not to this driver's taste: compile anew
     }
   if (!function) {
-    const Compiled fresh = compile(kernel.header, {kernel.name}, capability);
+    const Compiled fresh = compile({kernel.name}, capability);
     function = load_into_driver(fresh);
     file.write(fresh);
   }
@@ -239,11 +240,10 @@ std::vector<Kernel*>& registry() {
 
 }  // namespace
 
-Kernel& kernel_of(const std::string& name, const char* launcher) {
-  const std::string header = "cuda/" + files::path(launcher).stem().string() + ".cuh";
+Kernel& kernel_of(const std::string& name) {
   for (Kernel* kernel : registry())
-    if (kernel->name == name && kernel->header == header) return *kernel;
-  return *registry().emplace_back(new Kernel(name, header));  // for as long as the library is there
+    if (kernel->name == name) return *kernel;
+  return *registry().emplace_back(new Kernel(name));  // for as long as the library is there
 }
 
 std::string type_name(const std::type_info& type) {
@@ -256,8 +256,23 @@ std::string type_name(const std::type_info& type) {
 
 const std::vector<Kernel*>& kernels() { return registry(); }
 
-Compiled compile(const std::string& header, const std::vector<std::string>& names, int capability) {
-  const std::string text = "#include \"" + header + "\"\nusing namespace fg::cuda;\n";
+std::string headers_of(const std::string& name) {
+  const auto in_a_word = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; };
+  std::set<std::string> words;
+  for (auto at = name.begin(); at != name.end();) {
+    const auto begin = std::find_if(at, name.end(), in_a_word);
+    words.emplace(begin, at = std::find_if_not(begin, name.end(), in_a_word));
+  }
+  std::set<std::string> headers;
+  for (const auto& [defined, header] : DEVICE_DEFINITIONS)
+    if (words.contains(defined)) headers.insert(header);
+  std::string text;
+  for (const std::string& header : headers) text += "#include \"" + header + "\"\n";
+  return text;
+}
+
+Compiled compile(const std::vector<std::string>& names, int capability) {
+  const std::string text = headers_of(names.at(0)) + "using namespace fg::cuda;\n";
   ProgramOwner owner;
   check_compiler(lib.nvrtcCreateProgram(&owner.program, text.c_str(), "fastgan.cu", std::size(DEVICE_SOURCES),
                                         DEVICE_SOURCES, DEVICE_SOURCE_NAMES),

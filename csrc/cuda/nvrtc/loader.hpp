@@ -26,13 +26,12 @@ std::string prepare(const std::vector<std::string>& drivers, const std::vector<s
 struct Kernel {
   static constexpr int DEVICES = 32;
 
-  const std::string name;    // as a C++ expression
-  const std::string header;  // of its device code: that of the launcher's stem
+  const std::string name;  // as a C++ expression
   std::array<std::atomic<void*>, DEVICES> functions{};
   std::array<std::atomic<size_t>, DEVICES> shared{};  // dynamic bytes that it may have, beyond 48 KiB
   std::mutex loading;
 
-  Kernel(const std::string& name, const std::string& header) : name(name), header(header) {}
+  explicit Kernel(const std::string& name) : name(name) {}
   void forget() {
     for (auto& function : functions) function = nullptr;
     for (auto& bytes : shared) bytes = 0;
@@ -49,17 +48,19 @@ struct Grid {
 // A failure is kept for cudaGetLastError, which check_launch asks with the op's name at hand.
 void launch(Kernel&, const Grid&, void** parameters);
 const std::vector<Kernel*>& kernels();
-// The machine code (or PTX, if NVRTC does not know the card) of some kernels of one header, and their names in it.
+// Includes of the device code that defines what stands in a kernel's expression, a line a header. With the headers of
+// all ops NVRTC 13.5 took half a second more for every kernel (Zen 5, quiet), 1.4 s on a busy Zen 1.
+std::string headers_of(const std::string& name);
+// The machine code (or PTX, if NVRTC does not know the card) of kernels with the same headers, and their names in it.
 // Throws std::runtime_error with the compiler's words.
 struct Compiled {
   std::string code;
   std::vector<std::string> names;
 };
-Compiled compile(const std::string& header, const std::vector<std::string>& names, int capability);
+Compiled compile(const std::vector<std::string>& names, int capability);
 
-// The kernel of this expression, entered into kernels() at the first call; a .cu is named for the header of its
-// kernels.
-Kernel& kernel_of(const std::string& name, const char* launcher);
+// The kernel of this expression, entered into kernels() at the first call.
+Kernel& kernel_of(const std::string& name);
 
 // A template argument in C++'s words: a type's own name, a number's digits, true or false.
 std::string type_name(const std::type_info&);
@@ -78,7 +79,7 @@ template <auto* FUNCTION, class Declared>
 struct Launched;
 template <class... P, void (*FUNCTION)(P...), class Declared>
 struct Launched<FUNCTION, Declared> {
-  inline static Kernel& kernel = kernel_of(Declared::name(), __BASE_FILE__);
+  inline static Kernel& kernel = kernel_of(Declared::name());
   static void launch(const Grid& grid, P... parameters) {
     void* addresses[] = {&parameters...};
     nvrtc::launch(kernel, grid, addresses);
