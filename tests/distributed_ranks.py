@@ -14,7 +14,9 @@ from tiny_run import TINY, noise, tensors, trainer
 from torch import nn
 
 import fastgan
+from fastgan import data
 from fastgan.convert import synchronise
+from fastgan.data import pixels
 from fastgan.functional import bn_act
 from fastgan.nn import BatchNormAct2d
 from fastgan.training.distributed import Exchange, join, leave
@@ -183,6 +185,15 @@ def runs(folder: Path, world) -> dict:
     }
 
 
+def decoded(folder: Path, world) -> dict:
+    """A set that memory holds: who decodes it, and what each rank has."""
+    os.environ.update(LOCAL_WORLD_SIZE=str(world.size), FASTGAN_CACHE=str(folder / "cache"))
+    world.agree("")  # begin together
+    with mock.patch.object(pixels, "decode_all", wraps=pixels.decode_all) as decoding:
+        images = data.load(folder / "photos", image_size=8)
+    return {"names": [name for call in decoding.call_args_list for name in call.args[0]], "images": images.images}
+
+
 def signalled(folder: Path, world) -> list:
     """A run whose last rank alone gets SIGTERM, after its first step: (reason, step, checkpoint)."""
     last = world.gather(os.getpid())[-1]
@@ -206,6 +217,7 @@ def main(folder: Path) -> None:
         "synchronised": synchronised(world),
         "runs": runs(folder, world),
         "signalled": signalled(folder, world),
+        "decoded": decoded(folder, world),
         "world": (world.rank, world.size),
     }
     torch.save(found, folder / f"rank-{world.rank}.pt")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_arrays_go_on_too(tmp_path, monkeypatch):
     assert torch.equal(data.load(tmp_path / "b.npy").images, data.load(tmp_path / "a.npy", image_size=8).images)
 
 
-def test_one_process_decodes_and_the_others_wait(photos, monkeypatch):
+def test_one_process_decodes_and_the_others_wait(photos, monkeypatch, caplog):
     """As the ranks of a machine do. A lock belongs to an open file, so that threads stand for processes."""
     names, found, began = counting(monkeypatch), [], threading.Event()
     go = threading.Event()
@@ -210,15 +211,34 @@ def test_one_process_decodes_and_the_others_wait(photos, monkeypatch):
     first.join()
     second.join()
     assert len(names) == COUNT and torch.equal(found[0].images, found[1].images)
+    assert caplog.text.count("another process writes") == 1
+
+
+@pytest.mark.parametrize("why", ["permission", "room"])
+def test_ranks_without_a_cache_decode_each_for_itself(photos, monkeypatch, caplog, why):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cache = photos.parent / "cache"
+    if why == "permission":
+        cache.write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr("fastgan.data.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    images = data.load(photos, image_size=8, cache_dir=cache)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    direct = data.load(photos, image_size=8)
+    assert torch.equal(images.images, direct.images) and images.skipped == direct.skipped
+    assert "each process of this machine decodes all images for itself: " in caplog.text
 
 
 def test_ranks_of_a_machine_share_its_memory(photos, monkeypatch):
-    """A set that one process would hold is in a file for two."""
+    """A set that one process would hold is in a file for two; one that two hold is decoded once and in memory."""
     monkeypatch.setattr("fastgan.data.loading.free_bytes", lambda _: 3 * COUNT * 192)
     monkeypatch.setenv("FASTGAN_CACHE", str(photos.parent / "cache"))
     assert not data.load(photos, image_size=8, channels=3).streamed
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert data.load(photos, image_size=8, channels=3).streamed
+    monkeypatch.setattr("fastgan.data.loading.free_bytes", lambda _: 4 * COUNT * 192)
+    names = counting(monkeypatch)
+    assert not data.load(photos, image_size=8, channels=3).streamed and names == []
 
 
 def test_a_file_larger_than_memory_is_mapped(tmp_path):

@@ -11,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from distributed_ranks import CASES, PART, RANKS, batches, derivatives, parts_of_batch, step_of, weights
+from PIL import Image
 from processes import environment, free_port, launch
 from tiny_run import TINY, noise, trainer
 
+from fastgan import data
 from fastgan.data.imageset import Batches
 from fastgan.training import checkpoint
 from fastgan.training.distributed import World, join
@@ -31,6 +34,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 def ranks(tmp_path_factory):
     """What each rank of `distributed_ranks` found."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "photos").mkdir()
+    for k, picture in enumerate(np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)):
+        Image.fromarray(picture).save(folder / "photos" / f"{k:02d}.png")
     launch("distributed_ranks.py", RANKS, str(folder))
     found = [torch.load(folder / f"rank-{k}.pt", weights_only=True) for k in range(RANKS)]
     return found, folder
@@ -125,6 +131,13 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(ranks):
     reason, step, path = first
     assert first == second and reason == "interrupted" and 1 <= step < 500
     assert checkpoint.load(path)["step"] == step
+
+
+def test_one_rank_decodes_for_all(ranks):
+    first, second = (found["decoded"] for found in ranks[0])
+    assert sorted(first["names"] + second["names"]) == [f"{k:02d}.png" for k in range(20)]
+    for found in (first, second):
+        assert torch.equal(found["images"], data.load(ranks[1] / "photos", image_size=8).images)
 
 
 def test_one_process_goes_on_with_a_run_of_two(ranks):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgan._writing import part_of
+from fastgan._writing import part_of, told
 from fastgan.data import arrays
 from fastgan.data.arrays import Array
 from fastgan.data.files import Files
@@ -18,6 +18,10 @@ from fastgan.data.memory import gib
 from fastgan.data.pixels import ArrayPixels, FilePixels, Wanted, card_of, complete, identity
 
 log = logging.getLogger("fastgan.data")
+
+
+class NoRoomError(ValueError):
+    """The cache's disk is too small for the images."""
 
 
 def stream(
@@ -39,13 +43,15 @@ def stream(
         for file in (card_of(path), path):
             file.unlink(missing_ok=True)
     if not complete(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        with told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         begun = part_of(path)
         free = shutil.disk_usage(folder).free + (begun.stat().st_size if begun.exists() else 0)
         if free < pixels.bytes_needed:
-            raise ValueError(
-                f"load: the images need {gib(pixels.bytes_needed)}, more than the {gib(cap)} allowed in "
-                f"memory, and {folder} has {gib(free)} free; set cache_dir, limit or a smaller image_size"
+            why = f"memory may hold {gib(cap)}" if pixels.bytes_needed > cap else "the processes of a machine share it"
+            raise NoRoomError(
+                f"load: the images need {gib(pixels.bytes_needed)} in a file, as {why}, and {folder} has {gib(free)} "
+                "free; set cache_dir, limit or a smaller image_size"
             )
         log.info("load: %s of pixels go to %s", gib(pixels.bytes_needed), path)
         pixels.to_file(path, of, keep=True)

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastgan._writing import target_of
+from fastgan._writing import WriteError, target_of
 from fastgan.data import arrays
 from fastgan.data.arrays import Array
-from fastgan.data.cache import stream
+from fastgan.data.cache import NoRoomError, stream
 from fastgan.data.catalogue import CATALOGUE
 from fastgan.data.decode import SUFFIXES, WHITE, greatest, in_order, quiet_decoding
 from fastgan.data.files import Files, Folder, Zip, tell_skipped
 from fastgan.data.imageset import ImageSet
 from fastgan.data.memory import free_bytes, gib
-from fastgan.data.pixels import Progress, Wanted, card_of, identity, opened_pixels
+from fastgan.data.pixels import ArrayPixels, FilePixels, Progress, Wanted, card_of, identity, opened_pixels
 from fastgan.data.shards import Shards, shards_of
 
 Source = str | os.PathLike[str] | torch.Tensor | np.ndarray
@@ -67,6 +67,8 @@ def load(
             does not, they stay in main memory.
         cache_dir: where that file is written, and found again by the next call; None: $FASTGAN_CACHE/data,
             else ~/.cache/fastgan/data. A process that was killed while it wrote leaves what it had to the next one.
+            Where torchrun started several processes on this machine, one of them decodes files of images to there for
+            all, and each reads them into its memory.
         progress: called with (images done, images in all), now and then.
 
     Returns:
@@ -88,10 +90,7 @@ def load(
             opened.require_sound()
         pixels = opened_pixels(opened, wanted)
         cap = _host_limit() if max_bytes is None else max_bytes
-        if pixels.bytes_needed > cap and opened.path is not None:
-            images = stream(opened, pixels, wanted, cap, cache_dir)
-        else:
-            images = pixels.to_memory()
+        images = _read(opened, pixels, wanted, cap, cache_dir)
     tell_skipped(images.name, images.skipped)
     return _place(images, target)
 
@@ -196,11 +195,38 @@ def _greatest(opened: Files | Array, wanted: Wanted) -> int:
         return max(in_order(of, [opened.names[i] for i in wanted.numbers(len(opened.names))]), default=0)
 
 
+def _sharing() -> int:
+    """How many processes torchrun started on this machine, 1 where it started none."""
+    found = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(found)) if found.isdecimal() else 1
+
+
 def _host_limit() -> int:
     """Half of the free memory, or this process' share of it where torchrun started several on this machine."""
     free = free_bytes(torch.device("cpu"))
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return UNKNOWN_LIMIT if free is None else free // (2 * max(1, int(sharing) if sharing.isdecimal() else 1))
+    return UNKNOWN_LIMIT if free is None else free // (2 * _sharing())
+
+
+def _read(
+    opened: Files | Array,
+    pixels: FilePixels | ArrayPixels,
+    wanted: Wanted,
+    cap: int,
+    cache_dir: str | os.PathLike[str] | None,
+) -> ImageSet:
+    """The images in a file where memory may not hold them, else in memory: decoded by one of a machine's processes."""
+    if pixels.bytes_needed > cap and opened.path is not None:
+        return stream(opened, pixels, wanted, cap, cache_dir)
+    if not isinstance(opened, Files) or _sharing() == 1:
+        return pixels.to_memory()
+    before = list(opened.skipped)
+    try:
+        found = stream(opened, pixels, wanted, cap, cache_dir)
+    except (NoRoomError, WriteError) as error:
+        log.warning("load: each process of this machine decodes all images for itself: %s", error)
+        opened.skipped = before
+        return pixels.to_memory()
+    return ImageSet(found.images.clone(), found.labels, found.classes, name=found.name, skipped=found.skipped)
 
 
 def _place(images: ImageSet, device: torch.device) -> ImageSet:

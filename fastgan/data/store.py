@@ -88,7 +88,7 @@ class FileStore:
         self._count = 0
         self._digest = hashlib.sha256()
         self._stack = ExitStack()
-        waiting = lambda: log.info("load: another process writes %s, waiting for it", path)
+        waiting = lambda: log.warning("load: another process writes %s, waiting for it", path)
         self._file: BinaryIO = self._stack.enter_context(growing_file(path, waiting))
         self._journal = part_of(path.with_suffix(".json"))
         self._take_up(json.dumps({"of": of, "shape": shape}))
