@@ -282,7 +282,9 @@ def _geometry(q, k, v, bias, causal, scale, tiles):
     """(numbers, constants and options) of a launch; tiles: [BLOCK, d] operands that a program holds, which bound BLOCK.
 
     float32 is multiplied in three TF32 products, which keep its digits and four times bfloat16's registers: as FMAs a
-    tile spilled 6 KB a thread on sm_80. No tile of a case that `_refuses` lets through spills there.
+    tile spilled 6 KB a thread on sm_80. No tile of a case that `_refuses` lets through spills there. On AMD four warps
+    of 64 lanes are 256 threads too: eight spilled 28 bytes for heads of 128 on gfx942, and a multiprocessor held half
+    as many programs.
     """
     d, e = power_of_2(max(q.shape[3], 16)), power_of_2(max(v.shape[3], 16))
     size = 8 if q.dtype == torch.float32 else 2
@@ -291,14 +293,18 @@ def _geometry(q, k, v, bias, causal, scale, tiles):
     numbers = q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], *strides, scale
     constants = {"CAUSAL": causal, "PRECISION": _precision(q), "BLOCK": max(16, block), "D": d, "E": e}
     return numbers, constants | {
-        "num_warps": 4 if tiles == 2 or block <= 16 else 8,
+        "num_warps": 4 if tiles == 2 or block <= 16 or _on_amd(q) else 8,
         "num_stages": 2 if tiles == 2 else 1,
     }
 
 
+def _on_amd(q):
+    return capability(q.device).startswith("gfx")
+
+
 def _precision(q):
     """Of float32's products; of no consequence for 16-bit operands, whose fragments "ieee" names."""
-    return "ieee" if q.dtype != torch.float32 or capability(q.device).startswith("gfx") else "tf32x3"
+    return "ieee" if q.dtype != torch.float32 or _on_amd(q) else "tf32x3"
 
 
 def _dense(*tensors):
