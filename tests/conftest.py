@@ -59,3 +59,10 @@ def unraced():
     """No race chooses a kernel: two runs that begin apart also race apart, and a loaded machine decides otherwise."""
     with fastgan.racing(False):
         yield
+
+
+@pytest.fixture
+def free():
+    """Neither a backend forced nor races forbidden: what a user's call sees."""
+    with fastgan.backend("auto"), fastgan.racing(True):
+        yield

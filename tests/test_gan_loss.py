@@ -5,7 +5,11 @@ from checks import BACKENDS, DTYPES, against_plain
 
 import fastgan
 from fastgan import functional
+from fastgan.functional.losses import SMALL
 from fastgan.ops.gan_loss import KINDS
+
+# The kernels' own tests: without races no loss goes through PyTorch's ops.
+pytestmark = pytest.mark.usefixtures("unraced")
 
 SP = F.softplus
 PLAIN = {
@@ -192,3 +196,31 @@ def test_the_adaptive_weight_levels_the_pulls():
         functional.adaptive_weight(reconstruction, adversarial, w.detach())
     with pytest.raises(ValueError, match="must be scalars"):
         functional.adaptive_weight(w, adversarial, w)
+
+
+# ---- losses of few terms go through PyTorch's own ops --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("kind", "side"), SMALL)
+def test_by_torch_it_is_the_same_loss_to_second_order(kind, side, dtype, free):
+    f, r = (torch.randn(7, dtype=torch.float64) * 3 for _ in range(2))
+    ours = lambda f, r: functional.gan_loss(f, r, kind=kind, side=side) + 0 * r.sum()
+    plain = lambda f, r: PLAIN[kind, side](f, r) + 0 * r.sum()
+    against_plain(ours, plain, (f, r), dtype, torch.contiguous_format, "auto")
+
+
+def test_which_losses_go_through_torch(free):
+    """The graph tells: an op of ours is a node of Python."""
+    f = torch.randn(8, requires_grad=True)
+    ours = lambda f, r=None, kind="bce", side="g", **form: (
+        type(functional.gan_loss(f, r, kind=kind, side=side, **form).grad_fn).__name__ == "ThinBackward"
+    )
+    assert not any(ours(f, f, *case) for case in SMALL)
+    assert ours(f, f, "bce", "d") and ours(f.detach().bfloat16().requires_grad_())
+    assert ours(torch.randn(20_000).requires_grad_()) and not ours(torch.randn(20_000).requires_grad_(), kind="hinge")
+    assert ours(f, f, "minimax", "g", label_smoothing=0.1)
+    with fastgan.backend("native"):
+        assert ours(f)
+    with pytest.raises(ValueError, match="relativistic pairing needs equal shapes"):
+        functional.gan_loss(f, f[:3], kind="relativistic", side="d")

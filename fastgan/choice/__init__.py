@@ -26,7 +26,7 @@ from fastgan.choice.choosing import (
     settle,
     winners,
 )
-from fastgan.choice.forcing import backend, emulated, forced, racing, watching
+from fastgan.choice.forcing import backend, emulated, forced, racing, second_order, watching
 from fastgan.choice.native import native
 from fastgan.choice.proof import proof_error, timing
 from fastgan.choice.routine import NAMES, REGISTERED, Backend, Routine, triton
@@ -67,6 +67,7 @@ __all__ = [
     "remember_fact",
     "remembered",
     "remembered_fact",
+    "second_order",
     "settle",
     "timing",
     "triton",

@@ -76,3 +76,13 @@ def watching(watch: Watch) -> Iterator[None]:
         yield
     finally:
         STATE.watchers.remove(watch)
+
+
+@contextlib.contextmanager
+def second_order() -> Iterator[None]:
+    """Within: derivatives of derivatives are expected, and small tensors go through ops of ours for them too."""
+    before, STATE.second_order = STATE.second_order, True
+    try:
+        yield
+    finally:
+        STATE.second_order = before

@@ -25,6 +25,7 @@ class State:
     proved     (op, backend, case) that passed it
     emulated   GPU backends that run on CPU tensors just now
     watchers   called at every op that runs
+    second_order  whether derivatives of derivatives are expected of what runs just now
     verdicts   of this run: {digest of a case: backend}; a checkpoint carries them
     in_run     whether a run goes on that keeps its verdicts to its end
     open       cases of this run that its verdicts leave open: {digest: (op, sketch of the arguments)}
@@ -42,6 +43,7 @@ class State:
         self.proved: set[tuple] = set()
         self.emulated: set[str] = set()
         self.watchers: list[Watch] = []
+        self.second_order = False
         self.verdicts: dict[str, str] = {}
         self.in_run = False
         self.open: dict[str, dict[str, Any]] = {}

@@ -30,8 +30,7 @@ def check_channels(op: str, x: Tensor, **vectors: Tensor | None) -> None:
         raise ValueError(f"{op}: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be a floating tensor, got {x.dtype}; convert it with .float()")
+    wanted, device = (x.shape[1],), x.device
     for what, v in vectors.items():
-        if v is not None and (tuple(v.shape) != (x.shape[1],) or v.device != x.device):
-            raise ValueError(
-                f"{op}: {what} must have shape ({x.shape[1]},) on {x.device}, got {tuple(v.shape)} on {v.device}"
-            )
+        if v is not None and (v.shape != wanted or v.device != device):
+            raise ValueError(f"{op}: {what} must have shape {wanted} on {device}, got {tuple(v.shape)} on {v.device}")

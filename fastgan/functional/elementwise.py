@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fastgan import _activation
 from fastgan._layout import per_channel
-from fastgan._op import PLAIN, is_observed
-from fastgan.choice import FREE, STATE
 from fastgan.functional.checks import check_bias
+from fastgan.functional.small import is_small, learns
 from fastgan.ops import bias_act as _bias_act
 
-# Elements up to which PyTorch's two ops are faster, without and with gradients (docs/evidence/call-overhead.md): the
-# kernel reads x once where they read it twice, and pays for that with a lookup, a call through the binding and, under
-# gradients, an autograd node written in Python. Nothing races for it.
+# Elements up to which PyTorch's two ops are faster, without and with gradients: the kernel reads x once where they
+# read it twice.
 SMALL, SMALL_IN_TRAINING = 150_000, 500_000
 
 
@@ -53,29 +50,10 @@ def bias_act(
     if x.dim() < 2:
         raise ValueError(f"bias_act: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
     check_bias("bias_act", bias, x.shape[1])
-    if gain == 1 and clamp is None and (bias is not None or activation != "identity"):
-        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if _is_small(x, SMALL_IN_TRAINING if learns else SMALL):
-            return _plain(x, bias, activation, negative_slope)
+    plain = gain == 1 and clamp is None and (bias is not None or activation != "identity")
+    if plain and is_small(x, SMALL_IN_TRAINING if learns(x, bias) else SMALL) and x.is_contiguous():
+        return _plain(x, bias, activation, negative_slope)
     return _bias_act.op(x, bias, activation, float(negative_slope), float(gain), limit)
-
-
-def _is_small(x: Tensor, largest: int) -> bool:
-    """Whether PyTorch's ops take a call on x: a dense CPU tensor of at most `largest` elements.
-
-    False wherever somebody asked for kernels of ours or looks at single ops, under autocast, and for layouts that
-    PyTorch's ops would not keep.
-    """
-    return (
-        STATE.mode == FREE
-        and not is_observed()  # before sizes: a traced graph would be bound to them
-        and x.numel() <= largest
-        and type(x) in PLAIN
-        and x.is_cpu
-        and not (STATE.emulated or STATE.watchers)
-        and x.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _plain(x: Tensor, bias: Tensor | None, activation: str, slope: float) -> Tensor:

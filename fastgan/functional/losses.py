@@ -8,12 +8,27 @@ import torch
 from torch import Tensor
 
 from fastgan._layout import accumulation_dtype
+from fastgan.functional.small import is_small, learns
 from fastgan.ops import gan_loss as _gan_loss
 
 KINDS = (*_gan_loss.KINDS, "relativistic-average")
 RELATIVE = ("relativistic", "relativistic-average")  # these compare real with fake logits, on both sides
 
 Logits = Tensor | Sequence[Tensor]
+
+# Fake logits up to which PyTorch's ops are faster, without and with gradients: the kernel makes the statistics as well,
+# and a mean alone is one read. The kinds that are missing have three ops or more on each side.
+ALL = 2**62
+SMALL = {
+    ("wasserstein", "d"): (ALL, ALL),
+    ("wasserstein", "g"): (ALL, ALL),
+    ("hinge", "g"): (ALL, ALL),
+    ("lsgan", "g"): (ALL, 8_192),
+    ("bce", "g"): (16_384, 16_384),
+    ("minimax", "g"): (16_384, 16_384),
+    ("relativistic", "d"): (65_536, 32_768),
+    ("relativistic", "g"): (65_536, 32_768),
+}
 
 
 def gan_loss(
@@ -47,6 +62,10 @@ def gan_loss(
         ValueError: an unknown kind or side, logits missing, shapes or numbers of scales that do not fit.
         TypeError: dtypes that differ, logits that are not floating.
     """
+    if weights is None and not label_smoothing and isinstance(logits_fake, Tensor):
+        loss = _by_torch(logits_fake, logits_real, kind, side)
+        if loss is not None:
+            return loss
     return gan_loss_statistics(
         logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing, weights=weights
     )[0]
@@ -74,6 +93,18 @@ def gan_loss_statistics(
     parts = [_scale(f, r, kind, side, label_smoothing) for f, r in zip(fakes, reals, strict=True)]
     loss = torch.stack([factor * part[0] for factor, part in zip(factors, parts, strict=True)]).sum()
     return loss, torch.stack([part[1] for part in parts]).mean(0)
+
+
+def _by_torch(fake: Tensor, real: Logits | None, kind: str, side: str) -> Tensor | None:
+    """The loss in PyTorch's ops where they are faster, or None; 16-bit logits stay ours, whose means are float32's."""
+    if (kind, side) not in SMALL or not isinstance(real, Tensor | None):
+        return None
+    _check(fake, real, kind, side, False)
+    largest = SMALL[kind, side][learns(fake, real)]
+    wide = fake.dtype in (torch.float32, torch.float64)
+    if not wide or not is_small(fake, largest) or not (real is None or is_small(real, largest)):
+        return None
+    return _gan_loss.formula(fake, real, kind, side, 0.0)
 
 
 def _scales(fake: Logits, real: Logits | None) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -1,4 +1,7 @@
-"""Batch, group, instance and layer norm, each with an activation in the same pass."""
+"""Batch, group, instance and layer norm, each with an activation in the same pass.
+
+Dense float32 or float64 tensors of few elements on a CPU go through PyTorch's own ops (`SMALL`, `functional.small`).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,30 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import _activation, _ranks
-from fastgan._layout import dense, is_channels_last, planes
+from fastgan._layout import CHANNELS_LAST, dense, is_channels_last, planes
+from fastgan._op import PLAIN
 from fastgan.functional import synchronised
 from fastgan.functional.checks import check_channels
+from fastgan.functional.small import is_small, learns
 from fastgan.ops import bn_act as _bn_act
 from fastgan.ops import gn_act as _gn_act
 from fastgan.ops.bn_act import moments
 
 Statistics = tuple[Tensor, Tensor] | None  # (mean, var) of a batch
+
+# Elements up to which PyTorch's norm and activation are faster, without and with gradients; twice as many without an
+# activation. Its batch norm of images reads them twice in training, so that ours is ahead sooner there.
+SMALL = {
+    "batch of images": (8_192, 32_768),
+    "batch of rows": (131_072, 131_072),
+    "running statistics": (262_144, 262_144),
+    "group": (65_536, 131_072),
+    "layer": (131_072, 131_072),
+}
 
 
 def bn_act(
@@ -68,12 +84,60 @@ def bn_act(
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: running_mean and running_var must be given when training=False, got None")
-        return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
+        return _by_running_statistics(x, running_mean, running_var, weight, bias, float(eps), act)
     count = _values_a_statistic(x, stat_groups, _ranks.size(sync))
+    if stat_groups == 1 and batch_statistics is None and sync is False and isinstance(momentum, float):
+        kind, running = "batch of rows" if x.dim() == 2 else "batch of images", (running_mean, running_var)
+        known = (running_mean is None) == (running_var is None)
+        if known and _is_small(kind, x, act, weight, bias, *running) and _is_dense(x):
+            return _activated(x, torch.batch_norm(x, weight, bias, *running, True, momentum, eps, False), act)
     y, mean, var, total = _in_training(x, weight, bias, batch_statistics, float(eps), act, stat_groups, sync)
     if count and (running_mean is not None or running_var is not None):
         _update(running_mean, running_var, mean, var, count if total is None else total, momentum)
     return y
+
+
+def _is_small(kind: str, x: Tensor, act: tuple[str, float], *others: Tensor | None) -> bool:
+    """Whether PyTorch's own norm takes the call: x is small, and of one dtype with its parameters and statistics.
+
+    16-bit tensors stay ours: without float32 parameters PyTorch rounds their statistics to 16 bits.
+    """
+    largest, dtype = SMALL[kind][learns(x, *others[:2])], x.dtype
+    if not is_small(x, 2 * largest if act[0] == "identity" else largest):
+        return False
+    for t in others:
+        if t is not None and (t.dtype != dtype or type(t) not in PLAIN):
+            return False
+    return dtype in (torch.float32, torch.float64)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=CHANNELS_LAST))
+
+
+def _activated(x: Tensor, t: Tensor, act: tuple[str, float]) -> Tensor:
+    """phi(t) of the norm t of x, in the strides that PyTorch's own activation gives it.
+
+    Under gradients it keeps t and not its result, which the caller may then overwrite, as that of our kernels.
+    """
+    if not t.requires_grad and x.is_contiguous():
+        return _activation.overwrite(t, *act)
+    return F.threshold(t, 0.0, 0.0) if act[0] == "relu" else _activation.apply(t, *act)
+
+
+def _by_running_statistics(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: tuple[str, float],
+) -> Tensor:
+    """Batch norm in eval mode."""
+    if _is_small("running statistics", x, act, weight, bias, mean, var) and _is_dense(x):
+        return _activated(x, torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), act)
+    return _bn_act.op(x, weight, bias, mean, var, False, eps, *act, 1)[0]
 
 
 def _in_training(
@@ -173,7 +237,10 @@ def gn_act(
         raise ValueError(f"{name}: num_groups must divide the channels, got x {tuple(x.shape)} and {num_groups} groups")
     if x.numel() == num_groups:
         raise ValueError(f"{name}: a batch needs more than 1 value per group, got x {tuple(x.shape)}")
-    return _gn_act.op(x, weight, bias, int(num_groups), float(eps), activation, float(negative_slope))[0]
+    act = activation, float(negative_slope)
+    if _is_small("group", x, act, weight, bias) and x.is_contiguous():
+        return _activated(x, torch.group_norm(x, num_groups, weight, bias, eps), act)
+    return _gn_act.op(x, weight, bias, int(num_groups), float(eps), *act)[0]
 
 
 def in_act(
@@ -216,7 +283,7 @@ def in_act(
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: running_mean and running_var must be given when use_input_stats=False, got None")
         act = activation, float(negative_slope)
-        return _bn_act.op(x, weight, bias, running_mean, running_var, False, float(eps), *act, 1)[0]
+        return _by_running_statistics(x, running_mean, running_var, weight, bias, float(eps), act)
     n, channels, pixels = planes(x)
     if pixels == 1:
         raise ValueError(f"{name}: a sample needs more than 1 value per channel, got x {tuple(x.shape)}")
@@ -266,10 +333,13 @@ def ln_act(
             raise ValueError(
                 f"{name}: {what} must have shape {shape} on {x.device}, got {tuple(v.shape)} on {v.device}"
             )
+    act = activation, float(negative_slope)
+    if _is_small("layer", x, act, weight, bias) and x.is_contiguous():
+        return _activated(x, torch.layer_norm(x, shape, weight, bias, eps), act)
     # whole samples in channels_last: the parameters follow x's memory order, so that x is not copied
     turned = is_channels_last(x) and len(shape) == 3
     image = x.movedim(1, 3) if turned else x
     weight, bias = (None if v is None else (v.movedim(0, 2) if turned else v).reshape(-1) for v in (weight, bias))
     rows = image.reshape(-1, math.prod(shape))
-    y = _gn_act.op(rows, weight, bias, 1, float(eps), activation, float(negative_slope))[0].view(image.shape)
+    y = _gn_act.op(rows, weight, bias, 1, float(eps), *act)[0].view(image.shape)
     return y.movedim(3, 1) if turned else dense(y, is_channels_last(x))

@@ -65,12 +65,12 @@ def formula(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: 
         return softplus(f - r).mean() if side == "d" else softplus(r - f).mean()
     if side == "g":
         return {
-            "bce": lambda: softplus(-f),
-            "minimax": lambda: -softplus(f),
-            "lsgan": lambda: 0.5 * (f - 1).square(),
-            "hinge": lambda: -f,
-            "wasserstein": lambda: -f,
-        }[kind]().mean()
+            "bce": lambda: softplus(-f).mean(),
+            "minimax": lambda: -softplus(f).mean(),
+            "lsgan": lambda: 0.5 * (f - 1).square().mean(),
+            "hinge": lambda: -f.mean(),
+            "wasserstein": lambda: -f.mean(),
+        }[kind]()
     if kind == "lsgan":
         return 0.5 * (r - (1 - smoothing)).square().mean() + 0.5 * f.square().mean()
     if kind == "hinge":

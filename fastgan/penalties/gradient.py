@@ -17,6 +17,7 @@ from fastgan import _ranks
 from fastgan._layout import accumulation_dtype
 from fastgan._logits import logits_of
 from fastgan._ranks import Sync
+from fastgan.choice import second_order
 from fastgan.ops import interpolate
 from fastgan.penalties import linearised, tape
 
@@ -174,7 +175,7 @@ def _norms_alone(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | 
 def _double_backward(discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None) -> tuple[Any, Tensor]:
     """(output, squared norms) by autograd, for any discriminator."""
     x = x if x.requires_grad else x.detach().requires_grad_(True)
-    with torch.enable_grad(), linearised.eagerly(discriminator):
+    with torch.enable_grad(), second_order(), linearised.eagerly(discriminator):
         output = discriminator(x) if labels is None else discriminator(x, labels)
         total = torch.stack([logits.sum() for logits in logits_of(output)]).sum()
         (gradient,) = torch.autograd.grad(total, x, create_graph=True)

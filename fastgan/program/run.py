@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgan._layout import image, laid_out
 from fastgan._op import is_observed, reaches
-from fastgan.choice import STATE, Contest, absent, fastest, forced
+from fastgan.choice import STATE, Contest, absent, fastest, forced, second_order
 from fastgan.program.layer import Layer, dense, plain, replay
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
@@ -178,7 +178,7 @@ def _replayed(ctx: Any, dy: Tensor, x: Tensor, parameters: Sequence[Any]) -> lis
     tensors = [x, *parameters]
     wants = [needs and t is not None for needs, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
     lowered = torch.autocast("cpu", ctx.compiled.plan.dtype, enabled=ctx.compiled.plan.dtype != torch.float32)
-    with torch.enable_grad(), lowered:
+    with torch.enable_grad(), second_order(), lowered:
         if not again:
             tensors = [
                 t.detach().requires_grad_(w) if t is not None else None for t, w in zip(tensors, wants, strict=True)

@@ -1,0 +1,134 @@
+"""Norms of small tensors go through PyTorch's own ops, where nobody asked for ours."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import LAYOUTS, against_plain
+
+import fastgan
+from fastgan import functional
+from fastgan.choice import second_order
+
+pytestmark = pytest.mark.usefixtures("free")
+
+ACTIVATIONS = {None: lambda t: t * 1, "relu": torch.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.2)}
+SHAPES = [(6, 4, 3, 5), (1, 4, 3, 3), (3, 1, 4, 4), (6, 4, 1, 1), (7, 4), (5, 4, 9)]
+
+
+def statistics(x):
+    return torch.linspace(-1, 1, x.shape[1], dtype=x.dtype), torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype)
+
+
+OURS = {
+    "batch": lambda x, w, b, a: functional.bn_act(x, None, None, w, b, training=True, activation=a),
+    "running": lambda x, w, b, a: functional.bn_act(x, *statistics(x), w, b, training=False, activation=a),
+    "instance, running": lambda x, w, b, a: functional.in_act(x, *statistics(x), w, b, False, activation=a),
+    "group": lambda x, w, b, a: functional.gn_act(x, 1, w, b, activation=a),
+    "layer": lambda x, w, b, a: functional.ln_act(x.movedim(1, -1).contiguous(), w.shape, w, b, activation=a),
+}
+PLAIN = {
+    "batch": lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+    "running": lambda x, w, b: F.batch_norm(x, *statistics(x), w, b, False),
+    "instance, running": lambda x, w, b: F.batch_norm(x, *statistics(x), w, b, False),
+    "group": lambda x, w, b: F.group_norm(x, 1, w, b),
+    "layer": lambda x, w, b: F.layer_norm(x.movedim(1, -1).contiguous(), w.shape, w, b),
+}
+
+
+# The backend is set where the object is made, hence functions.
+KEPT = [
+    lambda: fastgan.backend("native"),
+    lambda: fastgan.backend("reference"),
+    lambda: fastgan.racing(False),
+    second_order,
+]
+
+
+def node(y):
+    """The autograd node that made y: one of ours is written in Python."""
+    return type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", OURS)
+def test_small_norms_equal_torch_to_second_order(norm, activation, layout, dtype):
+    for shape in SHAPES:
+        x, w, b = (torch.randn(s, dtype=torch.float64) for s in (shape, shape[1:2], shape[1:2]))
+        plain = lambda x, w, b: ACTIVATIONS[activation](PLAIN[norm](x, w, b))
+        ours = lambda x, w, b: OURS[norm](x, w, b, activation)
+        against_plain(ours, plain, (3 * x + 1, w, b), dtype, layout, "auto")
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as x", "other layout"])
+@pytest.mark.parametrize("norm", ["batch", "running", "group"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_cotangents_of_either_layout(samples, norm, turned):
+    x, w, b = torch.randn(samples, 4, 3, 5), torch.randn(4), torch.randn(4)
+    for layout, other in (LAYOUTS, LAYOUTS[::-1]):
+        dy = torch.randn(x.shape).contiguous(memory_format=other if turned else layout)
+        leaf, exact = x.contiguous(memory_format=layout).requires_grad_(), x.double().requires_grad_()
+        (got,) = torch.autograd.grad(OURS[norm](leaf, w, b, None), leaf, dy)
+        (want,) = torch.autograd.grad(PLAIN[norm](exact, w.double(), b.double()), exact, dy.double().contiguous())
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_which_norms_are_small():
+    x, w = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(8)
+    for norm in OURS:
+        assert node(OURS[norm](x, w, w, "leaky_relu")) == "LeakyReluBackward0", norm
+        assert "Thin" not in node(OURS[norm](x, w, w, None)), norm
+        for kept in KEPT:
+            with kept():
+                assert node(OURS[norm](x, w, w, "leaky_relu")) != "LeakyReluBackward0", norm
+    batch, group = OURS["batch"], OURS["group"]
+    large = torch.randn(2, 8, 80, 80, requires_grad=True)
+    halves = x.detach().bfloat16().requires_grad_()
+    for y in (
+        batch(large, w, w, None),
+        group(large.detach().repeat(1, 1, 3, 1).requires_grad_(), w, w, None),
+        batch(halves, w, w, None),
+        batch(x, w.double(), w.double(), None),
+        batch(x[:, :, 1:], w, w, None),
+        group(x.contiguous(memory_format=torch.channels_last), w, w, None),  # PyTorch's loses the variance there
+        functional.bn_act(x, training=True, stat_groups=2, activation=None),
+    ):
+        assert "Thin" in node(y) or "View" in node(y)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", OURS)
+def test_a_result_may_be_overwritten(norm, activation):
+    """As that of our kernels, of which nothing is kept."""
+    x, w = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(8)
+    want = torch.autograd.grad(3 * OURS[norm](x, w, w, activation).sum(), x)
+    got = torch.autograd.grad(OURS[norm](x, w, w, activation).mul_(3).sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_running_statistics_of_a_small_batch():
+    x, w = torch.randn(5, 8, 3, 3), torch.randn(8)
+    found = [(torch.zeros(8), torch.ones(8)) for _ in range(3)]
+    want = F.batch_norm(x, *found[0], w, w, True, 0.3)
+    torch.testing.assert_close(
+        functional.bn_act(x, *found[1], w, w, training=True, momentum=0.3, activation=None), want
+    )
+    with fastgan.racing(False):
+        functional.bn_act(x, *found[2], w, w, training=True, momentum=0.3, activation=None)
+    for mean, var in found[1:]:
+        torch.testing.assert_close(mean, found[0][0])
+        torch.testing.assert_close(var, found[0][1])
+
+
+def test_a_penalty_keeps_our_norms():
+    """PyTorch's second derivatives of a norm are dozens of kernels, whatever its size."""
+    seen = []
+
+    def critic(x):
+        y = functional.gn_act(x, 2, activation="leaky_relu")
+        seen.append(node(y))
+        return y.flatten(1).square().sum(1)
+
+    fastgan.functional.gradient_penalty(critic, torch.randn(2, 4, 3, 3), kind="r1", weight=1.0)
+    assert seen == ["ThinBackward"]
