@@ -41,7 +41,7 @@ import residual_sngan
 import vocoder
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-WARM_UP = 4  # calls: tracing and races end in them
+WARM_UP = {"step": 20, "network": 64}  # calls: tracing and races, which these calls are, end in them
 BATCH = 16  # of the tests' networks
 
 
@@ -138,7 +138,7 @@ def measured(name: str, seconds: float) -> dict[str, Any]:
         for who in ("torch", "fastgan")
         for layout, memory_format in LAYOUTS.items()
     }
-    found = interleave(runners, seconds=seconds, warmup=WARM_UP)
+    found = interleave(runners, seconds=seconds, warmup=WARM_UP["step" if name in STEPS else "network"])
     failed = {arm: timing.failed for arm, timing in found.items() if timing.failed}
     if failed:
         raise RuntimeError(f"models: every arm must run, got {failed}")

@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastgan._forward import is_exported
-from fastgan.choice import Backend, Routine, choose
+from fastgan.choice import Backend, Routine, choose, reaches
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -188,14 +188,6 @@ def wanted(ctx: Any, index: int) -> bool:
     each convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
     """
     return ctx.needs_input_grad[index] and reaches(ctx.next_functions[index][0])
-
-
-def reaches(node: Any) -> bool:
-    """Whether the running backward pass executes a node of the graph: one of ctx.next_functions."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # refused for a leaf that the pass is asked for itself, and where no engine runs
-        return True
 
 
 def is_traced() -> bool:

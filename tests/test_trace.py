@@ -96,7 +96,7 @@ def test_families_keep_numbers_gradients_penalties_buffers_and_keys(name):
 
 @pytest.mark.parametrize("name", ["sngan d, hook", "sngan g", "unet", "vocoder d", "stylegan g", "stylegan d"])
 def test_a_graph_in_channels_last_keeps_numbers_strides_and_masks(name, monkeypatch):
-    monkeypatch.setattr(graphs.Graph, "_choose", lambda self, case, arguments: "channels_last")
+    monkeypatch.setattr(graphs.Graph, "_raced", lambda self, case, arguments: self.ways["channels_last"])
     plain, ours, arguments = twins(name)
     assert_equal(numbers(ours, arguments), numbers(plain, arguments))
     x = [a.clone().requires_grad_() for a in arguments]
@@ -409,7 +409,7 @@ class Clock:
         return self.now
 
 
-def contest(monkeypatch, held, found=None, **seconds):
+def contest(monkeypatch, held, found=None, on_calls=False, **seconds):
     clock, found = Clock(), found if found is not None else []
 
     def way(took):
@@ -424,7 +424,7 @@ def contest(monkeypatch, held, found=None, **seconds):
     monkeypatch.setattr(whole, "remember_fact", lambda case, way: found.append(way))
     monkeypatch.setattr(whole, "keep_to", lambda case, config: None)
     ways = {name: way(took) for name, took in seconds.items()}
-    return clock, whole.Contest(("case",), ways, overhead=0.05)
+    return clock, whole.Contest(("case",), ways, overhead=0.05, on_calls=on_calls)
 
 
 def test_a_race_goes_on_until_the_account_has_paid_for_it(monkeypatch):
@@ -438,6 +438,90 @@ def test_a_race_goes_on_until_the_account_has_paid_for_it(monkeypatch):
             answers.append(race(arguments))
         assert answers[-1] == race(arguments) == "plain" and len(answers) > 3
     assert all(len(samples) > 1 for samples in race.samples.values())
+
+
+class Slow(torch.autograd.Function):
+    """A backward pass that takes its time."""
+
+    @staticmethod
+    def forward(ctx, x, clock, took):
+        ctx.clock, ctx.took = clock, took
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.clock.now += ctx.took
+        return g * 1, None, None
+
+
+def test_a_race_on_the_users_calls_runs_each_once_and_pays_nothing(monkeypatch):
+    """ours is ahead in forward and behind with its backward pass, which is what training takes."""
+    found = []
+    clock, race = contest(monkeypatch, 0.0, found, on_calls=True, ours=0.1, plain=0.3)
+    forward, calls = dict(race.ways), []
+    for name, took in (("ours", 0.9), ("plain", 0.5)):
+
+        def run(x, name=name, took=took):
+            calls.append(name)
+            return Slow.apply(forward[name](Slow.apply(x, clock, took / 2)), clock, took / 2)
+
+        race.ways[name] = run
+    x = torch.ones(2, requires_grad=True)
+    with fastgan.racing(True):
+        while not race.settled:
+            way = race([x])
+            assert race.watching
+            y = race.watched(way, [x])
+            clock.now += 10.0  # the user's loss, and other networks
+            y.sum().backward()
+            clock.now += 10.0
+        assert race([x]) == "plain" and not race.watching and found == ["plain"]
+    assert len(calls) == 2 * 3 and STATE.account.spent == 0.0 and x.grad[0] == len(calls)
+    assert race.samples["ours"] == pytest.approx([1.0] * 2) and race.samples["plain"] == pytest.approx([0.8] * 2)
+
+
+@pytest.mark.parametrize("passes", ["none", "some gradients", "differentiated"])
+def test_a_race_whose_calls_have_no_whole_backward_pass_goes_on_by_copies(monkeypatch, passes):
+    _, race = contest(monkeypatch, 1e9, on_calls=True, ours=0.4, plain=0.3)
+    x, weight = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    race.ways = {name: lambda x, w, way=way: way(x * w) for name, way in race.ways.items()}
+    with fastgan.racing(True):
+        for _ in range(whole.PATIENCE):
+            y = race.watched(race([x, weight]), [x, weight])
+            if passes == "some gradients":
+                torch.autograd.grad(y.sum(), x)
+            elif passes == "differentiated":
+                torch.autograd.grad(y.sum(), [x, weight], create_graph=True)
+        assert not race.first and race([x, weight]) == "plain" and race.settled
+    assert STATE.account.spent > 0.0
+
+
+def test_a_network_in_a_loop_of_the_users_own_races_on_its_calls(monkeypatch):
+    """Two outputs, one of them read by the other, twice in one backward pass, and once without gradients."""
+
+    class Two(Block):
+        def forward(self, x):
+            h = torch.relu(self.norm(self.conv(x)))
+            return h, h.mean((2, 3)).tanh()
+
+    copies = []
+    monkeypatch.setattr(whole, "_seconds", lambda *a: copies.append(a) or 1.0)
+    monkeypatch.setattr(whole, "remembered", lambda case: None)
+    plain, ours, x = pair(Two())
+    with fastgan.racing(True):
+        for _ in range(60):
+            for model in (plain, ours):
+                model.zero_grad()
+                sum(y.square().mean() for image in (x, x + 1) for y in model(image)).backward()
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(list(ours.buffers()), list(plain.buffers()))
+        (graph,) = ours.forward.graphs
+        assert list(graph.chosen) == [(("auto", True),)] and not graph.contests and not copies
+        with torch.no_grad():
+            for _ in range(60):
+                ours(x)
+        assert len(ours.forward.graphs) == 2 and ours.forward.graphs[1].chosen and not copies
 
 
 def test_an_answer_stands_to_the_end_of_a_run(monkeypatch):

@@ -7,12 +7,14 @@ version. Proofs and races have a budget (`budget`); a case that it leaves open r
 is settled after it. Nothing is proved or raced during the capture of a CUDA graph.
 
 One file a job: `routine` the types, `native`, `hardware` and `availability` what exists, `state` what was chosen so
-far, `cache` and `sketch` what the disk knows, `budget`, `proof`, `race`, `choosing`, and `forcing` for what users ask.
+far, `cache` and `sketch` what the disk knows, `budget`, `proof`, `race`, `choosing`, `whole` for parts of many ops and
+`calls` for the seconds of a call of the user's, and `forcing` for what users ask.
 """
 
 from fastgan.choice.availability import absent, backends, has_kernel, missing, refusal
 from fastgan.choice.budget import bound, cost_of
 from fastgan.choice.cache import cache_dir, fingerprint
+from fastgan.choice.calls import clocked, reaches
 from fastgan.choice.choosing import (
     SETTLED_BY,
     begin_run,
@@ -49,6 +51,7 @@ __all__ = [
     "bound",
     "cache_dir",
     "choose",
+    "clocked",
     "cost_of",
     "emulated",
     "end_run",
@@ -62,6 +65,7 @@ __all__ = [
     "native",
     "proof_error",
     "racing",
+    "reaches",
     "refusal",
     "remember",
     "remember_fact",

@@ -80,13 +80,13 @@ class Account:
 
     @contextlib.contextmanager
     def paying(self) -> Iterator[None]:
-        """Within: what passes on the clock is taken from the account."""
-        begin = self.clock()
+        """Within: what passes on the clock is taken from the account, once where something within pays for itself."""
+        begin, paid = self.clock(), self.spent
         _ = self.balance
         try:
             yield
         finally:
-            self.charge(self.clock() - begin)
+            self.charge(self.clock() - begin - (self.spent - paid))
 
     def charge(self, seconds: float) -> None:
         """Take seconds that have passed from the account."""

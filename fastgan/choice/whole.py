@@ -1,15 +1,20 @@
 """Parts of a model judged whole: ours in its ways, or plain PyTorch.
 
-A part runs forward and backward on clones of its own inputs. Ops race singly; a part may lose what its ops have won, by
-a layout that is converted at each of them or by Python's time between them. So plain PyTorch is among a part's
-candidates, and the winner is remembered on disk as theirs are. A race may take several calls. In a loop of the user's
-own the winner runs as soon as it is known. In a run, which must give equal bits for equal seeds and caches, the answer
-of the first call stands, a checkpoint carries it, and a winner that is found later counts from the next run on.
+Ops race singly; a part may lose what its ops have won, by a layout that is converted at each of them or by Python's
+time between them. So plain PyTorch is among a part's candidates, and the winner is remembered on disk as theirs are. A
+race may take several calls.
+
+In a loop of the user's own on a CPU a traced part races on the user's calls: they take turns among the ways, and cost
+no more than the ways do. Else it runs forward and backward on clones of its inputs. In a run, which must give equal
+bits for equal seeds and caches, the answer of the first call stands, a checkpoint carries it, and a winner that is
+found later counts from the next run on.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastgan.choice.budget import Account, unlimited
+from fastgan.choice.calls import clocked
 from fastgan.choice.choosing import keep_to, remember_fact, remembered
 from fastgan.choice.forcing import forced
 from fastgan.choice.hardware import torch_multiplies_bfloat16
@@ -24,6 +30,7 @@ from fastgan.choice.race import BEHIND, CLEAR, ROUNDS
 from fastgan.choice.state import STATE
 
 Run = Callable[..., Any]
+PATIENCE = 8  # calls whose backward passes have not come: a generator's for its discriminator alone never come
 SHORT = 10e-3  # seconds; below them four times as many runs are compared: 50 us are lost in the noise of a few
 
 
@@ -54,21 +61,32 @@ class Contest:
 
     case: what the winner is remembered by. ways: name -> what runs; the first is taken until others are known. plain:
     the ways that are PyTorch's own; they do not run where the CPU lacks the instructions for their products. overhead:
-    seconds that every other way costs beside its run; None: not known yet, and nothing is raced until it is set.
+    seconds that every other way costs beside its run; None: not known yet, and nothing is decided until it is set.
+    on_calls: whether the user's own calls are runs of the race, by `watched`.
     """
 
     def __init__(
-        self, case: tuple, ways: dict[str, Run], plain: Collection[str] = ("plain",), overhead: float | None = 0.0
+        self,
+        case: tuple,
+        ways: dict[str, Run],
+        plain: Collection[str] = ("plain",),
+        overhead: float | None = 0.0,
+        on_calls: bool = False,
     ):
-        self.case, self.ways, self.plain, self.overhead = case, ways, plain, overhead
+        self.case, self.ways, self.plain, self.overhead, self.on_calls = case, ways, plain, overhead, on_calls
         self.settled = False  # whether the answer stands; else it is asked for again
         self.known = False  # whether it stands without a race: remembered, alone, or racing is off
         self.standing = ""  # the answer for the run that goes on
+        self.begun, self.watching = False, False  # watching: the call that follows is one of the race
+        self.awaited: Counter[str] = Counter()  # the user's calls whose seconds are not known yet
         self.first: dict[str, float] = {}  # seconds of first runs, which decide nothing: the ops' own races are in them
         self.samples: dict[str, list[float]] = {name: [] for name in ways}  # further runs, ascending
 
     def __call__(self, arguments: Sequence[Any]) -> str:
-        """The way that these arguments take now; the first one where racing is off or a backend forced."""
+        """The way that these arguments take now; the first one where racing is off or a backend forced.
+
+        Where `watching` is true then, the call that follows is one of the race: it goes through `watched`.
+        """
         first = next(iter(self.ways))
         backend, racing = forced()
         device = next((a.device for a in arguments if isinstance(a, Tensor)), torch.device("cpu"))
@@ -77,7 +95,8 @@ class Contest:
             return first
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return first
-        if not self.first:
+        if not self.begun:
+            self.begun = True
             self._leave_out(arguments, device)
             known = (remembered(self.case) or "").removeprefix("config ")
             if known in self.ways:
@@ -85,13 +104,38 @@ class Contest:
             self.settled = self.known = len(self.ways) == 1
             if self.known:
                 return next(iter(self.ways))
+        self.watching = self._watches(device)
+        if self.watching:
+            return self._next()
         account = STATE.account
-        if self.overhead is not None and self._affords(account, account.clock()):
+        if not self.settled and self.overhead is not None and self._affords(account, account.clock()):
             with account.paying():
                 self._advance(arguments, device, account)
-            if self.settled and self.clear:
-                remember_fact(self.case, self.winner)
+        if self.settled and self.clear:
+            remember_fact(self.case, self.winner)
         return self._answer()
+
+    def _watches(self, device: torch.device) -> bool:
+        """Whether the user's next call is one of the race: not in a run, on a GPU, or after many unanswered ones."""
+        waiting = sum(self.awaited.values()) >= PATIENCE
+        return self.on_calls and not (self.settled or STATE.in_run or waiting or device.type != "cpu")
+
+    def watched(self, name: str, arguments: Sequence[Any]) -> Any:
+        """The user's call by this way, its seconds noted."""
+        self.awaited[name] += 1
+        return clocked(self.ways[name], arguments, functools.partial(self._answered, name))
+
+    def _answered(self, name: str, took: float) -> None:
+        self.awaited[name] -= 1
+        if not self.settled:
+            self._note(name, took)
+
+    def _note(self, name: str, took: float) -> None:
+        if name in self.first:
+            bisect.insort(self.samples[name], took)
+        else:
+            self.first[name] = took
+        self.settled = self.overhead is not None and self._over()
 
     def _answer(self) -> str:
         """The way for this call, noted for checkpoints where it stands."""
@@ -148,8 +192,8 @@ class Contest:
 
     def _next(self) -> str:
         """The way that runs next."""
-        new = [name for name in self.ways if name not in self.first]
-        return new[0] if new else min(self._alive(), key=lambda name: len(self.samples[name]))
+        runs = lambda name: (name in self.first) + len(self.samples[name]) + self.awaited[name]
+        return min(self._alive(), key=runs)
 
     def _affords(self, account: Account, begin: float) -> bool:
         """Whether the account has what the next run is expected to take; a full one pays for a run of any length."""
@@ -164,12 +208,7 @@ class Contest:
         with torch.random.fork_rng(devices, enabled=True):
             while not self.settled and self._affords(account, begin):
                 name = self._next()
-                took = _seconds(self.ways[name], arguments, device)
-                if name in self.first:
-                    bisect.insort(self.samples[name], took)
-                else:
-                    self.first[name] = took
-                self.settled = self._over()
+                self._note(name, _seconds(self.ways[name], arguments, device))
 
     def _over(self) -> bool:
         alive = self._alive()

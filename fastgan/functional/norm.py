@@ -195,12 +195,18 @@ def _update(
     count: int | Tensor,
     momentum: float | Sequence[float | Tensor],
 ) -> None:
-    """running <- (1 - momentum) running + momentum batch, group after group, as plain PyTorch sees the batches."""
+    """running <- (1 - momentum) running + momentum batch, group after group, as plain PyTorch sees the batches.
+
+    Through .data, which counts no version: nor does PyTorch's batch norm, and one that ran before in the same graph has
+    saved these for a backward pass that is still to come. Ours keep copies.
+    """
     steps = momentum if isinstance(momentum, Sequence) else [momentum] * len(mean)
     for g, step in enumerate(steps):
         for running, batch in ((running_mean, mean[g]), (running_var, var[g] * (count / (count - 1)))):
             if running is not None:
-                running.lerp_(batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step)
+                running.data.lerp_(
+                    batch.to(running.dtype), step.to(running.dtype) if isinstance(step, Tensor) else step
+                )
 
 
 def gn_act(

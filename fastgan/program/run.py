@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastgan._layout import image, laid_out
-from fastgan._op import is_observed, reaches
-from fastgan.choice import STATE, Contest, absent, fastest, forced, second_order
+from fastgan._op import is_observed
+from fastgan.choice import STATE, Contest, absent, fastest, forced, reaches, second_order
 from fastgan.program.layer import Layer, dense, plain, replay
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
@@ -105,8 +105,8 @@ class Compiled:
         else:
             y, arena = self.run(x, parameters, buffers)
             self.spares.give(arena)
-        if self.updates:
-            torch.autograd.graph.increment_version([b for b in buffers if b is not None])
+        if self.updates:  # as in PyTorch, the count of batches alone has another version (`functional.norm._update`)
+            torch.autograd.graph.increment_version([b for b in buffers[2::3] if b is not None])
         return y
 
 

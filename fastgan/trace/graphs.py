@@ -21,9 +21,10 @@ from fastgan.trace.straight import Straight
 TRANSPARENT = ("tag_activation_checkpoint", "wrap")
 
 
-# Calls whose time beside their graphs is measured; the least counts. Dynamo's guards and the way to them take 25 to 40
-# us in a loop of nothing else, and 90 to 170 us between the kernels of a training step (networks of
-# tests/handwritten.py, 2 cores of AMD EPYC Zen 5).
+# Calls at least whose time beside their graphs is measured, before a race ends; the least counts. Dynamo's guards and
+# the way to them take 25 to 40 us in a loop of nothing else, 90 to 170 us between the kernels of a training step
+# (networks of tests/handwritten.py), and 0.4 to 1 ms where 20 to 60 layers make their weights by hooks (2 cores of AMD
+# EPYC Zen 5).
 MEASURED = 2
 
 
@@ -49,29 +50,32 @@ class Graph:
         case = (forced(), *(arguments[i] for i in self.sizes))
         self.calls += 1
         self.last = self.chosen.get(case, "")
-        run = self.ways[self.last or self._choose(case, arguments)]
-        begin = STATE.account.clock()
+        run = self.ways[self.last] if self.last else self._raced(case, arguments)
+        account = STATE.account
+        begin, paid = account.clock(), account.spent
         found = run(*arguments)
-        self.inside += STATE.account.clock() - begin
+        self.inside += account.clock() - begin - (account.spent - paid)
         return found
 
     def measure(self, beside: float) -> None:
-        """What a call has spent beside this graph; the race waits for MEASURED of them."""
-        if self.overhead is None:
-            self.beside.append(beside)
-            self.overhead = min(self.beside) if len(self.beside) >= MEASURED else None
+        """What a call has spent beside this graph; the race's end waits for MEASURED of them."""
+        self.beside.append(beside)
+        if len(self.beside) >= MEASURED:
+            self.overhead = min(self.beside)
 
-    def _choose(self, case: tuple, arguments: tuple) -> str:
-        """The way for now; it is kept once the race is settled."""
+    def _raced(self, case: tuple, arguments: tuple) -> Callable[..., Any]:
+        """The way for now, as it runs; it is kept once the race is settled."""
         contest = self.contests.get(case)
         if contest is None:
-            contest = self.contests[case] = Contest(self._key(case, arguments), self.ways)
+            contest = self.contests[case] = Contest(self._key(case, arguments), self.ways, on_calls=True)
         contest.overhead = self.overhead
         way = contest(arguments)
         if contest.settled:
             self.chosen[case] = self.last = way
             del self.contests[case]
-        return way
+        elif contest.watching:
+            return lambda *arguments: contest.watched(way, arguments)
+        return self.ways[way]
 
     def _key(self, case: tuple, arguments: tuple) -> tuple:
         """What the winner is remembered by."""
