@@ -50,6 +50,9 @@ def test_the_sum_comes_out_too_and_nothing_changes_without_options():
     x, w, residual = doubles((2, 4, 3, 6), (3, 6), (2, 4, 3, 6))
     torch.testing.assert_close(functional.layer_norm(x, (3, 6), w), F.layer_norm(x, (3, 6), w))
     torch.testing.assert_close(functional.rms_norm(x, (3, 6), w), F.rms_norm(x, (3, 6), w))
+    half = x.bfloat16()  # beside a wider weight, and its own rounding unit in the place of eps
+    plain = F.rms_norm(half.double(), (3, 6), w, torch.finfo(torch.bfloat16).eps).bfloat16()
+    assert torch.equal(functional.rms_norm(half, (3, 6), w), plain)
     for norm in (functional.layer_norm, functional.rms_norm):
         y, total = norm(x, (6,), residual=residual)
         assert torch.equal(total, x + residual) and torch.equal(y, norm(x + residual, (6,)))

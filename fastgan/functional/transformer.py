@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan._layout import accumulation_dtype
 from fastgan.functional.elementwise import bias_act
 from fastgan.functional.norm import ln_act
 
@@ -61,7 +60,8 @@ def rms_norm(
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """torch.nn.functional.rms_norm of x + residual, times 1 + scale, plus shift (Zhang and Sennrich, Root Mean Square
-    Layer Normalization, 2019). The mean square is taken in float32 of 16-bit x.
+    Layer Normalization, 2019). The mean square is taken in float32 of 16-bit x. The norm is torch's own: one kernel on
+    a GPU, a composition on a CPU.
 
     Args:
         x, normalized_shape, weight, scale, shift, residual: as for `layer_norm`.
@@ -82,10 +82,13 @@ def rms_norm(
     if weight is not None and tuple(weight.shape) != shape:
         raise ValueError(f"rms_norm: weight must have shape {shape}, got {tuple(weight.shape)}")
     total = _added("rms_norm", x, residual)
-    wide = total.to(accumulation_dtype(total.dtype))
-    square = wide.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
-    normed = wide * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
-    normed = (normed if weight is None else normed * weight).to(total.dtype)
+    if weight is None or weight.dtype == total.dtype:
+        normed = F.rms_norm(total, shape, weight, eps)
+    else:
+        dtype = torch.promote_types(total.dtype, weight.dtype)
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        normed = F.rms_norm(total.to(dtype), shape, weight.to(dtype), eps)
+    normed = normed.to(total.dtype)  # autocast may have widened it
     y = _modulated("rms_norm", normed, scale, shift)
     return y if residual is None else (y, total)
 
