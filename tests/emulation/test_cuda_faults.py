@@ -144,6 +144,15 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
         ("address", "within"),
         "heap-buffer-overflow",
     ),
+    "signs of the next strip too": (
+        "filtered_lrelu.cuh",
+        "at < own_word_end",
+        "at <= own_word_end",
+        ("filtered_lrelu",),
+        "filtered_lrelu",
+        ("thread", "between"),
+        "data race",
+    ),
     "a row of x past the last": (
         "filtered_lrelu.cuh",
         "i < f.up_y.in && j >= 0",

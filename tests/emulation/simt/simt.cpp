@@ -139,6 +139,15 @@ void race_switch(void* context) {
   if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(context, 1);  // 1: switching itself orders nothing
 }
 
+// Of a block's own tokens. Between blocks its threads are one context, and the next block's tokens lie at the same
+// addresses: what a barrier published there would order the next block behind this one and hide their races.
+void race_publish(const Block& block, void* token) {
+  if (!block.race_context) race_release(token);
+}
+void race_learn(const Block& block, void* token) {
+  if (!block.race_context) race_acquire(token);
+}
+
 std::string place(const Thread& t) {
   const auto triple = [](unsigned x, unsigned y, unsigned z) {
     return "(" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
@@ -432,9 +441,9 @@ void barrier(Where where) {
   running->where = where;
   running->state = State::BARRIER;
   void* token = &block->barrier_token[block->barriers_passed & 1];
-  race_release(token);
+  race_publish(*block, token);
   to_host();
-  race_acquire(token);
+  race_learn(*block, token);
 }
 
 void meet(Meeting kind, unsigned mask, uint64_t mine, uint64_t out[32], Where where) {
@@ -446,9 +455,9 @@ void meet(Meeting kind, unsigned mask, uint64_t mine, uint64_t out[32], Where wh
   f->word = mine;
   f->out = out;
   void* token = &f->block->warp_token[f->context.warp];
-  if (kind == Meeting::SYNC) race_release(token);  // only __syncwarp orders memory, a shuffle does not
+  if (kind == Meeting::SYNC) race_publish(*f->block, token);  // only __syncwarp orders memory, a shuffle does not
   to_host();
-  if (kind == Meeting::SYNC) race_acquire(token);
+  if (kind == Meeting::SYNC) race_learn(*f->block, token);
 }
 
 void yield() {
