@@ -7,6 +7,7 @@ and autograd runs a graph's nodes in the reverse of their order.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,8 @@ def together(size: int) -> Iterator[None]:
     except LostRankError:
         raise
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:120]
+        # gloo begins with its own source's place and ends with advice
+        why = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).partition(". ")[0][:120]
         raise LostRankError(
             f"distributed: all {size} ranks must reach every update, another one has ended or cannot be reached "
             f"({why}); its own message says why, and the run goes on from its newest checkpoint with --resume"

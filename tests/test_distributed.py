@@ -21,6 +21,7 @@ from processes import environment, free_port, launch
 from tiny_run import TINY, noise, trainer
 
 from fastgan import data
+from fastgan._ranks import LostRankError, together
 from fastgan.data.imageset import Batches
 from fastgan.training import checkpoint
 from fastgan.training.distributed import World, join
@@ -143,6 +144,7 @@ def test_one_rank_decodes_for_all(ranks):
 def test_one_process_goes_on_with_a_run_of_two(ranks):
     run = trainer(noise(), None, TINY.replace(steps=8), resume=ranks[1] / "straight")
     assert run.step == 6 and run.world == World()
+    assert len(run.notes) == 1 and run.notes[0].startswith("the run goes on with 1 rank, 2 saved step 6: ")
     assert run.fit().reason == "steps"
 
 
@@ -164,10 +166,18 @@ def test_the_environment_must_say_which_rank_this_is(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="RANK must be a number, as torchrun sets it, got None"):
         join()
-    with pytest.raises(ValueError, match="multiple of the 2 ranks, got 5"):
+    with pytest.raises(ValueError, match="multiple of the 2 ranks, got 5; take 4 or another number of ranks"):
         World(0, 2).check_batch(5)
     with pytest.raises(ValueError, match="must be warn on several ranks, got 'stop'"):
         check_action("stop", 2)
+
+
+def test_a_lost_rank_is_told_without_the_place_in_gloo():
+    said = "[/src/gloo/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3270. This may indicate that a remote"
+    wanted = r"be reached \(Connection closed by peer \[127.0.0.1\]:3270\); its own"
+    with pytest.raises(LostRankError, match=wanted), together(2):
+        raise RuntimeError(said)
+    assert World(0, 2).command("runs/a") == "torchrun ... -m fastgan train --resume runs/a"
 
 
 def training(out: Path, *torchrun: str, more: tuple[str, ...] = ()) -> list[str]:

@@ -59,7 +59,7 @@ def conclude(run: Trainer, reason: str) -> Result:
     where = f"; report: {page}" if page else ""
     run.progress.note(f"{words}: step {run.step}, {run.seconds:.0f} s of training{where}")
     if reason in ("interrupted", "time"):
-        run.progress.note(f"go on with: fastgan train --resume {run.out}")
+        run.progress.note(f"go on with: {run.world.command(run.out)}")
     return Result(run.out, run.step, reason, run.seconds, dict(run.metrics), path)
 
 

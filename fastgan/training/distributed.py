@@ -63,8 +63,12 @@ class World:
         if batch % self.size:
             raise ValueError(
                 f"training: batch_size, the images of all ranks together, must be a multiple of the {self.size} ranks, "
-                f"got {batch}"
+                f"got {batch}; take {self.size * max(1, round(batch / self.size))} or another number of ranks"
             )
+
+    def command(self, out: object) -> str:
+        """What goes on with the run in `out`."""
+        return f"{'torchrun ... -m ' if self.size > 1 else ''}fastgan train --resume {out}"
 
     def check_augment(self, policy: str | None) -> None:
         """Raise ValueError for an augmentation that ranks would not share."""

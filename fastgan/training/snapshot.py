@@ -76,4 +76,10 @@ def restore(run: Trainer, state: dict[str, Any], path: Path, changed: bool) -> N
     begin_run(own.get("winners", state["winners"]))
     if not own:
         run.world.seed(run.recipe.seed + 1 + run.step)
+        now = f"{run.world.size} rank{'s' * (run.world.size > 1)}"
+        run.notes.append(
+            f"the run goes on with {now}, {len(ranks)} saved step {run.step}: networks, optimisers and place in the "
+            "data are the same, random numbers are drawn anew"
+        )
+        run.progress.note(run.notes[-1])
     run.rng = own["rng"] if own else checkpoint.rng_state()

@@ -274,7 +274,7 @@ class Trainer:
                 step = self.step
         # said here, where signals wait: torchrun ends the ranks that are left, some before they have said their error
         lost = "another rank has ended, " if isinstance(error, LostRankError) else ""
-        self.progress.warn(f"{lost}the run can go on from step {step}: fastgan train --resume {self.out}")
+        self.progress.warn(f"{lost}the run can go on from step {step}: {self.world.command(self.out)}")
 
     def _loop(self, signals: Signals) -> str:
         self.clock.start(self.step)
