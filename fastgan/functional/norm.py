@@ -285,15 +285,18 @@ def in_act(
     name = "in_act"
     activation = _activation.check(name, activation, negative_slope, _gn_act.ACTIVATIONS)
     check_channels(name, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    act = activation, float(negative_slope)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: running_mean and running_var must be given when use_input_stats=False, got None")
-        act = activation, float(negative_slope)
         return _by_running_statistics(x, running_mean, running_var, weight, bias, float(eps), act)
     n, channels, pixels = planes(x)
     if pixels == 1:
         raise ValueError(f"{name}: a sample needs more than 1 value per channel, got x {tuple(x.shape)}")
-    y, mean, var = _gn_act.op(x, weight, bias, channels, float(eps), activation, float(negative_slope))
+    if running_mean is None and running_var is None and _is_small("group", x, act, weight, bias) and x.is_contiguous():
+        # PyTorch's own instance norm views x as one sample, and takes 43 us where its group norm takes 23
+        return _activated(x, torch.group_norm(x, channels, weight, bias, eps), act)
+    y, mean, var = _gn_act.op(x, weight, bias, channels, float(eps), *act)
     if n and pixels and (running_mean is not None or running_var is not None):
         # torch's rule: the running statistics follow the samples' average
         mean, var = mean.mean(0, keepdim=True), var.mean(0, keepdim=True)
