@@ -48,7 +48,7 @@ py::dict build_info() {
   cuda["version"] = FG_CUDA_VERSION;
   cuda["archs"] = py::str(FG_CUDA_ARCHS).attr("split")();
 #ifdef FG_NVRTC
-  cuda["compiler"] = "nvrtc";  // at first use; `nvcc_absent` says why not nvcc
+  cuda["compiler"] = "nvrtc";  // at a kernel's first launch; `nvcc_absent` says why nvcc did not compile them
 #else
   cuda["compiler"] = "nvcc";
 #endif

@@ -25,7 +25,7 @@ CODES = {
 }
 FUSED = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")  # what convolutions have in their epilogue
 ALIASES = {"silu": "swish"}
-# have no inverse: their derivatives are read from their input, and "y" below is that input
+# These have no inverse: their derivatives are read from their input, and "y" below is that input.
 FROM_INPUT = ("swish", "gelu", "gelu_tanh")
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
@@ -136,7 +136,7 @@ def limit(clamp: float, dtype: torch.dtype) -> float:
 
 
 def _held(y: Tensor, activation: str, gain: float, clamp: float) -> Tensor:
-    """Where the clamp holds the output, which has no slope there."""
+    """Where the clamp holds the output: its slope is 0 there."""
     out = _VALUES[activation](y) * gain if activation in FROM_INPUT else y
     return out.detach().abs() >= clamp
 

@@ -12,7 +12,8 @@ from torch import nn
 
 def is_exported() -> bool:
     """Whether torch.export or torch.jit.trace writes the model down: in torch's own ops, to run without fastgan."""
-    # The flag (torch 2.7) behind torch.compiler.is_exporting(), which torch.compile answers by True in torch 2.8.
+    # The flag behind torch.compiler.is_exporting(), from torch 2.7 on: in torch 2.8 that function is True under
+    # torch.compile too.
     return torch._C._get_tracing_state() is not None or getattr(torch.compiler, "_is_exporting_flag", False)
 
 
@@ -39,14 +40,14 @@ class Forward:
             self.owner.__dict__.pop(name, None)
 
     def replicate(self) -> nn.Module:
-        """nn.DataParallel's copy of the module, which gets other children: a forward for it."""
+        """nn.DataParallel's copy of the module; the copy gets other children, so it needs a forward of its own."""
         replica: nn.Module = nn.Module._replicate_for_data_parallel(self.owner)
         for name in self.NAMES:
             replica.__dict__.pop(name, None)
         return replica
 
     def refuse_script(self) -> nn.Module:
-        """What torch.jit.script asks for; it compiles source code, and a converted forward has none."""
+        """torch.jit.script calls this. It compiles source code, and a converted forward has none."""
         raise TypeError(
             f"torch.jit.script: the model must be plain PyTorch, got a converted {type(self.owner).__name__}; "
             "pass fastgan.revert(model), or use torch.jit.trace or torch.export"

@@ -31,7 +31,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def image(t: Tensor) -> Tensor:
-    """A signal [N, C, L], or its weight, as images one pixel high, a view; what has other dimensions as it is."""
+    """A signal [N, C, L], or its weight, as a view of images one pixel high; a tensor of other dimensions as it is."""
     return t.unsqueeze(2) if t.dim() == 3 else t
 
 
@@ -47,9 +47,9 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
 def laid_out(y: Tensor, channels_last: bool, elementwise: bool = False) -> Tensor:
     """`dense`, with exactly the strides that torch gives a new tensor of that layout.
 
-    One channel or one pixel makes both layouts the same memory; what comes later still goes by the strides: a dropout
-    draws its mask in their order. There an elementwise call of torch's, such as an activation, gives NCHW's strides
-    whatever it takes; elementwise: whether y is the result of one.
+    With one channel or one pixel both layouts are the same memory, but later ops still go by the strides: a dropout
+    draws its mask in their order. For such a tensor an elementwise op of torch's, such as an activation, returns NCHW's
+    strides, whatever strides its input has. elementwise: whether y is the result of such an op.
     """
     y = dense(y, channels_last)
     if y.dim() != 4 or (y.shape[1] > 1 and y.shape[2] * y.shape[3] > 1):

@@ -45,7 +45,8 @@ def _are_features(first: Any, second: Any) -> bool:
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         if not all(isinstance(part, Tensor) for part in first) or len(second) != len(first):
             return False
-        # lists of each scale's features say it themselves; one map a scale could be logits of further scales
+        # A list of features for each scale is no list of logits. A single map a scale could be the logits of further
+        # scales: there the first list's channels decide.
         nested = all(isinstance(part, list | tuple) for part in second)
         return nested or all(_channels(part) == 1 for part in first)
     return isinstance(second, list | tuple | dict | None)

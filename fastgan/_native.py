@@ -121,7 +121,7 @@ class CudaCore(Core):
                 function(*plain, self.address(workspace), stream)
 
     def _declared(self, args: tuple) -> tuple:
-        """args, of whose tensors an emulator has been told."""
+        """args, after an emulator has been told of the tensors among them."""
         if self.emulator is not None:
             for a in args:
                 self.address(a) if isinstance(a, Tensor) else None

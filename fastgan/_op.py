@@ -85,7 +85,7 @@ class Op(Chosen):
                 traced |= type(a) not in PLAIN or a.is_meta
         if forward_ad._current_level >= 0 or _functorch_level() is not None:
             self._refuse_transforms(args)
-        if traced or torch.is_autocast_enabled(args[0].device.type):  # which raises for the meta device
+        if traced or torch.is_autocast_enabled(args[0].device.type):  # is_autocast_enabled raises for the meta device
             return self.overload(*args)
         if needs_grad and torch.is_grad_enabled():
             return self._thin.apply(*args)
@@ -130,7 +130,7 @@ class Op(Chosen):
         torch.library.register_autograd(f"fastgan::{self.name}", self._backward, setup_context=save, lib=LIBRARY)
 
     def not_differentiable(self) -> None:
-        """A derivative of this op is asked for only beyond the orders we have: raise."""
+        """This op is the last derivative that we have: a request for its own derivative raises."""
         self.differentiate(lambda ctx, inputs, output: None, self._refuse)
 
     def _refuse(self, ctx: Any, *cotangents: Any) -> Any:
@@ -184,8 +184,9 @@ def around(wrap: Callable[[Routine, Launcher], Launcher]) -> Iterator[None]:
 def wanted(ctx: Any, index: int) -> bool:
     """Whether the running backward pass uses the gradient of input `index` (the inputs before it are tensors too).
 
-    autograd asks this of its own nodes before they compute, of Python's nodes it does not: in `autograd.grad(y, x)`
-    each convolution would make a whole weight gradient for nothing, one sixth of a penalty's double backward.
+    autograd asks this for its own nodes before they compute, but not for nodes written in Python. Without the question
+    each convolution in `autograd.grad(y, x)` would make a whole weight gradient for nothing: one sixth of a penalty's
+    double backward.
     """
     return ctx.needs_input_grad[index] and reaches(ctx.next_functions[index][0])
 

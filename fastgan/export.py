@@ -1,8 +1,8 @@
 """A trained generator for the world outside: ONNX, TorchScript, torch.export's archive, or weights alone.
 
 Generators are plain torch.nn until `fastgan.convert` swaps their classes, and a run's weights load into the plain ones:
-what is exported holds torch's ops alone and runs where fastgan is not installed. What was written is read back and
-compared with the generator before the file gets its name.
+an exported file holds only torch's ops and runs where fastgan is not installed. The file is read back and compared
+with the generator before it gets its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastgan._writing import atomic_file
 
 __all__ = ["FORMATS", "export"]
 
-# Of the largest value: TorchScript and torch.export run the same kernels, ONNX another program in other orders.
+# As a share of the largest value. TorchScript and torch.export run the same kernels; ONNX adds in another order.
 TOLERANCE = {"torchscript": 1e-5, "pt2": 1e-5, "onnx": 1e-3}
 BATCHES = (2, 3)  # one to trace with, another to compare with: the size of the batch must be free
 

@@ -5,7 +5,7 @@
 
 Ops of ours get a range each while they are profiled, and only then (`fastgan._op.around`): in plain eager they run
 in a thin autograd.Function, which the profiler does not name. Every event's own time goes to the nearest range that
-encloses it, so the rows part the time and none is counted twice.
+encloses it, so the rows divide the time, and no event is counted twice.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def op_ranges() -> Iterator[Counts]:
 def ceilings(device: torch.device, dtype: torch.dtype, *, copy_bytes: int = 0, matmul_size: int = 0) -> dict[str, Any]:
     """Bandwidth and FLOP rate, measured here: the best of five copies and of five square matrix products by torch.
 
-    They are what torch reaches with these two, not the hardware's limits: a kernel may be above.
+    They are what torch reaches in these two tasks, not the hardware's limits: a kernel may exceed them.
     """
     size = copy_bytes or COPY_BYTES[device.type]
     n = matmul_size or MATMUL_SIZE[device.type]

@@ -3,7 +3,7 @@
 // function here could be kept by the linker in its AVX-512 version for the portable path.
 //
 // A kernel takes what its tensors look like (a shape) and where they lie (its arguments), or both in one struct. The
-// lists of fields below and FG_KERNELS are all that the binding, the programs and the tables know of a kernel.
+// binding, the programs and the tables know a kernel by the lists of fields below and by FG_KERNELS alone.
 #pragma once
 
 #include <cstddef>
@@ -60,12 +60,12 @@ FG_STRUCT(Conv2dWeightArgs,   //
 FG_STRUCT(BnShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW), (int64_t, G), (bool, channels_last),
           (bool, training), (float, eps), (Act, act), (float, slope), (Threads, threads));
 
-// What gn_act's three directions share. x as for bn_act; mean and var are float32 [N][groups], always of x itself.
+// What gn_act's three directions share. x as for bn_act; mean and var are float32 [N][groups], always computed from x.
 FG_STRUCT(GnShape, (DType, dtype), (int64_t, N), (int64_t, C), (int64_t, HW), (int64_t, groups), (bool, channels_last),
           (float, eps), (Act, act), (float, slope), (Threads, threads));
 
-// The arguments of both norms.
-// weight and bias are [C] or null (1 and 0); mean and var are written forward, but in bn_act's eval mode.
+// The arguments of both norms. weight and bias are [C] or null (1 and 0). The forward pass writes mean and var; in
+// bn_act's eval mode it reads them.
 FG_STRUCT(NormForwardArgs, (const void*, x), (const float*, weight), (const float*, bias), (float*, mean),
           (float*, var), (void*, y));
 
@@ -119,7 +119,7 @@ FG_STRUCT(GradNormPenaltyBackwardArgs, (const float*, dpenalty), (const void*, g
 
 // y [N, C, OH, OW] = every down-th sample of gain f * x, x with up - 1 zeros behind each sample and pad zeros before
 // it. f is [KH][KW], or with `separable` one [K], K = KH = KW, for both axes; `flip`: correlation, else convolution. A
-// negative pad crops. What lies behind x is zero, so the padding there is in OH and OW.
+// negative pad crops. Samples behind x count as zero, so OH and OW alone say how far the padding there reaches.
 FG_STRUCT(Upfirdn2dArgs, (DType, dtype), (const void*, x), (const float*, f), (void*, y), (int64_t, N), (int64_t, C),
           (int64_t, H), (int64_t, W), (int64_t, OH), (int64_t, OW), (int64_t, KH), (int64_t, KW), (int64_t, up_y),
           (int64_t, up_x), (int64_t, down_y), (int64_t, down_x), (int64_t, pad_y), (int64_t, pad_x), (bool, separable),
@@ -204,8 +204,8 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
           (Strides, bias_strides), (Strides, d_dy_strides), (Strides, d_q_strides), (Strides, d_k_strides),
           (Strides, d_v_strides), (Strides, d_bias_strides));
 
-// Every kernel with its structs, a shape first: those that use each table's instructions to the full, and those that
-// gain nothing from AVX512_BF16 or AMX (as setup.py knows).
+// Every kernel with its structs, a shape first. The first list holds those that use each table's instructions to the
+// full; the second those that gain nothing from AVX512_BF16 or AMX, so that setup.py compiles them for fewer tables.
 // clang-format off: a line each
 #define FG_PRODUCT_KERNELS(f)                         \
   f(conv2d, ConvShape, Conv2dArgs)                    \
@@ -232,14 +232,14 @@ FG_STRUCT(AttentionDoubleBackwardArgs, (const void*, dy), (const void*, ddq), (c
   f(filtered_lrelu_forward, FilteredLreluShape, FilteredLreluForwardArgs)          \
   f(filtered_lrelu_backward, FilteredLreluShape, FilteredLreluBackwardArgs)
 // clang-format on
-// Those of many products.
+// Kernels of products of bf16 pairs: they use AVX512_BF16 and no AMX.
 // clang-format off: a line each
 #define FG_ATTENTION_KERNELS(f)                                \
   f(attention_forward, AttentionShape, AttentionForwardArgs)   \
   f(attention_backward, AttentionShape, AttentionBackwardArgs) \
   f(attention_double_backward, AttentionShape, AttentionDoubleBackwardArgs)
 // clang-format on
-// What a CPU has besides: steps of a program, and draws.
+// Kernels that only a CPU has: steps of a program, and draws.
 // clang-format off: a line each
 #define FG_HOST_KERNELS(f)   \
   f(relayout, RelayoutArgs)  \

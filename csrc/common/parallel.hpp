@@ -1,4 +1,4 @@
-// OpenMP's two questions, answered for builds without OpenMP too (Apple's clang without libomp).
+// The two functions of OpenMP that kernels ask, also for builds without OpenMP (Apple's clang without libomp).
 #pragma once
 
 #include <cstdint>

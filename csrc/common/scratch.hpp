@@ -16,8 +16,8 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
-// Several arrays in one block, whose pointers it sets: ScratchArrays memory(Array(a, 10), Array(b, 20)). Several blocks
-// would crowd the others out of the few that are kept.
+// Several arrays in one block; the constructor sets their pointers: ScratchArrays memory(Array(a, 10), Array(b, 20)).
+// Several blocks would crowd others out of the few that are kept.
 template <class T>
 struct Array {
   T** pointer;

@@ -32,7 +32,7 @@ FG_INLINE vf activate(vf t, float slope) {
 }
 
 // g φ'(t) from y = φ(t): tanh' = 1 - y², sigmoid' = y (1 - y), elu' = y + 1 below 0, softplus' = 1 - e^-y. (Leaky) relu
-// takes t as well, whose sign y has; swish and gelu take t.
+// may be given t in the place of y, since both have one sign; swish and gelu must be given t.
 template <Act ACT>
 FG_INLINE vf activate_gradient(vf g, vf y, float slope) {
   if constexpr (ACT == ACT_RELU) return select(le(y, zero()), zero(), g);

@@ -1,10 +1,9 @@
 // Attention and its two derivatives (docs/maths.md, section 6), in tiles: no more than a stretch of rows of the scores
-// is ever in memory. Sums and elements are float32; the products' operands are too but for bf16 tensors where the table
-// has vdpbf16ps, which multiplies pairs of bf16, the scores' squares rounded to it.
+// is ever in memory. Sums and elements are float32, and so are the products' operands. For bf16 tensors, where the
+// table has vdpbf16ps, the operands are pairs of bf16, and the squares of scores are rounded to bf16.
 //
-// Bound: 2 products of rows x keys x d multiply-adds forward, 5 backward, 12 in the double backward; beside each
-// element of the scores' 2 d multiply-adds a product, one exponential and the elementwise work of about 15, 20 and 50
-// vector operations.
+// Bound: 2 products of rows x keys x d multiply-adds forward, 5 backward, 12 in the double backward. Beside these an
+// element of the scores takes one exponential and about 15, 20 and 50 elementwise vector operations.
 #include <initializer_list>
 
 #include "common/attention_derivatives.hpp"
@@ -18,8 +17,8 @@ void attention_double_backward(const AttentionShape& s, const AttentionDoubleBac
 
 namespace {
 
-// Rows of queries that go through the products together, and keys: a key's packed rows and panels are reused by all of
-// the rows while they lie in the second-level cache. Multiples of TILE_ROWS and, the keys, of PANEL.
+// Rows of queries, and keys, that go through the products together: all of the rows reuse a key's packed rows and
+// panels while these lie in the second-level cache. Both are multiples of TILE_ROWS, the keys of PANEL too.
 constexpr int64_t FORWARD_ROWS = 96;
 constexpr int64_t ROWS = 48;
 constexpr int64_t KEYS = 384;
@@ -29,7 +28,7 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 // eight ways of the first-level cache.
 inline int64_t leading(int64_t keys) { return (ceil_div(round_up(keys, TILE_ROWS), 16) | 1) * 16; }
 
-// A score as the products left it, by the scale that they lack, and with its bias.
+// A score: what the products left, times the scale that they lack, plus its bias.
 template <bool PAIRS>
 FG_INLINE vf finished(const float* s, const float* bias, float scale, int64_t j, int lanes) {
   vf t = load_some(s + j, lanes);
@@ -48,7 +47,8 @@ inline float largest(vf v) {
 
 // ---------------------------------------------------------------------------------------------- scores as operands
 
-// Writes what products read: floats, or bf16 into the first half of the row, which stays behind what is read of it.
+// Writes the operands of products: floats, or bf16 into the first half of the row. The writing never overtakes the
+// reading of the same row.
 template <bool PAIRS>
 FG_INLINE void put(float* row, int64_t j, vf v, int lanes) {
 #if defined(__AVX512BF16__)

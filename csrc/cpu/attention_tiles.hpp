@@ -174,7 +174,7 @@ FG_NOINLINE void product(const Term (&term)[TERMS], Left left, Right right, int6
 
 // ---- exponentials
 
-// e^x for x <= 0, up to rounding; below e^-87, where 2^n would leave the normal range, 0. NaN stays NaN.
+// e^x for x <= 0, up to rounding; 0 below x = -87, where 2^n would leave the normal range. NaN stays NaN.
 FG_INLINE vf exp_falling(vf x) {
   const vf low = set1(-87.0f);
   const vm under = gt(low, x);
@@ -183,8 +183,9 @@ FG_INLINE vf exp_falling(vf x) {
 
 // ---- jobs
 
-// A job is a stretch of query rows of the heads that share a bias gradient, one after the other; of one head where none
-// is asked for. Jobs are independent; what several of them add to the same keys is kept apart and added in order.
+// A job is a stretch of query rows, of all heads that share a bias gradient one after the other, or of one head where
+// no bias gradient is asked for. Jobs are independent: sums of several jobs for the same keys are kept apart and added
+// in order.
 struct Plan {
   const AttentionShape* s;
   int64_t shared_n, shared_heads;  // heads of a job along N and along heads
@@ -207,7 +208,7 @@ struct Plan {
   int64_t visible(int64_t row) const { return s->causal ? least(s->keys, row + 1) : s->keys; }
 };
 
-// Heads alone where they fill the threads evenly; else about four jobs a thread.
+// One part a head where whole heads fill the threads evenly; else about four jobs a thread.
 inline Plan plan_jobs(const AttentionShape& s, bool pairs, int64_t rows_together, const float* dbias,
                       const Strides& dbias_strides) {
   Plan p;
@@ -229,7 +230,7 @@ inline Plan plan_jobs(const AttentionShape& s, bool pairs, int64_t rows_together
   return p;
 }
 
-// float arrays cut from one block, each aligned to 64 bytes; without a block it counts.
+// Cuts float arrays from one block, each aligned to 64 bytes; without a block it only counts their bytes.
 struct Cutter {
   float* at;
   int64_t used = 0;

@@ -42,7 +42,7 @@ void draw(const BernoulliArgs& a) {
   Generator& g = *static_cast<Generator*>(a.generator);
   T* y = static_cast<T*>(a.y);
   const T hit = from_float<T>(a.value), miss = from_float<T>(0.0f);
-  const auto bound = static_cast<int64_t>(std::ceil(std::ldexp(a.p, 53)));  // of the 53 bits: below it p is not reached
+  const auto bound = static_cast<int64_t>(std::ceil(std::ldexp(a.p, 53)));  // of the 53 bits; a draw below it is 1
 
   uint32_t state[WORDS], stream[WORDS + 1];  // stream: the words drawn and not used, one of them from the last turn
   std::copy(g.state, g.state + WORDS, state);

@@ -20,8 +20,8 @@ struct Plain {
   FG_INLINE_MEMBER vf gradient(vf g, vf y) const { return activate_gradient<ACT>(g, y, slope); }
 };
 
-// Any activation by one call a vector: an instance each would double this file's compile time, and the call is a tenth
-// of an exp.
+// Any activation, by one call for each vector. An instance for each activation would double this file's compile time,
+// and the call costs a tenth of an exp.
 __attribute__((noinline)) vf any_value(vf v, Act act, float slope) {
   vf y = v;
   by_act(act, [&]<Act ACT>() { y = activate<ACT>(v, slope); });
@@ -42,7 +42,7 @@ struct Scaled {
       : act(LEAKY ? ACT_LEAKY_RELU : s.act),
         slope(s.slope),
         gain(s.gain),
-        limit(s.clamp < 0.0f ? std::numeric_limits<float>::quiet_NaN() : s.clamp),  // exceeded by nothing
+        limit(s.clamp < 0.0f ? std::numeric_limits<float>::quiet_NaN() : s.clamp),  // NaN: no clamp
         inverse_gain(1.0f / s.gain) {}
 
   FG_INLINE_MEMBER vf phi(vf v) const {

@@ -18,8 +18,8 @@ void conv2d_weight(const ConvShape& s, const Conv2dWeightArgs& a);
 
 namespace {
 
-// A panel has 128 units: 32 KB of 64 columns, and still long enough that loading and storing the 24 accumulators of a
-// tile costs 6 % beside it. 64 and 256 units were slower.
+// A panel has 128 units: 32 KB with 64 columns, and long enough that loading and storing a tile's 24 accumulators costs
+// only 6 % of its products. 64 and 256 units were slower.
 constexpr int64_t CHUNK_UNITS = 128;
 constexpr int64_t MAX_CHUNK = 2 * CHUNK_UNITS;  // pixels
 constexpr int64_t MAX_TOGETHER = 16;            // column blocks

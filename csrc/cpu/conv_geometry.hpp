@@ -13,8 +13,8 @@
 #include "common/parallel.hpp"
 #include "common/scratch.hpp"
 
-// The table to which this one leaves what its own instructions do not serve: AVX512_BF16 leaves float32, AMX leaves
-// everything that is no tile. So a kernel is compiled once, not three times.
+// The table below this one, which takes the work that this table's own instructions do not serve: AVX512_BF16 leaves it
+// float32, AMX all that is no tile. So a kernel is compiled once, not three times.
 #if defined(__AMX_BF16__) || defined(FG_AMX_EMULATED)
 #define FG_BELOW avx512_bf16
 #elif defined(__AVX512BF16__)

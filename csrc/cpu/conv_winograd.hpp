@@ -72,8 +72,9 @@ inline bool find_strands(const AxisPhase& phase, int64_t step, Strands& s) {
   return true;
 }
 
-// ---- the transforms, in one dimension: element i of a vector of them at v[i * S]
-// -------------------------------------
+// ------------------------------------------------------------------------------------------------ the transforms
+
+// In one dimension: element i of a vector of them is at v[i * S].
 
 template <int P, int S>
 inline void source_points(vf* v) {  // B^T
@@ -156,8 +157,7 @@ inline void with_points(int ph, int pw, const F& f) {
   return columns.template operator()<4>();
 }
 
-// ---- geometry
-// --------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------ geometry
 
 // A phase pair: an independent product per point, its strands' channels side by side.
 struct TilePair {
@@ -184,7 +184,7 @@ constexpr int MAX_TILE_PAIRS = 4;   // stride 2 both ways
 constexpr int64_t MIN_TILES = 128;  // fewer do not pay for transforming the weights: break-even at about 33 a thread
 constexpr int64_t MIN_CHANNELS = 32;
 
-// Whether the form serves the problem and saves at least 30 % of the products; fills the pairs.
+// Whether the form serves the problem and saves at least 30 % of the products; fills in the pairs.
 inline bool plan_tiles(const Problem& p, TilePair* pair) {
   const int64_t pairs = p.h.phases * p.w.phases;
   if (p.source_dtype != F32 || p.weight_dtype != F32 || p.out_dtype != F32 || p.groups != 1) return false;
@@ -241,8 +241,7 @@ inline void transform_pixels(const float* const* pixel, int64_t first, int64_t c
   }
 }
 
-// ---- weights
-// ---------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------ weights
 
 // Packed weights of a pair: [point][column block][strand, channel][column].
 FG_NOINLINE void emit_points(const Problem& p, const TilePair& t, const Panels<Product>& panels, const PackPiece& piece,
@@ -271,8 +270,7 @@ FG_NOINLINE void emit_points(const Problem& p, const TilePair& t, const Panels<P
   });
 }
 
-// ---- computing
-// -------------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------------ computing
 
 struct TileWork {
   const Problem* p;

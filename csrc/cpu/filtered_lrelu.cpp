@@ -1,11 +1,11 @@
-// y = f_down * phi(f_up * (x + bias)), x with up - 1 zeros behind each sample, phi a leaky ReLU with gain and clamp,
-// and every down-th sample kept: in one pass, and so its derivative, in which phi is a product with its slope, read
-// from the signs that the forward pass left.
+// y = every down-th sample of f_down * phi(f_up * (x + bias)), x with up - 1 zeros behind each sample, phi a leaky ReLU
+// with gain and clamp, in one pass. The derivative is such a pass too: there phi multiplies by the slope that the signs
+// of the forward pass tell.
 //
-// A thread takes VF planes at a time, a lane each, and walks down their rows: an input row is read once and kept while
-// taps reach it, an upsampled row lives from its making to its filtering down, and of filtered rows as many are kept as
-// the last filter is high. Of the upsampled image, up^2 times as large as x, nothing reaches memory but a bit a sample
-// for the sign and, under a clamp, one for what it holds.
+// A thread takes VF planes at a time, a lane each, and walks down their rows. An input row is read once and kept while
+// taps reach it. An upsampled row is filtered down as soon as it is made. As many filtered rows are kept as the last
+// filter is high. The upsampled image, up^2 times as large as x, never reaches memory: only one bit a sample for the
+// sign does and, under a clamp, one that says whether the clamp holds the sample.
 //
 // Bound: x and y once, and 1/32 or 1/16 of the upsampled image. StyleGAN3's 12 taps, up 2 and down 2, take 36 FMA for
 // each sample of the upsampled image where rows are long (K / up + K / up along and down, the same again for `down`),
@@ -198,7 +198,8 @@ void run(const FilteredLreluShape& s, const Work& work, const Taps& f_up, const 
   const Scratch<float> taps(f_up.floats() + f_down.floats());
   const Plan plan(s, work, phases.data, taps.data, f_up, f_down);
   Band<T> like(plan);
-  // Bands where there are few planes: each makes the last filter's rows anew, so it is four times as high at least.
+  // Bands where there are few planes. Each band makes the rows of the last filter's height anew, so a band is at least
+  // four times that high.
   const int64_t blocks = (plan.planes + VF - 1) / VF;
   const int64_t most = std::max<int64_t>(1, s.OH * s.down / (4 * s.KH_down));
   const int64_t bands = std::clamp<int64_t>((4 * s.threads + blocks - 1) / blocks, 1, most);

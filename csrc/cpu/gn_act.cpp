@@ -3,8 +3,8 @@
 //
 // Per sample and group, M elements, r = (var + eps)^(-1/2), x̂ = (x - mean) r, t = weight x̂ + bias, y = φ(t), m = φ'(t).
 //
-// A tensor is cut into units that hold whole groups and lie in one piece of memory, and a unit is done with before the
-// next one begins, so that its second pass finds in the cache what the first one read:
+// A tensor is cut into units that hold whole groups and lie in one piece of memory. A unit is finished before the next
+// one begins, so that its second pass finds in the cache what the first one read:
 //   planes   [N][C][HW]: a unit is a group, whose channels are planes
 //   columns  [N][HW][C]: a unit is a sample, a matrix whose channels are columns
 //   rows     HW = 1: a unit is a group, whose channels are its elements. Coefficients and the parameters' gradients

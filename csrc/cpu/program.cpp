@@ -1,5 +1,5 @@
 // What a program of layers (fastgan/program) needs besides the kernels of its ops: the change of layout at its edges, a
-// batch norm folded into the convolution before it, and the running statistics. Each is bound by memory or by a call.
+// batch norm folded into the convolution before it, and the running statistics. Memory or the call itself bounds each.
 #include <cmath>
 
 #include "common/kernels.hpp"

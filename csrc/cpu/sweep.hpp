@@ -232,9 +232,8 @@ static void sweep_planes(const Grid& grid, const Share& share, int64_t group, co
 }
 
 // One thread's share of one group. coef is [COEFS][padded]; sums is room for [SUMS][padded].
-// flush(sums, stride, first column, columns, elements per column) receives sum i of a column at sums[i * stride +
-// column
-// - first column]. `reverse` starts at the end, whose data the previous sweep has left in the cache.
+// flush(sums, stride, first, columns, elements per column) gets the sums of `columns` columns from `first` on, sum i of
+// column c at sums[i * stride + c - first]. `reverse` starts at the end, which the last sweep left in the cache.
 template <class Body, class Flush>
 static void sweep(const Grid& grid, const Share& share, int64_t group, const Body& body, const float* coef, float* sums,
                   bool reverse, const Flush& flush) {

@@ -271,7 +271,8 @@ void by_planes(const Upfirdn2dArgs& a, const Filter& filter, const Axis& vertica
   const int64_t own = inputs.floats() + stage.floats() + a.OW * VF, pointers = stage.rows_read();
   const Scratch<float> memory(threads * own);
   const Scratch<const float*> rows(threads * pointers);
-  // Bands where there are few planes: each reads the rows above it anew, so it is eight times as high.
+  // Bands where there are few planes. Each band reads the rows above it anew, so it is at least eight times as high as
+  // the filter.
   const int64_t blocks = (a.N * a.C + VF - 1) / VF, most = std::max<int64_t>(1, a.OH / (8 * stage.rows_read()));
   const int64_t bands = std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, most), jobs = blocks * bands;
 #pragma omp parallel num_threads(threads)

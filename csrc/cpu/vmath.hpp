@@ -1,6 +1,6 @@
 // exp, sigmoid, tanh, log1p(exp(-|x|)) and the normal distribution on vectors, in fp32. Errors against float64 are
-// tested over the whole range: at most 3 ulp, of Phi's lower tail more (test_native_elementwise.py). NaN comes out as
-// NaN, the limits at ±inf are exact.
+// tested over the whole range: at most 3 ulp, more in Phi's lower tail (test_native_elementwise.py). NaN comes out as
+// NaN, and the limits at ±inf are exact.
 #pragma once
 
 #include <limits>

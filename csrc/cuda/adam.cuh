@@ -7,8 +7,7 @@ namespace fg::cuda {
 
 constexpr int ADAM_TENSORS = 32;  // of a launch: 2 KB of the 4 KB that parameters may take
 constexpr int ADAM_THREADS = 256;
-constexpr int ADAM_BLOCK =
-    4096;  // elements: four vectors of 16 bytes a thread, so that a block's two roots cost little
+constexpr int ADAM_BLOCK = 4096;  // elements: four vectors of 16 bytes a thread; a block's two roots cost little
 
 // from + weight (to - from), as torch.lerp computes it: from the nearer end, exact at both.
 struct AdamLerp {

@@ -8,7 +8,7 @@
 // Bound: products of 2 rows keys d flops each: 2 forward, 3 + 4 backward, 14 + 8 in the double backward, where five
 // are made twice by the rows' blocks and five once more by the keys'.
 //
-// Launch bounds say that one block a multiprocessor is enough: else ptxas spills a few bytes of some to fit two.
+// Launch bounds ask for one block a multiprocessor: else ptxas spills a few bytes of some kernels to fit two.
 #pragma once
 
 #include "cuda/attention_tiles.cuh"

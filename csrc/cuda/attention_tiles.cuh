@@ -8,8 +8,8 @@
 #pragma once
 
 #include "cuda/conv_compute.cuh"
-//
-#include "common/attention_derivatives.hpp"  // behind prelude.cuh: its functions are FG_MEMBERs
+// Behind prelude.cuh, which makes FG_MEMBER a device function.
+#include "common/attention_derivatives.hpp"
 
 namespace fg::cuda {
 

@@ -23,7 +23,7 @@ int64_t bias_act_forward(const BiasActShape& s, const BiasActForwardArgs& a, con
   return 0;
 }
 
-// One pass: what sums dbias writes dx on the way.
+// One pass: the reduction that sums dbias writes dx on the way.
 int64_t bias_act_backward(const BiasActShape& s, const BiasActBackwardArgs& a, const Target& target) {
   constexpr auto op = "bias_act_backward";
   const Walk walk(op, s.N, s.C, s.HW, 1, s.channels_last);

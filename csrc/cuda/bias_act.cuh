@@ -6,8 +6,8 @@
 
 namespace fg::cuda {
 
-// An activation with its gain; limit: the clamp, NaN where there is none, as nothing exceeds it. The activations that
-// convolutions do not fuse stand here: in their epilogues they would cost registers.
+// An activation with its gain. limit: the clamp, or NaN where there is none, since no comparison with NaN holds. The
+// activations that convolutions do not fuse stand here: in their epilogues they would cost registers.
 struct Phi {
   Act act;
   float slope, gain, limit;

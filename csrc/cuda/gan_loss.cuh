@@ -1,5 +1,5 @@
-// GAN losses on logits; the table of formulas is in fastgan/ops/gan_loss.py. sp(r) - (1-s) r is computed as sp(-r) + s
-// r, which does not cancel for large r.
+// GAN losses on logits; the table of formulas is in fastgan/ops/gan_loss.py.
+// sp(r) - (1-s) r is computed as sp(-r) + s r, which does not cancel for large r.
 #pragma once
 
 #include "cuda/prelude.cuh"

@@ -1,5 +1,5 @@
-// Group norm: batch norm's passes with every sample as its own group, and these kernels between them. A block has one
-// group of channels of one sample; the parameters' gradients need a second kernel, since they cross the samples.
+// Group norm: batch norm's passes with every sample as its own statistic group, and these kernels between the passes. A
+// block has one norm group of one sample; the parameters' gradients need a second kernel, since they cross samples.
 #pragma once
 
 #include "cuda/norm.cuh"

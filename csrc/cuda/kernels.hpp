@@ -1,5 +1,6 @@
-// The interface between the binding (binding.hpp) and the CUDA launchers (cuda/<op>.cu): CPU's structs, whose `threads`
-// they leave aside, and a Target. Each returns the bytes of workspace that it needs, or 0 when it has launched.
+// The interface between the binding (binding.hpp) and the CUDA launchers (cuda/<op>.cu). A launcher takes the CPU's
+// structs, ignores their `threads`, and takes a Target. It returns the bytes of workspace that it needs, or 0 when it
+// has launched.
 #pragma once
 
 #include "common/kernels.hpp"

@@ -49,7 +49,7 @@ struct Workspace {
 
 enum class NormSums { STATISTICS, BACKWARD, DOUBLE };
 
-// Of the statistics: bn_act's and gn_act's finishing kernels add it to the means.
+// The pivot that the moments are taken around: bn_act's and gn_act's finishing kernels add it to the means.
 Pivot pivot_of(const Walk&, const NormTensors&, const Norm&);
 Reduction plan_norm(const Walk&, const NormTensors&, NormSums);
 void reduce_norm(const char* op, const Walk&, const NormTensors&, const Norm&, NormSums, const Reduction&,

@@ -12,8 +12,7 @@
 //   JOINT                                    a team spans the groups: something is summed over them
 //   Total                                    what publish wants to know; zero at first
 //   finish(acc, group, channel, total)       a channel's sums -> Map::Coef, all of floats
-//   publish(total, group, channel)           called once a team and channel, after finish of its group or, if JOINT,
-//   all
+//   publish(total, group, channel)           called once a team and channel, after finish of its group (JOINT: of all)
 #pragma once
 
 #include "cuda/sweep.cuh"

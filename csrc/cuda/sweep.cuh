@@ -86,9 +86,9 @@ FG_DEVICE void apply_columns_of(const Body& body, i64 row, i64 at, const Pack<ty
 
 // ---------------------------------------------------------------------------------------------- apply
 
-// Blocks start in the order of their index. A reduction with many groups (group norm) has gone through the tensor from
-// its begin, so what the L2 cache still has of a larger tensor is its end, and apply begins there. A reduction that
-// goes through all of it at once (batch norm's splits) leaves a part of everything: any order does.
+// Blocks start in the order of their index. A reduction with many groups (group norm) goes through the tensor from its
+// beginning, so the L2 cache then holds the end of a larger tensor, and apply begins there. A reduction that goes
+// through all of it at once (batch norm's splits) leaves a part of everything in the cache: there any order will do.
 FG_DEVICE u32 last_first() { return gridDim.x - 1 - blockIdx.x; }
 
 // Grid: blocks of THREADS * UNROLL vectors, over all of the tensor. V divides HW.

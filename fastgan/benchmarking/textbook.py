@@ -27,9 +27,8 @@ from fastgan.training.schedules import average_decay
 from fastgan.training.step import PENALTY_WEIGHTS, PRECISIONS
 
 SLOPE = 0.2
-SCALE = (
-    1024.0  # of fp16 losses: with torch's 65536 DCGAN-64's first update of G overflows, and a skipped one is less work
-)
+# Of fp16 losses. With torch's 65536 the first update of DCGAN-64's G overflows, and a skipped update is less work.
+SCALE = 1024.0
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda t: t,
     "relu": lambda t: torch.relu_(t),
@@ -71,7 +70,7 @@ def compiled_double_backward(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with fastgan's own, where a network calls them, on the backend "reference": PyTorch's ops."""
+    """The function; fastgan's ops that a network calls run on the backend "reference", which is PyTorch's ops."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
@@ -125,8 +124,8 @@ def textbook_step(
 ) -> Callable[..., dict[str, Tensor]]:
     """The loop body of a recipe: what `fastgan.GANStep` is called with -> losses by name. They are float32.
 
-    real, labels and z are sequences of d_steps, or real one batch that serves all; labels are what both networks are
-    told, z None: drawn.
+    real, labels and z are sequences of d_steps, or real is one batch that serves all updates. labels: what both
+    networks are given. z: None draws it.
     compile: the networks' forward passes, with their backward, are torch.compile's; a penalty's double backward is not.
     """
     device, dtype = next(g.parameters()).device, PRECISIONS[recipe.precision]

@@ -60,7 +60,7 @@ class Row:
         return torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32")
 
     def place(self, value: Any, device: torch.device) -> Any:
-        """A copy of a module or tensor in the row's layout, which only what has 4 dimensions has."""
+        """A copy of a module or tensor in the row's layout; a tensor without 4 dimensions stays contiguous."""
         layered = not isinstance(value, Tensor) or value.dim() == 4
         layout = torch.channels_last if self.channels_last and layered else torch.contiguous_format
         return copy.deepcopy(value).to(device).to(memory_format=layout)

@@ -7,7 +7,7 @@ a forward (`fastgan.trace`) asks nobody; it pays afterwards, so that the races b
 What follows. A step that takes `own` seconds beside proofs and races spends at most HELD + RATE (own + spent) on them,
 so it takes at most (own + HELD) / (1 - RATE) = 1.33 own + 1.33 seconds. `own` is not more than PyTorch's warm step and
 its first touches (imports, memory; under 0.5 s), so a step that must choose stays below 1.5 times PyTorch's warm step
-plus 2 seconds. The account needs not know that step: it regains from the clock whatever runs.
+plus 2 seconds. The account need not know that step: it regains by the clock, whatever runs.
 
 What a call is expected to cost. `bound` is the time of a perfect kernel at stated ceilings. The slowest call so far of
 the same (op, backend, dtype), measured in bounds, tells what the next one costs; calls below SHORT tell nothing. Before

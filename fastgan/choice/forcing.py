@@ -50,7 +50,7 @@ class racing:
 
 
 def forced() -> tuple[str, bool]:
-    """(the backend forced, or "auto"; whether backends race): what a captured step must not outlive."""
+    """(the backend forced, or "auto"; whether backends race): where either changes, a captured step is thrown away."""
     return STATE.forced, STATE.racing
 
 
@@ -80,7 +80,7 @@ def watching(watch: Watch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def second_order() -> Iterator[None]:
-    """Within: derivatives of derivatives are expected, and small tensors go through ops of ours for them too."""
+    """Within: second derivatives are expected, for which small tensors too go through our ops."""
     before, STATE.second_order = STATE.second_order, True
     try:
         yield

@@ -166,8 +166,8 @@ class _Runs:
 
 
 def _shared(state: State, op: Routine, args: tuple, needed: float) -> Verdict | None:
-    """The verdict of a neighbour in the family that needs nearly the same time; on a CPU alone, where none is owed a
-    proof."""
+    """The verdict of a neighbour in the family that needs nearly the same time; None on a GPU, where each case must be
+    proved."""
     if op.first(args).device.type != "cpu":
         return None
     found = state.families.get(_neighbours(op, args))

@@ -27,7 +27,7 @@ def sketch(value: Any) -> Any:
 
 
 def drawn_from(sketched: list) -> tuple:
-    """Arguments of the case that a sketch was made of; contents are the caller's to draw."""
+    """Arguments of the case that a sketch was made of; the caller draws their contents."""
     return tuple(map(_restored, sketched))
 
 

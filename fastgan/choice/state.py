@@ -73,4 +73,4 @@ class State:
         self.chosen.clear()
 
 
-STATE = State()  # of this process; autograd runs backwards in other threads, so it is not a thread's
+STATE = State()  # one a process, not one a thread: autograd runs backward passes in threads of its own

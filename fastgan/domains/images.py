@@ -75,7 +75,7 @@ class Images(Domain):
         }
 
     def pictures(self, made: Tensor) -> Tensor:
-        """They are."""
+        """The samples themselves: they are pictures already."""
         return made
 
     def judge(self, samples: data.ImageSet) -> FeatureJudge:

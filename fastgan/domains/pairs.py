@@ -71,11 +71,11 @@ class Translating(Domain):
         return int(self.option.get("source_channels") or self.recipe.channels)
 
     def require_latents(self, command: str) -> None:
-        """There are none: raises ValueError."""
+        """Raises ValueError: there are no latents."""
         raise ValueError(f"{command}: {self.recipe.name} makes pictures from pictures, use fastgan translate --run DIR")
 
     def sample(self, generator: Any, config: Any, count: int, **options: Any) -> Any:
-        """There is nothing to draw from: raises ValueError."""
+        """Raises ValueError: there are no latents to draw."""
         self.require_latents("sample")
 
     def translator(self, generator: nn.Module, direction: str | None) -> tuple[nn.Module, int]:
@@ -126,7 +126,7 @@ class Pairs(Translating):
         return self.recipe
 
     def hold_out(self, samples: PairSet, count: int) -> tuple[PairSet, PairSet | None]:
-        """As every domain; grids and scores are then of the pairs that are kept back."""
+        """As in every domain; grids and scores are then of the pairs that are kept back."""
         learnt, self._held = super().hold_out(samples, count)
         return learnt, self._held
 

@@ -76,7 +76,7 @@ class Unpaired(Translating):
         """Batches of both sides, each in an order of its own."""
         recipe = self.recipe
         options: Any = dict(flip=recipe.flip, channels_last=True, part=part)
-        seeds = (recipe.seed, recipe.seed + 3)  # a run's other seeds are its own, +1 and +2
+        seeds = (recipe.seed, recipe.seed + 3)  # the run itself takes seed, + 1 and + 2
         streams = [
             data.Batches(side, recipe.batch_size, generator=torch.Generator().manual_seed(seed), **options)
             for side, seed in zip(samples.parts, seeds, strict=True)
@@ -87,7 +87,7 @@ class Unpaired(Translating):
 
     def step(self, generator: nn.Module, discriminator: nn.Module) -> dict[str, Any]:
         """The cycle and identity losses of Zhu et al. 2017 (section 3.2 and 5.2), and their history of fakes."""
-        # their LSGAN for G is the plain square, and gan_loss has half of it
+        # the authors' LSGAN for G is the plain square, gan_loss is half of it: so the weight here is halved
         weight = float(self.option["cycle"]) * (0.5 if self.recipe.loss == "lsgan" else 1.0)
         back = Back(generator, weight, float(self.option["identity"]))
         size = int(self.option["history"])

@@ -59,12 +59,12 @@ class Vocoder(Sound):
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def load(self, device: torch.device) -> SoundSet:
-        """As every sound."""
+        """As for every kind of sound."""
         sounds = {name: self.option[name] for name in Sound.options}
         return load_sounds(self.recipe.data, **sounds, device=device)
 
     def hold_out(self, samples: SoundSet, count: int) -> tuple[SoundSet, SoundSet | None]:
-        """As every domain; grids and scores are then of the sounds that are kept back."""
+        """As in every domain; grids and scores are then of the sounds that are kept back."""
         learnt, self._held = super().hold_out(samples, count)
         return learnt, self._held
 
@@ -72,7 +72,7 @@ class Vocoder(Sound):
 
     def step(self, generator: nn.Module, discriminator: nn.Module) -> dict[str, Any]:
         """Feature matching and the distance of spectrograms."""
-        # their LSGAN is the plain square, and gan_loss has half of it
+        # the authors' LSGAN is the plain square, gan_loss is half of it: so the weights here are halved
         share = 0.5 if self.recipe.loss == "lsgan" else 1.0
         loss = Sounding(self.spectrogram, share * self.option["mel"], share * self.option["matching"])
         return {"latent": lambda n, device, rng: None, "extra_g_loss": loss}
@@ -102,7 +102,7 @@ class Vocoder(Sound):
         return MelJudge(self._held or samples, self.spectrogram)
 
     def require_latents(self, command: str) -> None:
-        """There are none: raises ValueError."""
+        """Raises ValueError: there are no latents."""
         raise ValueError(f"{command}: {self.recipe.name} makes sounds from spectrograms, it has no latents")
 
     def sample(

@@ -11,7 +11,7 @@ from fastgan import _native
 from fastgan._op import is_observed
 from fastgan.choice import STATE, absent
 
-FEW = 1000  # elements, which torch draws while the generator's state is handed over and back
+FEW = 1000  # elements: torch draws so many while the generator's state is handed over and back
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -72,7 +72,7 @@ def _draws_as_torch(dtype: torch.dtype) -> bool:
     drawn = []
     for draw in (lambda y: y.bernoulli_(0.7), lambda y: _bernoulli(y, 0.7, 1.0)):
         torch.set_rng_state(before)
-        y = torch.empty(2001, dtype=dtype)  # the generator's words are used up three to six times
+        y = torch.empty(2001, dtype=dtype)  # so many draws refill the generator's block of words three to six times
         draw(y)
         drawn.append((y, torch.get_rng_state()))
     torch.set_rng_state(before)

@@ -96,7 +96,7 @@ def gan_loss_statistics(
 
 
 def _by_torch(fake: Tensor, real: Logits | None, kind: str, side: str) -> Tensor | None:
-    """The loss in PyTorch's ops where they are faster, or None; 16-bit logits stay ours, whose means are float32's."""
+    """The loss in PyTorch's ops where they are faster, or None. 16-bit logits stay ours: our means are float32."""
     if (kind, side) not in SMALL or not isinstance(real, Tensor | None):
         return None
     _check(fake, real, kind, side, False)
@@ -134,7 +134,7 @@ def _scale(
         return _relative_to_the_mean(fake, real, side)
     loss, statistics = _gan_loss.op(fake, real, kind, side, float(of_real))
     if of_fake and side == "d":
-        # of bce, minimax and lsgan alike, a target t of the fake logits takes away t mean f, and lsgan's square adds
+        # A target t of the fake logits takes t mean f away from bce, minimax and lsgan alike; lsgan gains t^2 / 2 too.
         wide = fake.to(accumulation_dtype(fake.dtype))
         square = of_fake**2 / 2 if kind == "lsgan" else 0.0
         loss = loss + (square - of_fake * wide.mean()).to(loss.dtype)
@@ -142,7 +142,7 @@ def _scale(
 
 
 def _relative_to_the_mean(fake: Tensor, real: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """The average form is bce of the logits, each less the other kind's mean; G's has the two kinds exchanged."""
+    """The average form is bce of the logits, each less the other kind's mean; for G the two kinds are exchanged."""
     f, r = (t.to(accumulation_dtype(t.dtype)) for t in (fake, real))
     less_f, less_r = f - r.mean(), r - f.mean()
     if side == "d":

@@ -73,7 +73,7 @@ def multi_head_attention_forward(
 def left_to_torch(given: dict[str, Any]) -> str:
     """Why a call with these arguments of multi_head_attention_forward is left to torch's function, or "".
 
-    Each is used where no discriminator's gradient is penalised, or is an error that torch words.
+    Such arguments are either not used by discriminators whose gradient is penalised, or an error that torch reports.
     """
     q, heads = given["query"], given["num_heads"]
     if given["dropout_p"] > 0.0 and given["training"]:

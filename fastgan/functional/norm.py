@@ -25,7 +25,7 @@ from fastgan.ops.bn_act import moments
 Statistics = tuple[Tensor, Tensor] | None  # (mean, var) of a batch
 
 # Elements up to which PyTorch's norm and activation are faster, without and with gradients; twice as many without an
-# activation. Its batch norm of images reads them twice in training, so that ours is ahead sooner there.
+# activation. PyTorch's batch norm of images reads its input twice in training, so there ours is ahead sooner.
 SMALL = {
     "batch of images": (8_192, 32_768),
     "batch of rows": (131_072, 131_072),
@@ -118,7 +118,8 @@ def _is_dense(x: Tensor) -> bool:
 def _activated(x: Tensor, t: Tensor, act: tuple[str, float]) -> Tensor:
     """phi(t) of the norm t of x, in the strides that PyTorch's own activation gives it.
 
-    Under gradients it keeps t and not its result, which the caller may then overwrite, as that of our kernels.
+    Under gradients the activation keeps t, not its result, so that the caller may overwrite the result as with our
+    kernels.
     """
     if not t.requires_grad and x.is_contiguous():
         return _activation.overwrite(t, *act)
@@ -150,7 +151,7 @@ def _in_training(
     stat_groups: int,
     sync: _ranks.Sync,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y, the batch's mean and biased variance, and where several ranks take part how many values made each."""
+    """y, the batch's mean and biased variance, and the number of values behind each; None where one rank takes part."""
     if known is not None:
         _check_statistics(x, *known, stat_groups)
     if _ranks.size(sync) > 1:
@@ -163,7 +164,7 @@ def _in_training(
 
 
 def _values_a_statistic(x: Tensor, stat_groups: int, ranks: int) -> int:
-    """How many values of x bn_act's statistics in training are made of."""
+    """How many values of x each of bn_act's statistics in training is made of."""
     n, _, pixels = planes(x)
     if stat_groups < 1 or n % stat_groups:
         raise ValueError(f"bn_act: stat_groups must divide the batch, got batch {n} and stat_groups={stat_groups}")

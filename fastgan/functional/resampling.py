@@ -251,14 +251,15 @@ def _transposed(
     flip_filter: bool,
     gain: float,
 ) -> Tensor:
-    """f of (weight of the zero-stuffed x): a transposed convolution turns its weight, so a correlation's is turned."""
+    """f of (weight of the zero-stuffed x). A transposed convolution turns its weight by 180 degrees, so the weight of a
+    correlation is turned first."""
     k, c, r, s = weight.shape
     if groups > 1:
         weight = weight.reshape(groups, k // groups, c, r, s).transpose(1, 2).reshape(groups * c, k // groups, r, s)
     else:
         weight = weight.transpose(0, 1)
     weight = weight.flip([2, 3]) if flip_weight else weight
-    # the transposed convolution pads by R - 1 before and R - up behind; what it makes too much of, it need not make
+    # The transposed convolution pads by R - 1 before and R - up behind; what would be cropped again is not computed.
     x0, x1, y0, y1 = (p - lost for p, lost in zip(around, (s - 1, s - up, r - 1, r - up), strict=True))
     cut_x, cut_y = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
     y = conv_transpose2d(x, weight, stride=up, padding=[cut_y, cut_x], groups=groups)

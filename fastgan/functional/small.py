@@ -1,9 +1,9 @@
 """Small tensors, for which a function takes PyTorch's own ops.
 
-A kernel of ours pays for a lookup, a call through the binding and, under gradients, an autograd node written in Python:
-15 to 25 us a function, 60 to 80 us with its gradients, where PyTorch's ops of few elements take 3 to 7 and 25 us. The
-sizes up to which they are faster stand beside each function and in docs/evidence/call-overhead.md. Nothing races for
-it: a size decides the same way everywhere.
+A call of our kernels pays for a lookup, for the binding and, under gradients, for an autograd node written in Python:
+15 to 25 us a function, 60 to 80 us with its gradients. PyTorch's ops of few elements take 3 to 7 us and 25 us. The
+sizes up to which PyTorch's ops are faster stand beside each function and in docs/evidence/call-overhead.md. There is no
+race about it: a size decides the same way on every machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastgan.choice import FREE, STATE
 def is_small(x: Tensor, largest: int) -> bool:
     """Whether PyTorch's ops take a call on x: a CPU tensor of at most `largest` elements.
 
-    False wherever somebody asked for kernels of ours or looks at single ops, where second derivatives are expected
-    (PyTorch's are dozens of kernels), and under autocast.
+    False where a backend was forced, where something looks at single ops, under autocast, and where second derivatives
+    are expected: PyTorch's are dozens of kernels.
     """
     return (
         STATE.mode == FREE
@@ -33,7 +33,7 @@ def is_small(x: Tensor, largest: int) -> bool:
 
 
 def learns(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for of any of them."""
+    """Whether any of the tensors may be asked for its gradient."""
     if torch.is_grad_enabled():
         for t in tensors:  # a generator costs 0.5 us
             if t is not None and t.requires_grad:

@@ -108,7 +108,7 @@ def _modulated(name: str, y: Tensor, scale: Tensor | None, shift: Tensor | None)
 
 
 def _spread(name: str, m: Tensor, y: Tensor) -> Tensor:
-    """m as it broadcasts against y: a vector of each sample along all between the first and the last dimension."""
+    """m as it broadcasts against y; [N, D] becomes [N, 1, ..., D]: one vector a sample."""
     if m.dim() == 2 and y.dim() > 2 and m.shape == (y.shape[0], y.shape[-1]):
         m = m.view(y.shape[0], *(1,) * (y.dim() - 2), y.shape[-1])
     fits = m.dim() <= y.dim() and all(a in (1, b) for a, b in zip(m.shape[::-1], y.shape[::-1], strict=False))

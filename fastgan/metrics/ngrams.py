@@ -19,7 +19,7 @@ def ngram_divergence(a: Iterable[str], b: Iterable[str], n: int = 4) -> float:
 
     Args:
         a, b: lines; each is taken to end in a newline, which is a character as any other.
-        n: the length of the n-grams, at least 1; a line that is shorter, its end included, has none.
+        n: the length of the n-grams, at least 1; a shorter line, its newline included, has no n-gram.
 
     Of few lines it is biased upwards: compare it with what as many other real lines have.
 

@@ -278,7 +278,7 @@ class ResidualDown(nn.Module):
 class StyleGAN2Discriminator(nn.Module):
     """Images to logits [N]: a 1x1 convolution, `ResidualDown` to 4x4, the batch's deviation, 3x3, two dense layers."""
 
-    per_sample = True  # of its own: a `MinibatchDeviation` is seen as what it is
+    per_sample = True  # the layers here; a `MinibatchDeviation` among them is looked at by itself
 
     def __init__(self, *, image_size: int = 32, channels: int = 3, width: int = 64, deviation: bool = True):
         super().__init__()

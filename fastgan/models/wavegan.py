@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 KERNEL, STRIDE, SHORTEST = 25, 4, 16
-PADDING = 11  # of 25 - 4 = 21 places more on the longer side: 11 before, 10 after
+PADDING = 11  # of the 25 - 4 = 21 places that the longer side has more: 11 before, 10 after
 
 
 class PhaseShuffle(nn.Module):
@@ -29,8 +29,8 @@ class PhaseShuffle(nn.Module):
         if not self.training or not self.n:
             return x
         n, length = self.n, x.shape[2]
-        # Slices in place of F.pad: the backward of reflection padding has no fixed order of sums on a GPU. Of the
-        # longer map gather takes every place at most once, so that its backward has one.
+        # Slices in place of F.pad: on a GPU the backward of reflection padding adds in no fixed order. gather takes
+        # each place of the longer map at most once, so its backward has a fixed order.
         longer = torch.cat([x[:, :, 1 : n + 1].flip(2), x, x[:, :, -n - 1 : -1].flip(2)], 2)
         start = torch.randint(0, 2 * n + 1, (len(x), 1, 1), device=x.device)
         return longer.gather(2, (torch.arange(length, device=x.device) + start).expand(-1, x.shape[1], -1))

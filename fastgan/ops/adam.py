@@ -58,7 +58,7 @@ class Adam(Chosen):
         return args[0][0]
 
     def run(self, *args):
-        """PyTorch's own where something traces or records: to it a kernel on lists of addresses would be invisible."""
+        """Runs PyTorch's own where something traces or records, which could not see a kernel on lists of addresses."""
         return reference(*args) if is_traced() else super().run(*args)
 
     def case(self, args):

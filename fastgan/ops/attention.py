@@ -185,7 +185,7 @@ def _floats(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Of a bias gradient too, whose shared dimensions of size 1 count as strides of 0."""
+    """The strides; those of a bias gradient are 0 in its shared dimensions, whose size is 1."""
     if t is None or t.dim() < 4:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True))

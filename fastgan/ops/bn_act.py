@@ -72,8 +72,8 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def computed(mean: Tensor, var: Tensor, training: bool, given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The statistics as the op returns them: an op may not return its argument, and a copy of given ones would cost a
-    launch each, so then none, [0, C]."""
+    """The statistics as the op returns them; [0, C] where they were given. An op may not return its argument, and a
+    copy of each would cost a launch."""
     if training and given is not None:
         return mean.new_empty(0, mean.shape[1]), var.new_empty(0, mean.shape[1])
     return mean, var

@@ -69,7 +69,7 @@ def cost(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) ->
 def cost_statistics(
     x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, stat_groups: int
 ) -> dict[str, int]:
-    """Of conv2d_statistics: y's elements cross memory once as they do without; mean and var are written besides."""
+    """The cost of conv2d_statistics: y crosses memory once, as without statistics; mean and var are written besides."""
     found = cost(x, weight, stride, padding, dilation)
     n, k, oh, ow = output_shape(x, weight, stride, padding, dilation)
     return {"bytes": found["bytes"] + 8 * stat_groups * k, "flops": found["flops"] + 4 * n * k * oh * ow}

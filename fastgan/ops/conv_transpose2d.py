@@ -84,7 +84,7 @@ def cost_statistics(
     dilation: Any,
     stat_groups: int,
 ) -> dict[str, int]:
-    """Of conv_transpose2d_statistics: y's elements cross memory once as they do without; mean and var besides."""
+    """The cost of conv_transpose2d_statistics: y crosses memory once, as without statistics; mean and var besides."""
     found = cost(x, weight, stride, padding, output_padding, groups, dilation)
     n, k, oh, ow = output_shape(x, weight, stride, padding, output_padding, groups, dilation)
     return {"bytes": found["bytes"] + 8 * stat_groups * k, "flops": found["flops"] + 4 * n * k * oh * ow}

@@ -192,7 +192,7 @@ op.differentiate(_save, _backward)
 
 
 def _refuse_filters(ctx, index):
-    """Of the two filters, inputs `index` and the next."""
+    """Raises where one of the two filters, inputs `index` and the next, requires a gradient."""
     if ctx.needs_input_grad[index] or ctx.needs_input_grad[index + 1]:
         raise NotImplementedError(
             "filtered_lrelu: the filters must not require gradients, got one that does; "

@@ -39,7 +39,7 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu")
 
 
 def cost(x: Tensor) -> dict[str, int]:
-    """Bytes and FLOPs that a perfect forward kernel needs: a group is read once and stays where it is quick."""
+    """Bytes and FLOPs that a perfect forward kernel needs: a group is read once and stays in the cache."""
     return {"bytes": 2 * x.numel() * x.element_size(), "flops": 8 * x.numel()}
 
 
@@ -73,20 +73,20 @@ def _parameters(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def _is_layer_norm(x: Tensor, groups: int) -> bool:
-    """PyTorch's layer norm is the same on [rows, D] and much quicker there than its group norm."""
+    """Whether PyTorch's layer norm computes the same: on [rows, D] it is much faster than PyTorch's group norm."""
     return groups == 1 and x.dim() == 2
 
 
 def _cuda_declines(x: Tensor) -> str:
-    """Rows of few pixels are counted in int."""
+    """Why the CUDA kernels leave x to the reference, or "": they count rows of few pixels in int."""
     n, channels, pixels = planes(x)
     few = pixels < 16 and max(n, pixels) * channels > 2**30
     return f"cuda kernels want at most 2^30 elements a sample of few pixels, got {tuple(x.shape)}" if few else ""
 
 
 def _layout(core, x: Tensor) -> bool:
-    """Whether the kernels get x as channels_last. CUDA's take a sample of fewer than 16 pixels as one row of channels,
-    each with its pixels: such small images are copied where they lie the other way."""
+    """Whether the kernels get x as channels_last. The CUDA kernels take a sample of fewer than 16 pixels as one row in
+    NCHW: such an image in channels_last is copied."""
     return is_channels_last(x) and not (core is _native.CUDA and planes(x)[2] < 16)
 
 
@@ -99,9 +99,8 @@ def reference(x, weight, bias, groups, eps, activation, slope):
         return like(x), *(s.zero_() for s in _statistics_like(x, groups))
     x = _for_torch(x)
     if weight is None and x.dtype != dtype:
-        weight = x.new_ones(
-            x.shape[1], dtype=dtype
-        )  # without a float32 weight PyTorch rounds the statistics to 16 bits
+        # without a float32 weight PyTorch rounds the statistics to 16 bits
+        weight = x.new_ones(x.shape[1], dtype=dtype)
     weight, bias = _parameters(x, weight, bias)
     if _is_layer_norm(x, groups):
         t, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight, bias, eps)

@@ -148,9 +148,9 @@ def _squared_norms(discriminator: Callable[..., Any], x: Tensor, labels: Tensor 
             f"gradient_penalty: torch.compile of a penalty needs torch >= 2.13, got {torch.__version__}; "
             "call it outside the compiled function"
         )
-    # Dynamo hands the function over whole, and AOTAutograd runs this code on its tracing tensors
+    # Dynamo leaves the function whole, and AOTAutograd runs it on its tracing tensors.
     rest = () if labels is None else (labels,)  # nonstrict_trace takes no None
-    # Dynamo reads the modes here, and so guards the compiled code by them
+    # Dynamo reads the training modes here, so the compiled code is guarded by them: `modes` is an argument for that.
     modes = [m.training for m in discriminator.modules()] if isinstance(discriminator, nn.Module) else []
     norms: Tensor = torch._dynamo.nonstrict_trace(_norms_in_modes)(discriminator, modes, x, *rest)
     return norms

@@ -2,7 +2,7 @@
 
 Source: Karras et al. 2020, Training Generative Adversarial Networks with Limited Data (arXiv:2006.06676): the parts of
 the pipeline of its appendix B that it found to help, pixel blitting, geometric and colour transformations, and the
-control of section 3.1. Of an augmentation that happens with a probability below 1 the generator learns nothing.
+control of section 3.1. The generator does not learn to draw an augmentation whose probability is below 1.
 
 Every operation takes a batch at once and is linear in the pixels up to a constant, so that it can be differentiated as
 often as the discriminator. Nothing is read back from a GPU.
@@ -128,9 +128,9 @@ def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, flip: Tensor, hue:
 class Ada:
     """The augmentation, and the probability `p` of each of its changes: a 0-dim tensor on the device, 0 at first.
 
-    The discriminator is too sure of itself where the sign of its logits on the (augmented) training images is 1 more
-    often than -1: their mean sign over 4 batches is held at `target`, by adding to p or taking away so much that it
-    rises from 0 to 1 in `images` images.
+    The discriminator is too sure of itself where its logits on the (augmented) training images are positive too often.
+    So their mean sign over 4 batches is held at `target`: p grows while it is above, and falls while it is below, as
+    fast as takes p from 0 to 1 in `images` images.
 
     batch: real images between two calls of `observe`.
     """
@@ -234,10 +234,10 @@ def _normal(x: Tensor) -> Tensor:
 
 
 def _angle(x: Tensor) -> Tensor:
-    """Anywhere on the circle."""
+    """An angle for each row of x, uniform on the circle."""
     return (2 * torch.rand(len(x), device=x.device, dtype=x.dtype) - 1) * math.pi
 
 
 def _none(changed: Tensor) -> bool:
-    """Whether a batch is left as it is. On a GPU that is not asked: the answer would have to be waited for."""
+    """Whether no image of the batch is changed. Always False on a GPU, where the answer would cost a wait."""
     return changed.device.type == "cpu" and not bool(changed.any())

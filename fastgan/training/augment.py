@@ -116,7 +116,7 @@ class Augment:
         return x if self.noise is None else x + self.noise.to(x.dtype) * torch.randn_like(x)
 
     def observe(self, logits_real: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-        """Follow what the discriminator made of a batch of real images; numbers for the log."""
+        """Follow the discriminator's logits on a batch of real images; returns numbers for the log."""
         return {} if self.ada is None else {"augment_p": self.ada.observe(logits_real)}
 
     def state_dict(self) -> dict[str, Any]:

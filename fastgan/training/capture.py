@@ -3,9 +3,9 @@
 Which graph a step takes is decided by its key: which of its updates carry a penalty or G's extra loss (so a lazy one is
 two graphs, with and without) and the shapes, types and strides of what it is given. A key's first three steps are real
 steps, run eagerly in a side stream: they compile, prove, race and allocate, and the last two are compared op by op
-(`fastgan.training.recording`). Only then is it captured. What a replay cannot follow is watched: when a mode, a
-setting, a hyperparameter or the place of a parameter changes, the graphs are thrown away and it begins anew; learning
-rates live in device scalars and may change at every step.
+(`fastgan.training.recording`). Only then the step is captured. A replay cannot follow every change: when a mode, a
+setting, a hyperparameter or the place of a parameter changes, all graphs are thrown away and the warm-up begins anew.
+Learning rates live in device scalars and may change at every step.
 
 Whatever cannot be captured runs eagerly, with one line that says why. A capture executes nothing, so a failed one
 leaves the parameters as they were, and the step is then run eagerly.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 __all__ = ["STROKES", "curves"]
 
 STROKES = "abcdef"  # classes of lines; the page's style gives each a colour
-MOST_POINTS = 600  # points a curve: more than pixels help nobody
+MOST_POINTS = 600  # points a curve: about as many as it has pixels
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 860.0, 220.0, 48.0, 24.0, 18.0
 
 Points = Sequence[tuple[float, float]]

@@ -1,7 +1,8 @@
 """Checkpoints: one file a state, written whole or not at all, checked bit by bit when read.
 
-A file holds the state and a checksum of each tensor, and one of all plain values. What does not agree is damaged, and
-so is a file with a number that is infinite or undefined. Files are read with ``weights_only=True``: they run no code.
+A file holds the state, a checksum of each tensor, and one of all plain values. A file whose checksums do not agree is
+damaged, and so is one with an infinite or undefined number. Files are read with ``weights_only=True``: no code in them
+runs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """seconds: of training in all, earlier processes included; what is done `aside` counts there and not in `pace`."""
+    """seconds: of training in all, earlier processes included. Work done `aside` counts in them, and not in `pace`."""
 
     def __init__(self, device: torch.device):
         self.seconds = 0.0

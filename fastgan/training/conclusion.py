@@ -45,7 +45,7 @@ def conclude(run: Trainer, reason: str) -> Result:
         run.notes.append(_evaluated(run))
         run.progress.note(run.notes[-1])
     try:
-        if reason != "interrupted":  # who interrupts is in haste
+        if reason != "interrupted":  # a user who interrupts is in haste
             said = run.domain.compare(run.directory, run.samples, made, run.columns)
             run.notes += [said] if said else []
         page = report.write_report(run.directory, status=words, notes=run.notes, explanation=_explanation(run))

@@ -26,7 +26,7 @@ from .augment import ADAPTIVE
 
 __all__ = ["Exchange", "LostRankError", "World", "join", "leave"]
 
-# Why a run ends; where ranks differ, the later one here is what they all take.
+# Why a run ends. Where ranks differ, they all take the reason that comes later in this list.
 REASONS = ("", "steps", "time", "target", "patience", "plateau", "collapse", "interrupted")
 # Between two ranks' seeds: 2^32 over the golden ratio. PyTorch's CPU generator keeps the low 32 bits of a seed alone.
 SEED_STRIDE = 0x9E3779B9
@@ -144,7 +144,7 @@ def join() -> World:
     if not dist.is_initialized():
         _number("RANK", None)
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun's store outlives a restart of the ranks: without a prefix they would call those that are gone
+        # torchrun's store outlives a restart of the ranks: without a prefix they would connect to ranks that are gone
         store = dist.PrefixStore(f"fastgan-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(kinds, store=store, rank=rank, world_size=size)

@@ -23,13 +23,10 @@ from .sampling import draw, latents
 __all__ = ["Evaluation", "FeatureJudge", "Judge", "Target"]
 
 NAMES = {"kcd": "kernel", "fcd": "frechet", "precision": "precision", "recall": "recall", "coverage": "coverage"}
-SHARE = (
-    0.05  # of the time between evaluations; the first one also computes the real features, so it costs up to twice it
-)
-LEAST, MOST = (
-    64,
-    2000,
-)  # images: below 64 the kernel distance is noise, above 2,000 its matrices cost more than they tell
+# Of the time between evaluations. The first one also computes the real features, so it costs up to twice as much.
+SHARE = 0.05
+# Images: below 64 the kernel distance is noise, above 2,000 its matrices cost more than they tell.
+LEAST, MOST = 64, 2000
 
 
 class Target(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["Collapse", "DivergedError", "Guard"]
 
-# What a discriminator pays that cannot tell real from fake: the unit of its loss. A critic's (wasserstein) is 0 then.
+# The loss of a discriminator that cannot tell real from fake: the unit of its loss. A critic's (wasserstein) is 0.
 UNDECIDED = {
     "bce": 2 * math.log(2),
     "minimax": 2 * math.log(2),
@@ -19,11 +19,11 @@ UNDECIDED = {
     "hinge": 2.0,
     "relativistic": math.log(2),
 }
-# Of that. With bce D(x) = 0.99 and D(G(z)) = 0.01 make 0.0145: the generator's gradient is almost nothing. A healthy
-# discriminator dips there for a few logged steps at a time, hence a run of them.
+# As a share of UNDECIDED. With bce D(x) = 0.99 and D(G(z)) = 0.01 make 0.0145: the generator's gradient is almost
+# nothing. A healthy discriminator dips below it for a few logged steps at a time, so PATIENCE of them must follow.
 CERTAIN = 0.015
 PATIENCE = 20
-# A score beyond these is none that the loss can want: a squared score 100 from its targets 0 and 1, a logit of 1000.
+# No loss asks for a score beyond these: for lsgan 100 away from its targets 0 and 1, for the others a logit of 1000.
 LARGEST = {"bce": 1e3, "minimax": 1e3, "lsgan": 1e2, "hinge": 1e3, "relativistic": 1e3}
 # A critic of slope 1 tells two images apart by at most their distance, so by at most the diameter of [-1, 1]^pixels.
 # Penalties hold the slope on average only, hence a factor; its level is free, until rounding eats the difference.

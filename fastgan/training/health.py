@@ -1,4 +1,4 @@
-"""What a run is looked at for: how varied its pictures are beside its images, how large its gradients, and whether the
+"""A run's health: how varied its pictures are beside its images, how large its gradients are, and whether the
 discriminator knows its training images by heart. Nothing here draws from the run's random generators."""
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def principal_directions(
 
 
 def _activations(generator: nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
-    """[N, values] on the CPU: what the second layer takes, which is what the first one made, normed and activated."""
+    """[N, values] on the CPU: the second layer's input, which is the first layer's output after norm and activation."""
     called: list[nn.Module] = []
     layers = [m for m in generator.modules() if isinstance(m, LAYERS)]
     with _looking(layers, lambda layer, x: called.append(layer)):
@@ -91,7 +91,7 @@ def class_directions(generator: nn.Module, z: Tensor, images: Tensor, labels: Te
     """[latent] directions of length 1 towards each class that the pictures of z [N, latent] show.
 
     A picture has the class of the image (uint8 [M, C, H, W], labels int64 [M]) whose features on the backbone "small"
-    are nearest. A class that no picture or every picture has, has no direction.
+    are nearest. A class has no direction where no picture has it, or every picture.
     """
     backbone = load_backbone()
     made = features(draw(generator, z), backbone)

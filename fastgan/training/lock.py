@@ -1,7 +1,7 @@
 """The lock of a run directory: one process trains in it, and the others learn which.
 
-The kernel's lock on the file ends with its process, however that ends; the file names the process, its host and its
-start. Where the file system knows no locks, or the file comes from another host, these decide.
+The operating system's lock on the file ends with its process, however that ends. The file names the process, its host
+and its start; these decide where the file system knows no locks, or where the file comes from another host.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def _lives_elsewhere(holder: dict[str, Any]) -> bool:
-    """Whether another host's process left its name: whether that one still runs cannot be seen from here."""
+    """Whether a process of another host holds the lock: from here nobody can see whether it still runs."""
     return bool(holder) and holder.get("host") != socket.gethostname()
 
 

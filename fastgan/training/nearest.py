@@ -20,8 +20,8 @@ def compare_with_images(directory: RunDirectory, images: Tensor, made: Tensor, c
     """Write pictures/real.png and pictures/nearest.png; a sentence on whether samples repeat training images.
 
     images: uint8 [N, C, H, W]. made: samples in [-1, 1]. The sentence compares the median distance of a sample from its
-    nearest training image with that of a training image from its nearest other one: a generator that has learnt its
-    images by heart has a share near 0.
+    nearest training image with the distance between a training image and its nearest other one. The ratio is near 0
+    for a generator that has learnt its images by heart.
     """
     folder = directory.pictures
     sheet = images[_evenly(len(images), len(made)).to(images.device)].cpu()

@@ -96,7 +96,7 @@ def halves(output: Any) -> tuple[Any, Any]:
 
 
 def parts_of(batch: Any, cut: Callable[[Any], Any], count: int) -> list[Any]:
-    """`count` parts of a batch: of each tensor in the structure."""
+    """`count` parts of a batch: every tensor in the structure is cut."""
     leaves, structure = tree_flatten(batch)
     pieces = [cut(leaf) for leaf in leaves]
     return [tree_unflatten([piece[i] for piece in pieces], structure) for i in range(count)]

@@ -1,7 +1,7 @@
 """A discriminator that returns probabilities, as many tutorials write it: noticed before it trains wrongly.
 
 The losses take logits. Where the last thing that a discriminator does is a sigmoid, the loss would apply a second one.
-What made the output is read off its autograd graph, so that it does not matter how the network is written.
+The last function is read from the autograd graph of the output, so that any way to write the network will do.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Watch:
             self.within = bool(((t >= 0) & (t <= 1)).all())
             self.seen += t.numel()
             self.total += float(t.sum())
-        near_half = 0.25 < self.total / max(self.seen, 1) < 0.75  # an untrained network's logits lie about 0
+        near_half = 0.25 < self.total / max(self.seen, 1) < 0.75  # the logits of an untrained network lie around 0
         if self.updates == UPDATES and self.within and near_half and self.seen >= LEAST:
             warnings.warn(
                 f"GANStep: the discriminator must return logits, got values within [0, 1] only in its first {UPDATES} "

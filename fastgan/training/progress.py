@@ -222,7 +222,7 @@ def counter(noun: str) -> Callable[[int, int], None] | None:
     """A bar for (done, in all) on stderr, with the pace and the time left; None where that is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
-    start: list[float] = []  # what was done at the first call, and when: a part may be of an earlier process
+    start: list[float] = []  # the count and the time at the first call: an earlier process may have done a part
 
     def show(done: int, total: int) -> None:
         now = time.monotonic()

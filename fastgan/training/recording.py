@@ -1,9 +1,9 @@
 """What a step does, op by op: the check that a CUDA graph of it, replayed, would do what the step does.
 
 A CUDA graph replays kernels on fixed addresses with fixed constants. It cannot read a value back to the host, and it
-knows nothing of Python: a number that a scheduler changed, a coin that the model flipped, a tensor that an attribute
-was pointed at anew are all frozen in it, without an error. `Recording` sees every op of a run; two runs of one step
-must read nothing back and must be the same ops with the same constants on the same outer tensors.
+knows nothing of Python. A number that a scheduler changes, a coin that the model flips, a tensor that an attribute is
+set to anew: the graph keeps what it saw at the capture, without an error. `Recording` sees every op of a run. Two runs
+of one step must read nothing back, and must be the same ops with the same constants on the same outer tensors.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ __all__ = ["Schedules", "average_decay", "noise_at", "rate_at", "share_at"]
 
 
 def rate_at(recipe: Recipe, step: int) -> float:
-    """The factor of both learning rates in the update that follows `step` of them.
+    """The factor of both learning rates in the update after `step` updates.
 
     It rises from 1 / warm_up to 1 over `warm_up` steps; then it stays ("constant"), falls on a line ("linear") or half
     a cosine ("cosine", Loshchilov, Hutter 2017, arXiv:1608.03983) towards 0 at the recipe's last step.
@@ -47,20 +47,20 @@ def noise_at(recipe: Recipe, step: int) -> float:
 def share_at(recipe: Recipe, epoch: int) -> float:
     """The share of a batch that the generator learns from in an epoch: 0.99 of the share before, down to `top_k`.
 
-    In whole eighths, upwards: each share is a CUDA graph of its own, of which a step may have 32.
+    It is rounded up to whole eighths: each share is a CUDA graph of its own, and a step may have 32 of those.
     """
     return math.ceil(8 * max(recipe.top_k, 0.99**epoch)) / 8 if recipe.top_k < 1 else 1.0
 
 
 class Schedules:
-    """Sets what follows the step on `count` images; `slowed` is a factor of both rates on top, which a rollback
-    lowers."""
+    """Sets all that follows the step number, in runs on `count` images. `slowed`: a further factor of both learning
+    rates, which a rollback lowers."""
 
     def __init__(self, recipe: Recipe, step: GANStep, count: int):
         self._recipe, self._step, self._count, self.slowed = recipe, step, count, 1.0
 
     def apply(self, step: int, images: int) -> None:
-        """Before the update that follows `step` of them and `images` images."""
+        """Called before an update: `step` updates are done, and `images` images were seen."""
         recipe = self._recipe
         if recipe.schedule != "constant" or recipe.warm_up or self.slowed != 1.0:
             factor = rate_at(recipe, step) * self.slowed

@@ -72,7 +72,7 @@ def restore(run: Trainer, state: dict[str, Any], path: Path, changed: bool) -> N
         run.guard.load_state_dict(state["guard"])
         run.schedules.slowed, run.rollbacks = state["slowed"], state["rollbacks"]
     ranks = state.get("ranks", [state])
-    own = ranks[run.world.rank] if len(ranks) == run.world.size else {}  # another number of ranks draws anew
+    own = ranks[run.world.rank] if len(ranks) == run.world.size else {}  # with another number of ranks each draws anew
     begin_run(own.get("winners", state["winners"]))
     if not own:
         run.world.seed(run.recipe.seed + 1 + run.step)

@@ -316,7 +316,7 @@ class GANStep:
         return loss, metrics
 
     def _penalise(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
-        """The penalty, by passes of its own; of several discriminators the sum."""
+        """The penalty, by passes of its own; for several discriminators the sum of theirs."""
         with self._autocast():
             kind, weight = self.penalty or "", self.penalty_weight * self.penalty_every
             options: Any = dict(kind=kind, weight=weight, labels=labels, generator=self.rng, sync=self.sync)
@@ -351,7 +351,7 @@ class GANStep:
         return *logits, penalties.squared_penalty([found[1]], weight)
 
     def _judged(self, output: Any) -> Tensor | list[Tensor]:
-        """The logits that a loss is taken of: those of all ranks where it looks over the batch."""
+        """The logits for the loss: those of all ranks where the loss compares samples of a batch."""
         found = _logits(output)
         if (self.loss != "relativistic-average" and self.top_k == 1) or _ranks.size(self.sync) == 1:
             return found
@@ -621,7 +621,7 @@ def _logits(output: Any) -> Tensor | list[Tensor]:
 
 
 def _best(logits: Tensor | list[Tensor], share: float) -> Tensor | list[Tensor]:
-    """The logits of the images that D takes for the realest: of several scales by the sum of their means."""
+    """The logits of the images that D takes for the realest; with several scales, by the sum of each scale's mean."""
     scales = logits if isinstance(logits, list) else [logits]
     score = torch.stack([scale.detach().reshape(len(scale), -1).mean(1) for scale in scales]).sum(0)
     kept = score.topk(math.ceil(share * len(score)), sorted=False).indices

@@ -1,5 +1,5 @@
-// CUDA's device language for a C++ compiler that only has to read it: the launchers (.cu) need the names and parameters
-// of the kernels, whose bodies are parsed, never compiled. What runs is compiled by NVRTC (loader.hpp).
+// CUDA's device language for a C++ compiler that only has to parse it: the launchers (.cu) need the kernels' names and
+// parameters, not their bodies. NVRTC compiles the code that runs (loader.hpp).
 #pragma once
 
 #include <algorithm>

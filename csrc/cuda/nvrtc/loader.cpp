@@ -203,7 +203,7 @@ Function load(Kernel& kernel, int device) {
   Function function = nullptr;
   if (const Compiled kept = file.read(); !kept.code.empty()) try {
       function = load_into_driver(kept);
-    } catch (const std::runtime_error&) {  // whole, but not to this driver's taste: compile anew
+    } catch (const std::runtime_error&) {  // the file is whole, but this driver refuses it: compile anew
     }
   if (!function) {
     const Compiled fresh = compile({kernel.name}, capability);
