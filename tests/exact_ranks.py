@@ -1,16 +1,19 @@
 """What each rank of tests/test_exact_ranks.py runs: ``python exact_ranks.py FOLDER CASE...``.
 
-A case is LOSS:PENALTY:DTYPE.
+A case is LOSS:PENALTY:STATISTICS:DTYPE.
 
-Every case trains 20 steps on networks with batch norm, this rank on its part of each batch, with statistics over all
-ranks. The parameters after each step and the running statistics go to rank-K.pt. Without ranks the same function trains
-plain PyTorch networks on the whole batches.
+Every case trains 20 steps on networks with batch norm, this rank on its part of each batch, with statistics over "all"
+ranks or those of its "own" part. The parameters after each step and the running statistics go to rank-K.pt. One process
+does the same in `alone`: plain PyTorch networks on the whole batches, or a textbook loop over the parts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgan
+from fastgan.functional import gan_loss, gradient_penalty
 from fastgan.training.distributed import Exchange, World, join, leave
 
 BATCH, STEPS = 12, 20
@@ -27,44 +31,59 @@ PENALTIES = ("none", "wgan-gp", "dragan", "r1", "r2", "r1r2", "r1-approximate", 
 PAIRS = [f"{loss}:{penalty}" for loss, penalty in zip((*LOSSES, "relativistic-average"), PENALTIES, strict=True)]
 PAIRS += ["bce:top-k"]  # the generator learns from half of its images
 ALL_PAIRS = [f"{loss}:{penalty}" for loss, penalty in itertools.product(LOSSES, PENALTIES)]
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}
+STATISTICS = ("all", "own")
+# "smooth" is float64 on the networks of the dtypes after it, which are compared with it
+DTYPES = {"float64": torch.float64, "smooth": torch.float64, "float32": torch.float32, "bf16": torch.float32}
 
 
 class Generator(nn.Module):
     """A hand-written forward around its chain."""
 
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.first = nn.Linear(5, 12)
         self.norm = nn.BatchNorm1d(12)
         self.main = nn.Sequential(
-            nn.ConvTranspose2d(12, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 2, 4, 2, 1), nn.Tanh()
+            nn.ConvTranspose2d(12, 4, 3), nn.BatchNorm2d(4), act(), nn.ConvTranspose2d(4, 2, 4, 2, 1), nn.Tanh()
         )
+        self.act = act()
 
     def forward(self, z: Tensor) -> Tensor:
-        images: Tensor = self.main(torch.relu(self.norm(self.first(z)))[:, :, None, None])
+        images: Tensor = self.main(self.act(self.norm(self.first(z)))[:, :, None, None])
         return images
 
 
-def step_of(case: str, sync: bool) -> fastgan.GANStep:
-    loss, penalty, dtype = case.split(":")
+def networks(dtype: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Smooth ones but in float64: an input of 4e-8 at a leaky ReLU's kink has another slope once it is rounded, and by
+    that one the weights of minimax:r1 jumped from an error of 1e-6 to one of 4e-4 in float32."""
     torch.manual_seed(0)
+    act = functools.partial(nn.LeakyReLU, 0.2) if dtype == "float64" else nn.SiLU
     d = nn.Sequential(
-        *(nn.Conv2d(2, 4, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)),
-        *(nn.LeakyReLU(0.2), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.Softplus(), nn.Flatten(), nn.Linear(5, 1)),
+        *(nn.Conv2d(2, 4, 3, 1, 1), act(), nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), act()),
+        *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.Softplus(), nn.Flatten(), nn.Linear(5, 1)),
     )
-    g, d = (m.to(DTYPES[dtype]) for m in (Generator(), d))
+    g, d = (m.to(DTYPES[dtype]) for m in (Generator(nn.ReLU if dtype == "float64" else act), d))
     d.to(memory_format=torch.channels_last)
     adam = [torch.optim.Adam(m.parameters(), lr=5e-3, eps=1e-3) for m in (g, d)]
+    return g, d, adam[0], adam[1]
+
+
+def weight_of(penalty: str) -> float:
+    return 0.1 if "approximate" in penalty else 1.0
+
+
+def step_of(case: str, sync: bool) -> fastgan.GANStep:
+    loss, penalty, _, dtype = case.split(":")
+    g, d, g_adam, d_adam = networks(dtype)
     return fastgan.GANStep(
         *(g, d),
         latent=5,
-        g_optimizer=adam[0],
-        d_optimizer=adam[1],
+        g_optimizer=g_adam,
+        d_optimizer=d_adam,
         loss=loss,
         penalty=None if penalty in ("none", "top-k") else penalty,
         top_k=0.5 if penalty == "top-k" else 1.0,
-        penalty_weight=0.1 if "approximate" in penalty else 1.0,
+        penalty_weight=weight_of(penalty),
         precision="bf16" if dtype == "bf16" else "fp32",
         rng=torch.Generator().manual_seed(7),
         sync=sync,
@@ -78,36 +97,117 @@ def batches(dtype: str) -> list[tuple[Tensor, Tensor]]:
     return [(real.to(DTYPES[dtype]) * 0.5, z.to(DTYPES[dtype])) for real, z in numbers]
 
 
-def shared(draw, world: World, turned: bool = False):
+def shared(draw, world: World, order: int = 0):
     """torch.rand or randn, drawn for all ranks at once, in float64: this rank's part."""
 
     def part(*shape, generator=None, device=None, dtype=None):
         n, *rest = shape if isinstance(shape[0], int) else shape[0]
         whole = draw(n * world.size, *rest, generator=generator, dtype=torch.float64)
-        own = whole[n * world.rank : n * (world.rank + 1)].to(dtype)
-        return own.flip(0) if turned else own
+        return in_order(whole[n * world.rank : n * (world.rank + 1)].to(dtype), order)
 
     return part
 
 
-def train(case: str, world: World, turned: bool = False) -> dict[str, Tensor]:
+def drawing(world: World, order: int):
+    """Within: what is drawn is this rank's part of what all draw."""
+    stack = contextlib.ExitStack()
+    for draw in (torch.rand, torch.randn):
+        stack.enter_context(mock.patch(f"torch.{draw.__name__}", shared(draw, world, order)))
+    return stack
+
+
+def part_of(batch: Tensor, world: World, order: int) -> Tensor:
+    return in_order(batch.chunk(world.size)[world.rank], order)
+
+
+def in_order(samples: Tensor, order: int) -> Tensor:
+    """In one of 2n orders of n samples, 0 as they are: nothing changes but how sums round."""
+    turns, shift = divmod(order, len(samples))
+    samples = samples.roll(shift, 0) if shift else samples
+    return samples.flip(0) if turns else samples
+
+
+def row(*modules: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for m in modules for p in m.parameters()])
+
+
+def train(case: str, world: World, order: int = 0) -> dict[str, Tensor]:
     """weights [STEPS, parameters] after each step; buffers: the running statistics at the end.
 
-    turned: each batch with its last sample first, which changes nothing but how sums round.
+    order: of the samples in each batch (`in_order`).
     """
-    step, images = step_of(case, sync=world.size > 1), batches(case.rpartition(":")[2])
+    step, images = step_of(case, sync=world.size > 1 and ":all:" in case), batches(case.rpartition(":")[2])
     if world.size > 1:
         step.exchange = Exchange(world)
-    part = BATCH // world.size
-    mine, found = slice(world.rank * part, (world.rank + 1) * part), []
-    rand, randn = (mock.patch(f"torch.{f.__name__}", shared(f, world, turned)) for f in (torch.rand, torch.randn))
-    with rand, randn:
-        for real, z in images:
-            real, z = (x[mine].flip(0) if turned else x[mine] for x in (real, z))
+    found = []
+    with drawing(world, order):
+        for batch in images:
+            real, z = (part_of(x, world, order) for x in batch)
             step(real, z=z)
-            found.append(torch.cat([p.detach().reshape(-1) for m in step.modules() for p in m.parameters()]))
+            found.append(row(*step.modules()))
     kept = [b.double().reshape(-1) for m in step.modules() for b in m.buffers()]
     return {"weights": torch.stack(found), "buffers": torch.cat(kept)}
+
+
+def alone(case: str, ranks: int, order: int = 0) -> dict[str, Tensor]:
+    """What one process makes of a case."""
+    return train(case, World(), order) if ":all:" in case else Parts(case, ranks, order).train()
+
+
+class Parts:
+    """The textbook's loop in one process, each update by the mean of the losses of as many parts as there are ranks."""
+
+    def __init__(self, case: str, ranks: int, order: int):
+        self.loss, self.penalty, _, self.dtype = case.split(":")
+        self.ranks, self.order = [World(k, ranks) for k in range(ranks)], order
+        self.g, self.d, self.g_adam, self.d_adam = networks(self.dtype)
+        self.rng = torch.Generator().manual_seed(7)
+
+    def train(self) -> dict[str, Tensor]:
+        """The weights alone: a rank's running statistics see its own part."""
+        found = []
+        for batch in batches(self.dtype):
+            parts = [[part_of(x, rank, self.order) for x in batch] for rank in self.ranks]
+            with self.autocast():
+                fakes = [self.g(z) for _, z in parts]
+            reals, before = [real for real, _ in parts], self.rng.get_state()
+            losses = (self.d_loss(*of, before) for of in zip(self.ranks, reals, fakes, strict=True))
+            self.update(self.d_adam, losses)
+            self.update(self.g_adam, map(self.g_loss, reals, fakes))
+            found.append(row(self.g, self.d))
+        return {"weights": torch.stack(found)}
+
+    def update(self, adam: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
+        adam.zero_grad()
+        (sum(losses) / len(self.ranks)).backward()
+        adam.step()
+
+    def d_loss(self, rank: World, real: Tensor, fake: Tensor, before: Tensor) -> Tensor:
+        """before: of the generator of random numbers, from which every rank draws all parts and takes its own."""
+        on_real, on_fake = self.judged(real), self.judged(fake.detach())
+        loss = gan_loss(on_fake, on_real, kind=self.loss, side="d")
+        if self.penalty in ("none", "top-k"):
+            return loss
+        self.rng.set_state(before)
+        options = dict(kind=self.penalty, weight=weight_of(self.penalty), generator=self.rng)
+        with drawing(rank, self.order), self.autocast():
+            return loss + gradient_penalty(self.d, real, fake.detach(), **options)
+
+    def g_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        with torch.no_grad():
+            on_real = self.judged(real) if "relativistic" in self.loss else None
+        on_fake = self.judged(fake)
+        if self.penalty == "top-k":
+            on_fake = on_fake.flatten().topk(-(-len(on_fake) // 2)).values
+        return gan_loss(on_fake, on_real, kind=self.loss, side="g")
+
+    def judged(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            logits: Tensor = self.d(images)
+        return logits if DTYPES[self.dtype] == torch.float64 else logits.float()
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16")
 
 
 def main(folder: Path, cases: list[str]) -> None:
