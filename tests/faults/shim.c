@@ -3,7 +3,8 @@
  * LD_PRELOAD. Nothing happens until fault_arm(folder, at, how) is called in the process:
  *   how 0: only count    1: die before the call    2: die after half of it (a write; else before it)    3: the disk is full
  *   4: `at` bytes are left on the disk; the write that would pass them writes what fits
- * fault_count() gives the calls so far, fault_bytes() the bytes written, fault_refused() the calls that found a full disk.
+ * fault_count() gives the calls so far, fault_bytes() the bytes written, fault_refused() the calls that found a full disk,
+ * fault_growing() the number of the last call that needs room.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,19 +19,20 @@
 #include <unistd.h>
 
 static char folder[4096];
-static long at, count, bytes, refused;
+static long at, count, bytes, refused, growing;
 static int how = -1;
 
 void fault_arm(const char *path, long number, int kind) {
     snprintf(folder, sizeof folder, "%s", path);
     at = number;
-    count = bytes = refused = 0;
+    count = bytes = refused = growing = 0;
     how = kind;
 }
 
 long fault_count(void) { return count; }
 long fault_bytes(void) { return bytes; }
 long fault_refused(void) { return refused; }
+long fault_growing(void) { return growing; }
 
 static void die(void) { kill(getpid(), SIGKILL); }
 
@@ -49,6 +51,7 @@ static int fd_below(int fd) {
 /* 0: go on. 1: fail with ENOSPC. 2: do half of it, then die. */
 static int harm(int grows) {
     ++count;
+    if (grows) growing = count;
     int full = how == 4 ? bytes >= at : how == 3 && count >= at;
     if (full && grows) { ++refused; errno = ENOSPC; return 1; }  /* from here on; what needs no room goes on */
     if (count < at || how <= 0 || how >= 3) return 0;
