@@ -201,6 +201,7 @@ def kill_a_rank(folder: Path, rank: int) -> None:
             code = job.wait(timeout=60)
         finally:
             job.kill()
+            job.wait()
         said.seek(0)
         text = said.read()
     assert code == 1 and "exitcode  : -9" in text, text[-2000:]
@@ -232,6 +233,7 @@ def test_a_run_that_is_told_to_end_saves_and_exits_with_130(tmp_path, told):
             code = job.wait(timeout=60)
         finally:
             job.kill()
+            job.wait()
         said.seek(0)
         text = said.read()
     assert code == 1, text[-3000:]
@@ -256,6 +258,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path):
             code = job.wait(timeout=300)
         finally:
             job.kill()
+            job.wait()
         said.seek(0)
         text = said.read()
     assert code == 0, text[-3000:]

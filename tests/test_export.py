@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def read(written, format, made, z):
     """(images, the graph as text)."""
     if format == "torchscript":
         loaded = torch.jit.load(io.BytesIO(written))
-        return loaded(z), str(loaded.inlined_graph).replace("fastgan.models", "").replace("fastgan/models", "")
+        graph = re.sub(r" # /.*", "", str(loaded.inlined_graph))  # the place of a line: any folder has any name
+        return loaded(z), graph.replace("fastgan.models", "")
     if format == "pt2":
         loaded = torch.export.load(io.BytesIO(written))
         return loaded.module()(z), "\n".join(str(node.target) for node in loaded.graph.nodes)
