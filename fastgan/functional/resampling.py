@@ -115,8 +115,8 @@ def filtered_lrelu(
     """StyleGAN3's activation: bias, upsampling by fu, leaky ReLU with gain and clamp, downsampling by fd.
 
     One pass: the upsampled image stays in cache or on chip, and a bit for each of its samples (two with a clamp) is
-    kept for the derivatives. Of fewer than 6 planes in NCHW, where a filter requires gradients, and on a GPU with more
-    than 32 taps a side or a factor above 32, `upfirdn2d` and `bias_act` compute the same.
+    kept for the derivatives. `upfirdn2d` and `bias_act` compute the same for fewer than 6 planes in NCHW, where a
+    filter requires gradients, and on a GPU with more than 32 taps a side or a factor above 32.
 
     Args:
         x: [N, C, H, W], floating.
