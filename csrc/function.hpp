@@ -65,7 +65,7 @@ struct alignas(8) Frame {
   std::byte bytes[768];  // at least those of any kernel's structs
 };
 
-// The fields of structs in a row.
+// Lists the fields of structs that lie in a row, for a Function.
 struct Lister {
   Function& f;
   bool core_takes_threads;
@@ -120,7 +120,7 @@ struct Cuda {
 };
 #endif
 
-// MEMBER of Core's table, over a frame.
+// A kernel as a Function: MEMBER of Core's table, checked and run on a frame.
 template <class Core, auto MEMBER>
 struct Bound;
 template <class Core, class Table, class Result, class... Structs, Result (*Table::*MEMBER)(const Structs&...)>

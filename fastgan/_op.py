@@ -20,8 +20,9 @@ from fastgan._forward import is_exported
 from fastgan.choice import Backend, Routine, choose, reaches
 
 LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # tensors of other classes may see ops, so that they take the library op
 
+# What each call of an op asks torch.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
@@ -66,7 +67,8 @@ class Op(Chosen):
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgan::{self.name}", fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.fastgan, self.name).default
-        self._register_autocast(autocast)
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(self.name, _autocast(self.overload, autocast, device), key)
         self._thin = self._thin_function()
         OPS[self.name] = self
 
@@ -156,12 +158,6 @@ class Op(Chosen):
 
         Thin.__name__ = Thin.__qualname__ = self.name
         return Thin
-
-    # ---- autocast -----------------------------------------------------------------------------------------------
-
-    def _register_autocast(self, rule: str) -> None:
-        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            LIBRARY.impl(self.name, _autocast(self.overload, rule, device), key)
 
 
 OPS: dict[str, Op] = {}

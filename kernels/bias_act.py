@@ -39,7 +39,7 @@ def bias_act_kernel(
 # Bound: 3 accesses and about 3 flops an element: memory on every card. dbias adds one float a channel and chunk.
 @triton.jit
 def bias_act_backward_kernel(
-    dy, y, dx, dbias, S, C, P, chunks, rows, slope, gain, clamp,
+    dy, y, dx, dbias, S, C, P, rows, slope, gain, clamp,
     ACTIVATION: tl.constexpr, PLAIN: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
@@ -103,7 +103,7 @@ def _backward(dy, y, activation, slope, gain, clamp, want_bias):
     else:  # nothing is summed: a tile a program
         chunks, rows = triton.cdiv(n * p, block_s), block_s
     partial = y.new_empty(chunks, c, dtype=torch.float32) if want_bias else None
-    sizes, sections = (n * p, c, p, chunks, rows), {"BLOCK_S": block_s, "BLOCK_C": block_c}
+    sizes, sections = (n * p, c, p, rows), {"BLOCK_S": block_s, "BLOCK_C": block_c}
     constants = dict(
         ACTIVATION=activation, PLAIN=gain == 1 and clamp < 0, CHANNELS_LAST=channels_last, WIDE=wide(y), **sections
     )

@@ -15,16 +15,8 @@ from fastgan._layout import CHANNELS_LAST, empty, laid_out
 from fastgan._op import OPS
 from fastgan.choice import Backend
 from fastgan.kernels.configs import APART, Config, Product, every_candidate, precision, tuned
-from fastgan.kernels.implicit_gemm import (
-    Statistics,
-    declines,
-    declines_statistics,
-    gather_gemm,
-    merge_splits,
-    spread,
-    store_tile,
-)
-from fastgan.kernels.launching import launch, meta, wide
+from fastgan.kernels.implicit_gemm import Statistics, convolve, declines, declines_statistics, gather_gemm, store_tile
+from fastgan.kernels.launching import meta
 from fastgan.kernels.normalisation import batch_statistics
 from fastgan.ops.conv2d import channels_last
 from fastgan.ops.conv_transpose2d import output_shape
@@ -143,29 +135,14 @@ def _launch(
 ) -> Tensor:
     """x and weight in channels_last -> y in channels_last; the moments of y go to `statistics`."""
     (n, c, h, w), (_, k, oh, ow), (_, kg, r, s) = x.shape, shape, weight.shape
-    groups, (activation, slope) = k // kg, epilogue
     phases = [min(stride, size) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
     q = [triton.cdiv(size, stride) for stride, size in zip(geometry.stride, (oh, ow), strict=True)]
-    y = empty(shape, x, True)
-    out = y if config.splits == 1 else spread(y, config.splits)
     stat_groups = statistics.groups if statistics else 1
-    m, cg = n // stat_groups * q[0] * q[1], c // groups
+    m, cg = n // stat_groups * q[0] * q[1], c // (k // kg)
     parts = stat_groups * triton.cdiv(m, config.block_m) * phases[0] * phases[1]
-    moments = statistics.room(y, parts, k) if statistics and config.splits == 1 else None
-    programs = parts * triton.cdiv(kg, config.block_n) * groups * config.splits
-    whole = config.splits == 1  # else the kernel that merges the splits has the epilogue
-    tensors = x, weight, bias if whole else None, out, moments
-    sizes = m, stat_groups, h, w, *q, oh, ow, c, cg, k, kg, r, s
+    tensors, sizes = (x, weight, bias, empty(shape, x, True)), (m, stat_groups, h, w, *q, oh, ow, c, cg, k, kg, r, s)
     plan = *geometry.stride, *geometry.padding, *geometry.dilation, *geometry.steps, *geometry.inverses, *phases
-    constants = dict(SPLITS=config.splits, ACTIVATION=activation if whole else "identity", PRECISION=product.precision)
-    constants |= dict(FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks)
-    numbers = *sizes, *plan, y.numel(), float(slope)
-    launch(conv_transpose2d_kernel, programs, *tensors, *numbers, **constants, **config.options)
-    if config.splits > 1 and statistics:
-        statistics.merge_splits(out, bias, y, k)
-    elif config.splits > 1:
-        merge_splits(out, bias, y, k, slope, activation)
-    return y
+    return convolve(conv_transpose2d_kernel, tensors, parts, kg, (*sizes, *plan), epilogue, product, statistics, config)
 
 
 def _as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan.kernels.launching import declines as declines_activations
-from fastgan.kernels.launching import launch, power_of_2, tile
+from fastgan.kernels.launching import launch, power_of_2, tile, wide
 from fastgan.kernels.numerics import activate, merge_moments
 
 
@@ -164,11 +164,10 @@ def merge_splits_kernel(
 
 @triton.jit
 def merge_splits_moments_kernel(
-    partial, bias, y, moments, size, M, G, K, parts,
+    partial, bias, y, moments, size, M, K, parts,
     SPLITS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip  # by kind: tensors, sizes, constants
-    """merge_splits_kernel with the moments of y: one program a tile of the M rows of one of G statistic groups by
-    channels.
+    """merge_splits_kernel with the moments of y: one program a tile of the M rows of a statistic group by channels.
 
     Bound: SPLITS + 1 accesses an element.
     """
@@ -266,10 +265,7 @@ class Statistics:
         rows = y.numel() // columns // self.groups
         block_m, block_n = tile(rows, columns, 1, True)
         tiles, parts = triton.cdiv(columns, block_n), self.groups * triton.cdiv(rows, block_m)
-        tensors, sizes = (
-            (partial, bias, y, self.room(y, parts, columns)),
-            (y.numel(), rows, self.groups, columns, parts),
-        )
+        tensors, sizes = (partial, bias, y, self.room(y, parts, columns)), (y.numel(), rows, columns, parts)
         constants = dict(SPLITS=partial.shape[0], WIDE=partial.numel() >= 2**31, BLOCK_M=block_m, BLOCK_N=block_n)
         launch(merge_splits_moments_kernel, parts * tiles, *tensors, *sizes, **constants)
 
@@ -283,6 +279,27 @@ class Statistics:
         constants = dict(num_warps=warps, BLOCK_P=block_p, BLOCK_C=block_c)
         launch(finish_moments_kernel, self.groups * blocks, self.moments, mean, var, *sizes, **constants)
         return mean, var
+
+
+def convolve(kernel, tensors, parts, columns, numbers, epilogue, product, statistics, config):
+    """y of tensors (x, weight, bias, y), by a convolution's kernel and, where it is split, by the second stage.
+
+    parts: tiles of rows, of all statistic groups and phases. columns: output channels of a group. numbers: the kernel's
+    own, before y's size. The moments of y go to `statistics`.
+    """
+    (x, weight, bias, y), (activation, slope), whole = tensors, epilogue, config.splits == 1
+    k, out = y.shape[1], y if whole else spread(y, config.splits)
+    moments = statistics.room(y, parts, k) if statistics and whole else None
+    programs = parts * triton.cdiv(columns, config.block_n) * (k // columns) * config.splits
+    constants = dict(SPLITS=config.splits, ACTIVATION=activation if whole else "identity", PRECISION=product.precision)
+    constants |= dict(FLAT=product.flat(config), WIDE=wide(x, y), **config.blocks)
+    given = x, weight, bias if whole else None, out, moments, *numbers, y.numel(), float(slope)
+    launch(kernel, programs, *given, **constants, **config.options)
+    if not whole and statistics:
+        statistics.merge_splits(out, bias, y, k)
+    elif not whole:
+        merge_splits(out, bias, y, k, slope, activation)
+    return y
 
 
 def declines(x: Tensor, *rest: Tensor | None) -> str:

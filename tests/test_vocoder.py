@@ -11,7 +11,7 @@ from fastgan.cli import main
 from fastgan.data.sounds import load_sounds
 from fastgan.domains import domain_of
 from fastgan.domains.mel import MelSpectrogram
-from fastgan.domains.vocoder import Sounding
+from fastgan.domains.vocoder import SoundLoss
 from fastgan.training.outputs import Outputs
 
 SMALL = fastgan.recipes()["hifigan-small"].replace(
@@ -97,7 +97,7 @@ def test_what_the_generator_learns_is_half_of_the_papers_terms():
     """LSGAN here has half of the paper's square, so the others have half of their weights."""
     domain = domain_of(SMALL)
     extra = domain.step(None, None)["extra_g_loss"]
-    assert isinstance(extra, Sounding) and (extra.mel, extra.matching) == (22.5, 1.0)
+    assert isinstance(extra, SoundLoss) and (extra.mel, extra.matching) == (22.5, 1.0)
     torch.manual_seed(0)
     _, discriminator = fastgan.models.build("hifigan-small", d_width=4)
     real, fake = torch.rand(2, 1, 512) - 0.5, torch.rand(2, 1, 512) - 0.5

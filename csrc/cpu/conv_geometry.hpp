@@ -45,8 +45,8 @@ struct Axis {
 
 // Both directions after translation. Channel counts are per group.
 struct Problem {
-  DType
-      source_dtype;  // as the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied
+  // As the caller gave it: with BF16, fp32 weights are rounded to bf16 wherever they are multiplied.
+  DType source_dtype;
   DType out_dtype;
   const void* source;  // [N][SH][SW][groups * C]
   int64_t N, SH, SW;

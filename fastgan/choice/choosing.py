@@ -56,17 +56,13 @@ def _decide(state: State, op: Routine, args: tuple, key: tuple) -> tuple[str, st
             verdict = race(state, op, args, able, state.account)
         except torch.OutOfMemoryError:
             return "reference", "there is too little memory to race on this case"
-        _keep(state, op, args, case, verdict)
+        if verdict.settled:
+            _remember(state, case, verdict)
+        else:  # to be settled at the end of the run
+            _note_open(state, case, {"op": op.name, "args": sketch(args), "why": verdict.why})
         winner, told = verdict.winner, verdict.why if verdict.why != "raced" else ""
     state.verdicts[case] = winner
     return winner, told or ("raced" if winner != "reference" else "PyTorch's own op won the race")
-
-
-def _keep(state: State, op: Routine, args: tuple, case: str, verdict: Verdict) -> None:
-    """Remember what is settled; write down what is open, to be settled at the end of the run."""
-    if verdict.settled:
-        return _remember(state, case, verdict)
-    _note_open(state, case, {"op": op.name, "args": sketch(args), "why": verdict.why})
 
 
 def _note_open(state: State, case: str, found: dict[str, Any]) -> None:

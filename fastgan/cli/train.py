@@ -130,23 +130,13 @@ def run(args: argparse.Namespace) -> int:
     if args.go_on and (args.overwrite or args.resume or automatic):
         raise ValueError("train: --continue goes with --out alone, not with --overwrite, --resume or --batch-size auto")
     begun = args.go_on and _holds_run(args.out)
-    result = Trainer(
-        recipe,
-        out=None if begun else args.out,
-        resume=args.out if begun else args.resume,
-        overwrite=args.overwrite,
-        device=args.device,
-        backend=args.backend,
-        time_limit=args.time_limit,
-        target=args.target,
-        patience=args.patience,
-        plateau=args.plateau,
-        on_collapse=args.on_collapse,
-        tensorboard=args.tensorboard,
-        wandb=args.wandb,
-        quiet=args.quiet,
-        allow_changed_data=args.allow_changed_data,
-    ).fit()
+    names = (
+        *("overwrite", "device", "backend", "time_limit", "target", "patience", "plateau", "on_collapse"),
+        *("tensorboard", "wandb", "quiet", "allow_changed_data"),
+    )
+    options = {name: getattr(args, name) for name in names}
+    out, resume = (None, args.out) if begun else (args.out, args.resume)
+    result = Trainer(recipe, out=out, resume=resume, **options).fit()
     leave()
     return {"interrupted": 130, "collapse": 1}.get(result.reason, 0)
 

@@ -21,7 +21,7 @@ from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
 
 from .domain import Domain
-from .sound import evenly
+from .sound import some_of
 
 __all__ = ["Clips", "motion_pictures"]
 
@@ -81,12 +81,12 @@ class Clips(Domain):
     def judge(self, samples: ClipSet) -> FeatureJudge:
         """Kernel and Frechet distance of `motion_pictures` on the backbone "small"."""
         recipe = self.recipe
-        real = data.to_uint8(motion_pictures(evenly(samples, MOST)))
+        real = data.to_uint8(motion_pictures(some_of(samples, MOST)))
         return FeatureJudge(real, recipe.latent, recipe.seed + 2, recipe.sample_count, look=motion_pictures)
 
     def compare(self, directory: RunDirectory, samples: ClipSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png and real.gif."""
-        self.write(evenly(samples, len(made)), directory.pictures / "real.png", columns)
+        self.write(some_of(samples, len(made)), directory.pictures / "real.png", columns)
         return ""
 
     # ---- fastgan sample -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fastgan.training.rundir import RunDirectory
 
 from .domain import Domain, Given
 
-__all__ = ["Pairs", "Translating", "evenly", "normalised", "sheet"]
+__all__ = ["Pairs", "Translating", "in_rows", "normalised", "sheet"]
 
 COLUMNS = 8  # of a sheet
 NO_LATENTS: tuple[()] = ()  # the generator's input is the source alone, which a step hands to both networks
@@ -31,10 +31,10 @@ def normalised(pictures: Tensor) -> Tensor:
     return pictures.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def evenly(count: int, wanted: int) -> Tensor:
+def in_rows(count: int, wanted: int) -> Tensor:
     """At most `wanted` of the numbers below count, evenly spread, and whole rows of 8 of them where there are more."""
     some = min(count, wanted)
-    return torch.linspace(0, count - 1, some - some % COLUMNS if some > COLUMNS else some).round().long()
+    return sampling.evenly(count, some - some % COLUMNS if some > COLUMNS else some)
 
 
 def sheet(rows: Sequence[Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ class Pairs(Translating):
 
     def step(self, generator: nn.Module, discriminator: nn.Module) -> dict[str, Any]:
         """The L1 loss of Isola et al. 2017, equation 4."""
-        return {"latent": lambda n, device, rng: NO_LATENTS, "extra_g_loss": Near(float(self.option["l1"]))}
+        return {"latent": lambda n, device, rng: NO_LATENTS, "extra_g_loss": TargetDistance(float(self.option["l1"]))}
 
     def inputs(self, drawn: Sequence[tuple[Tensor, Any]]) -> tuple[Any, Any, Any]:
         """(targets, sources as what both networks are told, no latents)."""
@@ -155,7 +155,7 @@ class Pairs(Translating):
     def given(self, samples: PairSet) -> Given:
         """Sources, evenly over the pairs that were held out, or over all."""
         of = self._held or samples
-        of = of.select(evenly(len(of), self.recipe.sample_count))
+        of = of.select(in_rows(len(of), self.recipe.sample_count))
         self._shown = normalised(of.sources).cpu(), normalised(of.targets).cpu()
         return Given(self._shown[0], None, min(COLUMNS, len(of)))
 
@@ -175,7 +175,7 @@ class Pairs(Translating):
 
     def compare(self, directory: RunDirectory, samples: PairSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png: pairs of the training set."""
-        some = samples.select(evenly(len(samples), 2 * COLUMNS))
+        some = samples.select(in_rows(len(samples), 2 * COLUMNS))
         rows = [normalised(some.sources).cpu(), normalised(some.targets).cpu()]
         data.save_grid(sheet(rows), directory.pictures / "real.png", columns=min(COLUMNS, len(some)))
         return ""
@@ -192,7 +192,7 @@ class Pairs(Translating):
         return generator, self.source_channels
 
 
-class Near:
+class TargetDistance:
     """The weighted L1 distance of what was made to the target."""
 
     reads_d_real = False
@@ -214,17 +214,8 @@ class PairJudge:
     metric, words, batch = "l1", "distance to the targets", 16
 
     def __init__(self, pairs: PairSet):
-        self._pairs, self._backbone = pairs, load_backbone()
-
-    @property
-    def identity(self) -> str:
-        """What the scores are of."""
-        return f"translations beside their targets, features of {self._backbone.identity}"
-
-    @property
-    def available(self) -> int:
-        """Pairs."""
-        return len(self._pairs)
+        self._pairs, self._backbone, self.available = pairs, load_backbone(), len(pairs)
+        self.identity = f"translations beside their targets, features of {self._backbone.identity}"
 
     def make(self, generator: nn.Module, count: int) -> tuple[Tensor, Tensor]:
         """(translations, targets), evenly over the pairs."""

@@ -17,10 +17,11 @@ from fastgan.training.evaluation import MOST, NAMES, FeatureJudge
 from fastgan.training.figures import figure
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
+from fastgan.training.sampling import evenly
 
 from .domain import Domain
 
-__all__ = ["Sound", "evenly", "spectrograms"]
+__all__ = ["Sound", "some_of", "spectrograms"]
 
 WINDOW, HOP = 256, 64  # samples
 FLOOR = 80  # decibels below full scale that are black
@@ -92,12 +93,12 @@ class Sound(Domain):
     def judge(self, samples: SoundSet) -> FeatureJudge:
         """Kernel and Frechet distance of spectrograms on the backbone "small"."""
         recipe = self.recipe
-        real = data.to_uint8(self.pictures(evenly(samples, MOST)))
+        real = data.to_uint8(self.pictures(some_of(samples, MOST)))
         return FeatureJudge(real, recipe.latent, recipe.seed + 2, recipe.sample_count, look=self.pictures)
 
     def compare(self, directory: RunDirectory, samples: SoundSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png and its sounds."""
-        self.write(evenly(samples, len(made)), directory.pictures / "real.png", columns)
+        self.write(some_of(samples, len(made)), directory.pictures / "real.png", columns)
         return ""
 
     # ---- fastgan sample -------------------------------------------------------------------------------------------
@@ -134,7 +135,6 @@ def spectrograms(sounds: Tensor) -> Tensor:
     return (2 * decibels / FLOOR + 1).clamp(-1, 1).flip(1)[:, None, 1:]
 
 
-def evenly(samples: data.Samples, count: int) -> Tensor:
+def some_of(samples: data.Samples, count: int) -> Tensor:
     """At most `count` samples evenly over the set, on the CPU."""
-    at = torch.linspace(0, len(samples) - 1, min(len(samples), count)).round().long()
-    return samples.pick(at.to(samples.values.device)).cpu()
+    return samples.pick(evenly(len(samples), count).to(samples.values.device)).cpu()

@@ -21,6 +21,7 @@ from fastgan.training.rundir import RunDirectory
 from fastgan.training.sampling import draw, latents
 
 from .domain import Domain
+from .sound import some_of
 
 __all__ = ["NgramJudge", "Text"]
 
@@ -104,8 +105,7 @@ class Text(Domain):
 
     def compare(self, directory: RunDirectory, samples: LineSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png with its lines, and how many generated lines are training lines."""
-        some = torch.linspace(0, len(samples) - 1, min(len(samples), len(made))).round().long()
-        self.write(samples.pick(some.to(samples.values.device)).cpu(), directory.pictures / "real.png", columns)
+        self.write(some_of(samples, len(made)), directory.pictures / "real.png", columns)
         lines, known = self.lines(made), set(samples.lines())
         learnt = sum(line in known for line in lines)
         return f"{learnt} of {len(lines)} generated lines are training lines, {len(set(lines))} are different"
@@ -138,11 +138,7 @@ class NgramJudge:
     def __init__(self, domain: Text, samples: LineSet):
         self._domain, self._samples, self.batch = domain, samples, domain.recipe.sample_count
         self._real: list[str] = []
-
-    @property
-    def available(self) -> int:
-        """Lines."""
-        return len(self._samples)
+        self.available = len(samples)
 
     def make(self, generator: nn.Module, count: int) -> list[str]:
         """`count` lines; none where a sample is not finite."""

@@ -20,7 +20,7 @@ from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
 
 from .domain import Given, Stream
-from .pairs import COLUMNS, Translating, evenly, normalised, sheet
+from .pairs import COLUMNS, Translating, in_rows, normalised, sheet
 
 __all__ = ["Unpaired"]
 
@@ -89,10 +89,10 @@ class Unpaired(Translating):
         """The cycle and identity losses of Zhu et al. 2017 (section 3.2 and 5.2), and their history of fakes."""
         # the authors' LSGAN for G is the plain square, gan_loss is half of it: so the weight here is halved
         weight = float(self.option["cycle"]) * (0.5 if self.recipe.loss == "lsgan" else 1.0)
-        back = Back(generator, weight, float(self.option["identity"]))
+        cycle = CycleLoss(generator, weight, float(self.option["identity"]))
         size = int(self.option["history"])
         history = Histories(size) if size else None
-        return {"latent": lambda n, device, rng: None, "extra_g_loss": back, "history": history}
+        return {"latent": lambda n, device, rng: None, "extra_g_loss": cycle, "history": history}
 
     def inputs(self, drawn: Sequence[tuple[Tensor, Tensor]]) -> tuple[Any, Any, Any]:
         """(planes b then a, as the translations come; no labels; planes a then b, what the generators are given)."""
@@ -109,7 +109,7 @@ class Unpaired(Translating):
     def given(self, samples: UnpairedSet) -> Given:
         """As many pictures of each side, evenly over them; the planes of a, then those of b."""
         count = min(self.recipe.sample_count, *map(len, samples.parts))
-        sides = [normalised(s.select(evenly(len(s), count)).images).cpu() for s in samples.parts]
+        sides = [normalised(s.select(in_rows(len(s), count)).images).cpu() for s in samples.parts]
         self._shown = torch.cat(sides, 1)
         return Given(self._shown, None, min(COLUMNS, len(self._shown)))
 
@@ -125,14 +125,14 @@ class Unpaired(Translating):
         """Kernel distances of both ways, and how far the way back ends from where it began."""
         return UnpairedJudge(samples)
 
-    def health(self, samples: UnpairedSet, held: Any | None) -> Forth:
+    def health(self, samples: UnpairedSet, held: Any | None) -> OneWayHealth:
         """Variety and coverage of a to b beside b."""
-        return Forth(Health(samples.b, None, labelled=False))
+        return OneWayHealth(Health(samples.b, None, labelled=False))
 
     def compare(self, directory: RunDirectory, samples: UnpairedSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png: rows of a and of b."""
         count = min(2 * COLUMNS, *map(len, samples.parts))
-        rows = [normalised(s.select(evenly(len(s), count)).images).cpu() for s in samples.parts]
+        rows = [normalised(s.select(in_rows(len(s), count)).images).cpu() for s in samples.parts]
         data.save_grid(sheet(rows), directory.pictures / "real.png", columns=min(COLUMNS, len(rows[0])))
         return ""
 
@@ -162,7 +162,7 @@ class TwoStreams(Iterator[tuple[Tensor, Tensor]]):
         self._b.load_state_dict(state["b"], changed=changed)
 
 
-class Back:
+class CycleLoss:
     """weight (|ba(ab(a)) - a| + |ab(ba(b)) - b| + identity (|ab(b) - b| + |ba(a) - a|)), each a mean."""
 
     reads_d_real = False
@@ -207,7 +207,7 @@ class Histories:
             history.load_state_dict(state[name], device)
 
 
-class Forth:
+class OneWayHealth:
     """`Health` of one way."""
 
     def __init__(self, health: Health):
@@ -229,17 +229,8 @@ class UnpairedJudge:
     metric, words, batch = "kcd", "kernel distance", 16
 
     def __init__(self, samples: UnpairedSet):
-        self._samples, self._backbone = samples, load_backbone()
-
-    @property
-    def identity(self) -> str:
-        """What the scores are of."""
-        return f"both ways, features of {self._backbone.identity}"
-
-    @property
-    def available(self) -> int:
-        """Pictures of the smaller side."""
-        return min(map(len, self._samples.parts))
+        self._samples, self._backbone, self.available = samples, load_backbone(), min(map(len, samples.parts))
+        self.identity = f"both ways, features of {self._backbone.identity}"
 
     def make(self, generator: Any, count: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """For each way: (pictures, their translations, the way back)."""

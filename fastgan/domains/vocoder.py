@@ -18,8 +18,7 @@ from fastgan.training.recipes import Recipe
 
 from .domain import Given
 from .mel import MelSpectrogram
-from .pairs import COLUMNS, sheet
-from .pairs import evenly as numbers
+from .pairs import COLUMNS, in_rows, sheet
 from .sound import Sound, spectrograms
 
 __all__ = ["Vocoder"]
@@ -74,7 +73,7 @@ class Vocoder(Sound):
         """Feature matching and the distance of spectrograms."""
         # the authors' LSGAN is the plain square, gan_loss is half of it: so the weights here are halved
         share = 0.5 if self.recipe.loss == "lsgan" else 1.0
-        loss = Sounding(self.spectrogram, share * self.option["mel"], share * self.option["matching"])
+        loss = SoundLoss(self.spectrogram, share * self.option["mel"], share * self.option["matching"])
         return {"latent": lambda n, device, rng: None, "extra_g_loss": loss}
 
     def inputs(self, drawn: Sequence[tuple[Tensor, Any]]) -> tuple[Any, Any, Any]:
@@ -87,7 +86,7 @@ class Vocoder(Sound):
     def given(self, samples: SoundSet) -> Given:
         """Spectrograms, evenly over the sounds that were held out, or over all."""
         of = self._held or samples
-        self._shown = of.pick(numbers(len(of), self.recipe.sample_count).to(of.values.device)).cpu()
+        self._shown = of.pick(in_rows(len(of), self.recipe.sample_count).to(of.values.device)).cpu()
         return Given(self.spectrogram(self._shown), None, min(COLUMNS, len(self._shown)))
 
     def pictures(self, made: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ class Vocoder(Sound):
         return self.draw(generator, self.spectrogram(samples.pick(some)), None), None
 
 
-class Sounding:
+class SoundLoss:
     """How far the features and the spectrograms of what was made are from those of the real sounds."""
 
     def __init__(self, spectrogram: MelSpectrogram, mel: float, matching: float):
@@ -142,16 +141,8 @@ class MelJudge:
 
     def __init__(self, samples: SoundSet, spectrogram: MelSpectrogram):
         self._samples, self._spectrogram, self._backbone = samples, spectrogram, load_backbone()
-
-    @property
-    def identity(self) -> str:
-        """What the scores are of."""
-        return f"sounds beside what is made of their spectrograms, features of {self._backbone.identity}"
-
-    @property
-    def available(self) -> int:
-        """Sounds."""
-        return len(self._samples)
+        self.identity = f"sounds beside what is made of their spectrograms, features of {self._backbone.identity}"
+        self.available = len(samples)
 
     def make(self, generator: nn.Module, count: int) -> tuple[Tensor, Tensor]:
         """(made, sounds), evenly over them."""

@@ -98,8 +98,7 @@ def conv_transpose2d(
         weight: [C, K/groups, R, S], x's dtype and device.
         bias: [K] or None.
         stride, padding, output_padding, groups, dilation: as `torch.nn.functional.conv_transpose2d`.
-        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
-        negative_slope: of leaky_relu, >= 0.
+        activation, negative_slope: as `conv2d`.
 
     Returns:
         [N, K, OH, OW], x's dtype; channels_last if x or weight is.

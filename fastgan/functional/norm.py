@@ -226,9 +226,7 @@ def gn_act(
         x: [N, C, *], floating.
         num_groups: C must be a multiple of it; each group of C/num_groups channels of a sample has its own statistics.
         weight, bias: [C] or None.
-        eps: added to the variance.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
+        eps, activation, negative_slope: as `bn_act`.
 
     Returns:
         x's shape, dtype and layout.
@@ -272,9 +270,7 @@ def in_act(
         weight, bias: [C] or None.
         use_input_stats: statistics of each sample (True) or the running ones (False), which is eval-mode batch norm.
         momentum: of the running statistics.
-        eps: added to the variance.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
+        eps, activation, negative_slope: as `bn_act`.
 
     Returns:
         x's shape, dtype and layout.
@@ -321,9 +317,7 @@ def ln_act(
         x: [*, *normalized_shape], floating.
         normalized_shape: the trailing dimensions that share statistics.
         weight, bias: of normalized_shape, or None.
-        eps: added to the variance.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
+        eps, activation, negative_slope: as `bn_act`.
 
     Returns:
         x's shape, dtype and layout.

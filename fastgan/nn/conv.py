@@ -112,8 +112,7 @@ class Conv2dBiasAct(_BiasAct):
 
     Args:
         in_channels ... dtype: as `torch.nn.Conv2d`.
-        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
-        negative_slope: of leaky_relu, >= 0.
+        activation, negative_slope: as `fastgan.functional.conv2d`.
 
     Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.weight, conv.bias.
     """
@@ -146,8 +145,7 @@ class ConvTranspose2dBiasAct(_BiasAct):
 
     Args:
         in_channels ... dtype: as `torch.nn.ConvTranspose2d`.
-        activation: None, "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
-        negative_slope: of leaky_relu, >= 0.
+        activation, negative_slope: as `fastgan.functional.conv2d`.
 
     Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.weight, conv.bias.
     """
@@ -181,10 +179,7 @@ class Conv2dBNAct(_BNAct):
     Args:
         in_channels ... dtype: as `torch.nn.Conv2d` (bias defaults to True, as there; the norm makes it redundant).
         eps, momentum, affine, track_running_stats: of the batch norm.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
-        stat_groups: statistics over this many equal parts of the batch (training only).
-        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
+        activation, negative_slope, stat_groups, sync: as `fastgan.functional.bn_act`.
 
     Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.*, bn.*.
     """
@@ -225,10 +220,7 @@ class ConvTranspose2dBNAct(_BNAct):
     Args:
         in_channels ... dtype: as `torch.nn.ConvTranspose2d`.
         eps, momentum, affine, track_running_stats: of the batch norm.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
-        stat_groups: statistics over this many equal parts of the batch (training only).
-        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
+        activation, negative_slope, stat_groups, sync: as `fastgan.functional.bn_act`.
 
     Shape: [N, in_channels, H, W] -> [N, out_channels, OH, OW]. Parameters: conv.*, bn.*.
     """

@@ -19,10 +19,7 @@ class LinearBNAct(Act):
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
         eps, momentum, affine, track_running_stats: of the batch norm.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
-        stat_groups: statistics over this many equal parts of the batch (training only).
-        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
+        activation, negative_slope, stat_groups, sync: as `fastgan.functional.bn_act`.
 
     Shape: [N, in_features] -> [N, out_features]. Parameters: linear.*, bn.*.
     """

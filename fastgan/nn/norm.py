@@ -94,10 +94,7 @@ class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as `torch.nn.BatchNorm2d`.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
-        stat_groups: statistics over this many equal parts of the batch (training only).
-        sync: statistics over the batches of all processes, or of a process group (training only; `functional.bn_act`).
+        activation, negative_slope, stat_groups, sync: as `fastgan.functional.bn_act`.
 
     Shape: [N, C, H, W] -> the same.
     """
@@ -142,8 +139,7 @@ class GroupNormAct(Act, nn.GroupNorm):
 
     Args:
         num_groups, num_channels, eps, affine, device, dtype: as `torch.nn.GroupNorm`.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
+        activation, negative_slope: as `fastgan.functional.bn_act`.
 
     Shape: [N, C, *] -> the same.
     """
@@ -172,8 +168,7 @@ class InstanceNormAct2d(Act, nn.InstanceNorm2d):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as `torch.nn.InstanceNorm2d`.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
+        activation, negative_slope: as `fastgan.functional.bn_act`.
 
     Shape: [N, C, H, W] or [C, H, W] -> the same.
     """
@@ -203,8 +198,7 @@ class LayerNormAct(Act, nn.LayerNorm):
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm`.
-        activation: None, "identity", "relu" or "leaky_relu".
-        negative_slope: of leaky_relu, >= 0.
+        activation, negative_slope: as `fastgan.functional.bn_act`.
 
     Shape: [*, *normalized_shape] -> the same.
     """

@@ -214,10 +214,7 @@ backward = Op(
     example=lambda: (
         *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (2, 5)),
         draw((2, 5))[0].abs() + 0.5,
-        True,
-        1e-5,
-        "relu",
-        0.0,
+        *(True, 1e-5, "relu", 0.0),
     ),
 )
 
@@ -318,10 +315,7 @@ double_backward = Op(
     example=lambda: (
         *draw((4, 5, 4, 3), (4, 5, 4, 3), (5,), (5,), (4, 5, 4, 3), (5,), (5,), (2, 5)),
         draw((2, 5))[0].abs() + 0.5,
-        True,
-        1e-5,
-        "leaky_relu",
-        0.2,
+        *(True, 1e-5, "leaky_relu", 0.2),
     ),
 )
 double_backward.not_differentiable()

@@ -72,13 +72,10 @@ def launch(core, x, dy, kernel, stride, padding, dilation, groups, weight_channe
 
 
 def launch_declines(core, x, dy, kernel, *rest):
-    return declines(core, lambda: dy.numel() // dy.shape[1], x, dy) or _weight_declines(core, x, dy, kernel)
-
-
-def _weight_declines(core, x, dy, kernel):
-    if core is _native.CUDA and x.shape[1] * dy.shape[1] * kernel[0] * kernel[1] >= POSITIONS:
+    reason = declines(core, lambda: dy.numel() // dy.shape[1], x, dy)
+    if not reason and core is _native.CUDA and x.shape[1] * dy.shape[1] * kernel[0] * kernel[1] >= POSITIONS:
         return "cuda convolutions count weights below 2^30"
-    return ""
+    return reason
 
 
 def fake(x, dy, kernel, stride, padding, dilation, groups, weight_channels_last):

@@ -238,9 +238,7 @@ backward = Op(
     example=lambda: (
         *draw((3, 6, 4, 3), (3, 6, 4, 3), (6,), (6,), (3, 2)),
         draw((3, 2))[0].abs() + 0.5,
-        1e-5,
-        "relu",
-        0.0,
+        *(1e-5, "relu", 0.0),
     ),
 )
 
@@ -349,9 +347,7 @@ double_backward = Op(
     example=lambda: (
         *draw((3, 6, 4, 3), (3, 6, 4, 3), (6,), (6,), (3, 6, 4, 3), (6,), (6,), (3, 2)),
         draw((3, 2))[0].abs() + 0.5,
-        1e-5,
-        "leaky_relu",
-        0.2,
+        *(1e-5, "leaky_relu", 0.2),
     ),
 )
 double_backward.not_differentiable()

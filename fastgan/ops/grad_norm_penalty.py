@@ -43,6 +43,12 @@ def _per_sample(v: Tensor, x: Tensor) -> Tensor:
     return v.view(-1, *(1,) * (x.dim() - 1))
 
 
+def root(squared: Tensor) -> Tensor:
+    """sqrt with derivative 0 at 0, as torch's own norm has it."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
 def _slope(norm: Tensor, target: float) -> Tensor:
     """s with d penalty / dg = s g: 2 (1 - target / |g|), 0 where |g| = 0; differentiable."""
     if target == 0:
@@ -139,18 +145,11 @@ def _double_backward(ctx, w):
     if ctx.target == 0:
         return 2 * along, OPS["interpolate"](w, None, 2 * dpenalty, None), None, None
     if torch.is_grad_enabled():  # for orders beyond the second
-        norm = _differentiable_norm(gradient)
+        norm = root(OPS["sample_dot"](gradient, gradient))
     slope = _slope(norm, ctx.target)
     bend = torch.where(norm > 0, 2 * ctx.target / torch.where(norm > 0, norm, 1.0) ** 3, 0.0)
     d_gradient = OPS["interpolate"](w, gradient, dpenalty * slope, dpenalty * bend * along)
     return slope * along, d_gradient, None, None
-
-
-def _differentiable_norm(gradient: Tensor) -> Tensor:
-    """|g| with derivative 0 at 0."""
-    squared = OPS["sample_dot"](gradient, gradient)
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
 backward.differentiate(_save_backward, _double_backward)

@@ -19,6 +19,7 @@ from fastgan._logits import logits_of
 from fastgan._ranks import Sync
 from fastgan.choice import second_order
 from fastgan.ops import interpolate
+from fastgan.ops.grad_norm_penalty import root
 from fastgan.penalties import linearised, tape
 
 APPROXIMATE = ("r1-approximate", "r2-approximate")  # of the first order alone
@@ -73,7 +74,7 @@ def gradient_penalty(
         x = fake if kind == "r2-approximate" and fake is not None else real
         return 0.5 * weight * _squared_differences(discriminator, x.detach(), labels, generator, sigma).mean()
     points = _points(real, fake, kind, generator, sync)
-    return weight * (_norm(_squared_norms(discriminator, points, labels)) - 1).square().mean()
+    return weight * (root(_squared_norms(discriminator, points, labels)) - 1).square().mean()
 
 
 def _squared_differences(
@@ -180,9 +181,3 @@ def _double_backward(discriminator: Callable[..., Any], x: Tensor, labels: Tenso
         total = torch.stack([logits.sum() for logits in logits_of(output)]).sum()
         (gradient,) = torch.autograd.grad(total, x, create_graph=True)
         return output, tape.squared_norms(gradient)
-
-
-def _norm(squared: Tensor) -> Tensor:
-    """sqrt with gradient 0 at 0, as torch's own norm has it."""
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)

@@ -108,16 +108,7 @@ class FeatureJudge:
         self._labels = None if labels is None else labels.cpu()
         self._backbone = load_backbone()
         self._real: Tensor | None = None
-
-    @property
-    def identity(self) -> str:
-        """Of the backbone."""
-        return f"features of {self._backbone.identity}"
-
-    @property
-    def available(self) -> int:
-        """Images."""
-        return len(self._images)
+        self.identity, self.available = f"features of {self._backbone.identity}", len(images)
 
     def make(self, generator: nn.Module, count: int) -> Tensor:
         """Features of `count` pictures, in batches of one size: the one whose kernels the sample grid has chosen."""

@@ -12,7 +12,7 @@ from fastgan._logits import logits_of
 from fastgan.data import ImageSet
 from fastgan.metrics import density_coverage, features, load_backbone, pairwise_diversity
 
-from .sampling import draw, evaluating
+from .sampling import draw, evaluating, evenly
 
 __all__ = ["Health", "gradient_norms"]
 
@@ -27,7 +27,7 @@ class Health:
     """
 
     def __init__(self, images: ImageSet, held: ImageSet | None, *, labelled: bool):
-        at = torch.linspace(0, len(images) - 1, min(len(images), LOOKED_AT)).round().long().to(images.images.device)
+        at = evenly(len(images), LOOKED_AT).to(images.images.device)
         self._known = images.images[at]
         self._held = None if held is None else held.images[:LOOKED_AT]
         self._labels = images.labels[at] if labelled and images.labels is not None else None

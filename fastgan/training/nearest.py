@@ -9,6 +9,7 @@ from fastgan import data
 from fastgan.metrics import features, load_backbone
 
 from .rundir import RunDirectory
+from .sampling import evenly
 
 __all__ = ["compare_with_images"]
 
@@ -24,23 +25,19 @@ def compare_with_images(directory: RunDirectory, images: Tensor, made: Tensor, c
     for a generator that has learnt its images by heart.
     """
     folder = directory.pictures
-    sheet = images[_evenly(len(images), len(made)).to(images.device)].cpu()
+    sheet = images[evenly(len(images), len(made)).to(images.device)].cpu()
     data.save_grid(sheet, folder / "real.png", columns=columns)
     if len(images) < 2 or not made.isfinite().all():
         return ""
-    known = images[_evenly(len(images), SEARCHED).to(images.device)].cpu()
+    known = images[evenly(len(images), SEARCHED).to(images.device)].cpu()
     backbone = load_backbone()
     real, fake = features(known, backbone), features(made, backbone)
     distance, nearest = torch.cdist(fake, real).min(1)
     among = torch.cdist(real, real).fill_diagonal_(float("inf")).min(1).values
-    shown = _evenly(len(made), SHOWN)
+    shown = evenly(len(made), SHOWN)
     pairs = torch.cat([data.to_uint8(made[shown]), known[nearest[shown]]])
     data.save_grid(pairs, folder / "nearest.png", columns=len(shown))
     share = float(distance.median() / among.median().clamp(min=1e-12))
     said = f"a sample is {share:.2f} times as far from its nearest training image as training images are from theirs"
     searched = "all" if len(known) == len(images) else f"{len(known):,} of the"
     return f"{said} (medians, features of {backbone.identity}, {searched} {len(images):,} images)"
-
-
-def _evenly(count: int, wanted: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()

@@ -74,6 +74,11 @@ def draw(generator: nn.Module, z: Tensor, labels: Tensor | None = None, *, batch
     return torch.cat(images)
 
 
+def evenly(count: int, wanted: int) -> Tensor:
+    """At most `wanted` of the numbers below `count`, evenly spread, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+
+
 def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:
     """`frames` latents on the closed path through the latents ``[K, size]``, K >= 2, evenly spaced.
 

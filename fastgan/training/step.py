@@ -193,7 +193,7 @@ class GANStep:
             _one_of("penalty", penalty, penalties.KINDS)
         _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
-        self.sync, self.generator, self.discriminator = sync, *_looking_over(sync, generator, as_one(discriminator))
+        self.sync, self.generator, self.discriminator = sync, *_synchronised(sync, generator, as_one(discriminator))
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
@@ -214,7 +214,7 @@ class GANStep:
         self._g_scaler, self._d_scaler = torch.amp.GradScaler(**scaling), torch.amp.GradScaler(**scaling)
         self.d_updates = 0
         self.exchange: Exchange | None = None  # set where several processes train together
-        self._capture = self._capturing(capture)
+        self._capture = self._make_capture(capture)
         self._labelled = False  # whether both networks are known to take labels
         self._watch = Watch(self.discriminator, reads=self._capture is None and self.device.type == "cpu")
 
@@ -239,7 +239,7 @@ class GANStep:
             z = [z]
         if z is None and callable(self.latent):
             # outside the capture: a user's function may draw from anywhere
-            z = [self.draw_latent(self._nth(real, i).shape[0]) for i in range(self.d_steps)]
+            z = [self.draw_latent(self._of_update(real, i).shape[0]) for i in range(self.d_steps)]
         if labels is not None and not self._labelled:
             several = isinstance(z, list) and isinstance(z[0], tuple)
             check_takes_labels(self.generator, "generator", len(z[0]) if several else 1)
@@ -257,13 +257,13 @@ class GANStep:
         """The whole step; due: which of its D updates carry the penalty, and whether G's carries its extra loss."""
         metrics: dict[str, Tensor] = {}
         for i in range(self.d_steps):
-            x, y, latents = self._nth(real, i), self._nth(labels, i), self._nth(z, i)
+            x, y, latents = self._of_update(real, i), self._of_update(labels, i), self._of_update(z, i)
             latents = self.draw_latent(x.shape[0]) if latents is None else latents
             shared = i == self.d_steps - 1 and self.accumulate == 1  # one generator pass serves both updates
             with torch.set_grad_enabled(shared), self._autocast():
                 fake = _call(self.generator, latents, y)
-            judged = fake.detach() if self.history is None else self.history(fake.detach())
-            metrics |= self._update_discriminator(x, judged, y, latents, due[i])
+            shown = fake.detach() if self.history is None else self.history(fake.detach())
+            metrics |= self._update_discriminator(x, shown, y, latents, due[i])
         average = self._average
         made = fake if shared else None
         if average is None:
@@ -276,7 +276,7 @@ class GANStep:
     def _update_discriminator(
         self, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any, due: bool
     ) -> dict[str, Tensor]:
-        losses = (self._d_loss(due, *part) for part in self._parts(real, fake, labels, z))
+        losses = (self._d_loss(due, *part) for part in self._parts(real, fake, labels, z))  # made one by one
         metrics = self._descend(losses, self.d_optimizer, self._d_scaler)
         if self.weight_clip is not None:
             with torch.no_grad():
@@ -293,8 +293,8 @@ class GANStep:
             run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
             on_real, on_fake = self._watch.outputs(run)
         loss, statistics = functional.gan_loss_statistics(
-            self._judged(on_fake),
-            self._judged(on_real),
+            self._loss_logits(on_fake),
+            self._loss_logits(on_real),
             kind=self.loss,
             side="d",
             label_smoothing=self.label_smoothing,
@@ -329,7 +329,7 @@ class GANStep:
         """(D(real), D(fake), r1, r2 or r1r2) with the penalty from the loss's own passes: 4F instead of 3F + 4F.
 
         None where the penalty looks elsewhere, where one forward more or less would change D (spectral norm's power
-        iteration, a dropout mask), or where D does not qualify (`penalties.logits_and_norms`).
+        iteration, a dropout mask), or where D does not qualify (`penalties.forward_logits_and_norms`).
         """
         d, forward = self.discriminator, penalties.forward_logits_and_norms
         if self.penalty not in penalties.SQUARED or len(members_of(d)) > 1 or mixes_samples(d):
@@ -350,7 +350,7 @@ class GANStep:
         logits = (found[0], other) if self.penalty == "r1" else (other, found[0])
         return *logits, penalties.squared_penalty([found[1]], weight)
 
-    def _judged(self, output: Any) -> Tensor | list[Tensor]:
+    def _loss_logits(self, output: Any) -> Tensor | list[Tensor]:
         """The logits for the loss: those of all ranks where the loss compares samples of a batch."""
         found = _logits(output)
         if (self.loss != "relativistic-average" and self.top_k == 1) or _ranks.size(self.sync) == 1:
@@ -387,8 +387,8 @@ class GANStep:
                     real = self._augmented(real)
                     on_real = _call(self.discriminator, real, labels)
             on_fake = _call(self.discriminator, fake, labels)
-            logits_real = self._judged(on_real) if self.loss in RELATIVE else None
-            best = self._judged(on_fake) if self.top_k == 1 else _best(self._judged(on_fake), self.top_k)
+            logits_real = self._loss_logits(on_real) if self.loss in RELATIVE else None
+            best = self._loss_logits(on_fake) if self.top_k == 1 else _most_real(self._loss_logits(on_fake), self.top_k)
             loss = functional.gan_loss(best, logits_real, kind=self.loss, side="g")
             metrics = {"g_loss": loss.detach()}
             if extra is not None:
@@ -470,8 +470,8 @@ class GANStep:
 
     # ---- capture --------------------------------------------------------------------------------------------------
 
-    def _capturing(self, capture: str) -> Capture | None:
-        """What replays the step as CUDA graphs, or None where it always runs eagerly."""
+    def _make_capture(self, capture: str) -> Capture | None:
+        """What replays the step as CUDA graphs, or None where it always runs eagerly, for the reason that is kept."""
         self._eager_because = "capture is off" if capture == "off" else capturable_device(self.device)
         if self._eager_because:
             if capture == "on":
@@ -559,7 +559,8 @@ class GANStep:
         dtype = PRECISIONS[self.precision]
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _nth(self, value: Any, i: int) -> Any:
+    def _of_update(self, value: Any, i: int) -> Any:
+        """What D's i-th update of the step is given: a batch of its own from a sequence, or the one batch for all."""
         if not isinstance(value, list | tuple):
             return value
         if len(value) != self.d_steps:
@@ -599,7 +600,7 @@ def _check_updates(
             raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
 
 
-def _looking_over(sync: Sync, *networks: nn.Module) -> Sequence[nn.Module]:
+def _synchronised(sync: Sync, *networks: nn.Module) -> Sequence[nn.Module]:
     """The networks, with statistics over the processes of `sync`."""
     return networks if sync is False else [synchronise(network, sync) for network in networks]
 
@@ -620,7 +621,7 @@ def _logits(output: Any) -> Tensor | list[Tensor]:
     return found[0] if len(found) == 1 else found
 
 
-def _best(logits: Tensor | list[Tensor], share: float) -> Tensor | list[Tensor]:
+def _most_real(logits: Tensor | list[Tensor], share: float) -> Tensor | list[Tensor]:
     """The logits of the images that D takes for the realest; with several scales, by the sum of each scale's mean."""
     scales = logits if isinstance(logits, list) else [logits]
     score = torch.stack([scale.detach().reshape(len(scale), -1).mean(1) for scale in scales]).sum(0)
