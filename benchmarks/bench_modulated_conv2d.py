@@ -2,7 +2,7 @@
 
 import pytest
 import resampling
-from layers import ROWS, SECOND, noise, rows
+from layers import DOUBLE, ROWS, SECOND, noise, rows
 
 from fastgan import functional
 from fastgan.benchmarking.comparison import Case
@@ -14,9 +14,10 @@ FILTERED = {"64x36x36": (64, 36), "32x68x68": (32, 68)}
 PADDING = (11, 10, 11, 10)
 DIRECTIONS = ("forward", "forward+backward", SECOND)
 CONVOLUTIONS = dict(zip(DIRECTIONS, (1, 3, 4), strict=True))  # dx and dw; of the second order, dw and y of ddx
-PASSES = dict(zip(DIRECTIONS, (1, 2, 3), strict=True))
+# Of filtered_lrelu the second order is the cotangent's alone: x enters the gradient only by signs.
+PASSES = {"forward": 1, "forward+backward": 2, DOUBLE: 1}
 CASES = [Case("modulated_conv2d", shape, direction, "float32") for shape in MODULATED for direction in DIRECTIONS]
-CASES += [Case("filtered_lrelu", shape, direction, "float32") for shape in FILTERED for direction in DIRECTIONS]
+CASES += [Case("filtered_lrelu", shape, direction, "float32") for shape in FILTERED for direction in PASSES]
 
 
 def runners(case):
