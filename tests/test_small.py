@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from checks import LAYOUTS, against_plain
 
 import fastgan
@@ -138,3 +139,15 @@ def test_a_penalty_keeps_our_norms():
 
     fastgan.functional.gradient_penalty(critic, torch.randn(2, 4, 3, 3), kind="r1", weight=1.0)
     assert seen == ["ThinBackward"]
+
+
+def test_a_penalty_through_a_checkpointed_norm():
+    """The second run of the norm comes in a backward pass that no longer expects second derivatives."""
+    norm = lambda x: functional.gn_act(x, 2, activation="leaky_relu")
+    x, found = torch.randn(2, 4, 3, 3), []
+    for run in (norm, lambda x: torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)):
+        w = torch.linspace(0.5, 2, 4).view(4, 1, 1).requires_grad_()
+        critic = lambda x, run=run, w=w: run(x * w).flatten(1).square().sum(1)
+        loss = functional.gradient_penalty(critic, x, kind="r1", weight=1.0)
+        found.append(torch.autograd.grad(loss, w)[0])
+    torch.testing.assert_close(*found)

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from handwritten import FAMILIES, ResStack, SNDiscriminator, SNGenerator, UNet, images
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils._pytree import tree_leaves
 
 import fastgan
-from fastgan.choice import STATE, whole
+from fastgan.choice import STATE, calls, whole
 from fastgan.choice.budget import Account
 from fastgan.program import switched_off
 from fastgan.program.run import Compiled
@@ -522,6 +523,36 @@ def test_a_network_in_a_loop_of_the_users_own_races_on_its_calls(monkeypatch):
             for _ in range(60):
                 ours(x)
         assert len(ours.forward.graphs) == 2 and ours.forward.graphs[1].chosen and not copies
+
+
+def test_a_checkpointed_network_races_with_one_answer(monkeypatch):
+    """Each forward runs twice, and the ways save other tensors: neither turns nor a race in between may mix them."""
+    monkeypatch.setattr(whole, "remembered", lambda case: None)
+    found, race = [], whole._seconds
+
+    monkeypatch.setattr(whole, "_seconds", lambda *a: found.append(race(*a)) or 1.0)
+    monkeypatch.setattr(STATE, "account", Account(Clock(), 1.0))  # pays for every run
+    plain, ours, x = pair()
+    again = lambda model: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    with fastgan.racing(True):
+        for _ in range(6):
+            for model in (plain, ours):
+                model.zero_grad()
+                again(model).square().mean().backward()
+            for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+    assert found and list(ours.forward.graphs[0].chosen)
+
+
+@pytest.mark.parametrize("ask", [calls.is_repacked, calls._asked])
+def test_hooks_on_saved_tensors_are_seen(ask):
+    """Also as torch < 2.8 is asked."""
+    assert not ask()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert ask() and ask()
+    with torch.autograd.graph.disable_saved_tensors_hooks("none"):
+        assert not ask() and not torch._C._autograd._saved_tensors_hooks_is_enabled()
+    assert not ask() and torch._C._autograd._saved_tensors_hooks_is_enabled()
 
 
 def test_an_answer_stands_to_the_end_of_a_run(monkeypatch):

@@ -14,7 +14,7 @@ far, `cache` and `sketch` what the disk knows, `budget`, `proof`, `race`, `choos
 from fastgan.choice.availability import absent, backends, has_kernel, missing, refusal
 from fastgan.choice.budget import bound, cost_of
 from fastgan.choice.cache import cache_dir, fingerprint
-from fastgan.choice.calls import clocked, reaches
+from fastgan.choice.calls import clocked, is_repacked, reaches
 from fastgan.choice.choosing import (
     SETTLED_BY,
     begin_run,
@@ -60,6 +60,7 @@ __all__ = [
     "finished",
     "forced",
     "has_kernel",
+    "is_repacked",
     "may_race",
     "missing",
     "native",

@@ -7,7 +7,9 @@ from those of its outputs to the one that it made first, and two hooks see where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +48,43 @@ def reaches(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # refused for a leaf that the pass is asked for itself, and where no engine runs
         return True
+
+
+def is_repacked() -> bool:
+    """Whether hooks take what autograd saves, as in torch.utils.checkpoint.
+
+    It runs a function again in the backward pass and pairs, by their order alone, the tensors that both runs save.
+    Whatever may decide otherwise then keeps to one way: another one's tensors would give wrong gradients.
+    """
+    return bool(_hooks())
+
+
+def _asked() -> bool:
+    """For torch < 2.8, which cannot be asked: hooks cannot be switched off where some are set."""
+    hooks: Any = torch._C._autograd
+    if not hooks._saved_tensors_hooks_is_enabled():
+        return False
+    try:
+        hooks._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        hooks._saved_tensors_hooks_enable()
+    return False
+
+
+_top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_hooks: Callable[[], Any] = _asked if _top is None else functools.partial(_top, True)
+
+
+@contextlib.contextmanager
+def unpacked() -> Iterator[None]:
+    """Within: no hook of the user's sees what is saved."""
+    if not is_repacked():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
 
 
 class _Backward:

@@ -7,7 +7,7 @@ race may take several calls.
 In a loop of the user's own on a CPU a traced part races on the user's calls: they take turns among the ways, and cost
 no more than the ways do. Else it runs forward and backward on clones of its inputs. In a run, which must give equal
 bits for equal seeds and caches, the answer of the first call stands, a checkpoint carries it, and a winner that is
-found later counts from the next run on.
+found later counts from the next run on. So it stands where hooks take what autograd saves, as torch.utils.checkpoint's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastgan.choice.budget import Account, unlimited
-from fastgan.choice.calls import clocked
+from fastgan.choice.calls import clocked, is_repacked, unpacked
 from fastgan.choice.choosing import keep_to, remember_fact, remembered
 from fastgan.choice.forcing import forced
 from fastgan.choice.hardware import torch_multiplies_bfloat16
@@ -116,9 +116,11 @@ class Contest:
         return self._answer()
 
     def _watches(self, device: torch.device) -> bool:
-        """Whether the user's next call is one of the race: not in a run, on a GPU, or after many unanswered ones."""
+        """Whether the user's next call is one of the race: not where an answer stands, on a GPU, or after many that
+        had no whole backward pass."""
         waiting = sum(self.awaited.values()) >= PATIENCE
-        return self.on_calls and not (self.settled or STATE.in_run or waiting or device.type != "cpu")
+        stands = STATE.in_run or is_repacked()
+        return self.on_calls and not (self.settled or stands or waiting or device.type != "cpu")
 
     def watched(self, name: str, arguments: Sequence[Any]) -> Any:
         """The user's call by this way, its seconds noted."""
@@ -140,7 +142,7 @@ class Contest:
     def _answer(self) -> str:
         """The way for this call, noted for checkpoints where it stands."""
         stood = self.standing
-        if STATE.in_run and not stood:
+        if not stood and (STATE.in_run or is_repacked()):
             self.standing = self.winner
         answer = self.standing or self.winner
         if self.settled or self.standing != stood:
@@ -205,7 +207,7 @@ class Contest:
         """Run as many samples as the account allows; `fastgan.choice.race` has the rules."""
         begin = account.clock()
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=True):
+        with torch.random.fork_rng(devices, enabled=True), unpacked():
             while not self.settled and self._affords(account, begin):
                 name = self._next()
                 self._note(name, _seconds(self.ways[name], arguments, device))

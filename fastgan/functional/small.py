@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from fastgan._op import PLAIN, is_observed
-from fastgan.choice import FREE, STATE
+from fastgan.choice import FREE, STATE, is_repacked
 
 
 def is_small(x: Tensor, largest: int) -> bool:
     """Whether PyTorch's ops take a call on x: a CPU tensor of at most `largest` elements.
 
     False where a backend was forced, where something looks at single ops, under autocast, and where second derivatives
-    are expected: PyTorch's are dozens of kernels.
+    are expected: PyTorch's are dozens of kernels. Under torch.utils.checkpoint too, whose second run may come where one
+    of these is otherwise.
     """
     return (
         STATE.mode == FREE
@@ -29,6 +30,7 @@ def is_small(x: Tensor, largest: int) -> bool:
         and x.is_cpu
         and not (STATE.emulated or STATE.watchers or STATE.second_order)
         and not torch.is_autocast_enabled("cpu")
+        and not is_repacked()
     )
 
 
