@@ -1,6 +1,7 @@
 """Norms of small tensors go through PyTorch's own ops, where nobody asked for ours."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -151,3 +152,49 @@ def test_a_penalty_through_a_checkpointed_norm():
         loss = functional.gradient_penalty(critic, x, kind="r1", weight=1.0)
         found.append(torch.autograd.grad(loss, w)[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "native"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("norm", ["batch", "running", "instance", "group"])
+def test_parameters_with_gaps_and_a_bias_alone(norm, layout, backend):
+    """PyTorch's kernels read past the first, and its group norm has no derivative for the second."""
+    x, full = torch.randn(3, 4, 5, 5), torch.randn(8)
+    for w, b in ((full[::2], full[1::2]), (None, full[1::2].clone())):
+        leaves = [t.detach().requires_grad_() for t in (x.contiguous(memory_format=layout), b)]
+        with fastgan.backend(backend):
+            found = OURS[norm](leaves[0], w, leaves[1], "leaky_relu")
+            gradients = torch.autograd.grad(found.square().sum(), leaves)
+        exact = [t.detach().double().contiguous().requires_grad_() for t in (x, b)]
+        scale = torch.ones(4).double() if w is None else w.double()
+        want = F.leaky_relu(PLAIN[norm](exact[0], scale, exact[1]), 0.2)
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
+        for got, wanted in zip(gradients, torch.autograd.grad(want.square().sum(), exact), strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_running_statistics_written_before_the_backward_pass(training):
+    """By a training pass, of which PyTorch counts no version, or by the caller; and as parameters."""
+    found = []
+    for written in (False, True):
+        x, (mean, var) = torch.linspace(-1, 1, 48).view(3, 4, 2, 2).requires_grad_(), statistics(torch.ones(1, 4))
+        y = functional.bn_act(x, mean, var, training=training)
+        if written:
+            functional.bn_act(3 * x.detach() + 1, mean, var, training=True)
+            mean.add_(1)
+        found.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    parameters = [torch.nn.Parameter(t) for t in statistics(x)]
+    torch.testing.assert_close(functional.bn_act(x, *parameters, training=training), y)
+
+
+def test_numbers_of_other_types():
+    x = torch.randn(3, 4, 5, 5)
+    for norm in (
+        lambda eps: functional.bn_act(x, training=True, eps=eps),
+        lambda eps: functional.gn_act(x, 2.0, eps=eps),
+        lambda eps: functional.in_act(x, eps=eps),
+        lambda eps: functional.ln_act(x, (5,), eps=eps),
+    ):
+        torch.testing.assert_close(norm(Fraction(1, 100_000)), norm(1e-5))

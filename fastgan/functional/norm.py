@@ -90,7 +90,7 @@ def bn_act(
         kind, running = "batch of rows" if x.dim() == 2 else "batch of images", (running_mean, running_var)
         known = (running_mean is None) == (running_var is None)
         if known and _is_small(kind, x, act, weight, bias, *running) and _is_dense(x):
-            return _activated(x, torch.batch_norm(x, weight, bias, *running, True, momentum, eps, False), act)
+            return _by_torch(x, weight, bias, running, momentum, float(eps), act)
     y, mean, var, total = _in_training(x, weight, bias, batch_statistics, float(eps), act, stat_groups, sync)
     if count and (running_mean is not None or running_var is not None):
         _update(running_mean, running_var, mean, var, count if total is None else total, momentum)
@@ -100,19 +100,25 @@ def bn_act(
 def _is_small(kind: str, x: Tensor, act: tuple[str, float], *others: Tensor | None) -> bool:
     """Whether PyTorch's own norm takes the call: x is small, and of one dtype with its parameters and statistics.
 
-    16-bit tensors stay ours: without float32 parameters PyTorch rounds their statistics to 16 bits.
+    16-bit tensors stay ours: without float32 parameters PyTorch rounds their statistics to 16 bits. So do parameters
+    with gaps: torch 2.13 reads past them in its batch norm of channels_last.
     """
     largest, dtype = SMALL[kind][learns(x, *others[:2])], x.dtype
     if not is_small(x, 2 * largest if act[0] == "identity" else largest):
         return False
     for t in others:
-        if t is not None and (t.dtype != dtype or type(t) not in PLAIN):
+        if t is not None and (t.dtype != dtype or type(t) not in PLAIN or not t.is_contiguous()):
             return False
     return dtype in (torch.float32, torch.float64)
 
 
 def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=CHANNELS_LAST))
+
+
+def _is_group_norm(x: Tensor, act: tuple[str, float], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's group norm takes the call; torch 2.13 has no derivative of it for a bias without a weight."""
+    return (weight is not None or bias is None) and _is_small("group", x, act, weight, bias) and x.is_contiguous()
 
 
 def _activated(x: Tensor, t: Tensor, act: tuple[str, float]) -> Tensor:
@@ -126,6 +132,26 @@ def _activated(x: Tensor, t: Tensor, act: tuple[str, float]) -> Tensor:
     return F.threshold(t, 0.0, 0.0) if act[0] == "relu" else _activation.apply(t, *act)
 
 
+def _by_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Sequence[Tensor | None],
+    momentum: float | None,
+    eps: float,
+    act: tuple[str, float],
+) -> Tensor:
+    """PyTorch's batch norm, in eval mode where momentum is None.
+
+    It keeps the running statistics for its backward pass. After a training pass that would use the updated ones, unseen
+    (`_update`), hence copies in eval mode; after a write of the caller's it would be refused, hence .data.
+    """
+    training = momentum is not None
+    copied = not training and learns(x, weight, bias)
+    mean, var = (None if r is None else r.detach().clone() if copied else r.data for r in running)
+    return _activated(x, torch.batch_norm(x, weight, bias, mean, var, training, momentum or 0.0, eps, False), act)
+
+
 def _by_running_statistics(
     x: Tensor,
     mean: Tensor,
@@ -137,7 +163,7 @@ def _by_running_statistics(
 ) -> Tensor:
     """Batch norm in eval mode."""
     if _is_small("running statistics", x, act, weight, bias, mean, var) and _is_dense(x):
-        return _activated(x, torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), act)
+        return _by_torch(x, weight, bias, (mean, var), None, eps, act)
     return _bn_act.op(x, weight, bias, mean, var, False, eps, *act, 1)[0]
 
 
@@ -243,8 +269,8 @@ def gn_act(
     if x.numel() == num_groups:
         raise ValueError(f"{name}: a batch needs more than 1 value per group, got x {tuple(x.shape)}")
     act = activation, float(negative_slope)
-    if _is_small("group", x, act, weight, bias) and x.is_contiguous():
-        return _activated(x, torch.group_norm(x, num_groups, weight, bias, eps), act)
+    if _is_group_norm(x, act, weight, bias):
+        return _activated(x, torch.group_norm(x, int(num_groups), weight, bias, float(eps)), act)
     return _gn_act.op(x, weight, bias, int(num_groups), float(eps), *act)[0]
 
 
@@ -290,9 +316,9 @@ def in_act(
     n, channels, pixels = planes(x)
     if pixels == 1:
         raise ValueError(f"{name}: a sample needs more than 1 value per channel, got x {tuple(x.shape)}")
-    if running_mean is None and running_var is None and _is_small("group", x, act, weight, bias) and x.is_contiguous():
+    if running_mean is None and running_var is None and _is_group_norm(x, act, weight, bias):
         # PyTorch's own instance norm views x as one sample, and takes 43 us where its group norm takes 23
-        return _activated(x, torch.group_norm(x, channels, weight, bias, eps), act)
+        return _activated(x, torch.group_norm(x, channels, weight, bias, float(eps)), act)
     y, mean, var = _gn_act.op(x, weight, bias, channels, float(eps), *act)
     if n and pixels and (running_mean is not None or running_var is not None):
         # torch's rule: the running statistics follow the samples' average
@@ -339,7 +365,7 @@ def ln_act(
             )
     act = activation, float(negative_slope)
     if _is_small("layer", x, act, weight, bias) and x.is_contiguous():
-        return _activated(x, torch.layer_norm(x, shape, weight, bias, eps), act)
+        return _activated(x, torch.layer_norm(x, shape, weight, bias, float(eps)), act)
     # whole samples in channels_last: the parameters follow x's memory order, so that x is not copied
     turned = is_channels_last(x) and len(shape) == 3
     image = x.movedim(1, 3) if turned else x

@@ -96,12 +96,12 @@ def reference(x, weight, bias, running_mean, running_var, training, eps, activat
     if training and x.numel() == 0:
         mean, var = (s.zero_() for s in _statistics_like(x, groups))
     elif training and running_mean is not None:
-        mean, var = running_mean.to(dtype), running_var.to(dtype)
+        mean, var = running_mean.to(dtype).contiguous(), running_var.to(dtype).contiguous()
     elif training:
         mean, var = moments(x, groups)
     else:
         mean, var = (s.to(dtype, copy=True).unsqueeze(0) for s in (running_mean, running_var))
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))  # as PyTorch reads them
     y = _activation.overwrite(_normalise(x, mean, var, weight, bias, eps), activation, slope)
     return dense(y, is_channels_last(x)), *computed(mean, var, training, running_mean)
 
@@ -171,7 +171,7 @@ def _dt(dy, x, weight, bias, mean, var, eps, activation, slope):
 
 def reference_backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):
     dtype = accumulation_dtype(x.dtype)
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))  # as PyTorch reads them
     dt = _dt(dy, x, weight, bias, mean, var, eps, activation, slope)
     ones = x.new_ones(x.shape[1], dtype=dtype)
     parts = [

@@ -67,9 +67,9 @@ def _for_torch(x: Tensor) -> Tensor:
 
 
 def _parameters(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """As PyTorch's kernels take them: float32 beside a 16-bit x on a CPU, x's own dtype elsewhere."""
+    """As PyTorch's kernels take them: without gaps, float32 beside a 16-bit x on a CPU, x's own dtype elsewhere."""
     dtype = accumulation_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
-    return [None if p is None else p.to(dtype) for p in parameters]
+    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
 
 
 def _is_layer_norm(x: Tensor, groups: int) -> bool:
