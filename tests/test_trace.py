@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import pickle
 import sys
 
@@ -479,6 +480,25 @@ def test_a_race_on_the_users_calls_runs_each_once_and_pays_nothing(monkeypatch):
         assert race([x]) == "plain" and not race.watching and found == ["plain"]
     assert len(calls) == 2 * 3 and STATE.account.spent == 0.0 and x.grad[0] == len(calls)
     assert race.samples["ours"] == pytest.approx([1.0] * 2) and race.samples["plain"] == pytest.approx([0.8] * 2)
+
+
+def test_no_way_has_all_the_dear_calls_of_a_step(monkeypatch):
+    clock, race = contest(monkeypatch, 0.0, on_calls=True, ours=1.0, plain=0.8)
+    run, calls = dict(race.ways), []
+
+    def dear(x, name):
+        calls.append(name)
+        clock.now += 0.5 * (len(calls) % 2 == 0)
+        return run[name](x)
+
+    race.ways = {name: functools.partial(dear, name=name) for name in run}
+    with fastgan.racing(True):
+        while not race.settled:
+            way = race([torch.ones(1)])
+            if race.watching:
+                race.watched(way, [torch.ones(1)])
+        assert race([torch.ones(1)]) == "plain"
+    assert {*calls[::2]} == {*calls[1::2]} == {"ours", "plain"}
 
 
 @pytest.mark.parametrize("passes", ["none", "some gradients", "differentiated"])

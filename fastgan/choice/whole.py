@@ -78,6 +78,7 @@ class Contest:
         self.known = False  # whether it stands without a race: remembered, alone, or racing is off
         self.standing = ""  # the answer for the run that goes on
         self.begun, self.watching = False, False  # watching: the call that follows is one of the race
+        self.latest = list(ways)  # the way of the user's last call first
         self.awaited: Counter[str] = Counter()  # the user's calls whose seconds are not known yet
         self.first: dict[str, float] = {}  # seconds of first runs, which decide nothing: the ops' own races are in them
         self.samples: dict[str, list[float]] = {name: [] for name in ways}  # further runs, ascending
@@ -125,6 +126,8 @@ class Contest:
     def watched(self, name: str, arguments: Sequence[Any]) -> Any:
         """The user's call by this way, its seconds noted."""
         self.awaited[name] += 1
+        self.latest.remove(name)
+        self.latest.insert(0, name)
         return clocked(self.ways[name], arguments, functools.partial(self._answered, name))
 
     def _answered(self, name: str, took: float) -> None:
@@ -193,9 +196,13 @@ class Contest:
         return [name for name in self.ways if len(self.samples[name]) < 2 or self.samples[name][0] <= limit]
 
     def _next(self) -> str:
-        """The way that runs next."""
+        """The way that runs next, forth and back.
+
+        A step may call twice, D(real) and D(fake), and the second backward pass also adds up their gradients: no way
+        shall have all the first calls.
+        """
         runs = lambda name: (name in self.first) + len(self.samples[name]) + self.awaited[name]
-        return min(self._alive(), key=runs)
+        return min(sorted(self._alive(), key=self.latest.index), key=runs)
 
     def _affords(self, account: Account, begin: float) -> bool:
         """Whether the account has what the next run is expected to take; a full one pays for a run of any length."""
