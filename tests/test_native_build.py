@@ -29,13 +29,14 @@ def test_build_info():
 
 
 def test_the_library_holds_the_header_of_every_cuda_kernel():
-    """What NVRTC is asked to include at a kernel's first launch: one that is missing switches the kernel off."""
+    """What NVRTC is asked to include at a kernel's first launch: what is missing switches the kernel off."""
     if not hasattr(_C.cuda, "kernels") or not (ROOT / "csrc").is_dir():
         pytest.skip("the CUDA kernels are not compiled at first use here, or the sources are not")
     text = runpy.run_path(str(ROOT / "csrc" / "cuda" / "nvrtc" / "embed.py"))["device_sources"](ROOT / "csrc")
     names = text.partition("DEVICE_SOURCE_NAMES[] = {")[2].partition("}")[0]
-    headers = {header for header, _ in _C.cuda.kernels()}
-    assert headers and not [header for header in headers if f'"{header}"' not in names]
+    includes = [line for lines, _ in _C.cuda.kernels() for line in lines.splitlines()]
+    assert includes and not [line for line in includes if line.removeprefix("#include ") not in names]
+    assert all(lines for lines, _ in _C.cuda.kernels())
 
 
 def test_tables_are_chosen_best_first():
