@@ -479,7 +479,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         f"times as fast as PyTorch's best\n{machine['cores']} cores of {machine['cpu']}, {machine['kernels']}"
     )
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # a CPU's name may be longer than the axis
     pyplot.close(figure)
 
 
