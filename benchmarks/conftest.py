@@ -8,6 +8,7 @@ work on the real numbers. Our own tables replace pytest-benchmark's, which --ben
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -53,6 +54,11 @@ def pytest_addoption(parser):
     )
 
 
+def command(arguments):
+    """The command of this run as it may be repeated from the checkout, whose own place is not in it."""
+    return shlex.join(["pytest", *(str(a).replace(f"{facts.ROOT}/", "") for a in arguments)])
+
+
 def pytest_configure(config):
     wanted = config.getoption("--table")
     if wanted:
@@ -96,7 +102,7 @@ CLOCK = ReplayClock()
 def session_facts(request):
     """Measures the ceilings and notes what the numbers depend on, before the first case."""
     results = request.config.stash[RESULTS]
-    results["machine"] = facts.gather(" ".join(["pytest", *request.config.invocation_params.args]))
+    results["machine"] = facts.gather(command(request.config.invocation_params.args))
     try:
         found = ceilings.measure(torch.get_num_threads(), request.config.getoption("--table"))
         results["ceilings"] = found.raw

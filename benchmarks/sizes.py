@@ -1,6 +1,7 @@
 """Norms, losses and bias_act as functions, over the number of elements: fastgan against PyTorch's ops, in turns.
 
     python benchmarks/sizes.py [--threads 1] [--table avx2]        # two minutes; prints a table
+    python benchmarks/sizes.py --kernels                           # our kernels at every size, whatever is faster
 
 "PyTorch" is the norm and torch's activation, or the textbook's formula of a loss. Microseconds are minima, the first
 number of a pair PyTorch's; "training" is forward and backward to every input.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastgan
 from fastgan import functional
 from fastgan.benchmarking import table
 from fastgan.benchmarking.timing import interleave
@@ -124,11 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", help="hold fastgan and PyTorch to one instruction set")
+    parser.add_argument("--kernels", action="store_true", help="no function goes through PyTorch's ops")
     args = parser.parse_args()
     if args.table:
         table.hold(args.table)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    fastgan.racing(not args.kernels)
     print("| function | shape | us, eval | ratio | us, training | ratio |\n|---|---|---:|---:|---:|---:|")
     for activation in (None, "leaky_relu"):
         for name, (shapes, pair) in norms(activation).items():

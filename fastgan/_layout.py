@@ -35,6 +35,11 @@ def image(t: Tensor) -> Tensor:
     return t.unsqueeze(2) if t.dim() == 3 else t
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous in one of the two layouts."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=CHANNELS_LAST))
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     return CHANNELS_LAST if channels_last else torch.contiguous_format
 

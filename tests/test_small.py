@@ -102,7 +102,7 @@ def test_which_norms_are_small():
         group(x.contiguous(memory_format=torch.channels_last), w, w, None),  # PyTorch's loses the variance there
         functional.bn_act(x, training=True, stat_groups=2, activation=None),
     ):
-        assert "Thin" in node(y) or "View" in node(y)
+        assert "Norm" not in node(y)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -170,7 +170,7 @@ def test_parameters_with_gaps_and_a_bias_alone(norm, layout, backend):
         want = F.leaky_relu(PLAIN[norm](exact[0], scale, exact[1]), 0.2)
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
         for got, wanted in zip(gradients, torch.autograd.grad(want.square().sum(), exact), strict=True):
-            torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [False, True])

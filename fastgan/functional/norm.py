@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import _activation, _ranks
-from fastgan._layout import CHANNELS_LAST, dense, is_channels_last, planes
+from fastgan._layout import dense, is_channels_last, is_dense, planes
 from fastgan._op import PLAIN
 from fastgan.functional import synchronised
 from fastgan.functional.checks import check_channels
@@ -89,7 +89,7 @@ def bn_act(
     if stat_groups == 1 and batch_statistics is None and sync is False and isinstance(momentum, float):
         kind, running = "batch of rows" if x.dim() == 2 else "batch of images", (running_mean, running_var)
         known = (running_mean is None) == (running_var is None)
-        if known and _is_small(kind, x, act, weight, bias, *running) and _is_dense(x):
+        if known and _is_small(kind, x, act, weight, bias, *running) and is_dense(x):
             return _by_torch(x, weight, bias, running, momentum, float(eps), act)
     y, mean, var, total = _in_training(x, weight, bias, batch_statistics, float(eps), act, stat_groups, sync)
     if count and (running_mean is not None or running_var is not None):
@@ -110,10 +110,6 @@ def _is_small(kind: str, x: Tensor, act: tuple[str, float], *others: Tensor | No
         if t is not None and (t.dtype != dtype or type(t) not in PLAIN or not t.is_contiguous()):
             return False
     return dtype in (torch.float32, torch.float64)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=CHANNELS_LAST))
 
 
 def _is_group_norm(x: Tensor, act: tuple[str, float], weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -162,7 +158,7 @@ def _by_running_statistics(
     act: tuple[str, float],
 ) -> Tensor:
     """Batch norm in eval mode."""
-    if _is_small("running statistics", x, act, weight, bias, mean, var) and _is_dense(x):
+    if _is_small("running statistics", x, act, weight, bias, mean, var) and is_dense(x):
         return _by_torch(x, weight, bias, (mean, var), None, eps, act)
     return _bn_act.op(x, weight, bias, mean, var, False, eps, *act, 1)[0]
 

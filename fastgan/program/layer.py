@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import _activation, functional
-from fastgan._layout import image
+from fastgan._layout import image, is_dense
 
 _conv_facts = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups", "sync")
@@ -131,7 +131,7 @@ class Layer:
         if getattr(self.norm, "running_mean", None) is not None and norm is None:
             return "an instance norm with running statistics"
         tensors = [t for t in (*self.parameters(), *self.buffers()[:2]) if t is not None]
-        if any(t.dtype != torch.float32 or not t.is_cpu or not dense(t) for t in tensors):
+        if any(t.dtype != torch.float32 or not t.is_cpu or not is_dense(image(t)) for t in tensors):
             return "parameters that are not dense float32 on the CPU"
         return ""
 
@@ -139,12 +139,6 @@ class Layer:
 def torch_class(m: Any) -> str:
     """The name of torch's class that a module is of, or derived from; "" for None."""
     return next((c.__name__ for c in type(m).__mro__ if c.__module__.startswith("torch.nn.modules")), "")
-
-
-def dense(t: Tensor) -> bool:
-    """Whether t is contiguous, or has its channels innermost."""
-    t = image(t)
-    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 def _sample_normed(norm: Any, x: Tensor, weight: Any, bias: Any, activation: str, slope: float) -> Tensor:

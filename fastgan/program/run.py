@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._layout import image, laid_out
+from fastgan._layout import image, is_dense, laid_out
 from fastgan._op import is_observed
 from fastgan.choice import STATE, Contest, absent, fastest, forced, reaches, second_order
-from fastgan.program.layer import Layer, dense, plain, replay
+from fastgan.program.layer import Layer, plain, replay
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
@@ -276,7 +276,7 @@ class Run:
         return Contest((KIND, *key), apart, ("plain", "channels_last"))
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
-        fits = x.dim() in (2, 3, 4) and x.numel() > 0 and dense(x) and x.dtype in FLOATS and dtype in FLOATS
+        fits = x.dim() in (2, 3, 4) and x.numel() > 0 and is_dense(image(x)) and x.dtype in FLOATS and dtype in FLOATS
         if not torch.is_autocast_enabled("cpu"):  # float32 parameters take no other input
             fits = fits and dtype == torch.float32
         if self.layers[0].conv is None:  # a norm under autocast computes in its input's type
