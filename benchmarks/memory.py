@@ -35,7 +35,7 @@ def steps() -> dict[str, tuple[Step, set[int]]]:
     networks = fastgan.models.build("dcgan-64")
     images = torch.randn(BATCH, 3, 64, 64).contiguous(memory_format=torch.channels_last)
 
-    def made(ours: bool) -> tuple[Step, set[int]]:
+    def made(ours: bool, **options: bool) -> tuple[Step, set[int]]:
         g, d = (copy.deepcopy(m).to(memory_format=torch.channels_last) for m in networks)
         adams = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999), fused=True) for m in (g, d)]
         addresses = {p.data_ptr() for m in (g, d) for p in m.parameters()}
@@ -43,10 +43,11 @@ def steps() -> dict[str, tuple[Step, set[int]]]:
             step = textbook_step(fastgan.recipes()["dcgan-64"], g, d, *adams)
         else:
             g, d = fastgan.convert(g), fastgan.convert(d)
-            step = fastgan.GANStep(g, d, latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1])
+            step = fastgan.GANStep(g, d, latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1], **options)
         return (lambda: step(images)), addresses
 
-    return {"PyTorch": made(False), "fastgan": made(True)}
+    ways = {"PyTorch": made(False), "fastgan": made(True)}
+    return ways | {"fastgan, low_memory": made(True, low_memory=True)}
 
 
 def at_the_peak(run: Step) -> tuple[int, list[str], Counter[int]]:
@@ -107,7 +108,7 @@ def main() -> int:
         for size, times, shape in kept:
             if size >= SMALLEST:
                 print(f"    {megabytes(size)} {list(shape)}, by {times} nodes")
-        if name == "fastgan" and module is not None:
+        if name != "PyTorch" and module is not None:
             print(f"  scratch of the CPU kernels, held at most: {megabytes(module.scratch_highest())}")
     return 0
 

@@ -95,6 +95,35 @@ def gan_loss_statistics(
     return loss, torch.stack([part[1] for part in parts]).mean(0)
 
 
+def gan_loss_terms(logits: Logits, *, of: str, kind: str, label_smoothing: float | tuple[float, float] = 0.0) -> Tensor:
+    """The part of D's `gan_loss` that real logits (of="real") or fake ones (of="fake") have alone; both add up to it.
+
+    So each may be differentiated before the other's logits exist. Not for the kinds in RELATIVE.
+    """
+    of_real, of_fake = _smoothing(label_smoothing)
+    scales = [logits] if isinstance(logits, Tensor) else list(logits)
+    terms = []
+    for t in scales:
+        _check(t, t, kind, "d", bool(of_real or of_fake))
+        if of == "real":
+            terms.append(_gan_loss.real_term(t, kind, float(of_real)))
+        else:
+            term = _gan_loss.fake_term(t, kind)
+            terms.append(term + _smoothed_fakes(t, kind, of_fake) if of_fake else term)
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+
+
+def _smoothing(value: float | tuple[float, float]) -> tuple[float, float]:
+    """(of real logits, of fake ones)."""
+    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, 0.0)
+
+
+def _smoothed_fakes(fake: Tensor, kind: str, target: float) -> Tensor:
+    """A target t of the fake logits takes t mean f away from bce, minimax and lsgan alike; lsgan gains t^2 / 2 too."""
+    square = target**2 / 2 if kind == "lsgan" else 0.0
+    return square - target * fake.to(accumulation_dtype(fake.dtype)).mean()
+
+
 def _by_torch(fake: Tensor, real: Logits | None, kind: str, side: str) -> Tensor | None:
     """The loss in PyTorch's ops where they are faster, or None. 16-bit logits stay ours: our means are float32."""
     if (kind, side) not in SMALL or not isinstance(real, Tensor | None):
@@ -128,16 +157,13 @@ def _scale(
     fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float | tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics) of one scale."""
-    of_real, of_fake = smoothing if isinstance(smoothing, tuple | list) else (smoothing, 0.0)
+    of_real, of_fake = _smoothing(smoothing)
     _check(fake, real, kind, side, bool(of_real or of_fake))
     if kind == "relativistic-average" and real is not None:
         return _relative_to_the_mean(fake, real, side)
     loss, statistics = _gan_loss.op(fake, real, kind, side, float(of_real))
     if of_fake and side == "d":
-        # A target t of the fake logits takes t mean f away from bce, minimax and lsgan alike; lsgan gains t^2 / 2 too.
-        wide = fake.to(accumulation_dtype(fake.dtype))
-        square = of_fake**2 / 2 if kind == "lsgan" else 0.0
-        loss = loss + (square - of_fake * wide.mean()).to(loss.dtype)
+        loss = loss + _smoothed_fakes(fake, kind, of_fake).to(loss.dtype)
     return loss, statistics
 
 

@@ -71,13 +71,29 @@ def formula(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: 
             "hinge": lambda: -f.mean(),
             "wasserstein": lambda: -f.mean(),
         }[kind]()
-    if kind == "lsgan":
-        return 0.5 * (r - (1 - smoothing)).square().mean() + 0.5 * f.square().mean()
-    if kind == "hinge":
-        return torch.relu(1 - r).mean() + torch.relu(1 + f).mean()
-    if kind == "wasserstein":
-        return f.mean() - r.mean()
-    return (softplus(r) - (1 - smoothing) * r).mean() + softplus(f).mean()
+    return real_term(r, kind, smoothing) + fake_term(f, kind)
+
+
+def real_term(r: Tensor, kind: str, smoothing: float) -> Tensor:
+    """What D's loss says of real logits alone; not for relativistic, which has no such term."""
+    return {
+        "bce": lambda: (softplus(r) - (1 - smoothing) * r).mean(),
+        "minimax": lambda: (softplus(r) - (1 - smoothing) * r).mean(),
+        "lsgan": lambda: 0.5 * (r - (1 - smoothing)).square().mean(),
+        "hinge": lambda: torch.relu(1 - r).mean(),
+        "wasserstein": lambda: -r.mean(),
+    }[kind]()
+
+
+def fake_term(f: Tensor, kind: str) -> Tensor:
+    """What D's loss says of fake logits alone."""
+    return {
+        "bce": lambda: softplus(f).mean(),
+        "minimax": lambda: softplus(f).mean(),
+        "lsgan": lambda: 0.5 * f.square().mean(),
+        "hinge": lambda: torch.relu(1 + f).mean(),
+        "wasserstein": lambda: f.mean(),
+    }[kind]()
 
 
 def slopes(f: Tensor, r: Tensor | None, kind: str, side: str, smoothing: float) -> tuple[Tensor, Tensor | None]:

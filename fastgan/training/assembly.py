@@ -96,6 +96,7 @@ def assemble(
         penalty_weight=recipe.penalty_weight,
         penalty_every=recipe.penalty_every,
         d_steps=recipe.d_steps,
+        low_memory=recipe.low_memory,
         ema=average_decay(recipe, 0),
         augment=augmentation(recipe, device),
         label_smoothing=(recipe.label_smoothing, recipe.fake_smoothing),

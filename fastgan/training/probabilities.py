@@ -64,9 +64,9 @@ class Watch:
         """Whether the first update may run the discriminator twice: a step that nothing should record."""
         return self.updates == 0 and type(_last(self.discriminator)[1]) is nn.Sigmoid
 
-    def outputs(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """run() gives the discriminator's outputs in an update; it runs again where a final sigmoid had to be folded
-        away first."""
+    def folded(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """run() gives the first of the discriminator's outputs in an update, or all; it runs again where a final
+        sigmoid had to be folded away first."""
         if self.updates >= UPDATES:
             return run()
         restore = _snapshot(self.discriminator) if self.may_fold else None
@@ -78,7 +78,6 @@ class Watch:
             found = run()
             if what := _squashed(found[0]):
                 self._refuse(what)
-        self._look([t for output in found for t in logits_of(output)])
         return found
 
     def _fold(self, what: str) -> None:
@@ -98,10 +97,12 @@ class Watch:
             "return the value before it"
         )
 
-    def _look(self, logits: list[Tensor]) -> None:
-        """Count an update; warn once where all logits of all of them lie in [0, 1]."""
+    def look(self, *outputs: Any) -> None:
+        """Count an update with these outputs; warn once where all logits of all of them lie in [0, 1]."""
+        if self.updates >= UPDATES:
+            return
         self.updates += 1
-        for t in logits:
+        for t in (t for output in outputs for t in logits_of(output)):
             if not (self.reads and self.within):  # nothing more is read back
                 return
             t = t.detach()

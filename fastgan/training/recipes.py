@@ -84,6 +84,8 @@ class Recipe:
     path_length_every: int = 4
     #: discriminator updates for one of the generator
     d_steps: int = 1
+    #: the discriminator learns from real and generated images in turn: fewer activations at a time, the same numbers
+    low_memory: bool = False
     #: decay of the averaged generator that samples are drawn from; None: no average
     ema: float | None = None
     #: in images, in place of `ema`: the average forgets half in so many (or in 5 % of those seen, while that is less)
@@ -194,6 +196,8 @@ class Recipe:
                 raise ValueError(f"recipe: {name} goes with {', '.join(SMOOTHED)}, got {self.loss}")
         if not 0 < self.top_k <= 1 or (self.top_k < 1 and self.loss in RELATIVE):
             raise ValueError(f"recipe: top_k must be in (0, 1], and 1 with {', '.join(RELATIVE)}, got {self.top_k}")
+        if self.low_memory and self.loss in RELATIVE:
+            raise ValueError(f"recipe: low_memory goes with losses other than {', '.join(RELATIVE)}, got {self.loss}")
         if self.augment is not None:
             policy_of(self.augment)
         if not -1 < self.ada_target < 1:

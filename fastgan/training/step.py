@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
 
 from fastgan import _ranks, functional, penalties
 from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan._logits import logits_of
 from fastgan._ranks import Sync
 from fastgan.convert import synchronise
-from fastgan.functional.losses import KINDS, RELATIVE
+from fastgan.functional.losses import KINDS, RELATIVE, gan_loss_terms
 from fastgan.nn.norm import stat_groups
 from fastgan.training.adam import Adam
 from fastgan.training.capture import Capture, capturable_device, graphs_of, not_capturable
@@ -45,6 +46,7 @@ from fastgan.training.probabilities import Watch
 
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Any]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOOKS_AT = {"r1": ("real",), "r2": ("fake",), "r1r2": ("real", "fake")}  # a penalty of squares -> its images
 PENALTY_WEIGHTS = {"wgan-gp": 10.0, "dragan": 10.0, "r1": 10.0, "r2": 10.0, "r1r2": 1.0}
 
 # torch modules whose forward treats every sample by itself, in training mode too
@@ -137,6 +139,8 @@ class GANStep:
         weight_clip: D's parameters are kept within [-weight_clip, weight_clip] after its update (WGAN).
         accumulate: each update sums the gradients of so many equal parts of the batch, which equals the whole batch
             where no statistics are taken over it. The generator runs once more on each part.
+        low_memory: D learns from real and fake images in turn, so that the activations of one half are alive at a time
+            (`_in_turn`). The numbers are the same, to rounding. Not with relativistic losses or extra_d_loss.
         extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`). An
             extra_g_loss with the attribute reads_d_real = False spares the discriminator's pass over real images.
         extra_g_every: add extra_g_loss at every k-th step, k times (lazy regularisation).
@@ -178,6 +182,7 @@ class GANStep:
         grad_clip: float | tuple[str, float] | None = None,
         weight_clip: float | None = None,
         accumulate: int = 1,
+        low_memory: bool = False,
         extra_d_loss: ExtraLoss | None = None,
         extra_g_loss: ExtraLoss | None = None,
         extra_g_every: int = 1,
@@ -193,16 +198,16 @@ class GANStep:
             _one_of("penalty", penalty, penalties.KINDS)
         _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
+        _check_turns(low_memory, loss, extra_d_loss)
         self.sync, self.generator, self.discriminator = sync, *_synchronised(sync, generator, as_one(discriminator))
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
         self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
         self.extra_d_loss, self.extra_g_loss, self.extra_g_every = extra_d_loss, extra_g_loss, extra_g_every
-        self.top_k = top_k
+        self.top_k, self.low_memory = top_k, low_memory
         self.history: Any = history
-        default = PENALTY_WEIGHTS.get(penalty or "", 0.0)
-        self.penalty_weight = default if penalty_weight is None else penalty_weight
+        self.penalty_weight = PENALTY_WEIGHTS.get(penalty or "", 0.0) if penalty_weight is None else penalty_weight
         self._average = None if ema is None else EMA(generator, ema)
         first = next(generator.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -212,10 +217,9 @@ class GANStep:
             warn(self._resolved.slower)
         scaling: Any = {"device": self.device.type, "enabled": self.precision == "fp16"}
         self._g_scaler, self._d_scaler = torch.amp.GradScaler(**scaling), torch.amp.GradScaler(**scaling)
-        self.d_updates = 0
+        self.d_updates, self._labelled = 0, False  # _labelled: whether both networks are known to take labels
         self.exchange: Exchange | None = None  # set where several processes train together
         self._capture = self._make_capture(capture)
-        self._labelled = False  # whether both networks are known to take labels
         self._watch = Watch(self.discriminator, reads=self._capture is None and self.device.type == "cpu")
 
     # ---- the step -----------------------------------------------------------------------------------------------
@@ -276,7 +280,7 @@ class GANStep:
     def _update_discriminator(
         self, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any, due: bool
     ) -> dict[str, Tensor]:
-        losses = (self._d_loss(due, *part) for part in self._parts(real, fake, labels, z))  # made one by one
+        losses = (loss for part in self._parts(real, fake, labels, z) for loss in self._d_losses(due, *part))
         metrics = self._descend(losses, self.d_optimizer, self._d_scaler)
         if self.weight_clip is not None:
             with torch.no_grad():
@@ -284,26 +288,57 @@ class GANStep:
                 torch._foreach_clamp_max_(list(self.discriminator.parameters()), self.weight_clip)
         return metrics
 
+    def _d_losses(
+        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The terms of D's loss with their metrics, made one by one: each is differentiated before the next exists."""
+        real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
+        together = self.loss in RELATIVE or self.extra_d_loss is not None
+        if together or not (self.low_memory or self._as_two_passes(real, fake)):
+            yield self._d_loss(due, real, fake, labels, z)
+        else:
+            yield from self._in_turn(due, real, fake, labels)
+
+    def _in_turn(
+        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The terms of real images, of fake ones, and of a penalty that has passes of its own.
+
+        Where the images cannot be one batch anyway this costs nothing; docs/evidence/memory.md has the price elsewhere.
+        """
+        on_real, loss, of_real = self._term("real", due, real, labels)
+        yield loss, {}
+        on_fake, loss, of_fake = self._term("fake", due, fake, labels)
+        values = [value for value in (of_real, of_fake) if value is not None]
+        found = {"penalty": torch.stack(values).sum()} if values else {}
+        yield loss, self._d_metrics(on_real, on_fake)[1] | found
+        if due and not values:
+            value = self._penalise(real, fake, labels)
+            yield value, {"penalty": value.detach()}
+
+    def _term(self, of: str, due: bool, images: Tensor, labels: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
+        """(D(images), detached; their term of D's loss; the value of the penalty in it, or None)."""
+        with self._autocast():
+            looks = due and of in LOOKS_AT.get(self.penalty or "", ())
+            found = self._logits_and_norms(images, labels) if looks else None
+            run = lambda: (found[0] if found else _call(self.discriminator, images, labels),)
+            (output,) = self._watch.folded(run) if of == "real" else run()
+        loss = gan_loss_terms(self._loss_logits(output), of=of, kind=self.loss, label_smoothing=self.label_smoothing)
+        shown = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
+        if found is None:
+            return shown, loss, None
+        value = penalties.squared_penalty([found[1]], self._weight)
+        return shown, loss + value, value.detach()
+
     def _d_loss(
         self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
+        """D's whole loss at once."""
         with self._autocast():
             merged = self._logits_and_penalty(real, fake, labels) if due else None
             run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
-            on_real, on_fake = self._watch.outputs(run)
-        loss, statistics = functional.gan_loss_statistics(
-            self._loss_logits(on_fake),
-            self._loss_logits(on_real),
-            kind=self.loss,
-            side="d",
-            label_smoothing=self.label_smoothing,
-        )
-        metrics = {"d_loss": loss.detach()}
-        names = ("logit_real", "logit_fake", "d_real", "d_fake", "right_real", "right_fake")
-        metrics |= dict(zip(names, statistics.unbind(), strict=True))
-        if hasattr(self.augment, "observe"):
-            metrics |= self.augment.observe(_logits(on_real))
+            on_real, on_fake = self._watch.folded(run)
+        loss, metrics = self._d_metrics(on_real, on_fake)
         if due:
             value = merged[2] if merged else self._penalise(real, fake, labels)
             metrics["penalty"] = value.detach()
@@ -315,40 +350,65 @@ class GANStep:
             loss = loss + extra
         return loss, metrics
 
+    def _d_metrics(self, on_real: Any, on_fake: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """D's adversarial loss, and what is reported of it."""
+        self._watch.look(on_real, on_fake)
+        loss, statistics = functional.gan_loss_statistics(
+            self._loss_logits(on_fake),
+            self._loss_logits(on_real),
+            kind=self.loss,
+            side="d",
+            label_smoothing=self.label_smoothing,
+        )
+        names = ("logit_real", "logit_fake", "d_real", "d_fake", "right_real", "right_fake")
+        metrics = {"d_loss": loss.detach()} | dict(zip(names, statistics.unbind(), strict=True))
+        if hasattr(self.augment, "observe"):
+            metrics |= self.augment.observe(_logits(on_real))
+        return loss, metrics
+
     def _penalise(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         """The penalty, by passes of its own; for several discriminators the sum of theirs."""
         with self._autocast():
-            kind, weight = self.penalty or "", self.penalty_weight * self.penalty_every
-            options: Any = dict(kind=kind, weight=weight, labels=labels, generator=self.rng, sync=self.sync)
+            options: Any = dict(
+                kind=self.penalty, weight=self._weight, labels=labels, generator=self.rng, sync=self.sync
+            )
             found = [functional.gradient_penalty(d, real, fake, **options) for d in members_of(self.discriminator)]
             return found[0] if len(found) == 1 else torch.stack(found).sum()
 
-    def _logits_and_penalty(
-        self, real: Tensor, fake: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(D(real), D(fake), r1, r2 or r1r2) with the penalty from the loss's own passes: 4F instead of 3F + 4F.
+    @property
+    def _weight(self) -> float:
+        """The penalty's coefficient in an update that has one."""
+        return self.penalty_weight * self.penalty_every
+
+    def _logits_and_norms(self, images: Tensor, labels: Tensor | None) -> tuple[Any, Tensor] | None:
+        """D's logits, and its squared gradient norms from the same pass: 4F instead of 3F + 4F with a penalty.
 
         None where the penalty looks elsewhere, where one forward more or less would change D (spectral norm's power
         iteration, a dropout mask), or where D does not qualify (`penalties.forward_logits_and_norms`).
         """
-        d, forward = self.discriminator, penalties.forward_logits_and_norms
+        d = self.discriminator
         if self.penalty not in penalties.SQUARED or len(members_of(d)) > 1 or mixes_samples(d):
             return None
-        weight = self.penalty_weight * self.penalty_every
+        return penalties.forward_logits_and_norms(d, images, labels)
+
+    def _logits_and_penalty(
+        self, real: Tensor, fake: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(D(real), D(fake), r1, r2 or r1r2) with the penalty from the loss's own passes, or None."""
         if self.penalty == "r1r2":
             if real.shape != fake.shape:
                 return None
-            found = forward(d, torch.cat([real, fake.to(real.dtype)]), _twice(labels))
+            found = self._logits_and_norms(torch.cat([real, fake.to(real.dtype)]), _twice(labels))
             if found is None:
                 return None
             (logits_real, logits_fake), norms = found[0].chunk(2), list(found[1].chunk(2))
-            return logits_real, logits_fake, penalties.squared_penalty(norms, weight)
-        found = forward(d, real if self.penalty == "r1" else fake, labels)
+            return logits_real, logits_fake, penalties.squared_penalty(norms, self._weight)
+        found = self._logits_and_norms(real if self.penalty == "r1" else fake, labels)
         if found is None:
             return None
-        other = _call(d, fake if self.penalty == "r1" else real, labels)
+        other = _call(self.discriminator, fake if self.penalty == "r1" else real, labels)
         logits = (found[0], other) if self.penalty == "r1" else (other, found[0])
-        return *logits, penalties.squared_penalty([found[1]], weight)
+        return *logits, penalties.squared_penalty([found[1]], self._weight)
 
     def _loss_logits(self, output: Any) -> Tensor | list[Tensor]:
         """The logits for the loss: those of all ranks where the loss compares samples of a batch."""
@@ -358,9 +418,13 @@ class GANStep:
         scales = [_ranks.pooled(t, self.sync) for t in (found if isinstance(found, list) else [found])]
         return scales if isinstance(found, list) else scales[0]
 
+    def _as_two_passes(self, real: Tensor, fake: Tensor) -> bool:
+        """Whether D(real) and D(fake) cannot run as one batch."""
+        return real.shape != fake.shape or bool(mixes_samples(self.discriminator))
+
     def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Any, Any]:
         """(D(real), D(fake)), as one batch where that is the same mathematics."""
-        if real.shape != fake.shape or mixes_samples(self.discriminator):
+        if self._as_two_passes(real, fake):
             return _call(self.discriminator, real, labels), _call(self.discriminator, fake, labels)
         both = torch.cat([real.to(fake.dtype), fake])
         with stat_groups(self.discriminator, 2):
@@ -415,12 +479,16 @@ class GANStep:
         scaler: torch.amp.GradScaler,
         averaging: dict[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """One update by the mean of the parts' losses; averaging: what fastgan.Adam moves with its parameters."""
+        """One update by the mean of the parts' losses, each in one or several terms.
+
+        averaging: what fastgan.Adam moves with its parameters.
+        """
         optimizer.zero_grad(set_to_none=True)
-        found: list[dict[str, Tensor]] = []
+        found: dict[str, list[Tensor]] = {}
         for loss, metrics in losses:
             scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
-            found.append(metrics)
+            for name, value in metrics.items():
+                found.setdefault(name, []).append(value)
         if self.exchange is not None:
             self.exchange.exchange([p for group in optimizer.param_groups for p in group["params"]])
         if self.grad_clip is not None:
@@ -428,7 +496,7 @@ class GANStep:
             clip(optimizer, *self.grad_clip)
         scaler.step(optimizer, **(averaging or {} if isinstance(optimizer, Adam) else {}))
         scaler.update()
-        return found[0] if len(found) == 1 else {k: torch.stack([m[k] for m in found]).mean(0) for k in found[0]}
+        return {k: values[0] if len(values) == 1 else torch.stack(values).mean(0) for k, values in found.items()}
 
     # ---- its parts ----------------------------------------------------------------------------------------------
 
@@ -459,6 +527,7 @@ class GANStep:
         """How the step runs: one line, and one for the penalty."""
         reason = mixes_samples(self.discriminator)
         passes = f"two passes: {reason}" if reason else "one batch of 2N, statistics per half"
+        passes = "two passes: low_memory" if self.low_memory else passes
         said = f"D(real) and D(fake): {passes}; precision {self._resolved}; {self._runs_as()}"
         if self.penalty is None:
             return said
@@ -491,7 +560,7 @@ class GANStep:
         """What a user may change between two steps: a captured step must not outlive a change."""
         losses = self.loss, self.penalty, self.penalty_weight, self.penalty_every, self.label_smoothing, self.top_k
         inputs = self.augment, self.latent, self.precision, self.rng, self.sync
-        updates = self.grad_clip, self.weight_clip, self.accumulate
+        updates = self.grad_clip, self.weight_clip, self.accumulate, self.low_memory
         extra = self.extra_d_loss, self.extra_g_loss, self.extra_g_every, self.history
         return *losses, self.d_steps, *updates, *extra, *inputs, self._average and self._average.decay
 
@@ -598,6 +667,15 @@ def _check_updates(
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
+
+
+def _check_turns(low_memory: bool, loss: str, extra_d_loss: ExtraLoss | None) -> None:
+    """ValueError where D's loss needs both halves at once."""
+    if low_memory and (loss in RELATIVE or extra_d_loss is not None):
+        both = f"loss {loss!r}" if loss in RELATIVE else "extra_d_loss"
+        raise ValueError(
+            f"GANStep: low_memory needs a loss whose real and fake logits stand apart, got {both}; drop one"
+        )
 
 
 def _synchronised(sync: Sync, *networks: nn.Module) -> Sequence[nn.Module]:
