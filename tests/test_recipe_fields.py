@@ -44,7 +44,7 @@ def test_one_field(field):
 
 def test_several_fields_at_once():
     rng, made = random.Random(0), 0
-    for _ in range(1500):
+    for _ in range(2000):
         settings = [f"{rng.choice(FIELDS)}={rng.choice(TEXTS)}" for _ in range(rng.randint(1, 3))]
         try:
             recipe = TINY.with_settings(settings)
