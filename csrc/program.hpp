@@ -93,7 +93,7 @@ inline PyObject* append_step(PyObject* self, PyObject* const* arguments, Py_ssiz
 inline std::vector<void*> addresses(PyObject* const* objects, Py_ssize_t count) {
   std::vector<void*> found;
   found.reserve(static_cast<size_t>(count));
-  for (Py_ssize_t i = 0; i < count; ++i) found.push_back(address("Program", "an address", objects[i]));
+  for (Py_ssize_t i = 0; i < count; ++i) found.push_back(host_address("a converted chain", "every tensor", objects[i]));
   return found;
 }
 

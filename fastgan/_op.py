@@ -79,12 +79,16 @@ class Op(Chosen):
             return self.reference(*args)
         if _is_compiling():
             return self.overload(*args)
-        needs_grad = False
+        needs_grad = elsewhere = False
         traced = _dispatch_modes() > 0
+        device, here = args[0].device, args[0].is_cpu
         for a in args:
             if isinstance(a, Tensor):
                 needs_grad |= a.requires_grad
                 traced |= type(a) not in PLAIN or a.is_meta
+                elsewhere |= not a.is_cpu if here else a.device != device
+        if elsewhere:
+            self._check_devices(args)
         if forward_ad._current_level >= 0 or _functorch_level() is not None:
             self._refuse_transforms(args)
         if traced or torch.is_autocast_enabled(args[0].device.type):  # is_autocast_enabled raises for the meta device
@@ -92,6 +96,15 @@ class Op(Chosen):
         if needs_grad and torch.is_grad_enabled():
             return self._thin.apply(*args)
         return self.run(*args)
+
+    def _check_devices(self, args: tuple) -> None:
+        """ValueError where an argument lies on another device than the first: a kernel would read foreign memory."""
+        home = args[0].device
+        for name, a in zip(self.names, args, strict=True):
+            if isinstance(a, Tensor) and a.device != home:
+                raise ValueError(
+                    f"{self.name}: {name} must be on {home}, as {self.names[0]} is, got {a.device}; move one with .to()"
+                )
 
     def drawn(self, args: tuple) -> tuple:
         rng = torch.Generator(self.first(args).device).manual_seed(0)

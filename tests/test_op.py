@@ -3,9 +3,10 @@
 import pytest
 import torch
 from checks import BACKENDS, distance
+from torch import nn
 
 import fastgan
-from fastgan import functional
+from fastgan import _native, functional
 from fastgan._op import OPS
 
 
@@ -153,3 +154,40 @@ def test_outputs_are_written_completely(monkeypatch):
         for name in OPS:
             for out in flat(OPS[name](*sample(name))):
                 assert out.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_tensors_of_two_devices_are_refused(name):
+    args = OPS[name].example()
+    tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    for i in tensors if len(tensors) > 1 else ():
+        moved = [a.to("meta") if j == i else a for j, a in enumerate(args)]
+        with pytest.raises(
+            ValueError, match=rf"{name}: \w+ must be on (cpu|meta), as \w+ is, got (cpu|meta); move one"
+        ):
+            OPS[name](*moved)
+
+
+@pytest.mark.parametrize("place", [(0, "weight"), (0, "bias"), (1, "weight"), (1, "running_mean")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_chain_whose_tensors_were_moved_apart_is_refused(place, training):
+    """Its kernels would read another device's memory at this one's addresses."""
+    index, name = place
+    chain = fastgan.convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.2))).train(training)
+    x = torch.randn(2, 4, 8, 8)
+    with fastgan.backend("native"), torch.no_grad():
+        chain(x)
+        t = getattr(chain[index], name)
+        moved = t.detach().to("meta")
+        setattr(chain[index], name, nn.Parameter(moved) if isinstance(t, nn.Parameter) else moved)
+        with pytest.raises((ValueError, RuntimeError), match=r"must be on|have shape .* on cpu|expected device"):
+            chain(x)
+
+
+def test_the_native_core_takes_no_address_of_another_device():
+    core, x, moved = _native.CPU.module(), torch.randn(6), torch.randn(6, device="meta")
+    with pytest.raises(ValueError, match="relayout: x must be on the CPU, as the others are, got meta; move it"):
+        core.relayout(0, 0, moved, x, 1, 2, 3, 1)
+    program = core.Program()
+    with pytest.raises(ValueError, match=r"a converted chain: every tensor must be on the CPU.*got meta"):
+        program.run(1, x, moved)

@@ -293,11 +293,11 @@ class GANStep:
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The terms of D's loss with their metrics, made one by one: each is differentiated before the next exists."""
         real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
-        together = self.loss in RELATIVE or self.extra_d_loss is not None
-        if together or not (self.low_memory or self._as_two_passes(real, fake)):
-            yield self._d_loss(due, real, fake, labels, z)
-        else:
+        apart = self.low_memory or real.shape != fake.shape or bool(mixes_samples(self.discriminator))
+        if apart and self.loss not in RELATIVE and self.extra_d_loss is None:
             yield from self._in_turn(due, real, fake, labels)
+        else:
+            yield self._d_loss(due, real, fake, labels, z, apart)
 
     def _in_turn(
         self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None
@@ -331,12 +331,12 @@ class GANStep:
         return shown, loss + value, value.detach()
 
     def _d_loss(
-        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any
+        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any, apart: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """D's whole loss at once."""
+        """D's whole loss at once; apart: real and fake images cannot run as one batch."""
         with self._autocast():
             merged = self._logits_and_penalty(real, fake, labels) if due else None
-            run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels)
+            run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels, apart)
             on_real, on_fake = self._watch.folded(run)
         loss, metrics = self._d_metrics(on_real, on_fake)
         if due:
@@ -418,13 +418,9 @@ class GANStep:
         scales = [_ranks.pooled(t, self.sync) for t in (found if isinstance(found, list) else [found])]
         return scales if isinstance(found, list) else scales[0]
 
-    def _as_two_passes(self, real: Tensor, fake: Tensor) -> bool:
-        """Whether D(real) and D(fake) cannot run as one batch."""
-        return real.shape != fake.shape or bool(mixes_samples(self.discriminator))
-
-    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Any, Any]:
+    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None, apart: bool) -> tuple[Any, Any]:
         """(D(real), D(fake)), as one batch where that is the same mathematics."""
-        if self._as_two_passes(real, fake):
+        if apart:
             return _call(self.discriminator, real, labels), _call(self.discriminator, fake, labels)
         both = torch.cat([real.to(fake.dtype), fake])
         with stat_groups(self.discriminator, 2):
