@@ -480,11 +480,14 @@ class GANStep:
         averaging: what fastgan.Adam moves with its parameters.
         """
         optimizer.zero_grad(set_to_none=True)
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, Tensor] = {}  # those of several parts are averaged
         for loss, metrics in losses:
             scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
-            for name, value in metrics.items():
-                found.setdefault(name, []).append(value)
+            found |= (
+                metrics
+                if self.accumulate == 1
+                else {k: found.get(k, 0) + v / self.accumulate for k, v in metrics.items()}
+            )
         if self.exchange is not None:
             self.exchange.exchange([p for group in optimizer.param_groups for p in group["params"]])
         if self.grad_clip is not None:
@@ -492,7 +495,7 @@ class GANStep:
             clip(optimizer, *self.grad_clip)
         scaler.step(optimizer, **(averaging or {} if isinstance(optimizer, Adam) else {}))
         scaler.update()
-        return {k: values[0] if len(values) == 1 else torch.stack(values).mean(0) for k, values in found.items()}
+        return found
 
     # ---- its parts ----------------------------------------------------------------------------------------------
 
