@@ -198,3 +198,12 @@ def test_numbers_of_other_types():
         lambda eps: functional.ln_act(x, (5,), eps=eps),
     ):
         torch.testing.assert_close(norm(Fraction(1, 100_000)), norm(1e-5))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "identity"])
+def test_integers_give_the_same_type_at_every_size(activation):
+    bias = torch.ones(5, dtype=torch.long)
+    small, large = (
+        functional.bias_act(torch.arange(n).remainder(5).view(-1, 5), bias, activation=activation) for n in (10, 10**6)
+    )
+    torch.testing.assert_close(small, large[:2], rtol=0, atol=0)

@@ -50,7 +50,7 @@ def bias_act(
     if x.dim() < 2:
         raise ValueError(f"bias_act: x must have at least 2 dimensions [N, C, *], got shape {tuple(x.shape)}")
     check_bias("bias_act", bias, x.shape[1])
-    plain = gain == 1 and clamp is None and (bias is not None or activation != "identity")
+    plain = gain == 1 and clamp is None and (bias is not None or activation != "identity") and x.is_floating_point()
     if plain and is_small(x, SMALL_IN_TRAINING if learns(x, bias) else SMALL) and x.is_contiguous():
         return _plain(x, bias, activation, negative_slope)
     return _bias_act.op(x, bias, activation, float(negative_slope), float(gain), limit)
