@@ -501,6 +501,27 @@ def test_no_way_has_all_the_dear_calls_of_a_step(monkeypatch):
     assert {*calls[::2]} == {*calls[1::2]} == {"ours", "plain"}
 
 
+def test_a_way_that_is_behind_costs_its_user_few_calls(monkeypatch):
+    """The further behind, the fewer: a first call of each way, then 2 of one that takes 4 times as long, 3, 4, 5."""
+    times = {"ours": 1.0, "far": 4.0, "half": 1.6, "third": 1.4, "near": 1.2}
+    clock, race = contest(monkeypatch, 0.0, on_calls=True, **{name: 1e-3 * took for name, took in times.items()})
+    race.overhead, calls = 0.0, []
+    with fastgan.racing(True):
+        while not race.settled:
+            calls.append(race([torch.ones(1)]))
+            race.watched(calls[-1], [torch.ones(1)])
+        assert race([torch.ones(1)]) == "ours"
+    assert {name: calls.count(name) - 1 for name in times} == {"ours": 5, "far": 2, "half": 3, "third": 4, "near": 5}
+
+
+def test_one_busy_run_of_two_cuts_no_way_off(monkeypatch):
+    _, race = contest(monkeypatch, 0.0, on_calls=True, ours=1e-3, plain=0.9e-3)
+    race.overhead, race.first, race.samples = 0.0, {"ours": 1.0, "plain": 1.0}, {"ours": [1e-3] * 2, "plain": [9e-4, 1.0]}
+    assert set(race._alive()) == {"ours", "plain"}
+    race.samples["plain"] = [1.0]
+    assert set(race._alive()) == {"ours", "plain"}
+
+
 @pytest.mark.parametrize("passes", ["none", "some gradients", "differentiated"])
 def test_a_race_whose_calls_have_no_whole_backward_pass_goes_on_by_copies(monkeypatch, passes):
     _, race = contest(monkeypatch, 1e9, on_calls=True, ours=0.4, plain=0.3)

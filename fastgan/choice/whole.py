@@ -31,6 +31,9 @@ from fastgan.choice.state import STATE
 
 Run = Callable[..., Any]
 PATIENCE = 8  # calls whose backward passes have not come: a generator's for its discriminator alone never come
+# A way's best time over the best of all, above which it is cut off after 0, 1, 2, ... runs. A quiet machine's runs lie
+# within CLEAR of each other; two of three in a busy moment are rare.
+ALLOWED = (float("inf"), float("inf"), BEHIND, 1.5, 1.3, CLEAR)
 SHORT = 10e-3  # seconds; below them four times as many runs are compared: 50 us are lost in the noise of a few
 
 
@@ -191,9 +194,13 @@ class Contest:
         return max(s[1] / s[0] for s in self.samples.values() if len(s) > 1)
 
     def _alive(self) -> list[str]:
-        """The ways that are not far behind; one run alone may have met a busy moment, which costs up to 100 times."""
-        limit = BEHIND * min((s[0] for s in self.samples.values() if s), default=float("inf"))
-        return [name for name in self.ways if len(self.samples[name]) < 2 or self.samples[name][0] <= limit]
+        """The ways that are not behind; one run alone may have met a busy moment, which costs up to 100 times."""
+        best = min(map(self._seconds, self._raced()), default=float("inf"))
+        return [name for name in self.ways if not self.samples[name] or self._seconds(name) <= self._limit(name) * best]
+
+    def _limit(self, name: str) -> float:
+        """How far behind a way may be and go on, by the runs that it had: each loser's run costs its user time."""
+        return ALLOWED[min(len(self.samples[name]), len(ALLOWED) - 1)]
 
     def _next(self) -> str:
         """The way that runs next, forth and back.
