@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 import pickle
 import sys
 
@@ -20,7 +21,7 @@ from fastgan.choice import STATE, calls, whole
 from fastgan.choice.budget import Account
 from fastgan.program import switched_off
 from fastgan.program.run import Compiled
-from fastgan.trace import Part, graphs, rewrite
+from fastgan.trace import Part, graphs, part, rewrite
 
 # layers of each family that run on our ops at least, in train mode
 FUSED = {
@@ -213,6 +214,44 @@ def test_an_error_of_the_forward_is_all_that_is_said(capfd):
     with pytest.raises(RuntimeError, match="shape"):
         fastgan.convert(Wrong())(images(size=8).float())
     assert capfd.readouterr() == ("", "")
+
+
+class InitialisedByData(nn.Module):
+    """Glow's ActNorm, as VQGAN's discriminator has it: its first batch sets its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.shift = nn.Conv2d(3, 5, 3), nn.Parameter(torch.zeros(1, 5, 1, 1))
+        self.register_buffer("ready", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x):
+        h = self.conv(x)
+        if self.training and self.ready.item() == 0:
+            with torch.no_grad():
+                self.shift.data.copy_(-h.mean((0, 2, 3), keepdim=True))
+                self.ready.fill_(1)
+        return F.leaky_relu(h + self.shift, 0.2)
+
+
+def test_parameters_set_by_the_first_batch_are_set_in_silence(monkeypatch):
+    """Dynamo advised a switch of its own there, on 14 lines; outside a trace it says what it says."""
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(part.TRACER, "handlers", [handler])
+    TensorVariable = torch._dynamo.variables.TensorVariable
+    getattr(TensorVariable._warn_capture_scalar_outputs, "cache_clear", lambda: None)()  # said once a process
+    plain, ours, x = pair(InitialisedByData())
+    for _ in range(2):
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert torch.equal(ours.shift, plain.shift) and ours.shift.abs().min() > 0 and ours.ready == 1
+    assert groups(ours) and not said
+    tracer = logging.getLogger("torch._dynamo.variables")
+    with part._tracing():
+        for say in (tracer.warning, tracer.error):
+            say("consider setting")
+        tracer.warning("hit config.recompile_limit")
+    tracer.warning("outside")
+    assert said == ["consider setting", "hit config.recompile_limit", "outside"]
 
 
 def test_graph_breaks_and_control_flow_that_depends_on_data(capsys):
@@ -504,7 +543,7 @@ def test_no_way_has_all_the_dear_calls_of_a_step(monkeypatch):
 def test_a_way_that_is_behind_costs_its_user_few_calls(monkeypatch):
     """The further behind, the fewer: a first call of each way, then 2 of one that takes 4 times as long, 3, 4, 5."""
     times = {"ours": 1.0, "far": 4.0, "half": 1.6, "third": 1.4, "near": 1.2}
-    clock, race = contest(monkeypatch, 0.0, on_calls=True, **{name: 1e-3 * took for name, took in times.items()})
+    _, race = contest(monkeypatch, 0.0, on_calls=True, **{name: 1e-3 * took for name, took in times.items()})
     race.overhead, calls = 0.0, []
     with fastgan.racing(True):
         while not race.settled:
@@ -516,7 +555,11 @@ def test_a_way_that_is_behind_costs_its_user_few_calls(monkeypatch):
 
 def test_one_busy_run_of_two_cuts_no_way_off(monkeypatch):
     _, race = contest(monkeypatch, 0.0, on_calls=True, ours=1e-3, plain=0.9e-3)
-    race.overhead, race.first, race.samples = 0.0, {"ours": 1.0, "plain": 1.0}, {"ours": [1e-3] * 2, "plain": [9e-4, 1.0]}
+    race.overhead, race.first, race.samples = (
+        0.0,
+        {"ours": 1.0, "plain": 1.0},
+        {"ours": [1e-3] * 2, "plain": [9e-4, 1.0]},
+    )
     assert set(race._alive()) == {"ours", "plain"}
     race.samples["plain"] = [1.0]
     assert set(race._alive()) == {"ours", "plain"}

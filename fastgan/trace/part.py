@@ -61,27 +61,31 @@ def _settings() -> dict[str, Any]:
     return found
 
 
-TRACER = logging.getLogger("torch._dynamo.convert_frame")
+TRACER = logging.getLogger("torch._dynamo")
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    """Whether the tracer says more than that it gave a frame up, for which it takes some 200 lines.
+    """Whether the tracer says more than that it gave a frame up or cut it, for which it takes some 10 to 200 lines.
 
-    The frame runs as written then; where the forward itself is at fault, its own error follows.
+    What it could not follow runs as written, and who called convert has no use for advice about Dynamo's switches.
+    Where the forward itself is at fault, its own error follows.
     """
-    return "WON'T CONVERT" not in record.getMessage()
+    return record.levelno != logging.WARNING or "recompile_limit" in record.getMessage()
 
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Within: Dynamo may trace. Its look at .grad of an input that is no leaf warns, and fails where warnings raise."""
-    TRACER.addFilter(_is_wanted)
+    handlers = list(TRACER.handlers)
+    for handler in handlers:
+        handler.addFilter(_is_wanted)
     try:
         with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             yield
     finally:
-        TRACER.removeFilter(_is_wanted)
+        for handler in handlers:
+            handler.removeFilter(_is_wanted)
 
 
 class Part(Forward):
