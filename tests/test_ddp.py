@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import end_with_this
 
 import fastgan
 
@@ -58,10 +59,8 @@ def test_two_processes_give_the_gradients_of_the_whole_batch():
     paths = [str(Path(__file__).parent), str(Path(fastgan.__file__).parent.parent)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     call = lambda rank: [sys.executable, "-W", "ignore", "-c", WORKER, str(rank), address]
-    workers = [
-        subprocess.Popen(call(rank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        for rank in range(2)
-    ]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": end_with_this}
+    workers = [subprocess.Popen(call(rank), env=env, **options) for rank in range(2)]
     for worker in workers:
         said, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from distributed_ranks import CASES, PART, RANKS, batches, derivatives, parts_of_batch, step_of, weights
 from PIL import Image
-from processes import environment, free_port, launch
+from processes import end_with_this, environment, free_port, launch
 from tiny_run import TINY, noise, trainer
 
 from fastgan import data
@@ -194,7 +194,7 @@ def kill_a_rank(folder: Path, rank: int) -> None:
     """torchrun says which rank it was, the other one how to go on; the last checkpoint is sound."""
     out = folder / "run"
     with open(folder / "said", "w+") as said:
-        job = subprocess.Popen(training(out), env=environment(FASTGAN_BACKEND="reference"), stdout=said, stderr=said)
+        job = start(training(out), said)
         try:
             wait_for(lambda: checkpoint.list_steps(out / "checkpoints"), job)
             os.kill(rank_of(job.pid, rank), signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_a_run_that_is_told_to_end_saves_and_exits_with_130(tmp_path, told):
     """SIGTERM as a scheduler sends it. torchrun's own code is 1; ending.json says that the run was interrupted."""
     out = tmp_path / "run"
     with open(tmp_path / "said", "w+") as said:
-        job = subprocess.Popen(training(out), env=environment(FASTGAN_BACKEND="reference"), stdout=said, stderr=said)
+        job = start(training(out), said)
         try:
             wait_for(lambda: checkpoint.list_steps(out / "checkpoints"), job)
             os.kill(job.pid if told == "torchrun" else rank_of(job.pid, int(told[-1])), signal.SIGTERM)
@@ -251,7 +251,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path):
     out = tmp_path / "run"
     command = training(out, "--max-restarts", "1", more=("--continue", "--steps", "400"))
     with open(tmp_path / "said", "w+") as said:
-        job = subprocess.Popen(command, env=environment(FASTGAN_BACKEND="reference"), stdout=said, stderr=said)
+        job = start(command, said)
         try:
             wait_for(lambda: checkpoint.list_steps(out / "checkpoints"), job)
             os.kill(rank_of(job.pid, 1), signal.SIGKILL)
@@ -267,10 +267,39 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path):
     assert checkpoint.list_steps(out / "checkpoints")[-1] == 400
 
 
-def wait_for(ready, job, seconds: float = 90) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child that its parent is gone")
+@pytest.mark.slow
+def test_ranks_end_with_a_launcher_that_was_killed(tmp_path):
+    out = tmp_path / "run"
+    with open(tmp_path / "said", "w+") as said:
+        job = start(training(out), said)
+        wait_for(lambda: checkpoint.list_steps(out / "checkpoints"), job)
+        ranks = [rank_of(job.pid, k) for k in range(2)]
+        job.kill()
+        job.wait()
+        wait_for(lambda: not any(is_running(rank) for rank in ranks), seconds=60)
+    ended = json.loads((out / "ending.json").read_text())
+    assert ended["status"] == "interrupted" and checkpoint.newest(out / "checkpoints").damaged == {}
+
+
+def start(command, said) -> subprocess.Popen:
+    """The job, its words written to the file `said`."""
+    where = environment(FASTGAN_BACKEND="reference")
+    return subprocess.Popen(command, env=where, stdout=said, stderr=said, preexec_fn=end_with_this)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process, and it is no zombie that nobody asked for its code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(ready, job=None, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not ready():
-        assert job.poll() is None and time.monotonic() < end
+        assert (job is None or job.poll() is None) and time.monotonic() < end
         time.sleep(0.1)
 
 
