@@ -21,7 +21,7 @@ from fastgan.benchmarking.comparison import digits, milliseconds, versus
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence"
-SHOWING = ROOT / "README.md", ROOT / "docs" / "performance.md"  # pages with the headlines between two marker lines
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"  # headlines between two marker lines
 HEADER = ("row", "median ms", "quartiles", "min ms", "rate", "of bound", "peak MB", "vs best PyTorch", "backends")
 GROUPS = {  # the order of the tables
     "step": "Whole training step",
@@ -438,6 +438,29 @@ def headlines(all_results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def overview(all_results: list[dict[str, Any]]) -> list[str]:
+    """The headlines in one table: a column a machine, with the newest of its instruction sets; ratios alone."""
+    newest_set: dict[tuple[int, str], dict[str, Any]] = {}
+    for results in sorted(all_results, key=order):
+        if headline_rows(results):
+            newest_set[results["machine"]["cores"], results["machine"]["cpu"]] = results
+    columns = [newest_set[machine] for machine in sorted(newest_set, key=lambda machine: machine[1])]
+    if not columns:
+        return []
+    found = [headline_rows(results) for results in columns]
+    rows = [what for what in HEADLINES.values() if any(what in rows for rows in found)]
+    ratio = lambda rows, what: f"{rows[what][1]['speedup']:.2f}" if what in rows else "-"
+    names = [f"{r['machine']['cores']} cores of {r['machine']['cpu']}, {r['machine']['kernels']}" for r in columns]
+    header = ("times as fast as PyTorch's best", *names)
+    return [*table(header, ((what, *(ratio(rows, what) for rows in found)) for what in rows)), ""]
+
+
+def showing() -> dict[Path, str]:
+    """The texts of the pages that show headlines."""
+    found = measured()
+    return {README: put(README, overview(found)), PERFORMANCE: put(PERFORMANCE, headlines(found))}
+
+
 def order(results: dict[str, Any]) -> int:
     """From the oldest instruction set to the newest, as the kernels' tables are listed."""
     names = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
@@ -490,13 +513,12 @@ def main(arguments: list[str]) -> int:
     if arguments:
         print("\n".join(text(json.loads(Path(arguments[0]).read_text()))))
         return 0
-    found = measured()
     written = {PAGES / name: text_of_page for name, text_of_page in pages().items()}
-    written |= {page: put(page, headlines(found)) for page in SHOWING}
+    written |= showing()
     for page, text_of_page in written.items():
         page.write_text(text_of_page)
         print(f"written: {page.relative_to(ROOT)}")
-    for results in found:
+    for results in measured():
         if headline_rows(results):
             draw(results, ROOT / "docs" / "images" / f"speed-{facts.slug(results['machine'])}.png")
     return 0

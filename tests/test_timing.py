@@ -214,15 +214,27 @@ def test_the_evidence_pages_are_what_the_committed_results_make():
     """`make evidence` was run after the last measurement, and nobody typed a number."""
     for name, text in report.pages().items():
         assert (report.PAGES / name).read_text() == text, f"docs/evidence/{name} is old: make evidence"
-    for page in report.SHOWING:
-        assert page.read_text() == report.put(page, report.headlines(report.measured())), (
-            f"{page} is old: make evidence"
-        )
+    for page, text in report.showing().items():
+        assert page.read_text() == text, f"{page} is old: make evidence"
 
 
 def test_a_machine_without_a_headline_has_no_lines():
     facts = {"cores": 2, "cpu": "C", "kernels": "avx2", "tables": {"amx": "the CPU has no AMX"}}
-    assert report.headlines([{"machine": facts, "cases": []}]) == []
+    for lines in (report.headlines, report.overview):
+        assert lines([{"machine": facts, "cases": []}]) == []
+
+
+def test_the_overview_has_each_machine_with_its_newest_instructions():
+    found = []
+    for cpu, kernels, speedup in (("B", "avx512", 2.0), ("A", "avx2", 1.5), ("B", "avx2", 1.0), ("C", "avx512", None)):
+        rows = [{"row": "eager", "median_s": 1.0}, {"row": "fastgan", "median_s": 0.5, "speedup": speedup}]
+        case = {"op": "step", "shape": "dcgan-64", "direction": "batch64", "best_pytorch": "eager"}
+        for row in rows:
+            row |= {"best_pytorch": "eager", "speedup": row.get("speedup")}
+        found.append({"machine": {"cores": 2, "cpu": cpu, "kernels": kernels}, "cases": [case | {"rows": rows}]})
+    header, _, row, *_ = report.overview(found)
+    assert "| 2 cores of A, avx2 | 2 cores of B, avx512 |" in header and "cores of C" not in header
+    assert row.startswith("| training step of DCGAN-64, float32 | 1.50 | 2.00 |")
 
 
 def test_headlines_need_their_markers(tmp_path):
