@@ -282,9 +282,10 @@ def _geometry(q, k, v, bias, causal, scale, tiles):
     """(numbers, constants and options) of a launch; tiles: [BLOCK, d] operands that a program holds, which bound BLOCK.
 
     float32 is multiplied in three TF32 products, which keep its digits and four times bfloat16's registers: as FMAs a
-    tile spilled 6 KB a thread on sm_80. No tile of a case that `_refuses` lets through spills there. On AMD four warps
-    of 64 lanes are 256 threads too: eight spilled 28 bytes for heads of 128 on gfx942, and a multiprocessor held half
-    as many programs.
+    tile spilled 6 KB a thread on sm_80. No tile of a case that `_refuses` lets through spills there. Forward of heads
+    of 128 has eight warps: with four, causal and with a bias, it spilled 24 bytes on sm_120, and a multiprocessor of
+    sm_89 and sm_120 held four warps in place of eight. On AMD four warps of 64 lanes are 256 threads too: eight spilled
+    28 bytes for heads of 128 on gfx942, and a multiprocessor held half as many programs.
     """
     d, e = power_of_2(max(q.shape[3], 16)), power_of_2(max(v.shape[3], 16))
     size = 8 if q.dtype == torch.float32 else 2
@@ -292,10 +293,8 @@ def _geometry(q, k, v, bias, causal, scale, tiles):
     strides = (0, 0, 0) if bias is None else bias.stride()[:3]
     numbers = q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], *strides, scale
     constants = {"CAUSAL": causal, "PRECISION": _precision(q), "BLOCK": max(16, block), "D": d, "E": e}
-    return numbers, constants | {
-        "num_warps": 4 if tiles == 2 or block <= 16 or _on_amd(q) else 8,
-        "num_stages": 2 if tiles == 2 else 1,
-    }
+    few = block <= 16 or _on_amd(q) or (tiles == 2 and max(d, e) <= 64)
+    return numbers, constants | {"num_warps": 4 if few else 8, "num_stages": 2 if tiles == 2 else 1}
 
 
 def _on_amd(q):
