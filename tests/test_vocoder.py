@@ -1,22 +1,26 @@
 """The recipe `hifigan-small`: mel spectrograms, its losses and scores, and a run through trainer and command."""
 
 import math
+import wave
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.functional import l1_loss
 
 import fastgan
 from fastgan.cli import main
-from fastgan.data.sounds import load_sounds
+from fastgan.data.sounds import load_sounds, save_wav
 from fastgan.domains import domain_of
 from fastgan.domains.mel import MelSpectrogram
 from fastgan.domains.vocoder import SoundLoss
 from fastgan.training.outputs import Outputs
+from fastgan.training.sampling import load_generator
 
 SMALL = fastgan.recipes()["hifigan-small"].replace(
     model_options={"g_width": 8, "d_width": 4},
     domain_options={"length": 512, "bands": 8},
+    schedule="constant",  # a part of a run has its rates
     **dict(batch_size=4, steps=4, eval_every=2, log_every=1, sample_count=6, held_out=10),
 )
 
@@ -58,6 +62,23 @@ def test_derivatives_of_a_spectrogram():
     spectrogram(leaf).sum().backward()
     difference = (spectrogram(x + 1e-3 * way).double().sum() - spectrogram(x - 1e-3 * way).double().sum()) / 2e-3
     assert (leaf.grad * way).sum().item() == pytest.approx(difference.item(), rel=0.02)
+
+
+def test_longer_windows_are_as_far_above_the_floor_and_tell_nearer_tones_apart():
+    spectrogram = MelSpectrogram(8000, bands=40, hop=64, floor=0.01)
+    assert spectrogram(torch.zeros(1, 1, 4096)).unique().item() == pytest.approx(math.log(0.01))
+    above = []
+    for share in (1.0, 4.0):
+        look = spectrogram.with_windows(share)
+        found = look(tone(1000.0, length=4096))
+        assert found.shape == (1, 40 * share, 64 / share)
+        above.append((found.max() - look(torch.zeros(1, 1, 4096)).max()).item())
+    assert above[1] == pytest.approx(above[0], abs=0.3)
+    lines = lambda look: look(tone(1000.0, length=4096) + tone(1060.0, length=4096))[0, :, 8]
+    peaks = lambda found: int(((found[1:-1] > found[:-2] + 1) & (found[1:-1] > found[2:] + 1)).sum())
+    assert peaks(lines(spectrogram.with_windows(4.0))) == 2 and peaks(lines(spectrogram)) <= 1
+    with pytest.raises(ValueError, match=r"a resolution must leave whole numbers of hop 64 and 40 bands, got 0\.1"):
+        spectrogram.with_windows(0.1)
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -106,7 +127,8 @@ def test_what_the_generator_learns_is_half_of_the_papers_terms():
     found = extra(Outputs(real, fake, d_real, d_fake, None, mel(real)))
     layers = [(a, b) for a, b in zip(d_real[1], d_fake[1], strict=True) for a, b in zip(a, b, strict=True)]
     assert len(layers) == 40
-    want = 22.5 * l1_loss(mel(fake), mel(real)) + sum(l1_loss(a, b) for a, b in layers)
+    looks = [MelSpectrogram(8000, bands=bands, hop=bands * 8, floor=0.01 * (bands / 8) ** 2) for bands in (2, 8, 32)]
+    want = sum(l1_loss(mel(fake), mel(real)) for mel in looks) * 22.5 / 3 + sum(l1_loss(a, b) for a, b in layers)
     torch.testing.assert_close(found, want)
     assert extra(Outputs(real, real, d_real, d_real, None, mel(real))).item() < 1e-4
 
@@ -126,6 +148,10 @@ def test_the_score_is_the_distance_of_spectrograms():
     [
         ({"instance_noise": 0.1}, "instance_noise must be 0"),
         ({"domain_options": {"length": 500}}, "length must be a multiple of hop 64, got 500"),
+        ({"domain_options": {"length": 384}}, "length must be above 384 for these resolutions, got 384"),
+        ({"domain_options": {"bands": 30}}, "must leave whole numbers of hop 64 and 30 bands, got 0.25"),
+        ({"domain_options": {"resolutions": ()}}, r"resolutions must be some numbers, such as \(1,\), got \(\)"),
+        ({"domain_options": {"floor": 0.0}}, "floor must be above 0, got 0.0"),
     ],
 )
 def test_recipes_that_are_none(changes, sentence):
@@ -152,9 +178,49 @@ def test_a_vocoder_trains_resumes_reports_and_writes_sounds(tmp_path, capsys):
     assert "--truncation must be left out" in capsys.readouterr().err
     assert main(["interpolate", "--run", str(run), "--out", str(tmp_path / "a.gif")]) == 2
     assert "makes sounds from spectrograms" in capsys.readouterr().err
+    check_translations(run, tmp_path, capsys)
     fastgan.Trainer(SMALL.replace(steps=2), out=tmp_path / "parts", device="cpu", quiet=True).fit()
     parts = fastgan.Trainer(SMALL, resume=tmp_path / "parts", quiet=True)
     parts.fit()
     for network in ("generator", "discriminator"):
         weights = (getattr(run, network).state_dict().items() for run in (trainer, parts))
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*weights, strict=True))
+
+
+def frames_of(path):
+    with wave.open(str(path)) as sound:
+        return sound.getnframes()
+
+
+def check_translations(run, tmp_path, capsys):
+    """Every sound of a folder is made again from its spectrogram, at its own length; nothing of the folder is lost."""
+    sounds, out = tmp_path / "heard", tmp_path / "again"
+    of = load_sounds("drums", length=1000).pick(torch.arange(3))[:, 0]
+    for name, sound in (("a.wav", of[0]), ("deep/b.wav", torch.cat([of[1], of[2, :300]])), ("short.wav", of[2, :5])):
+        (sounds / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(sounds / name, "wb") as file:
+            save_wav(sound, 8000, file)
+    (sounds / "torn.wav").write_bytes(b"RIFF")
+    words = ["translate", "--run", str(run), "--input", str(sounds)]
+    assert main([*words, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"3 sounds: {out}\n" and shown.err.startswith("torn.wav: ") and shown.err.count("\n") == 1
+    found = {p.relative_to(out).as_posix(): p for p in out.rglob("*.wav")}
+    lengths = {"a.wav": 1000, "deep/b.wav": 1300, "short.wav": 5}
+    assert {name: frames_of(path) for name, path in found.items()} == lengths
+    generator, config = load_generator(run)
+    domain = domain_of(fastgan.Recipe.from_dict(config["recipe"]))
+    with torch.no_grad():
+        whole = generator.eval()(domain.spectrogram(F.pad(of[0], (0, 24))[None, None]))[0, 0, :1000]
+    made = load_sounds(str(out / "a.wav"), length=1000).pick(torch.tensor([0]))[0, 0]
+    assert (made - whole).abs().max() < 2e-4 and whole.abs().max() > 1e-3
+    assert main(["translate", "--run", str(run), "--input", str(sounds / "torn.wav"), "--out", str(out)]) == 1
+    for wrong, sentence in (
+        (["--out", str(sounds)], "--out must not be the folder of the sounds"),
+        (["--out", str(out), "--direction", "ab"], "--direction must be left out"),
+        (["--out", str(out), "--made", "grey"], "--made must be left out"),
+        (["--out", str(out), "--input", str(tmp_path / "none")], "--input must be a folder of sounds, or one"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *wrong]) == 2
+        assert sentence in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import wave
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ from fastgan.data.folders import Remarks, files_below, tell
 from fastgan.data.memory import require
 from fastgan.data.tensorset import Held
 
-__all__ = ["DEMONSTRATION", "SoundSet", "load_sounds", "save_wav"]
+__all__ = ["DEMONSTRATION", "SoundSet", "each_sound", "load_sounds", "save_wav"]
 
 DEMONSTRATION = "drums"  # what the recipe trains on where no folder is given
 DEMONSTRATION_RATE = 8000  # Hz
@@ -83,6 +83,19 @@ def load_sounds(source: str, *, length: int, rate: int = 0, device: torch.device
         raise ValueError(f"load: {source} must hold a sound, it holds none; {_first(remarks)}")
     tell(source, remarks)
     return SoundSet(torch.from_numpy(np.concatenate(parts)), rate, name=source, skipped=remarks, device=device)
+
+
+def each_sound(source: str, rate: int, remarks: Remarks) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 [samples] in [-1, 1] at `rate`) of a file, or of every file below a folder that can be read.
+
+    What is not as it should be is added to `remarks`, as `load_sounds` says it. Raises ValueError where no file is.
+    """
+    folder, names = files_below(source, SUFFIXES, "sounds")
+    for name in names:
+        if found := _read(folder / name, name, remarks):
+            sound = _resampled(*found, rate, name, remarks)
+            if sound is not None:
+                yield name, sound
 
 
 def _first(remarks: Remarks) -> str:

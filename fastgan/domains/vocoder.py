@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
@@ -17,7 +18,7 @@ from fastgan.training.outputs import Outputs
 from fastgan.training.recipes import Recipe
 
 from .domain import Given
-from .mel import MelSpectrogram
+from .mel import WINDOWS, MelSpectrogram
 from .pairs import COLUMNS, in_rows, sheet
 from .sound import Sound, spectrograms
 
@@ -27,8 +28,10 @@ __all__ = ["Vocoder"]
 class Vocoder(Sound):
     """Sounds, and a generator that is given their mel spectrograms.
 
-    domain_options: `length` and `rate` as for every sound; `bands` and `hop` of the spectrogram (`MelSpectrogram`);
-    `mel` and `matching`, the weights of the losses of Kong et al. 2020 (arXiv:2010.05646), equations 3 and 4.
+    domain_options: `length` and `rate` as for every sound; `bands`, `hop` and `floor` of the spectrogram
+    (`MelSpectrogram`); `mel` and `matching`, the weights of the losses of Kong et al. 2020 (arXiv:2010.05646),
+    equations 3 and 4; `resolutions`: the windows of the mel loss, in those of the spectrogram. Theirs is (1,); several,
+    with bands in proportion, are of Kumar et al. 2023 (arXiv:2306.06546).
     """
 
     name = "vocoder"
@@ -37,7 +40,11 @@ class Vocoder(Sound):
         "Distance of spectrograms": {"mel": "mean absolute difference of log mel bands"},
         "Kernel distance": {"kcd": "kcd of spectrograms, features of small; lower is nearer"},
     }
-    options: ClassVar = {**Sound.options, "bands": 40, "hop": 64, "mel": 45.0, "matching": 2.0}
+    options: ClassVar = {
+        **Sound.options,
+        **{"bands": 40, "hop": 64, "floor": 0.01},
+        **{"mel": 45.0, "matching": 2.0, "resolutions": (0.25, 1.0, 4.0)},
+    }
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -46,14 +53,34 @@ class Vocoder(Sound):
         if self.option["length"] % self.option["hop"]:
             hop, length = self.option["hop"], self.option["length"]
             raise ValueError(f"recipe: domain_options.length must be a multiple of hop {hop}, got {length}")
+        self._check_spectrograms()
         self._held: SoundSet | None = None
         self._shown: Tensor | None = None  # sounds of the grid
+
+    def _check_spectrograms(self) -> None:
+        floor, shares, length = (self.option[name] for name in ("floor", "resolutions", "length"))
+        if not floor > 0:
+            raise ValueError(f"recipe: domain_options.floor must be above 0, got {floor}")
+        if not isinstance(shares, list | tuple) or not shares:
+            raise ValueError(f"recipe: domain_options.resolutions must be some numbers, such as (1,), got {shares!r}")
+        longest = max(look.reflected for look in self.compared)
+        if longest >= length:
+            raise ValueError(
+                f"recipe: domain_options.length must be above {longest} for these resolutions, got {length}"
+            )
 
     @property
     def spectrogram(self) -> MelSpectrogram:
         """Of the recipe's sounds."""
         option = self.option
-        return MelSpectrogram(option["rate"] or DEMONSTRATION_RATE, bands=option["bands"], hop=option["hop"])
+        sizes = {name: option[name] for name in ("bands", "hop", "floor")}
+        return MelSpectrogram(option["rate"] or DEMONSTRATION_RATE, **sizes)
+
+    @property
+    def compared(self) -> list[MelSpectrogram]:
+        """What the mel loss compares sounds by. A tone is as far above the floor in a long window as in a short one."""
+        own = self.spectrogram
+        return [own.with_windows(share) for share in self.option["resolutions"]]
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
@@ -73,7 +100,7 @@ class Vocoder(Sound):
         """Feature matching and the distance of spectrograms."""
         # the authors' LSGAN is the plain square, gan_loss is half of it: so the weights here are halved
         share = 0.5 if self.recipe.loss == "lsgan" else 1.0
-        loss = SoundLoss(self.spectrogram, share * self.option["mel"], share * self.option["matching"])
+        loss = SoundLoss(self.compared, share * self.option["mel"], share * self.option["matching"])
         return {"latent": lambda n, device, rng: None, "extra_g_loss": loss}
 
     def inputs(self, drawn: Sequence[tuple[Tensor, Any]]) -> tuple[Any, Any, Any]:
@@ -115,15 +142,26 @@ class Vocoder(Sound):
         some = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count]
         return self.draw(generator, self.spectrogram(samples.pick(some)), None), None
 
+    # ---- fastgan translate ----------------------------------------------------------------------------------------
+
+    def made_again(self, generator: nn.Module, sound: Tensor) -> Tensor:
+        """A sound [samples] of any length at the recipe's rate, made from its own spectrogram; of the same length."""
+        hop, length = self.option["hop"], len(sound)
+        # whole hops, and no less than the edges that a spectrogram reflects
+        filled = F.pad(sound, (0, max(-length % hop, WINDOWS // 2 * hop - length)))
+        return self.draw(generator, self.spectrogram(filled[None, None]), None)[0, 0, :length]
+
 
 class SoundLoss:
     """How far the features and the spectrograms of what was made are from those of the real sounds."""
 
-    def __init__(self, spectrogram: MelSpectrogram, mel: float, matching: float):
-        self.spectrogram, self.mel, self.matching = spectrogram, mel, matching
+    def __init__(self, spectrograms: Sequence[MelSpectrogram], mel: float, matching: float):
+        self.spectrograms, self.mel, self.matching = spectrograms, mel, matching
 
     def __call__(self, outputs: Outputs) -> Tensor:
-        found = self.mel * l1_loss(self.spectrogram(outputs.fake.float()), outputs.z)
+        made, real = outputs.fake.float(), outputs.real.float()
+        distances = [l1_loss(look(made), look(real)) for look in self.spectrograms]
+        found = self.mel * torch.stack(distances).mean()
         for real, fake in zip(outputs.d_real[1], outputs.d_fake[1], strict=True):
             for a, b in zip(real, fake, strict=True):
                 found = found + self.matching * l1_loss(b.float(), a.float())
