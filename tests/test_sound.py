@@ -19,6 +19,7 @@ from fastgan.models.wavegan import PhaseShuffle
 SMALL = fastgan.recipes()["wavegan"].replace(
     model_options={"g_width": 2, "d_width": 2},
     domain_options={"length": 256},
+    schedule="constant",  # a part of a run has its rates
     **dict(batch_size=4, steps=4, eval_every=2, log_every=1, sample_count=6, d_steps=2),
 )
 
@@ -160,6 +161,23 @@ def test_phase_shuffle_moves_each_sample_by_itself():
         return PhaseShuffle(2)(y) ** 2
 
     assert torch.autograd.gradcheck(fixed, y) and torch.autograd.gradgradcheck(fixed, y)
+
+
+def test_the_generator_convolves_repeated_neighbours():
+    generator, _ = fastgan.models.build("wavegan", length=256, latent=3, g_width=2, d_width=2)
+    up = [m for m in generator.double().modules() if isinstance(m, torch.nn.ConvTranspose1d)][-1]
+    x = torch.randn(5, up.in_channels, 7, dtype=torch.float64)
+    weight = up.parametrizations.weight.original
+    assert weight.shape == (2, 1, 25)
+    plain = torch.nn.Conv1d(up.in_channels, up.out_channels, 25, padding=12, dtype=torch.float64)
+    with torch.no_grad():
+        plain.weight.copy_(weight.flip(2).transpose(0, 1))
+        plain.bias.copy_(up.bias.normal_())
+    want = plain(torch.nn.Upsample(scale_factor=4)(x))
+    torch.testing.assert_close(up(x), want)
+    want.sin().sum().backward()
+    up(x).sin().sum().backward()
+    torch.testing.assert_close(weight.grad, plain.weight.grad.transpose(0, 1).flip(2))
 
 
 @pytest.mark.parametrize("length", [0, 63, 101, 2**18 + 4, 64.0])

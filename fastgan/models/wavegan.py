@@ -1,18 +1,23 @@
-"""`wavegan`: raw sound by one-dimensional transposed convolutions of stride 4.
+"""`wavegan`: raw sound by one-dimensional convolutions and upsampling by 4.
 
 Source: Donahue, McAuley, Puckette 2019 (arXiv:1802.04208), tables 3 and 4: kernels of 25, no batch norm, phase shuffle
-in the discriminator. Departures: `width` (the paper's d) is 16 and `length` 4,096 where the paper has 64 and 16,384, so
-that two cores train it; latents are normal, the paper's uniform; the shift of the phase shuffle is drawn for each
-sample. Parameter counts at the defaults: 476,161 and 271,489.
+in the discriminator. Departures: the generator's convolutions see each of their inputs repeated 4 times, the
+nearest-neighbour upsampling that the paper tries too, where its default begins at zeros between them: those leave lines
+at every multiple of a quarter of the rate (Odena, Dumoulin, Olah 2016, doi:10.23915/distill.00003). `width` (the
+paper's d) is 16 and `length` 4,096 where the paper has 64 and 16,384, so that two cores train it; latents are normal,
+the paper's uniform; the shift of the phase shuffle is drawn for each sample. Parameter counts at the defaults: 476,161
+and 271,489.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 KERNEL, STRIDE, SHORTEST = 25, 4, 16
-PADDING = 11  # of the 25 - 4 = 21 places that the longer side has more: 11 before, 10 after
+PADDING = 11  # of the discriminator: of the 25 - 4 = 21 places that the longer side has more: 11 before, 10 after
 
 
 class PhaseShuffle(nn.Module):
@@ -39,8 +44,20 @@ class PhaseShuffle(nn.Module):
         return f"n={self.n}"
 
 
+class Nearest(nn.Module):
+    """Weights [I, O, K] of a convolution behind nearest-neighbour upsampling to [I, O, K + 3] of a transposed one.
+
+    Each neighbour is repeated 4 times, so that a tap of the transposed convolution is the sum of 4 that follow each
+    other. The numbers are those of `nn.Upsample(scale_factor=4)` and an `nn.Conv1d` with its taps reversed, at a
+    quarter of the products.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return sum(F.pad(weight, (k, STRIDE - 1 - k)) for k in range(STRIDE))  # type: ignore[return-value]
+
+
 class WaveGenerator(nn.Module):
-    """z [N, latent] to sound [N, 1, length] in [-1, 1]: a dense layer, then a transposed convolution a factor of 4."""
+    """z [N, latent] to sound [N, 1, length] in [-1, 1]: a dense layer, then a convolution a factor of 4."""
 
     per_sample = True
 
@@ -53,7 +70,9 @@ class WaveGenerator(nn.Module):
         layers: list[nn.Module] = [nn.ReLU()]
         for level in reversed(range(levels)):
             out = width << (level - 1) if level else 1
-            layers.append(nn.ConvTranspose1d(width << level, out, KERNEL, STRIDE, PADDING, output_padding=1))
+            up = nn.ConvTranspose1d(width << level, out, KERNEL, STRIDE, KERNEL // 2)
+            register_parametrization(up, "weight", Nearest(), unsafe=True)  # of another shape
+            layers.append(up)
             layers.append(nn.ReLU() if level else nn.Tanh())
         self.main = nn.Sequential(*layers)
 
