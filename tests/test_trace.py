@@ -167,6 +167,57 @@ def test_hooks_are_called_with_what_they_saw_before():
     assert "hooks" in str(fastgan.explain(ours))
 
 
+class EqualLR:
+    """An equalised learning rate (Karras et al. 2018) as a hook in the form of torch's."""
+
+    def __init__(self, layer):
+        self.name = "weight"
+        weight = layer._parameters.pop(self.name)
+        layer.register_parameter(self.name + "_orig", nn.Parameter(weight.data))
+        layer.register_forward_pre_hook(self)
+
+    def compute_weight(self, module):
+        weight = getattr(module, self.name + "_orig")
+        return weight * (2 / weight[0].numel()) ** 0.5
+
+    def __call__(self, module, inputs):
+        setattr(module, self.name, self.compute_weight(module))
+
+
+def equalised(layer):
+    EqualLR(layer)
+    return layer
+
+
+def test_a_users_hooks_that_make_weights_are_traced():
+    """A StyleGAN of 116 rows ran on PyTorch alone: its layers have such hooks."""
+
+    class Equalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(equalised(nn.Conv2d(3, 4, 3)), nn.LeakyReLU(0.2), equalised(nn.Conv2d(4, 4, 3)))
+            self.last = equalised(nn.Linear(4, 1))
+
+        def forward(self, x):
+            return self.last(F.leaky_relu(self.body(x), 0.2).mean((2, 3)))
+
+    plain, ours, x = pair(Equalised())
+    chain = fastgan.convert(nn.Sequential(equalised(nn.Conv2d(3, 4, 3)), nn.ReLU()).double())
+    keys = list(plain.state_dict())
+    for _ in range(2):
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+        with torch.no_grad():  # the next call makes the weights anew
+            for model in (plain, ours):
+                model.body[0].weight_orig.mul_(1.5)
+    assert [group.key[0] for group in groups(ours)] == ["conv2d + leaky_relu"] * 2 and list(ours.state_dict()) == keys
+    chain(x.clone().requires_grad_()).sum().backward()
+    assert len(groups(chain)) == 1 and chain[0].weight_orig.grad is not None
+    seen = []
+    ours.body[2].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape))
+    assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert len(seen) == 1 and "hooks" in str(fastgan.explain(ours))
+
+
 def test_global_hooks_see_every_module():
     _, ours, x = pair()
     seen = []

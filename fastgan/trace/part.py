@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastgan._forward import Forward
-from fastgan._hooks import WEIGHT_HOOKS, has_global_hooks, has_hooks_on_values
+from fastgan._hooks import has_global_hooks, has_hooks, makes_weight
 from fastgan._op import PLAIN, is_traced
 from fastgan._parametrized import plain_class
 from fastgan.choice import STATE, forced
@@ -182,7 +182,7 @@ class Part(Forward):
         if len(modules) != self._modules:
             self._modules = len(modules)
             self._hooks = [vars(m)[name] for m in modules if m is not self.owner for name in HOOKS]
-        found = any(not isinstance(h, WEIGHT_HOOKS) for d in self._hooks for h in d.values())
+        found = any(not makes_weight(h) for d in self._hooks for h in d.values())
         self._handles = -1 if found else handles
         return found
 
@@ -281,7 +281,7 @@ def _no_chain_makes_its_weight(m: nn.Module) -> bool:
     """Whether something makes the weight at each call that chains do not know: torch's older hooks, or a norm's."""
     if torch.nn.utils.parametrize.is_parametrized(m):
         return plain_class(m) not in CONVOLUTIONS
-    return bool(m._forward_pre_hooks) and not has_hooks_on_values(m)
+    return has_hooks(m) and all(makes_weight(h) for name in HOOKS for h in vars(m)[name].values())
 
 
 def _traceable(m: nn.Module) -> bool:
