@@ -89,6 +89,17 @@ def test_temporal_shift_by_hand():
     assert torch.equal(y[:, :, 4:], x[:, :, 4:])
 
 
+def test_the_discriminator_of_clip_32_keeps_what_tells_clips_apart():
+    """With deviations of 0.02 and no norm it came down to 0.006 of different pictures at the logits."""
+    torch.manual_seed(0)
+    _, discriminator = fastgan.models.build("clip-32")
+    with torch.no_grad():
+        x = torch.rand(32, 1, 32, 32) * 2 - 1
+        for layer in discriminator.main:
+            x = layer(x)
+            assert x.std(0).mean() > 0.1
+
+
 @pytest.mark.usefixtures("unraced")
 def test_clip_32_trains_resumes_reports_and_writes_gifs(tmp_path, capsys):
     run = tmp_path / "run"

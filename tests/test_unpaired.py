@@ -68,12 +68,14 @@ def test_sides_that_are_made_share_no_picture():
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def test_the_step_is_the_papers():
+@pytest.mark.parametrize("options", [{}, {"identity": 0.5}], ids=["the recipe's", "for paintings"])
+def test_the_step_is_the_papers(options):
     """Both generators and both critics updated as the paper's code does, in float64: LSGAN, cycle and identity."""
     torch.manual_seed(0)
     g, d = (m.double() for m in models.build("cyclegan", image_size=16, **NARROW))
     (ab, ba), (of_b, of_a) = (copy.deepcopy((m[0], m[1])) for m in (list(g.children()), list(d.children())))
     recipe = recipe_of()
+    recipe = recipe.replace(domain_options=recipe.domain_options | options)
     domain = domain_of(recipe)
     mine, critics, step = assemble(recipe, torch.device("cpu"), networks=(g, d))
     a, b = (torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1 for _ in range(2))
@@ -90,7 +92,8 @@ def test_the_step_is_the_papers():
     # the paper's weights; half of everything, as the step's LSGAN is
     g_loss = (of_b(fake_b) - 1).square().mean() + (of_a(fake_a) - 1).square().mean()
     cycle = 10 * (F.l1_loss(ba(fake_b), a) + F.l1_loss(ab(fake_a), b))
-    cycle = cycle + 5 * (F.l1_loss(ab(b), b) + F.l1_loss(ba(a), a))
+    if options:
+        cycle = cycle + 5 * (F.l1_loss(ab(b), b) + F.l1_loss(ba(a), a))
     (0.5 * (g_loss + cycle)).backward()
     g_adam.step()
     assert float(metrics["d_loss"]) == pytest.approx(d_loss.item(), rel=1e-6)
@@ -150,6 +153,22 @@ def test_networks_by_size(size):
     if size == 256:  # 11.378 million parameters a generator and 2.765 a critic, as the paper's code prints
         assert sum(p.numel() for p in g.ab.parameters()) == 11_378_179
         assert sum(p.numel() for p in d.of_a.parameters()) == 2_764_737 and d(both)["logits"][0].shape[2:] == (30, 30)
+
+
+def test_a_generator_sees_how_bright_a_flat_thing_is():
+    """Instance norm takes the deviation of a plane away, so that all flat things of one form look the same to it."""
+    form = torch.zeros(1, 1, 32, 32)
+    form[..., 8:24, 10:22] = 1
+    moved = {}
+    for norm in ("instance", fastgan.recipes()["cyclegan"].model_options["norm"]):
+        torch.manual_seed(0)
+        g, _ = models.build("cyclegan", image_size=32, channels=1, g_width=16, d_width=16, blocks=3, norm=norm)
+        with torch.no_grad():
+            dark, bright = (g.ab(contrast * form - 1)[0, 0, 16, 16] for contrast in (0.5, 1.8))
+        moved[norm] = abs(float(dark - bright))
+    assert moved["layer"] > 0.1 > 5 * moved["instance"]
+    with pytest.raises(ValueError, match="norm: it must be batch, instance or layer, got 'group'"):
+        models.build("cyclegan", image_size=32, norm="group")
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """`chargan`: lines of text as one-hot letters, by one-dimensional residual networks.
 
-Source: Gulrajani et al. 2017 (arXiv:1704.00028), section 5.3 and appendix C. Departures: `width`, `blocks` and `length`
-are a fraction of the paper's 512, 5 and 32, and torch's own initialisation. Parameter counts at the defaults: 282,140
-and 85,569.
+Source: Gulrajani et al. 2017 (arXiv:1704.00028), section 5.3 and appendix C; every layer begins as the convolutions of
+the authors' code, after He et al. 2015 (arXiv:1502.01852), biases at 0. By torch's own initialisation a block's branch
+is 4 to 5 % of what it is added to, by this one 20 to 31 %. A critic of the former is all but linear in the letters: it
+sees how often each stands at each place, and not which follow each other. Departures: `width`, `blocks` and `length`
+are a fraction of the paper's 512, 5 and 32. Parameter counts at the defaults: 282,140 and 85,569.
 """
 
 from __future__ import annotations
@@ -74,4 +76,10 @@ def build_chargan(
         if not isinstance(value, int) or value < least:
             raise ValueError(f"chargan: {name} must be a whole number of at least {least}, got {value!r}")
     sizes = dict(symbols=len(alphabet or ALPHABET), length=length, width=width, blocks=blocks)
-    return CharGenerator(latent=latent, **sizes), CharDiscriminator(**sizes)
+    generator, discriminator = CharGenerator(latent=latent, **sizes), CharDiscriminator(**sizes)
+    for parameter in (*generator.parameters(), *discriminator.parameters()):
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.zeros_(parameter)
+    return generator, discriminator

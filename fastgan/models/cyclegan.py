@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pix2pix import PatchGAN, normal_weights, patch_layers
+from .pix2pix import PatchGAN, norm_of, normal_weights, patch_layers
 from .sizes import check_positive, doublings
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))), 3x3 with reflection padding and instance norm."""
+    """x + norm(conv(relu(norm(conv(x))))), 3x3 with reflection padding."""
 
     per_sample = True
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, norm: str = "instance"):
         super().__init__()
         self.main = nn.Sequential(
-            *(nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU()),
-            *(nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width)),
+            *(nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), norm_of(norm, width), nn.ReLU()),
+            *(nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), norm_of(norm, width)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,17 +41,17 @@ class ResidualGenerator(nn.Module):
 
     per_sample = True
 
-    def __init__(self, *, channels: int = 3, width: int = 64, blocks: int = 6):
+    def __init__(self, *, channels: int = 3, width: int = 64, blocks: int = 6, norm: str = "instance"):
         super().__init__()
         check_positive("ResidualGenerator", channels=channels, width=width, blocks=blocks)
         layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(channels, width, 7)]
-        layers += [nn.InstanceNorm2d(width), nn.ReLU()]
+        layers += [norm_of(norm, width), nn.ReLU()]
         for inputs in (width, 2 * width):
-            layers += [nn.Conv2d(inputs, 2 * inputs, 3, 2, 1), nn.InstanceNorm2d(2 * inputs), nn.ReLU()]
-        layers += [ResidualBlock(4 * width) for _ in range(blocks)]
+            layers += [nn.Conv2d(inputs, 2 * inputs, 3, 2, 1), norm_of(norm, 2 * inputs), nn.ReLU()]
+        layers += [ResidualBlock(4 * width, norm) for _ in range(blocks)]
         for inputs in (4 * width, 2 * width):
             layers.append(nn.ConvTranspose2d(inputs, inputs // 2, 3, 2, 1, output_padding=1))
-            layers += [nn.InstanceNorm2d(inputs // 2), nn.ReLU()]
+            layers += [norm_of(norm, inputs // 2), nn.ReLU()]
         self.main = nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,13 +95,18 @@ def build_cyclegan(
     d_width: int = 64,
     blocks: int = 0,
     d_layers: int = 0,
+    norm: str = "instance",
 ) -> tuple[BothWays, BothCritics]:
-    """Both generators and both critics. blocks: 0 takes 9 from 256 pixels on and 6 below; d_layers: 0 by size."""
+    """Both generators and both critics.
+
+    blocks: 0 takes 9 from 256 pixels on and 6 below. d_layers: 0 by size. norm: "instance" as the paper, "layer" (over
+    channels and places, so that it leaves how bright a flat thing is) or "batch".
+    """
     doublings("cyclegan", image_size)
     count = blocks or (9 if image_size >= 256 else 6)
-    way: Any = dict(channels=channels, width=g_width, blocks=count)
+    way: Any = dict(channels=channels, width=g_width, blocks=count, norm=norm)
     generator = BothWays(ResidualGenerator(**way), ResidualGenerator(**way))
-    critic: Any = dict(image_size=image_size, channels=channels, source_channels=0, width=d_width, norm="instance")
+    critic: Any = dict(image_size=image_size, channels=channels, source_channels=0, width=d_width, norm=norm)
     layers = patch_layers(image_size, d_layers)
     critics = BothCritics(PatchGAN(**critic, layers=layers), PatchGAN(**critic, layers=layers))
     normal_weights(generator)

@@ -85,12 +85,23 @@ def _up(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []), nn.ReLU())
 
 
+def norm_of(kind: str, width: int) -> nn.Module:
+    """The norm of that kind for `width` channels: "batch", "instance", or "layer" (over channels and places)."""
+    if kind == "batch":
+        return nn.BatchNorm2d(width)
+    if kind == "instance":
+        return nn.InstanceNorm2d(width)
+    if kind == "layer":
+        return nn.GroupNorm(1, width)
+    raise ValueError(f"norm: it must be batch, instance or layer, got {kind!r}")
+
+
 class PatchGAN(nn.Module):
     """Pictures ``[N, channels, H, W]`` and their sources to logits ``[N, 1, h, w]``, one for each patch.
 
     layers: convolutions of stride 2. A logit sees 16, 34, 70 or 142 pixels with 1, 2, 3 or 4 of them.
     source_channels: 0 for a discriminator that sees no source.
-    norm: "batch" or "instance", on all but the first and the last.
+    norm: "batch", "instance" or "layer", on all but the first and the last.
     """
 
     per_sample = True
@@ -113,9 +124,9 @@ class PatchGAN(nn.Module):
         widths = [min(width << level, 8 * width) for level in range(layers + 1)]
         stages: list[nn.Module] = [nn.Conv2d(channels + source_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for level, (before, after) in enumerate(pairwise(widths), 1):
-            made = nn.BatchNorm2d(after) if norm == "batch" else nn.InstanceNorm2d(after)
             stride = 2 if level < layers else 1
-            stages += [nn.Conv2d(before, after, 4, stride, 1, bias=norm != "batch"), made, nn.LeakyReLU(0.2)]
+            stages.append(nn.Conv2d(before, after, 4, stride, 1, bias=norm != "batch"))
+            stages += [norm_of(norm, after), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*stages, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         normal_weights(self)
 

@@ -436,17 +436,19 @@ _RECIPES = {
         Recipe(
             name="cyclegan",
             model="cyclegan",
-            model_options={"g_width": 32, "d_width": 32},
+            model_options={"g_width": 32, "d_width": 32, "norm": "layer"},
             domain="unpaired",
+            domain_options={"identity": 0.0},
             **_EMOJI_64,
             batch_size=2,
             steps=40_000,
             loss="lsgan",
             sample_count=8,
-            source="Zhu et al. 2017 (arXiv:1703.10593): residual generators with instance norm, LSGAN, 10 times the "
-            "cycle and half of it the identity loss, a history of 50 fakes, Adam 2e-4 (0.5, 0.999); 64 pixels, half "
-            "the widths and batches of 2 for a CPU, constant rates; the paper's are image_size=256 and model_options "
-            "g_width=64, d_width=64",
+            source="Zhu et al. 2017 (arXiv:1703.10593): residual generators, LSGAN, 10 times the cycle loss, a history "
+            "of 50 fakes, Adam 2e-4 (0.5, 0.999); layer norm where it has instance norm, which hides how bright "
+            "a flat thing is; 64 pixels, half the widths and batches of 2 for a CPU, constant rates; the "
+            "paper's are image_size=256 and model_options g_width=64, d_width=64, norm=instance, and for "
+            "paintings domain_options.identity=0.5",
         ),
         Recipe(
             name="r3gan",
@@ -506,12 +508,14 @@ _RECIPES = {
             data="sentences",
             latent=128,
             batch_size=64,
-            steps=20_000,
-            **_WGAN_GP,
+            steps=10_000,
+            **(_WGAN_GP | {"d_steps": 1, "g_lr": 1e-3, "d_lr": 1e-3}),
+            schedule="linear",
             betas=(0.5, 0.9),
             eval_every=500,
-            source="Gulrajani et al. 2017 (arXiv:1704.00028), section 5.3: WGAN-GP on one-hot characters, Adam 1e-4 "
-            "(0.5, 0.9); 5 D updates where its code has 10, and an eighth of its width",
+            source="Gulrajani et al. 2017 (arXiv:1704.00028), section 5.3: WGAN-GP on one-hot characters, Adam "
+            "(0.5, 0.9); an eighth of its width, so 1e-3 falling to 0 where it has 1e-4, and 1 D update where its code "
+            "has 10",
         ),
         Recipe(
             name="wavegan",
@@ -597,7 +601,8 @@ _RECIPES = {
             batch_size=16,
             steps=20_000,
             penalty="r1",
-            penalty_weight=1.0,
+            penalty_weight=0.1,
+            penalty_every=4,
             betas=(0.0, 0.99),
             g_lr=4e-4,
             d_lr=4e-4,
@@ -605,7 +610,8 @@ _RECIPES = {
             sample_count=16,
             eval_every=500,
             source="TGAN's generator (Saito et al. 2017, arXiv:1611.06624) and a discriminator of frames with "
-            "temporal shift (Lin et al. 2019, arXiv:1811.08383); loss, penalty and average of the recipe fastgan",
+            "temporal shift (Lin et al. 2019, arXiv:1811.08383); loss, rates and average of the recipe fastgan, R1 "
+            "with the weight 0.1 for 32 pixels, as stylegan2-small, at every 4th step",
         ),
     )
 }
