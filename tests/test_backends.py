@@ -350,3 +350,21 @@ def test_a_proof_lets_a_sample_fall_on_the_other_side_of_an_edge(monkeypatch, bi
 
     monkeypatch.setitem(op.backends, "native", Backend(run))
     assert proof.proof_error(op, "native", op.drawn(op.example())) == said
+
+
+@CORE
+def test_a_sum_that_cancels_out_is_proved_against_float32(monkeypatch):
+    """The bfloat16 reference rounds each element before it sums them; a kernel that does not was refused for it."""
+    op, draws = OPS["bias_act_backward"], torch.Generator().manual_seed(0)
+    y = torch.randn(64, 4, 32, 32, generator=draws).bfloat16()
+    slope = torch.where(y > 0, 1.0, 0.2)
+    dx = torch.randn(y.shape, generator=draws) * slope
+    args = ((dx - dx.mean((0, 2, 3), keepdim=True)) / slope).bfloat16(), y, "leaky_relu", 0.2, 1.0, -1.0, True
+    exact = (args[0].double() * slope).sum((0, 2, 3))
+    far = [(run(*op.copies(args))[1].double() - exact).norm() for run in (op.reference, op.backends["native"].run)]
+    assert far[0] > 0.1 * exact.norm() > 100 * far[1]
+    assert proof.proof_error(op, "native", args) == ""
+
+    wrong = Backend(lambda *args: (op.reference(*args)[0], 1.05 * exact.float()))
+    monkeypatch.setitem(op.backends, "native", wrong)
+    assert "output 1 must be within" in proof.proof_error(op, "native", args)
