@@ -223,6 +223,7 @@ def test_bad_translations_are_one_sentence(folders, tmp_path, capsys):
         ([run, f"--input={tmp_path}/none", out], "must be a folder or a zip"),
         ([run, f"--input={tmp_path}/run/checkpoints", out], "--input must hold pictures"),
         ([run, folder, f"--out={folders}/a/0.png"], "--out must be a folder"),
+        ([run, folder, f"--out={folders}/b/../a"], "--out must not be the folder of the input"),
         ([f"--run={tmp_path}/faces", folder, out], "must make pictures from pictures or sounds, mlp-28 does not"),
     ):
         assert main(["translate", *words]) == 2

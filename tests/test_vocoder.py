@@ -216,7 +216,8 @@ def check_translations(run, tmp_path, capsys):
     assert (made - whole).abs().max() < 2e-4 and whole.abs().max() > 1e-3
     assert main(["translate", "--run", str(run), "--input", str(sounds / "torn.wav"), "--out", str(out)]) == 1
     for wrong, sentence in (
-        (["--out", str(sounds)], "--out must not be the folder of the sounds"),
+        (["--out", str(sounds)], "--out must not be the folder of the input"),
+        (["--out", str(sounds), "--input", str(sounds / "a.wav")], "--out must not be the folder of the input"),
         (["--out", str(out), "--direction", "ab"], "--direction must be left out"),
         (["--out", str(out), "--made", "grey"], "--made must be left out"),
         (["--out", str(out), "--input", str(tmp_path / "none")], "--input must be a folder of sounds, or one"),

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"translate: {args.run} must make pictures from pictures or sounds, {recipe.name} does not")
     if out.exists() and not out.is_dir():
         raise ValueError(f"translate: --out must be a folder, {out} is a file")
+    if out.resolve() == (source.parent if source.suffix == ".wav" else source).resolve():
+        raise ValueError(f"translate: --out must not be the folder of the input, which would be lost, got {args.out}")
     target_of(out / "picture.png")
     if isinstance(domain, Vocoder):
         return _sounds(args, domain)
@@ -117,8 +119,6 @@ def _sounds(args: argparse.Namespace, domain: Vocoder) -> int:
     source = Path(args.input).expanduser()
     if not source.exists():
         raise ValueError(f"translate: --input must be a folder of sounds, or one, got {args.input}")
-    if Path(args.out).resolve() == (source.parent if source.is_file() else source).resolve():
-        raise ValueError(f"translate: --out must not be the folder of the sounds, which would be lost, got {args.out}")
     generator, _ = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     remarks: list[tuple[str, str]] = []
     names: set[str] = set()
