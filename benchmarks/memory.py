@@ -1,16 +1,21 @@
 """Where the memory of a DCGAN-64 training step goes, in float32 at batch 64: PyTorch's and fastgan's, tensor by tensor.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --turns     # D's halves in turn beside one batch of both: time and memory, 2 minutes
 
-Both are tuned as in bench_step.py. Sizes are exact and repeat; a busy machine does not change them.
+Both are tuned as in bench_step.py. Sizes are exact and repeat; a busy machine does not change them. Times need a quiet
+one.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -24,8 +29,14 @@ from torch import Tensor
 import fastgan
 from fastgan.benchmarking.textbook import textbook_step
 from fastgan.choice import native
+from fastgan.training.assembly import assemble
 
 SMALLEST = 500_000  # bytes: smaller blocks are left out of the tables
+TURNS = (  # model, batch, precision
+    *(("dcgan-64", 16, "fp32"), ("dcgan-64", 64, "fp32"), ("dcgan-64", 64, "bf16"), ("dcgan-64", 256, "fp32")),
+    *(("dcgan-64", 256, "bf16"), ("dcgan-28", 64, "fp32"), ("dcgan-28", 512, "fp32")),
+)
+SECONDS = 12.0  # of a case of TURNS
 Step = Callable[[], object]
 
 
@@ -87,6 +98,34 @@ def saved(run: Step, parameters: set[int]) -> list[tuple[int, int, tuple[int, ..
     return sorted(((t.nbytes, times, tuple(t.shape)) for t, times in found.values()), reverse=True)
 
 
+def turns() -> int:
+    """Whole steps with D's halves in turn and as one batch, alternating."""
+    for name, batch, precision in TURNS:
+        recipe = fastgan.recipes()[name]
+        images = torch.randn(batch, recipe.channels, recipe.image_size, recipe.image_size)
+        images = images.contiguous(memory_format=torch.channels_last)
+        steps = []
+        for low_memory in (False, True):
+            torch.manual_seed(0)
+            chosen = recipe.replace(precision=precision, low_memory=low_memory)
+            steps.append(assemble(chosen, torch.device("cpu"))[2])
+        for step in 3 * steps:  # races, Adam's state
+            step(images)
+        seconds: list[list[float]] = [[], []]
+        end, first = time.monotonic() + SECONDS, 0
+        while time.monotonic() < end:
+            for i in (first, 1 - first):
+                begin = time.perf_counter()
+                steps[i](images)
+                seconds[i].append(time.perf_counter() - begin)
+            first = 1 - first
+        best, usual = ([f(s) for s in seconds] for f in (min, statistics.median))
+        peaks = [megabytes(at_the_peak(functools.partial(step, images))[0]) for step in steps]
+        speed = f"{best[0] / best[1]:.2f} by minimum, {usual[0] / usual[1]:.2f} by median"
+        print(f"{name}, {precision}, batch {batch}: in turn {speed} times as fast; {peaks[0]}, in turn {peaks[1]}")
+    return 0
+
+
 def megabytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB"
 
@@ -94,6 +133,8 @@ def megabytes(count: float) -> str:
 def main() -> int:
     module, _ = native()
     torch.set_num_threads(2)
+    if sys.argv[1:] == ["--turns"]:
+        return turns()
     for name, (run, parameters) in steps().items():
         run(), run()  # races, Adam's state
         if module is not None:

@@ -448,11 +448,11 @@ def overview(all_results: list[dict[str, Any]]) -> list[str]:
     if not columns:
         return []
     found = [headline_rows(results) for results in columns]
-    rows = [what for what in HEADLINES.values() if any(what in rows for rows in found)]
+    shown = [what for what in HEADLINES.values() if any(what in rows for rows in found)]
     ratio = lambda rows, what: f"{rows[what][1]['speedup']:.2f}" if what in rows else "-"
     names = [f"{r['machine']['cores']} cores of {r['machine']['cpu']}, {r['machine']['kernels']}" for r in columns]
     header = ("times as fast as PyTorch's best", *names)
-    return [*table(header, ((what, *(ratio(rows, what) for rows in found)) for what in rows)), ""]
+    return [*table(header, ((what, *(ratio(rows, what) for rows in found)) for what in shown)), ""]
 
 
 def showing() -> dict[Path, str]:

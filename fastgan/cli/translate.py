@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"translate: --out must not be the folder of the input, which would be lost, got {args.out}")
     target_of(out / "picture.png")
     if isinstance(domain, Vocoder):
-        return _sounds(args, domain)
+        return _sounds(args, domain, source)
     opened = open_source(source) if source.exists() else None
     if not isinstance(opened, Files):
         raise ValueError(f"translate: --input must be a folder or a zip of pictures, got {args.input}")
@@ -111,19 +111,18 @@ def _translate(files: Files, network: nn.Module, out: Path, size: int, channels:
     return len(names)
 
 
-def _sounds(args: argparse.Namespace, domain: Vocoder) -> int:
+def _sounds(args: argparse.Namespace, domain: Vocoder, source: Path) -> int:
     """Write a .wav for each sound that can be read, made from its spectrogram; 1 where none could."""
     for option in ("direction", "made"):
         if getattr(args, option) is not None:
             raise ValueError(f"translate: --{option} must be left out, {domain.recipe.name} makes sounds again")
-    source = Path(args.input).expanduser()
     if not source.exists():
         raise ValueError(f"translate: --input must be a folder of sounds, or one, got {args.input}")
     generator, _ = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
     remarks: list[tuple[str, str]] = []
     names: set[str] = set()
     rate = int(domain.option["rate"])
-    for of, sound in each_sound(args.input, rate, remarks):
+    for of, sound in each_sound(str(source), rate, remarks):
         names.add(name := _name(of, names, ".wav"))
         with atomic_file(Path(args.out) / name) as file:
             save_wav(domain.made_again(generator, torch.from_numpy(sound)), rate, file)

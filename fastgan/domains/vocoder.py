@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss
 
 from fastgan import data
 from fastgan.data.sounds import DEMONSTRATION_RATE, SoundSet, load_sounds
@@ -160,11 +159,11 @@ class SoundLoss:
 
     def __call__(self, outputs: Outputs) -> Tensor:
         made, real = outputs.fake.float(), outputs.real.float()
-        distances = [l1_loss(look(made), look(real)) for look in self.spectrograms]
+        distances = [F.l1_loss(look(made), look(real)) for look in self.spectrograms]
         found = self.mel * torch.stack(distances).mean()
         for real, fake in zip(outputs.d_real[1], outputs.d_fake[1], strict=True):
             for a, b in zip(real, fake, strict=True):
-                found = found + self.matching * l1_loss(b.float(), a.float())
+                found = found + self.matching * F.l1_loss(b.float(), a.float())
         return found
 
 
@@ -193,7 +192,7 @@ class MelJudge:
         sounds, real = made
         if not sounds.isfinite().all():
             return {}
-        scores = {"mel": float(l1_loss(self._spectrogram(sounds), self._spectrogram(real)))}
+        scores = {"mel": float(F.l1_loss(self._spectrogram(sounds), self._spectrogram(real)))}
         if count > 1:
             looks = (features(data.to_uint8(spectrograms(x[:, 0])), self._backbone) for x in (real, sounds))
             scores["kcd"] = kernel_distance(*looks)

@@ -293,22 +293,23 @@ class GANStep:
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The terms of D's loss with their metrics, made one by one: each is differentiated before the next exists."""
         real, fake = self._augmented(real), self._augmented(fake)  # the loss and its penalty see the same images
-        apart = self.low_memory or real.shape != fake.shape or bool(mixes_samples(self.discriminator))
+        mixes = bool(mixes_samples(self.discriminator))  # a walk over its modules: once an update
+        apart = self.low_memory or mixes or real.shape != fake.shape
         if apart and self.loss not in RELATIVE and self.extra_d_loss is None:
-            yield from self._in_turn(due, real, fake, labels)
+            yield from self._in_turn(due, real, fake, labels, mixes)
         else:
-            yield self._d_loss(due, real, fake, labels, z, apart)
+            yield self._d_loss(due, real, fake, labels, z, mixes)
 
     def _in_turn(
-        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None
+        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, mixes: bool
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The terms of real images, of fake ones, and of a penalty that has passes of its own.
 
         Where the images cannot be one batch anyway this costs nothing; docs/evidence/memory.md has the price elsewhere.
         """
-        on_real, loss, of_real = self._term("real", due, real, labels)
+        on_real, loss, of_real = self._term("real", due and not mixes, real, labels)
         yield loss, {}
-        on_fake, loss, of_fake = self._term("fake", due, fake, labels)
+        on_fake, loss, of_fake = self._term("fake", due and not mixes, fake, labels)
         values = [value for value in (of_real, of_fake) if value is not None]
         found = {"penalty": torch.stack(values).sum()} if values else {}
         yield loss, self._d_metrics(on_real, on_fake)[1] | found
@@ -316,10 +317,13 @@ class GANStep:
             value = self._penalise(real, fake, labels)
             yield value, {"penalty": value.detach()}
 
-    def _term(self, of: str, due: bool, images: Tensor, labels: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
-        """(D(images), detached; their term of D's loss; the value of the penalty in it, or None)."""
+    def _term(self, of: str, norms: bool, images: Tensor, labels: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
+        """(D(images), detached; their term of D's loss; the value of the penalty in it, or None).
+
+        norms: a penalty is due, and may come from the same pass.
+        """
         with self._autocast():
-            looks = due and of in LOOKS_AT.get(self.penalty or "", ())
+            looks = norms and of in LOOKS_AT.get(self.penalty or "", ())
             found = self._logits_and_norms(images, labels) if looks else None
             run = lambda: (found[0] if found else _call(self.discriminator, images, labels),)
             (output,) = self._watch.folded(run) if of == "real" else run()
@@ -331,12 +335,12 @@ class GANStep:
         return shown, loss + value, value.detach()
 
     def _d_loss(
-        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any, apart: bool
+        self, due: bool, real: Tensor, fake: Tensor, labels: Tensor | None, z: Any, mixes: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """D's whole loss at once; apart: real and fake images cannot run as one batch."""
+        """D's whole loss at once; mixes: D may mix samples (`mixes_samples`)."""
         with self._autocast():
-            merged = self._logits_and_penalty(real, fake, labels) if due else None
-            run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels, apart)
+            merged = self._logits_and_penalty(real, fake, labels) if due and not mixes else None
+            run = lambda: merged[:2] if merged else self._discriminate(real, fake, labels, mixes)
             on_real, on_fake = self._watch.folded(run)
         loss, metrics = self._d_metrics(on_real, on_fake)
         if due:
@@ -383,13 +387,12 @@ class GANStep:
     def _logits_and_norms(self, images: Tensor, labels: Tensor | None) -> tuple[Any, Tensor] | None:
         """D's logits, and its squared gradient norms from the same pass: 4F instead of 3F + 4F with a penalty.
 
-        None where the penalty looks elsewhere, where one forward more or less would change D (spectral norm's power
-        iteration, a dropout mask), or where D does not qualify (`penalties.forward_logits_and_norms`).
+        Not for a D that mixes samples: one forward more or less would change it (spectral norm's power iteration, a
+        dropout mask). None where the penalty looks elsewhere, or D does not qualify (`forward_logits_and_norms`).
         """
-        d = self.discriminator
-        if self.penalty not in penalties.SQUARED or len(members_of(d)) > 1 or mixes_samples(d):
+        if self.penalty not in LOOKS_AT or len(members_of(self.discriminator)) > 1:
             return None
-        return penalties.forward_logits_and_norms(d, images, labels)
+        return penalties.forward_logits_and_norms(self.discriminator, images, labels)
 
     def _logits_and_penalty(
         self, real: Tensor, fake: Tensor, labels: Tensor | None
@@ -418,9 +421,9 @@ class GANStep:
         scales = [_ranks.pooled(t, self.sync) for t in (found if isinstance(found, list) else [found])]
         return scales if isinstance(found, list) else scales[0]
 
-    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None, apart: bool) -> tuple[Any, Any]:
+    def _discriminate(self, real: Tensor, fake: Tensor, labels: Tensor | None, mixes: bool) -> tuple[Any, Any]:
         """(D(real), D(fake)), as one batch where that is the same mathematics."""
-        if apart:
+        if mixes or real.shape != fake.shape:
             return _call(self.discriminator, real, labels), _call(self.discriminator, fake, labels)
         both = torch.cat([real.to(fake.dtype), fake])
         with stat_groups(self.discriminator, 2):
@@ -483,11 +486,9 @@ class GANStep:
         found: dict[str, Tensor] = {}  # those of several parts are averaged
         for loss, metrics in losses:
             scaler.scale(loss if self.accumulate == 1 else loss / self.accumulate).backward()
-            found |= (
-                metrics
-                if self.accumulate == 1
-                else {k: found.get(k, 0) + v / self.accumulate for k, v in metrics.items()}
-            )
+            if self.accumulate > 1:
+                metrics = {k: found.get(k, 0.0) + v / self.accumulate for k, v in metrics.items()}
+            found |= metrics
         if self.exchange is not None:
             self.exchange.exchange([p for group in optimizer.param_groups for p in group["params"]])
         if self.grad_clip is not None:
@@ -525,8 +526,8 @@ class GANStep:
     def explain(self) -> str:
         """How the step runs: one line, and one for the penalty."""
         reason = mixes_samples(self.discriminator)
-        passes = f"two passes: {reason}" if reason else "one batch of 2N, statistics per half"
-        passes = "two passes: low_memory" if self.low_memory else passes
+        apart = "low_memory" if self.low_memory else reason
+        passes = f"two passes: {apart}" if apart else "one batch of 2N, statistics per half"
         said = f"D(real) and D(fake): {passes}; precision {self._resolved}; {self._runs_as()}"
         if self.penalty is None:
             return said
