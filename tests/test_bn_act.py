@@ -126,6 +126,23 @@ def test_empty_batch_mixed_dtypes_and_slices(backend):
     assert y.dtype == torch.bfloat16 and distance(y, want) < 1e-2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_empty_batch_has_gradients_of_zero_to_second_order(backend, training, groups):
+    """A discriminator of the samples that a mask picks, none of them: torch's own kernel divided by zero, SIGFPE."""
+    x, w, b = (t.requires_grad_() for t in (torch.randn(0, 3, 2, 2), torch.rand(3), torch.randn(3)))
+    running = torch.rand(3), torch.rand(3)
+    before = [r.clone() for r in running]
+    with fastgan.backend(backend):
+        y = functional.bn_act(x, *running, w, b, training=training, stat_groups=groups)
+        first = torch.autograd.grad(y.square().sum(), (x, w, b), create_graph=True)
+        second = torch.autograd.grad(sum(g.sum() for g in first), (x, w))
+    assert [g.shape for g in (*first, *second)] == [t.shape for t in (x, w, b, x, w)]
+    assert not any(g.any() for g in (*first, *second))
+    assert all(map(torch.equal, running, before))
+
+
 def with_given(activation, groups):
     """bn_act with the statistics that it would have computed, as constants."""
 

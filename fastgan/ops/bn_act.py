@@ -171,6 +171,9 @@ def _dt(dy, x, weight, bias, mean, var, eps, activation, slope):
 
 def reference_backward(dy, x, weight, bias, mean, var, training, eps, activation, slope):
     dtype = accumulation_dtype(x.dtype)
+    if x.numel() == 0:  # torch 2.13's kernel divides by the count: it ends the process
+        vector = x.new_zeros(x.shape[1], dtype=dtype)
+        return torch.empty_like(x), vector, vector.clone()
     weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))  # as PyTorch reads them
     dt = _dt(dy, x, weight, bias, mean, var, eps, activation, slope)
     ones = x.new_ones(x.shape[1], dtype=dtype)
@@ -247,7 +250,7 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     dims = [1, *range(3, x.dim() + 1)]
     total: Any = lambda v: v.sum(dims)
     n = x.numel() // max(groups * x.shape[1], 1)
-    inv_n = 1.0 / n if training else 0.0
+    inv_n = 1.0 / n if training and n else 0.0
 
     rstd = (var + eps).rsqrt()
     gamma = torch.ones_like(rstd) if weight is None else weight.to(dtype).expand_as(rstd)
