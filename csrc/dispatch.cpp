@@ -165,6 +165,14 @@ std::string select(const char* name) {
   return "fastgan has no such table";
 }
 
+bool translates_many_pages() noexcept {
+#if defined(FG_X86)
+  return refuse_avx512_bf16().empty();
+#else
+  return false;
+#endif
+}
+
 void prefer_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) noexcept {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

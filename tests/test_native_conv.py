@@ -483,6 +483,7 @@ EMULATED = r"""
 namespace fg {
 void* scratch_acquire(size_t bytes) { return std::aligned_alloc(64, (bytes + 127) / 64 * 64); }
 void scratch_release(void* block) noexcept { std::free(block); }
+bool translates_many_pages() noexcept { return true; }
 }
 using namespace fg;
 using Int = const int64_t*;

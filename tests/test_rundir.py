@@ -371,13 +371,18 @@ def test_a_report_that_fails_leaves_a_finished_run(images, tmp_path, monkeypatch
 
 
 def test_a_hangup_saves(images, tmp_path):
+    given = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's tests inherit that it is ignored
+
     def hang_up(run: Trainer) -> bool:
         if run.step == 2:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)  # a closing terminal may send two
         return False
 
-    result = trainer(images, tmp_path, target=hang_up).fit()
+    try:
+        result = trainer(images, tmp_path, target=hang_up).fit()
+    finally:
+        signal.signal(signal.SIGHUP, given)
     assert (result.reason, result.step) == ("interrupted", 3)
     assert checkpoint.list_steps(tmp_path / "checkpoints") == [2, 3]
 

@@ -276,4 +276,8 @@ size_t scratch_highest(bool restart) noexcept;  // most bytes held at once, in u
 // MB in 7 ms as pages of 2 MB and in 35 to 40 ms as pages of 4 KB (AMD EPYC Zen 5, Linux). Compiled once, as scratch.
 void prefer_huge_pages(void* block, size_t bytes) noexcept;
 
+// Whether the CPU translates 2,048 pages of 4 KB or more at once. No instruction tells; CPUs with AVX-512 BF16 (Zen 4,
+// Sapphire Rapids and later) do, those before them mostly keep 1,536. Compiled once, as scratch.
+bool translates_many_pages() noexcept;
+
 }  // namespace fg

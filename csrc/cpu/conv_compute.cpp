@@ -460,20 +460,20 @@ inline void compute_with(const Problem& p) {
 // Few output channels and many input channels: the dot-product form.
 inline bool rowwise(const Problem& p) { return p.M <= 4 && p.C >= 16; }
 
-// Few pixels do not pay for packing: the weights are then read from where they lie. In float32 a generator's 512 to 256
-// channels at 4x4 took, for one image and for 16 (256 pixels of each phase), in ms:
-//                     packed        in place
-//   Zen 5, AVX-512    0.97   4.9    0.34   4.6
-//   Zen 1, AVX2       3.9   13.2    6.8   49.8
-// In place a row of channels is a page of its own. Those 8 MB are 2,048 pages, more than the 1,536 that a Zen 1 or a
-// Skylake translates at once; 512 to 128 channels, 1,024 pages, took 2.0 packed and 0.9 in place for one image, 3.1 and
-// 3.0 for four (64 pixels), 7.1 and 8.8 for 16.
+// Few pixels do not pay for packing: the weights are then read from where they lie, a row of channels in a page of its
+// own. In float32 a generator's 512 to 256 channels at 4x4, 8 MB in 2,048 pages, took in ms on two threads:
+//   pixels of a phase        16: packed, in place   64: packed, in place   256: packed, in place
+//   Zen 5, AVX-512               0.97, 0.34                                     4.9, 4.6
+//   Cascade Lake, AVX-512        3.3, 2.5               4.7, 6.9                7.9, 17.3
+//   Zen 1, AVX2                  3.9, 6.8                                      13.2, 49.8
+// A Cascade Lake and a Zen 1 translate 1,536 pages at once, and 512 to 128 channels, half of them, took 1.85 packed and
+// 1.46 in place at 16 pixels, 2.3 and 3.0 at 64; a Zen 1 2.0 and 0.9, 3.1 and 3.0; AVX2 on a Cascade Lake 2.4 and 3.9.
 inline bool leave_weights(const Problem& p) {
-  constexpr bool WIDE = VF == 16;
-  constexpr int64_t PIXELS = WIDE ? 256 : 64, BYTES = WIDE ? INT64_MAX : int64_t{4} << 20;
+  static const bool many = translates_many_pages();
+  const int64_t pixels = !many ? 16 : VF == 16 ? 256 : 64, bytes = VF == 16 ? INT64_MAX : int64_t{4} << 20;
   if (p.weight_dtype != p.source_dtype || p.stride_m != 1 || p.M % VF || p.C < 32 || p.C % 2) return false;
-  if (p.C * p.M * p.R * p.S * 4 > BYTES) return false;
-  return p.N * p.OH * p.OW <= PIXELS * p.h.phases * p.w.phases;
+  if (p.C * p.M * p.R * p.S * 4 > bytes) return false;
+  return p.N * p.OH * p.OW <= pixels * p.h.phases * p.w.phases;
 }
 
 #if !defined(FG_BELOW)
