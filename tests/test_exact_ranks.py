@@ -6,7 +6,9 @@ each rank's own.
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
 from itertools import product
 
 import pytest
@@ -35,27 +37,38 @@ def run(folder, ranks, cases):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), 2, SHORT)
+    """Once for all of pytest's processes, each of which would take the 20 to 70 s of its own."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "two-ranks"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "checked").exists():
+            run(folder, 2, SHORT)
+            (folder / "checked").touch()
+    return torch.load(folder / "rank-0.pt", weights_only=True)
 
 
 one_process = functools.cache(alone)
-ORDERS = 6  # of the samples: a part of a batch of 12 on four ranks has no more
+# Orders of the samples, and how many times their greatest error is allowed: a further draw of the rounding passes that
+# with a chance of 0.3 % where a single direction carries all of it, which is the worst case. A part of a batch of 12 on
+# four ranks has no more than six orders.
+ORDERS = {"float64": (2, 15), "float32": (6, 3), "bf16": (6, 3)}
 
 
 def check(case, ranks, ours):
     """Beside what one process makes in that dtype at several orders of its sums, against the first order in float64.
 
-    Three times the greatest error of six draws of the rounding is passed by a seventh with a chance of 0.3 % where a
-    single direction carries all of it, which is the worst case; wrong statistics make 1e-2. In float64 it stays below
-    1e-8 besides.
+    Wrong statistics make 1e-2. In float64 the rounding stays below 1e-8 besides.
     """
     *pair, dtype = case.split(":")
     whole = one_process(":".join([*pair, "float64" if dtype == "float64" else "smooth"]), ranks)
     exact = whole["weights"]
     assert (exact[1:] != exact[:-1]).any(1).all()
-    orders = range(1 if dtype == "float64" else 0, ORDERS)
-    usual = max(away(one_process(case, ranks, k)["weights"], exact) for k in orders)
-    assert usual > 0 and away(ours["weights"], exact) <= 3 * usual, (away(ours["weights"], exact), usual)
+    orders, times = ORDERS[dtype]
+    first = int(dtype == "float64")  # whose order 0 is the exact one itself
+    usual = max(away(one_process(case, ranks, k)["weights"], exact) for k in range(first, first + orders))
+    assert usual > 0 and away(ours["weights"], exact) <= times * usual, (away(ours["weights"], exact), usual)
     if dtype == "float64":
         assert usual < 1e-8, usual
         if "buffers" in whole:

@@ -201,7 +201,16 @@ FAULTS = {  # name -> (file, text, its replacement, op's sources, function, how 
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# Each is a build of its own, of 10 to 30 s: one for each way in which a fault shows, the others are slow.
+SHOWN = (
+    "missing barrier",
+    "blocks that do not wait for each other",
+    "off by one",
+    "a vote after some lanes left",
+)
+
+
+@pytest.mark.parametrize("fault", [f if f in SHOWN else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
 def test_a_planted_fault_is_caught(tmp_path, fault):
     name, text, replacement, stems, function, (sanitizer, race), words = FAULTS[fault]
     original = (shim.CSRC / "cuda" / name).read_text()

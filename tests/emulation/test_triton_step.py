@@ -1,6 +1,7 @@
 """A whole training step on emulated Triton kernels equals the same step on the references."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -25,8 +26,15 @@ def networks(norm):
 NORMS = {"batch": nn.BatchNorm2d, "batch, fused": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(2, c)}
 
 
-@pytest.mark.parametrize("penalty", [None, "r1", "wgan-gp"])
-@pytest.mark.parametrize("kind", NORMS)
+# Each norm and each penalty once; the other pairs are slow.
+ONCE = [("batch", None), ("batch, fused", "r1"), ("group", "wgan-gp")]
+PAIRS = [
+    pair if pair in ONCE else pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in product(NORMS, [None, "r1", "wgan-gp"])
+]
+
+
+@pytest.mark.parametrize(("kind", "penalty"), PAIRS)
 def test_a_step_equals_the_references(kind, penalty, monkeypatch):
     """Fused: the convolutions give their norms the statistics, as on a GPU those of large layers do."""
     norm = NORMS[kind]
