@@ -160,7 +160,7 @@ class Op(Chosen):
         class Thin(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                output = op.run(*args)
+                output = _owned(op.run(*args))
                 if op._save is not None:
                     op._save(ctx, args, output)
                 return output
@@ -171,6 +171,16 @@ class Op(Chosen):
 
         Thin.__name__ = Thin.__qualname__ = self.name
         return Thin
+
+
+def _owned(output: Any) -> Any:
+    """An op's results as tensors of their own: autograd refuses to change a view in place that such a node returns.
+
+    An image of one channel is a view: its strides were set after its memory was (`fastgan._layout.laid_out`).
+    """
+    if isinstance(output, Tensor):
+        return output.data if output._is_view() else output
+    return tuple(map(_owned, output))
 
 
 OPS: dict[str, Op] = {}

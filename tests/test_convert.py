@@ -7,6 +7,7 @@ import pytest
 import torch
 from checks import distance
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import fastgan
 from fastgan.convert import FusedBatchNorm2d, FusedConv2d
@@ -62,6 +63,45 @@ def test_same_object_keys_parameters_and_numbers(make):
             assert (a - b).norm() <= 1e-9 * b.norm() + 1e-9
     for a, b in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Logits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 3, padding_mode="reflect", padding=1)
+
+    def forward(self, x):
+        y = self.b(torch.relu(self.a(x)))
+        y -= y.mean()  # changed inside too
+        return y
+
+
+LOGITS = {
+    "traced": Logits,
+    "a program": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)),
+    "a layer": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 1, 3, padding="same")),
+    "one pixel": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 14, padding="valid")),
+    "made weight": lambda: nn.Sequential(nn.GELU(), spectral_norm(nn.Conv2d(3, 1, 3))),
+    "signal": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 1, 3, padding="same")),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_may_be_changed_in_place(name):
+    """One channel or one pixel: the result was a view made inside an autograd node, which refuses that."""
+    model = LOGITS[name]()
+    twin = copy.deepcopy(model)
+    fastgan.convert(model)
+    x = torch.randn(8, 3, 16, 16)
+    with fastgan.racing(False):
+        found = []
+        for m in (model, twin):
+            y = m(x)
+            y += 1
+            y.mul_(2).clamp_(-1, 1.5)
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(m.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_empty_and_single_chains():

@@ -6,6 +6,7 @@ import functools
 import logging
 import pickle
 import sys
+import warnings
 
 import pytest
 import torch
@@ -303,6 +304,26 @@ def test_parameters_set_by_the_first_batch_are_set_in_silence(monkeypatch):
         tracer.warning("hit config.recompile_limit")
     tracer.warning("outside")
     assert said == ["consider setting", "hit config.recompile_limit", "outside"]
+
+
+def test_the_forwards_own_warnings_are_all_that_is_warned():
+    """Older networks wrap their noise as Variable(x), which the tracer cannot follow: AttnGAN, StackGAN."""
+
+    class Old(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            warnings.warn("my own", stacklevel=1)
+            h = F.relu(self.a(x))
+            return self.b(h + cached(2) * torch.autograd.Variable(torch.ones_like(h)))
+
+    cached = functools.lru_cache(lambda n: n / 7)
+    plain, ours, x = pair(Old())
+    with pytest.warns(UserWarning) as caught:
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+    assert {str(w.message) for w in caught} == {"my own"} and groups(ours)
 
 
 def test_graph_breaks_and_control_flow_that_depends_on_data(capsys):

@@ -61,6 +61,7 @@ def _settings() -> dict[str, Any]:
     return found
 
 
+UNWANTED = "The .grad attribute of a Tensor that is not", "Dynamo (does not know how|cannot trace|detected a call)"
 TRACER = logging.getLogger("torch._dynamo")
 
 
@@ -75,13 +76,16 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
-    """Within: Dynamo may trace. Its look at .grad of an input that is no leaf warns, and fails where warnings raise."""
+    """Within: Dynamo may trace. What it would warn of fails where warnings raise: its own look at .grad of an input
+    that is no leaf, and what it cannot follow, `Variable(x)` for one. The forward's own warnings pass (a filter by
+    Dynamo's modules would take those too: it makes them in its own name)."""
     handlers = list(TRACER.handlers)
     for handler in handlers:
         handler.addFilter(_is_wanted)
     try:
         with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            for message in UNWANTED:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for handler in handlers:
