@@ -444,7 +444,7 @@ inline void gradient_with(const ConvShape& s, const Conv2dWeightArgs& a) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < s.K; ++i) {
       sum_row<K>(g, i / g.K, i % g.K, sums.data, row);
-      a.dw_dtype == BF16 ? write_row<bf16>(s, a, i, row) : write_row<float>(s, a, i, row);
+      a.dw_dtype == BF16 ? write_row<bf16>(s, a, i, row, g.C) : write_row<float>(s, a, i, row, g.C);
     }
     K::leave();
   }
