@@ -306,6 +306,25 @@ def test_parameters_set_by_the_first_batch_are_set_in_silence(monkeypatch):
     assert said == ["consider setting", "hit config.recompile_limit", "outside"]
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, functools.partial(nn.GroupNorm, 2)])
+def test_numbers_that_dynamo_leaves_open(norm):
+    """The second eps that it sees in a class's forward becomes an argument of the graph, which no program can hold."""
+
+    class Normed(nn.Module):
+        def __init__(self, eps):
+            super().__init__()
+            self.a, self.n, self.b = nn.Conv2d(3, 4, 3), norm(4, eps=eps), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return self.b(F.leaky_relu(self.n(self.a(x)), 0.2))
+
+    for eps in (1e-5, 1e-3, 1e-1):
+        plain, ours, x = pair(Normed(eps))
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+        plain.n.eps = ours.n.eps = 3 * eps
+        assert_equal(numbers(ours, (x,)), numbers(plain, (x,)))
+
+
 def test_the_forwards_own_warnings_are_all_that_is_warned():
     """Older networks wrap their noise as Variable(x), which the tracer cannot follow: AttnGAN, StackGAN."""
 

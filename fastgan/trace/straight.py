@@ -81,6 +81,8 @@ class Straight(nn.Module):
 
 def _layers(group: Group) -> tuple[list[program.Layer], Places] | None:
     """Stand-ins for a group, and where its tensors go; None where programs have no kernels for it."""
+    if any(isinstance(a, fx.Node) and not isinstance(example(a), Tensor) for a in group.arguments.values()):
+        return None  # a number that each call brings, such as an eps of which Dynamo has seen two
     found, activation = group.arguments, group.arguments.get("activation") or "identity"
     slope = float(found.get("negative_slope") or 0.0)
     act = nn.LeakyReLU(slope) if activation == "leaky_relu" else ACTIVATIONS.get(activation, lambda: None)()
