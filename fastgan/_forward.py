@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+_tracing, _compiler = torch._C._get_tracing_state, torch.compiler
+
 
 def is_exported() -> bool:
     """Whether torch.export or torch.jit.trace writes the model down: in torch's own ops, to run without fastgan."""
     # The flag behind torch.compiler.is_exporting(), from torch 2.7 on: in torch 2.8 that function is True under
     # torch.compile too.
-    return torch._C._get_tracing_state() is not None or getattr(torch.compiler, "_is_exporting_flag", False)
+    return _tracing() is not None or getattr(_compiler, "_is_exporting_flag", False)
 
 
 class Forward:

@@ -92,14 +92,15 @@ def curve(u, KIND: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def write_loss(loss, statistics, lf, lr, f, r, sf, sr, above, below, inv_n, inv_m):
-    """From the eight sums to what the op returns."""
+    """From the eight sums to what the op returns; statistics may be None."""
     tl.store(loss, (lf * inv_n + lr * inv_m).to(loss.dtype.element_ty))
-    tl.store(statistics, r * inv_m)
-    tl.store(statistics + 1, f * inv_n)
-    tl.store(statistics + 2, sr * inv_m)
-    tl.store(statistics + 3, sf * inv_n)
-    tl.store(statistics + 4, above * inv_m)
-    tl.store(statistics + 5, below * inv_n)
+    if statistics is not None:
+        tl.store(statistics, r * inv_m)
+        tl.store(statistics + 1, f * inv_n)
+        tl.store(statistics + 2, sr * inv_m)
+        tl.store(statistics + 3, sf * inv_n)
+        tl.store(statistics + 4, above * inv_m)
+        tl.store(statistics + 5, below * inv_n)
 
 
 # Bound: 1 access a logit, about 40 flops with the sigmoids: memory; a discriminator's 128 logits are one launch.
@@ -236,18 +237,19 @@ def _counts(fake, real):
     return n, m, 1.0 / n, 1.0 / max(m, 1)
 
 
-def _forward(fake, real, kind, side, smoothing):
+def _forward(fake, real, kind, side, smoothing, want_statistics):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
     n, m, inv_n, inv_m = _counts(fake, real)
-    loss, statistics = fake.new_empty(()), fake.new_empty(6, dtype=torch.float32)
+    loss, statistics = fake.new_empty(()), fake.new_empty(6 if want_statistics else 0, dtype=torch.float32)
+    made = loss, statistics if want_statistics else None
     programs, each = _programs(n, m)
     partial = None if programs == 1 else fake.new_empty(SUMS, programs, dtype=torch.float32)
     sizes, factors = (n, m, each, programs), (float(smoothing), inv_n, inv_m)
-    tensors, constants = (fake, real, loss, statistics, partial), {"KIND": kind, "SIDE": side, "BLOCK": BLOCK}
+    tensors, constants = (fake, real, *made, partial), {"KIND": kind, "SIDE": side, "BLOCK": BLOCK}
     launch(gan_loss_kernel, programs, *tensors, *sizes, *factors, **constants)
     if partial is not None:
         block = power_of_2(programs)
-        launch(gan_loss_merge_kernel, 1, partial, loss, statistics, programs, inv_n, inv_m, BLOCK=block)
+        launch(gan_loss_merge_kernel, 1, partial, *made, programs, inv_n, inv_m, BLOCK=block)
     return loss, statistics
 
 
@@ -287,7 +289,7 @@ def _declines(fake, real, kind, side):
 
 
 LAUNCHERS = {
-    "gan_loss": Backend(_forward, lambda fake, real, kind, side, smoothing: _declines(fake, real, kind, side)),
+    "gan_loss": Backend(_forward, lambda fake, real, kind, side, *rest: _declines(fake, real, kind, side)),
     "gan_loss_backward": Backend(
         _backward, lambda dloss, fake, real, kind, side, smoothing: _declines(fake, real, kind, side)
     ),
@@ -301,7 +303,7 @@ LAUNCHERS = {
 
 
 def static_cases():
-    """One launch, two launches (a PatchGAN's logits), the backward and its own."""
+    """One launch, two launches (a PatchGAN's logits), hinge's without statistics, the backward and its own."""
     return recorded(
         run
         for dtype in FLOATS
@@ -309,7 +311,7 @@ def static_cases():
         for kind, side in (("bce", "d"), ("bce", "g"), ("hinge", "d"), ("relativistic", "d"))
         for x, one in [(meta(shape, dtype), meta((), dtype))]
         for run in (
-            lambda x=x, kind=kind, side=side: _forward(x, x, kind, side, 0.1),
+            lambda x=x, kind=kind, side=side: _forward(x, x, kind, side, 0.1, kind != "hinge"),
             lambda x=x, one=one, kind=kind, side=side: _backward(one, x, x, kind, side, 0.1),
             lambda x=x, one=one, kind=kind, side=side: _double_backward(x, x, one, x, x, kind, side, 0.1),
         )

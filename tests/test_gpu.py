@@ -87,7 +87,7 @@ def layers(x):
         "gn_act": (x, per_channel(c), per_channel(c), norm_groups, 1e-5, "relu", 0.0),
         "gn_act_backward": (x, x, *gn),
         "gn_act_double_backward": (x, x, per_channel(c), per_channel(c), x, *gn),
-        "gan_loss": (x, x, "bce", "d", 0.1),
+        "gan_loss": (x, x, "bce", "d", 0.1, True),
         "gan_loss_backward": (torch.ones((), dtype=x.dtype), x, x, "hinge", "d", 0.0),
         "gan_loss_double_backward": (x, x, torch.ones((), dtype=x.dtype), x, x, "bce", "d", 0.1),
         "sample_dot": (x, x),

@@ -702,6 +702,9 @@ def run_gan_loss(counts, kind, side, dtype, smoothing):
     if not n_real:
         want[1] = 0
     torch.testing.assert_close(torch.cat([loss_out.get(), statistics.get()]).double(), want, rtol=2e-6, atol=2e-6)
+    alone = Guarded(1)
+    _C.gan_loss_forward(dtype, *logits, pointer(alone), 0, *tail, 2)  # no statistics wanted
+    torch.testing.assert_close(alone.get().double(), want[:1], rtol=2e-6, atol=2e-6)
 
     dloss = torch.tensor([1.75])
     dfake, dreal = torch.autograd.grad(loss, [fake64, real64], dloss.double()[0], allow_unused=True)

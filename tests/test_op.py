@@ -110,6 +110,26 @@ def test_native_layouts_match_the_fake():
                     assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), name
 
 
+class Cut(torch.autograd.Function):
+    """The identity, which gives its input no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("name", ["bn_act", "gn_act", "gan_loss", "attention"])
+def test_an_output_without_cotangent_gives_none(name):
+    op, args = OPS[name], [a.detach() if isinstance(a, torch.Tensor) else a for a in sample(name)]
+    x = args[0].requires_grad_()
+    (Cut.apply(op(*args)[0]).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_follows_torch(backend):
     x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)

@@ -88,7 +88,7 @@ FG_STRUCT(BiasActForwardArgs, (const void*, x), (const float*, bias), (void*, y)
 FG_STRUCT(BiasActBackwardArgs, (const void*, dy), (const void*, y), (void*, dx), (float*, dbias));
 
 // fake, dfake, d_fake, ddfake are [n_fake], their kin of real [n_real], null where n_real is 0. loss, dloss and d_dloss
-// are one value, statistics are 6. Gradients of the logits may be null: not wanted.
+// are one value, statistics are 6. Statistics and gradients of the logits may be null: not wanted.
 FG_STRUCT(GanLossShape, (DType, dtype), (int64_t, n_fake), (int64_t, n_real), (Loss, kind), (Side, side),
           (float, smoothing), (Threads, threads));
 

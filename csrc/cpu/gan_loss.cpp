@@ -101,24 +101,25 @@ FG_INLINE vf curve(vf v, Loss kind, Side side) {
 // What one pass adds up: the loss, and of the logits their sum, the sum of their sigmoids, and how many are right.
 constexpr int SUM_LOSS = 0, SUM_LOGIT = 1, SUM_SIGMOID = 2, SUM_RIGHT = 3, SUMS = 4;
 
-// Adds the sums over logits[begin, end) to `into`; fp32 for at most 4096 elements, float64 beyond.
-template <class T, class LossOf>
+// Adds the first KEPT sums over logits[begin, end) to `into`; fp32 for at most 4096 elements, float64 beyond.
+template <int KEPT, class T, class LossOf>
 static void add_up(const T* logits, int64_t begin, int64_t end, bool real, const LossOf& loss_of, double* into) {
   constexpr int64_t BLOCK = 4096;
   for (int64_t at = begin; at < end; at += BLOCK) {
-    vf s[SUMS] = {zero(), zero(), zero(), zero()};
+    vf s[KEPT] = {};
     each(at, at + BLOCK < end ? at + BLOCK : end, [&](int64_t i, int n) {
       const vf v = load_some(logits + i, n);
       const vf right = select(real ? gt(v, zero()) : gt(zero(), v), set1(1.0f), zero());
       const vf add[SUMS] = {loss_of(v, i, n), v, sigmoid(v), right};
       const vm lanes = first(n == VF ? 0 : n);
-      for (int k = 0; k < SUMS; ++k) s[k] = s[k] + (n == VF ? add[k] : select(lanes, add[k], zero()));
+      for (int k = 0; k < KEPT; ++k) s[k] = s[k] + (n == VF ? add[k] : select(lanes, add[k], zero()));
     });
-    for (int k = 0; k < SUMS; ++k) into[k] += static_cast<double>(sum(s[k]));
+    for (int k = 0; k < KEPT; ++k) into[k] += static_cast<double>(sum(s[k]));
   }
 }
 
-template <class T>
+// KEPT: SUMS, or 1 where only the loss is wanted, which saves the exp and the division of a sigmoid.
+template <int KEPT, class T>
 static void forward(const GanLossShape& s, const GanLossForwardArgs& a) {
   const T *fake = static_cast<const T*>(a.fake), *real = static_cast<const T*>(a.real);
   const int threads = team_for(8 * (s.n_fake + s.n_real), s.threads);  // an exp or two: dearer than a plain sweep
@@ -136,20 +137,20 @@ static void forward(const GanLossShape& s, const GanLossForwardArgs& a) {
     const int64_t f0 = part_begin(s.n_fake, t, parts), f1 = part_begin(s.n_fake, t + 1, parts);
     const int64_t r0 = part_begin(s.n_real, t, parts), r1 = part_begin(s.n_real, t + 1, parts);
     if (s.kind == LOSS_RELATIVISTIC) {
-      add_up(
+      add_up<KEPT>(
           fake, f0, f1, false,
           [&](vf v, int64_t i, int n) {
             const vf z = v - load_some(real + i, n);
             return softplus(s.side == SIDE_D ? z : negative(z));
           },
           f);
-      add_up(real, r0, r1, true, none, r);
+      add_up<KEPT>(real, r0, r1, true, none, r);
     } else {
-      add_up(fake, f0, f1, false, [&](vf v, int64_t, int) { return loss_fake(v, s.kind, s.side); }, f);
+      add_up<KEPT>(fake, f0, f1, false, [&](vf v, int64_t, int) { return loss_fake(v, s.kind, s.side); }, f);
       if (s.side == SIDE_D)
-        add_up(real, r0, r1, true, [&](vf v, int64_t, int) { return loss_real(v, s.kind, s.smoothing); }, r);
+        add_up<KEPT>(real, r0, r1, true, [&](vf v, int64_t, int) { return loss_real(v, s.kind, s.smoothing); }, r);
       else
-        add_up(real, r0, r1, true, none, r);
+        add_up<KEPT>(real, r0, r1, true, none, r);
     }
   }
   double f[SUMS] = {}, r[SUMS] = {};
@@ -160,9 +161,10 @@ static void forward(const GanLossShape& s, const GanLossForwardArgs& a) {
     }
   const double inv_f = 1.0 / static_cast<double>(s.n_fake),
                inv_r = s.n_real ? 1.0 / static_cast<double>(s.n_real) : 0.0;
+  *a.loss = static_cast<float>(f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r);
+  if (!a.statistics) return;
   const double statistics[6] = {r[SUM_LOGIT] * inv_r,   f[SUM_LOGIT] * inv_f, r[SUM_SIGMOID] * inv_r,
                                 f[SUM_SIGMOID] * inv_f, r[SUM_RIGHT] * inv_r, f[SUM_RIGHT] * inv_f};
-  *a.loss = static_cast<float>(f[SUM_LOSS] * inv_f + r[SUM_LOSS] * inv_r);
   for (int k = 0; k < 6; ++k) a.statistics[k] = static_cast<float>(statistics[k]);
 }
 
@@ -287,7 +289,10 @@ static void double_backward(const GanLossShape& s, const GanLossDoubleBackwardAr
 }  // namespace
 
 void gan_loss_forward(const GanLossShape& shape, const GanLossForwardArgs& args) {
-  shape.dtype == BF16 ? forward<bf16>(shape, args) : forward<float>(shape, args);
+  if (args.statistics)
+    shape.dtype == BF16 ? forward<SUMS, bf16>(shape, args) : forward<SUMS, float>(shape, args);
+  else
+    shape.dtype == BF16 ? forward<1, bf16>(shape, args) : forward<1, float>(shape, args);
 }
 void gan_loss_backward(const GanLossShape& shape, const GanLossBackwardArgs& args) {
   shape.dtype == BF16 ? backward<bf16>(shape, args) : backward<float>(shape, args);

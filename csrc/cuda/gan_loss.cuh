@@ -55,12 +55,13 @@ FG_DEVICE Point pair_point(float f, float r, Side side) {  // slope: of f; r's i
 // Of the fake and of the real logits: loss, logit, sigmoid, how many are right.
 using LossSums = Sums<8>;
 
-// statistics: mean r, mean f, mean sigmoid(r), mean sigmoid(f), share r > 0, share f < 0.
+// statistics: mean r, mean f, mean sigmoid(r), mean sigmoid(f), share r > 0, share f < 0; null: not wanted.
 template <class T>
 FG_DEVICE void write_loss(const GanLogits<T>& a, const LossSums& s, float* loss, float* statistics) {
   const float inv_f = 1.0f / static_cast<float>(a.n_fake);
   const float inv_r = a.n_real ? 1.0f / static_cast<float>(a.n_real) : 0.0f;
   store(loss, s.word[0] * inv_f + s.word[4] * inv_r);
+  if (!statistics) return;
   for (int k = 1; k < 4; ++k) {
     store(statistics + 2 * k - 2, s.word[4 + k] * inv_r);
     store(statistics + 2 * k - 1, s.word[k] * inv_f);

@@ -46,7 +46,7 @@ class Routine(abc.ABC):
         """What the choice of a backend depends on."""
         return tuple(
             [
-                (a.shape, a.stride(), a.dtype, a.device.type)
+                (a.shape, a.stride(), a.dtype, "cpu" if a.is_cpu else a.device.type)
                 if isinstance(a, Tensor)
                 else tuple(a)
                 if isinstance(a, list)

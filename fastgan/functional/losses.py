@@ -16,8 +16,8 @@ RELATIVE = ("relativistic", "relativistic-average")  # these compare real with f
 
 Logits = Tensor | Sequence[Tensor]
 
-# Fake logits up to which PyTorch's ops are faster, without and with gradients: the kernel makes the statistics as well,
-# and a mean alone is one read. The kinds that are missing have three ops or more on each side.
+# Logits of a side up to which PyTorch's ops are faster, without and with gradients; a mean alone is one read. The kinds
+# that are missing have three ops or more on each side.
 ALL = 2**62
 SMALL = {
     ("wasserstein", "d"): (ALL, ALL),
@@ -62,13 +62,7 @@ def gan_loss(
         ValueError: an unknown kind or side, logits missing, shapes or numbers of scales that do not fit.
         TypeError: dtypes that differ, logits that are not floating.
     """
-    if weights is None and not label_smoothing and isinstance(logits_fake, Tensor):
-        loss = _by_torch(logits_fake, logits_real, kind, side)
-        if loss is not None:
-            return loss
-    return gan_loss_statistics(
-        logits_fake, logits_real, kind=kind, side=side, label_smoothing=label_smoothing, weights=weights
-    )[0]
+    return _of_scales(logits_fake, logits_real, weights, (kind, side, label_smoothing, False))[0]
 
 
 def gan_loss_statistics(
@@ -84,15 +78,8 @@ def gan_loss_statistics(
 
     Those of several scales are averaged.
     """
-    if isinstance(logits_fake, Tensor) and not isinstance(logits_real, list | tuple):
-        scale = 1.0 if weights is None else _weights(weights, 1)[0]
-        loss, statistics = _scale(logits_fake, logits_real, kind, side, label_smoothing)  # type: ignore[arg-type]
-        return (loss if scale == 1.0 else scale * loss), statistics
-    fakes, reals = _scales(logits_fake, logits_real)
-    factors = _weights(weights, len(fakes))
-    parts = [_scale(f, r, kind, side, label_smoothing) for f, r in zip(fakes, reals, strict=True)]
-    loss = torch.stack([factor * part[0] for factor, part in zip(factors, parts, strict=True)]).sum()
-    return loss, torch.stack([part[1] for part in parts]).mean(0)
+    form = kind, side, label_smoothing, True
+    return _of_scales(logits_fake, logits_real, weights, form)  # type: ignore[return-value]
 
 
 def gan_loss_terms(logits: Logits, *, of: str, kind: str, label_smoothing: float | tuple[float, float] = 0.0) -> Tensor:
@@ -124,18 +111,6 @@ def _smoothed_fakes(fake: Tensor, kind: str, target: float) -> Tensor:
     return square - target * fake.to(accumulation_dtype(fake.dtype)).mean()
 
 
-def _by_torch(fake: Tensor, real: Logits | None, kind: str, side: str) -> Tensor | None:
-    """The loss in PyTorch's ops where they are faster, or None. 16-bit logits stay ours: our means are float32."""
-    if (kind, side) not in SMALL or not isinstance(real, Tensor | None):
-        return None
-    _check(fake, real, kind, side, False)
-    largest = SMALL[kind, side][learns(fake, real)]
-    wide = fake.dtype in (torch.float32, torch.float64)
-    if not wide or not is_small(fake, largest) or not (real is None or is_small(real, largest)):
-        return None
-    return _gan_loss.formula(fake, real, kind, side, 0.0)
-
-
 def _scales(fake: Logits, real: Logits | None) -> tuple[list[Tensor], list[Tensor | None]]:
     fakes = [fake] if isinstance(fake, Tensor) else list(fake)
     reals: list[Tensor | None] = (
@@ -153,31 +128,62 @@ def _weights(weights: Sequence[float] | None, scales: int) -> list[float]:
     return factors
 
 
-def _scale(
-    fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float | tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """(loss, statistics) of one scale."""
+def _of_scales(
+    logits_fake: Logits, logits_real: Logits | None, weights: Sequence[float] | None, form: tuple
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted sum of `_of_one(fake, real, *form)` over the scales, and the mean of their statistics."""
+    if isinstance(logits_fake, Tensor) and not isinstance(logits_real, list | tuple):
+        factor = 1.0 if weights is None else _weights(weights, 1)[0]
+        loss, statistics = _of_one(logits_fake, logits_real, *form)  # type: ignore[arg-type]  # `_check` looks
+        return (loss if factor == 1.0 else factor * loss), statistics
+    fakes, reals = _scales(logits_fake, logits_real)
+    factors = _weights(weights, len(fakes))
+    parts = [_of_one(f, r, *form) for f, r in zip(fakes, reals, strict=True)]
+    loss = torch.stack([factor * part[0] for factor, part in zip(factors, parts, strict=True)]).sum()
+    made = [part[1] for part in parts if part[1] is not None]
+    return loss, torch.stack(made).mean(0) if made else None
+
+
+def _of_one(
+    fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float | tuple[float, float], reported: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of one scale; reported: and its statistics."""
     of_real, of_fake = _smoothing(smoothing)
     _check(fake, real, kind, side, bool(of_real or of_fake))
     if kind == "relativistic-average" and real is not None:
-        return _relative_to_the_mean(fake, real, side)
-    loss, statistics = _gan_loss.op(fake, real, kind, side, float(of_real))
+        return _relative_to_the_mean(fake, real, side, reported)
+    loss, statistics = _made(fake, real, kind, side, float(of_real), reported)
     if of_fake and side == "d":
         loss = loss + _smoothed_fakes(fake, kind, of_fake).to(loss.dtype)
     return loss, statistics
 
 
-def _relative_to_the_mean(fake: Tensor, real: Tensor, side: str) -> tuple[Tensor, Tensor]:
+def _made(
+    fake: Tensor, real: Tensor | None, kind: str, side: str, smoothing: float, reported: bool
+) -> tuple[Tensor, Tensor | None]:
+    """By PyTorch's ops where they are faster, else by the kernel. 16-bit logits stay ours: our means are float32."""
+    if reported:
+        return _gan_loss.op(fake, real, kind, side, smoothing, True)
+    if side == "g" and kind != "relativistic":
+        real = None  # the statistics alone would read it
+    if (kind, side) in SMALL and (fake.dtype is torch.float32 or fake.dtype is torch.float64):
+        largest = SMALL[kind, side][learns(fake, real)]
+        alike = real is None or (real.is_cpu and 0 < real.numel() <= largest)  # is_small takes 2 to 12 us
+        if alike and is_small(fake, largest):
+            return _gan_loss.formula(fake, real, kind, side, smoothing), None
+    return _gan_loss.op(fake, real, kind, side, smoothing, False)[0], None
+
+
+def _relative_to_the_mean(fake: Tensor, real: Tensor, side: str, reported: bool) -> tuple[Tensor, Tensor | None]:
     """The average form is bce of the logits, each less the other kind's mean; for G the two kinds are exchanged."""
     f, r = (t.to(accumulation_dtype(t.dtype)) for t in (fake, real))
     less_f, less_r = f - r.mean(), r - f.mean()
-    if side == "d":
-        loss = _gan_loss.op(less_f, less_r, "bce", "d", 0.0)[0]
-    else:
-        loss = _gan_loss.op(less_r, less_f, "bce", "d", 0.0)[0]
+    false, true = (less_f, less_r) if side == "d" else (less_r, less_f)
+    loss = _made(false, true, "bce", "d", 0.0, False)[0].to(fake.dtype)
+    if not reported:
+        return loss, None
     with torch.no_grad():
-        statistics = _gan_loss.op(fake, real, "bce", "d", 0.0)[1]
-    return loss.to(fake.dtype), statistics
+        return loss, _made(fake, real, "bce", "d", 0.0, True)[1]
 
 
 def _check(fake: Tensor, real: Tensor | None, kind: str, side: str, smoothed: bool) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import accumulation_dtype
-from fastgan._op import OPS, Op, draw, wanted
+from fastgan._op import OPS, Op, draw, first_alone, wanted
 from fastgan.choice import Backend, triton
 
 
@@ -365,9 +365,8 @@ def _bias_gradient(dbias: Tensor, bias: Tensor | None) -> Tensor | None:
 
 def _save(ctx, inputs, output):
     q, k, v, bias, ctx.causal, ctx.scale = inputs
-    y, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, bias, y, lse)
+    first_alone(ctx, output)
+    ctx.save_for_backward(q, k, v, bias, *output)
 
 
 def _backward(ctx, dy, _dlse):

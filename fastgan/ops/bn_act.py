@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, empty_result, is_channels_last, per_channel, planes
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, first_alone
 from fastgan.choice import triton
 from fastgan.ops.bias_act import like
 
@@ -141,7 +141,7 @@ op = Op(
 def _save(ctx, inputs, output):
     x, weight, bias, running_mean, running_var, *ctx.scalars, _ = inputs
     _, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
+    first_alone(ctx, output)
     if ctx.scalars[0] and running_mean is not None:
         mean, var = running_mean, running_var
     ctx.save_for_backward(x, weight, bias, mean, var)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import CHANNELS_LAST, accumulation_dtype, empty, is_channels_last, laid_out
-from fastgan._op import OPS, Op, draw, wanted
+from fastgan._op import OPS, Op, draw, first_alone, wanted
 from fastgan.choice import Backend, has_kernel, triton
 from fastgan.ops.bias_act import epilogue_backward
 from fastgan.ops.bn_act import moments
@@ -315,9 +315,8 @@ def saves_statistics(save: Callable[..., None]) -> Callable[..., None]:
     """The convolution's own `save` for its op with statistics."""
 
     def save_statistics(ctx, inputs, output):
-        y, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        save(ctx, (*inputs[:-1], "identity", 0.0), y)
+        first_alone(ctx, output)
+        save(ctx, (*inputs[:-1], "identity", 0.0), output[0])
 
     return save_statistics
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, empty, is_channels_last, per_channel
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, first_alone
 from fastgan.choice import triton
 from fastgan.ops import upfirdn2d
 
@@ -171,7 +171,7 @@ def _save(ctx, inputs, output):
     x, bias, fu, fd, ctx.up, ctx.down, ctx.pad, ctx.flip, ctx.gain, ctx.slope, ctx.clamp = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.size, ctx.inner = x.shape[2:], middle(x, fu, ctx.up, ctx.pad)
-    ctx.mark_non_differentiable(output[1])
+    first_alone(ctx, output)
     ctx.save_for_backward(output[1], fu, fd)
 
 

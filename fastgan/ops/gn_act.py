@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastgan import _activation, _native
 from fastgan._layout import accumulation_dtype, dense, empty_result, is_channels_last, planes
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, first_alone
 from fastgan.choice import triton
 from fastgan.ops.bias_act import like
 
@@ -141,9 +141,8 @@ op = Op(
 
 def _save(ctx, inputs, output):
     x, weight, bias, _, *ctx.scalars = inputs
-    _, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, weight, bias, mean, var)
+    first_alone(ctx, output)
+    ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
 def _backward(ctx, dy, _dmean, _dvar):

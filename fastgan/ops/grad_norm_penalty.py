@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, is_channels_last
-from fastgan._op import OPS, Op, draw
+from fastgan._op import OPS, Op, draw, first_alone
 from fastgan.choice import triton
 from fastgan.ops.bias_act import like
 
@@ -90,9 +90,8 @@ op = Op(
 
 def _save(ctx, inputs, output):
     gradient, ctx.target = inputs
-    _, norm = output
-    ctx.mark_non_differentiable(norm)
-    ctx.save_for_backward(gradient, norm)
+    first_alone(ctx, output)
+    ctx.save_for_backward(gradient, output[1])
 
 
 def _backward(ctx, dpenalty, _dnorm):

@@ -220,8 +220,10 @@ def test_gan_loss(record, ran, kind, side, dtype):
 
 def test_gan_loss_statistics(record):
     args = (torch.randn(3000), torch.randn(3000) + 1, "bce", "d", 0.1)
-    got, want = OPS["gan_loss"].run(*args), OPS["gan_loss"].reference(*args)
-    torch.testing.assert_close(got, want)
+    for want_statistics in (True, False):
+        got, want = (run(*args, want_statistics) for run in (OPS["gan_loss"].run, OPS["gan_loss"].reference))
+        torch.testing.assert_close(got, want)
+        assert got[1].shape == (6 if want_statistics else 0,)
 
 
 @layouts
@@ -358,7 +360,7 @@ TRAFFIC = {  # op -> (arguments, accesses an element)
         lambda x, v: (x, x.clone(), v, v, x.clone(), v, v, torch.randn(8, 8), torch.rand(8, 8) + 1, 1e-5, "relu", 0.0),
         8,
     ),
-    "gan_loss": (lambda x, v: (x.flatten(), x.flatten().clone(), "bce", "d", 0.0), 2),  # an access for each of two
+    "gan_loss": (lambda x, v: (x.flatten(), x.flatten().clone(), "bce", "d", 0.0, True), 2),  # one access of each
     "gan_loss_backward": (lambda x, v: (torch.tensor(1.0), x.flatten(), x.flatten().clone(), "lsgan", "d", 0.0), 4),
     "gan_loss_double_backward": (
         lambda x, v: (

@@ -176,7 +176,7 @@ def arguments(name):
         ),
         "gn_act": (x, weight, bias, 2, 1e-5, "leaky_relu", 0.2),
         "gn_act_backward": (x, other, weight, bias, of_sample, var_of_sample, 1e-5, "leaky_relu", 0.2),
-        "gan_loss": (x.flatten()[:40], other.flatten()[:50], "bce", "d", 0.0),
+        "gan_loss": (x.flatten()[:40], other.flatten()[:50], "bce", "d", 0.0, True),
         "interpolate": (x, other, torch.rand(4), None),
         "grad_norm_penalty": (x, 1.0),
         "attention": (q, k, k + 1, square, False, 0.5),

@@ -231,10 +231,12 @@ def test_gan_loss_of_unequal_batches_with_statistics(side, programs, monkeypatch
         monkeypatch.setattr(gan_loss, "BLOCK", 32)
     f, r = torch.randn(40).requires_grad_(), (torch.randn(70) * 20).requires_grad_()
     with testing.emulate("triton") as record:
-        loss, statistics = OPS["gan_loss"](f, r, "bce", side, 0.1)
+        alone, none = OPS["gan_loss"](f, r, "bce", side, 0.1, False)
+        loss, statistics = OPS["gan_loss"](f, r, "bce", side, 0.1, True)
         got = torch.autograd.grad(loss, (f, r))
     assert record.launches[0].grid == (programs, 1, 1)
-    want_loss, want = OPS["gan_loss"].reference(f.double(), r.double(), "bce", side, 0.1)
+    assert torch.equal(alone, loss) and none.shape == (0,)
+    want_loss, want = OPS["gan_loss"].reference(f.double(), r.double(), "bce", side, 0.1, True)
     assert distance(loss, want_loss) < 1e-6 and distance(statistics, want) < 1e-6
     slopes = OPS["gan_loss_backward"].reference(
         torch.ones((), dtype=torch.float64), f.double(), r.double(), "bce", side, 0.1
