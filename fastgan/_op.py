@@ -149,7 +149,7 @@ class Op(Chosen):
         def answer(ctx: Any, *cotangents: Any) -> Any:  # None: see `first_alone`
             return nothing if cotangents[0] is None else backward(ctx, *cotangents)
 
-        self._save, self._backward = save, answer
+        self._save, self._backward = save, backward
         torch.library.register_autograd(f"fastgan::{self.name}", answer, setup_context=save, lib=LIBRARY)
 
     def not_differentiable(self) -> None:
@@ -163,7 +163,7 @@ class Op(Chosen):
         )
 
     def _thin_function(self) -> type[torch.autograd.Function]:
-        op = self
+        op, nothing = self, (None,) * len(self.names)
 
         class Thin(torch.autograd.Function):
             @staticmethod
@@ -175,7 +175,7 @@ class Op(Chosen):
 
             @staticmethod
             def backward(ctx: Any, *cotangents: Any) -> Any:
-                return op._backward(ctx, *cotangents)
+                return nothing if cotangents[0] is None else op._backward(ctx, *cotangents)  # see `first_alone`
 
         Thin.__name__ = Thin.__qualname__ = self.name
         return Thin
@@ -188,7 +188,7 @@ def _owned(output: Any) -> Any:
     """
     if isinstance(output, Tensor):
         return output.data if output._is_view() else output
-    return tuple(map(_owned, output))
+    return tuple([t.data if t._is_view() else t for t in output])
 
 
 OPS: dict[str, Op] = {}

@@ -746,7 +746,8 @@ def test_calls_of_small_ops_have_a_ceiling():
     loss = lambda: fastgan.functional.gan_loss(fake, real, kind="bce", side="d").backward()
     with fastgan.backend("native"):
         assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 63
-        assert python_calls(loss) <= 175
+        # 6 of them let results be changed in place and spare the zeros of outputs without a gradient, 15 us of 180
+        assert python_calls(loss) <= 181
     with fastgan.racing(True):  # PyTorch's two ops
         assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 32
 

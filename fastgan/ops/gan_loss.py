@@ -165,19 +165,16 @@ def _shape(fake, real, kind, side, smoothing):
 
 def launch(core, fake, real, kind, side, smoothing, want_statistics):
     fake, real = fake.contiguous(), None if real is None else real.contiguous()
-    loss, statistics = fake.new_empty((), dtype=torch.float32), _statistics(fake, want_statistics)
+    loss = fake.new_empty((), dtype=torch.float32)
+    statistics = fake.new_empty(6 if want_statistics else 0, dtype=torch.float32)
     tensors = fake, real, loss, statistics if want_statistics else None
     shape = _shape(fake, real, kind, side, smoothing)
     core.call("gan_loss_forward", fake, _native.DTYPE_CODES[fake.dtype], *tensors, *shape)
     return loss if fake.dtype is torch.float32 else loss.to(fake.dtype), statistics  # `to` takes 2 us to do nothing
 
 
-def _statistics(fake, wanted):
-    return fake.new_empty(6 if wanted else 0, dtype=accumulation_dtype(fake.dtype))
-
-
 def fake_shapes(fake, real, kind, side, smoothing, want_statistics):
-    return fake.new_empty(()), _statistics(fake, want_statistics)
+    return fake.new_empty(()), fake.new_empty(6 if want_statistics else 0, dtype=accumulation_dtype(fake.dtype))
 
 
 op = Op(
