@@ -63,7 +63,6 @@ class Op(Chosen):
         self.example, self.autocast = example, autocast
         self.products = autocast == "lower"  # as torch's own list of what runs in lower precision
         self._save: Callable[..., None] | None = None
-        self._backward: Callable[..., Any] = self._refuse
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgan::{self.name}", fake, lib=LIBRARY)
@@ -149,7 +148,7 @@ class Op(Chosen):
         def answer(ctx: Any, *cotangents: Any) -> Any:  # None: see `first_alone`
             return nothing if cotangents[0] is None else backward(ctx, *cotangents)
 
-        self._save, self._backward = save, backward
+        self._save, self._thin.backward = save, staticmethod(answer)  # type: ignore[method-assign]
         torch.library.register_autograd(f"fastgan::{self.name}", answer, setup_context=save, lib=LIBRARY)
 
     def not_differentiable(self) -> None:
@@ -163,7 +162,7 @@ class Op(Chosen):
         )
 
     def _thin_function(self) -> type[torch.autograd.Function]:
-        op, nothing = self, (None,) * len(self.names)
+        op = self
 
         class Thin(torch.autograd.Function):
             @staticmethod
@@ -172,10 +171,6 @@ class Op(Chosen):
                 if op._save is not None:
                     op._save(ctx, args, output)
                 return output
-
-            @staticmethod
-            def backward(ctx: Any, *cotangents: Any) -> Any:
-                return nothing if cotangents[0] is None else op._backward(ctx, *cotangents)  # see `first_alone`
 
         Thin.__name__ = Thin.__qualname__ = self.name
         return Thin

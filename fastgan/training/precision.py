@@ -38,7 +38,7 @@ def resolve(precision: str, device: torch.device, networks: Iterable[nn.Module])
     """
     if precision == "auto":
         return _on_gpu(device) if device.type == "cuda" else _on_cpu(torch.get_num_threads(), layer_of(networks))
-    if precision == "bf16" and device.type == "cpu" and (lacking := _lacking()):
+    if precision == "bf16" and device.type == "cpu" and (lacking := lacks_bf16()):
         return Precision(precision, slower=f"precision bf16 is slower than fp32 here: {lacking}")
     return Precision(precision)
 
@@ -73,7 +73,7 @@ def layer_of(networks: Iterable[nn.Module]) -> str:
 
 def _on_cpu(threads: int, layer: str) -> Precision:
     """By the instructions first; where they are there, by a layer timed in both, which the cache remembers."""
-    lacking = _lacking()
+    lacking = lacks_bf16()
     if lacking:
         return Precision("fp32", f"auto: {lacking}")
     case = ("precision", "bf16 over fp32", layer, threads)
@@ -88,7 +88,7 @@ def _on_cpu(threads: int, layer: str) -> Precision:
     return Precision(chosen, f"auto: {instructions} runs {what} {gain:g} times as fast")
 
 
-def _lacking() -> str:
+def lacks_bf16() -> str:
     """Why bfloat16 products are slow on this CPU, or ""."""
     module, reason = native()
     if module is None:
