@@ -248,11 +248,27 @@ def test_refusals_are_one_sentence(change, error, sentence):
         functional.scaled_dot_product_attention(**arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_by_distance(dtype):
-    composite = lambda q, k, v: torch.softmax(-0.3 * (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1), -1) @ v
-    ours = lambda q, k, v: functional.l2_attention(q, k, v, scale=0.3)
-    against_plain(ours, composite, heads(2, 2, 9, 13, 6, 5), dtype, "reference")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("offset, causal", [(0.0, False), (0.0, True), (10.0, False)])
+def test_attention_by_distance(offset, causal, dtype, backend):
+    """As exact as distances of differences, also where queries and keys lie together far from zero."""
+    seen = torch.ones(9, 13, dtype=torch.bool).tril() if causal else torch.ones(9, 13, dtype=torch.bool)
+
+    def composite(q, k, v):
+        distance = (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1)
+        return torch.softmax((-0.3 * distance).masked_fill(~seen, -INFINITE), -1) @ v
+
+    q, k, v = heads(2, 2, 9, 13, 6, 5)
+    ours = lambda q, k, v: functional.l2_attention(q, k, v, scale=0.3, is_causal=causal)
+    against_plain(ours, composite, [q + offset, k + offset, v], dtype, backend)
+
+
+def test_attention_by_distance_without_keys():
+    q, k, v = (t.requires_grad_() for t in heads(1, 2, 3, 0, 4, 5))
+    y = functional.l2_attention(q, k, v)
+    assert y.shape == (1, 2, 3, 5) and not y.any()
+    assert not torch.autograd.grad(y.sum(), q)[0].any()
 
 
 # ---- the native kernels ----------------------------------------------------------------------------------------------
