@@ -1,4 +1,4 @@
-"""How far approximate R1 is from R1: bias and spread of its value and of its gradient, by the noise's deviation.
+"""How far approximate R1 is from R1: bias and spread of value and gradient, by the noise's deviation; what both cost.
 
     python benchmarks/approximate_r1.py [--draws 64]
 
@@ -9,6 +9,7 @@ noise, the batch 64 emoji of 32 x 32. R1 is exact, in float64. All deviations se
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgan
+from fastgan.benchmarking import timing
 from fastgan.functional import gradient_penalty
 
 SIGMAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
@@ -66,6 +68,15 @@ def row(way: str, sigma: float, draws: int, subject: tuple[Any, Tensor], exact: 
     return f"| {way} | {sigma} | {value.mean():.3f} ± {error:.3f} | {value.std():.3f} | {single:.2f} | {mean:.2f} |"
 
 
+def cost(subject: tuple[Any, Tensor]) -> str:
+    """Milliseconds of the penalty with its gradient, interleaved, of the converted discriminator in float32."""
+    discriminator, x = fastgan.convert(subject[0]), subject[1]
+    calls = {kind: functools.partial(penalty, discriminator, x, kind=kind) for kind in ("r1", "r1-approximate")}
+    samples = timing.interleave(calls, seconds=20.0)
+    r1, approximate = (1000 * samples[kind].median for kind in calls)
+    return f"R1 {r1:.1f} ms, approximate {approximate:.1f} ms: {approximate / r1:.2f} of it"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=64)
@@ -79,6 +90,7 @@ def main() -> None:
         narrow = discriminator.float(), x.float()
         for sigma in SIGMAS:
             print(row(way, sigma, draws, narrow, exact), flush=True)
+    print(cost(narrow))
 
 
 if __name__ == "__main__":

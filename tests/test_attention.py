@@ -399,6 +399,47 @@ def test_r1_through_checkpointed_attention(autocast):
     assert distance(got, gradient(plainly, False)) < (0.05 if autocast else 1e-5)
 
 
+class Judgement(torch.nn.Module):
+    """A discriminator of tokens [N, L, 16] that has everything of this room in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.gate = (torch.nn.Linear(16, width) for width in (48, 16, 64))
+        self.scale, self.shift = (torch.nn.Parameter(0.3 * torch.randn(16)) for _ in range(2))
+
+    def body(self, x):
+        h = functional.layer_norm(x, (16,), scale=self.scale, shift=self.shift)
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = functional.scaled_dot_product_attention(q, k, v) + functional.l2_attention(q, k, v)
+        h, x = functional.rms_norm(self.out(y.transpose(1, 2).flatten(2)), (16,), residual=x)
+        h = functional.glu(
+            functional.linear_act(h, self.gate.weight, self.gate.bias, activation="gelu"), activation="silu"
+        )
+        return x + h[..., :16]
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False).float().mean((1, 2))
+
+
+@pytest.mark.parametrize("kind", ["r1", "r2", "r1r2"])
+def test_penalties_through_everything_of_this_room(kind):
+    """Under activation checkpointing, in float32 and bfloat16, against the same formulas of PyTorch in float64."""
+    torch.manual_seed(3)
+    module, real, fake = Judgement(), torch.randn(4, 9, 16), torch.randn(4, 9, 16)
+    exact = copy.deepcopy(module).double()
+
+    def gradients(module, dtype, autocast=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = functional.gradient_penalty(module, real.to(dtype), fake.to(dtype), kind=kind, weight=10.0)
+        found = torch.autograd.grad(value, list(module.parameters()), allow_unused=True)
+        return torch.cat([g.flatten().double() for g in found if g is not None])
+
+    with fastgan.backend("reference"):
+        want = gradients(exact, torch.float64)
+    assert want.abs().sum() > 0 and distance(gradients(module, torch.float32), want) < 1e-5
+    assert distance(gradients(module, torch.float32, autocast=True), want) < 0.05
+
+
 # ---- in our models ---------------------------------------------------------------------------------------------------
 
 

@@ -81,16 +81,16 @@ SMALL["chargan"] = {"width": 8, "blocks": 1}
 SMALL |= {"sagan-32": {"g_width": 8, "d_width": 8}, "vit-gan-small": {"g_width": 4, "d_width": 8, "depth": 1}}
 SMALL["hifigan-small"] = {"g_width": 8, "d_width": 4}
 SMALL["cyclegan"] = {"g_width": 4, "d_width": 4, "blocks": 1}
-KINDS = [*fastgan.recipes(), "dragan"]
+KINDS = [*fastgan.recipes(), "dragan", "r1-approximate", "r2-approximate"]
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_textbook_step_of_every_recipe_is_gansteps(name):
-    recipe = fastgan.recipes()["dcgan-28" if name == "dragan" else name]
+    recipe = fastgan.recipes()[name if name in fastgan.recipes() else "dcgan-28"]
     options = SMALL.get(name, {"g_width": 4, "d_width": 4})
     recipe = recipe.replace(batch_size=4, model_options={**recipe.model_options, **options})
-    if name == "dragan":
-        recipe = recipe.replace(penalty="dragan", penalty_every=2, loss="lsgan")
+    if name not in fastgan.recipes():  # a penalty that no recipe has
+        recipe = recipe.replace(penalty=name, penalty_every=2, penalty_sigma=0.1, loss="lsgan")
     torch.manual_seed(0)
     work = workloads.step(recipe, CPU)
     want = work.build(workloads.PLAIN)[1]()

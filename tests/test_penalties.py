@@ -294,7 +294,7 @@ def test_approximate_r1_is_the_papers_formula():
     torch.testing.assert_close(got, want)
     got.backward()
     assert net[0].weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="sigma must be above 0, got 0"):
+    with pytest.raises(ValueError, match="sigma must be finite and above 0, got 0"):
         functional.gradient_penalty(net, x, kind="r1-approximate", weight=1.0, sigma=0)
 
 

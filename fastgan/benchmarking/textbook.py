@@ -20,6 +20,7 @@ from fastgan._logits import logits_of
 from fastgan.choice import backend
 from fastgan.domains import domain_of
 from fastgan.ops.gan_loss import formula
+from fastgan.penalties.gradient import APPROXIMATE
 from fastgan.training.ema import EMA
 from fastgan.training.outputs import Outputs
 from fastgan.training.recipes import Recipe
@@ -97,15 +98,23 @@ def penalty_weight(recipe: Recipe) -> float:
 
 def penalty_noise(kind: str, real: Tensor) -> Tensor | None:
     """What a penalty draws; apart from it, since compiled code has random numbers of its own."""
+    if kind in APPROXIMATE:
+        return torch.randn_like(real)
     shape = {"wgan-gp": (len(real), *[1] * (real.dim() - 1)), "dragan": real.shape}.get(kind)
     return None if shape is None else torch.rand(shape, device=real.device)
 
 
-def penalty(d: nn.Module, real: Tensor, fake: Tensor, noise: Tensor | None, kind: str, weight: float) -> Tensor:
+def penalty(
+    d: nn.Module, real: Tensor, fake: Tensor, noise: Tensor | None, kind: str, weight: float, sigma: float
+) -> Tensor:
     """The penalty of that kind (`functional.gradient_penalty`), differentiable."""
     if noise is None:
         at = {"r1": [real], "r2": [fake], "r1r2": [real, fake]}[kind]
         return weight / 2 * torch.stack([logits_and_norms(d, x)[1].mean() for x in at]).sum()
+    if kind in APPROXIMATE:
+        x = fake.to(real.dtype) if kind == "r2-approximate" else real
+        moved, here = (d(y).float().reshape(len(y), -1).sum(1) for y in (x + sigma * noise, x))
+        return weight / 2 * ((moved - here) / sigma).square().mean()
     points = torch.lerp(fake.to(real.dtype), real, noise) if kind == "wgan-gp" else real + 0.5 * real.std() * noise
     return weight * (logits_and_norms(d, points)[1].sqrt() - 1).square().mean()
 
@@ -191,7 +200,9 @@ def textbook_step(
         if recipe.penalty and next(updates) % every == 0:
             noise = penalty_noise(recipe.penalty, real)
             with autocast():
-                value = penalty(d, real, judged, noise, recipe.penalty, every * penalty_weight(recipe))
+                value = penalty(
+                    d, real, judged, noise, recipe.penalty, every * penalty_weight(recipe), recipe.penalty_sigma
+                )
             metrics["penalty"] = backward(value, d_scaler)
         d_scaler.step(d_adam)
         d_scaler.update()

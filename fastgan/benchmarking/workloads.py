@@ -156,18 +156,19 @@ def penalty(recipe: Recipe, device: torch.device) -> Workload:
     """The recipe's gradient penalty on its critic, alone, with its gradients for all parameters."""
     if recipe.penalty is None:
         raise ValueError(f"bench: penalty needs a recipe that has one, got {recipe.name}")
-    kind, weight = recipe.penalty, textbook.penalty_weight(recipe)
+    kind, weight, sigma = recipe.penalty, textbook.penalty_weight(recipe), recipe.penalty_sigma
     critic, both = build_models(recipe)[1], [_images(recipe) for _ in range(2)]
 
     def build(row: Row) -> Any:
         d = row.place(critic, device)
         real, fake = (row.place(x, device) for x in both)
-        function: Any = lambda real, fake, noise: textbook.penalty(d, real, fake, noise, kind, weight)
+        function: Any = lambda real, fake, noise: textbook.penalty(d, real, fake, noise, kind, weight, sigma)
         if row.compile:
             function = textbook.compiled_double_backward(function)
         if row.ours:
             fastgan.convert(d)
-            function = lambda real, fake, _: functional.gradient_penalty(d, real, fake, kind=kind, weight=weight)
+            options: Any = dict(kind=kind, weight=weight, sigma=sigma)
+            function = lambda real, fake, _: functional.gradient_penalty(d, real, fake, **options)
 
         def run() -> Tensor:
             d.zero_grad()

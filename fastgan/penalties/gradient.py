@@ -81,8 +81,8 @@ def _squared_differences(
     discriminator: Callable[..., Any], x: Tensor, labels: Tensor | None, generator: torch.Generator | None, sigma: float
 ) -> Tensor:
     """((D(x + sigma n) - D(x)) / sigma)^2 of each sample, [N], D the sum of a sample's logits."""
-    if not sigma > 0:
-        raise ValueError(f"gradient_penalty: sigma must be above 0, got {sigma}")
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"gradient_penalty: sigma must be finite and above 0, got {sigma}")
 
     def total(x: Tensor) -> Tensor:
         output = discriminator(x) if labels is None else discriminator(x, labels)

@@ -95,6 +95,7 @@ def assemble(
         penalty=recipe.penalty,
         penalty_weight=recipe.penalty_weight,
         penalty_every=recipe.penalty_every,
+        penalty_sigma=recipe.penalty_sigma,
         d_steps=recipe.d_steps,
         low_memory=recipe.low_memory,
         ema=average_decay(recipe, 0),

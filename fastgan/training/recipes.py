@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgan import models
+from fastgan import models, penalties
 from fastgan.functional.losses import KINDS as LOSSES
 from fastgan.functional.losses import RELATIVE
 
@@ -22,7 +22,7 @@ from .augment import policy_of
 
 __all__ = ["Recipe", "recipes"]
 
-PENALTIES = ("wgan-gp", "dragan", "r1", "r2", "r1r2")
+PENALTIES = penalties.KINDS
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine")
 SMOOTHED = ("bce", "minimax", "lsgan")  # losses that have a target to smooth
@@ -78,6 +78,8 @@ class Recipe:
     penalty_weight: float | None = None
     #: steps between penalties
     penalty_every: int = 1
+    #: the deviation of the noise of r1-approximate and r2-approximate (Lin et al., arXiv 2501.08316)
+    penalty_sigma: float = 0.01
     #: weight of the generator's path-length penalty (StyleGAN2 takes 2); None: no penalty
     path_length: float | None = None
     #: steps between path-length penalties
@@ -180,6 +182,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"recipe: {name} must be none or finite and above 0, got {value}")
+        if not 0 < self.penalty_sigma < float("inf"):
+            raise ValueError(f"recipe: penalty_sigma must be finite and above 0, got {self.penalty_sigma}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"recipe: betas must be in [0, 1), got {self.betas}")
         if self.path_length and self.model not in STYLED:

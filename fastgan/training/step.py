@@ -47,7 +47,7 @@ from fastgan.training.probabilities import Watch
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Any]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOOKS_AT = {"r1": ("real",), "r2": ("fake",), "r1r2": ("real", "fake")}  # a penalty of squares -> its images
-PENALTY_WEIGHTS = {"wgan-gp": 10.0, "dragan": 10.0, "r1": 10.0, "r2": 10.0, "r1r2": 1.0}
+PENALTY_WEIGHTS = {kind: 1.0 if kind == "r1r2" else 10.0 for kind in penalties.KINDS}
 
 # torch modules whose forward treats every sample by itself, in training mode too
 PER_SAMPLE = (
@@ -123,6 +123,7 @@ class GANStep:
         penalty: None or a kind of `fastgan.functional.gradient_penalty` ("wgan-gp", "r1", ...) on the discriminator.
         penalty_weight: its coefficient; None takes 10 (1 for r1r2).
         penalty_every: apply it on every k-th D update with k times the weight (lazy regularisation).
+        penalty_sigma: the deviation of the noise of "r1-approximate" and "r2-approximate", > 0.
         d_steps: D updates a step; `real` may then be a sequence of that many batches, else one batch serves all.
         ema: decay of an average of the generator (`step.ema`), or None.
         precision: "fp32", "bf16" or "fp16" (autocast; parameters, statistics and losses stay float32), or "auto": bf16
@@ -173,6 +174,7 @@ class GANStep:
         penalty: str | None = None,
         penalty_weight: float | None = None,
         penalty_every: int = 1,
+        penalty_sigma: float = 0.01,
         d_steps: int = 1,
         ema: float | None = None,
         precision: str = "fp32",
@@ -196,13 +198,20 @@ class GANStep:
         _one_of("capture", capture, ("auto", "on", "off"))
         if penalty is not None:
             _one_of("penalty", penalty, penalties.KINDS)
+        if not 0 < penalty_sigma < float("inf"):
+            raise ValueError(f"GANStep: penalty_sigma must be finite and above 0, got {penalty_sigma}")
         _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
         _check_turns(low_memory, loss, extra_d_loss)
         self.sync, self.generator, self.discriminator = sync, *_synchronised(sync, generator, as_one(discriminator))
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
-        self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
+        self.penalty, self.penalty_every, self.penalty_sigma, self.d_steps = (
+            penalty,
+            penalty_every,
+            penalty_sigma,
+            d_steps,
+        )
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
         self.extra_d_loss, self.extra_g_loss, self.extra_g_every = extra_d_loss, extra_g_loss, extra_g_every
         self.top_k, self.low_memory = top_k, low_memory
@@ -374,7 +383,12 @@ class GANStep:
         """The penalty, by passes of its own; for several discriminators the sum of theirs."""
         with self._autocast():
             options: Any = dict(
-                kind=self.penalty, weight=self._weight, labels=labels, generator=self.rng, sync=self.sync
+                kind=self.penalty,
+                weight=self._weight,
+                labels=labels,
+                generator=self.rng,
+                sigma=self.penalty_sigma,
+                sync=self.sync,
             )
             found = [functional.gradient_penalty(d, real, fake, **options) for d in members_of(self.discriminator)]
             return found[0] if len(found) == 1 else torch.stack(found).sum()

@@ -1,6 +1,7 @@
 """What nvcc makes of csrc/cuda, without a GPU: every kernel for every card, warnings as errors, spills refused.
 
-`python tests/emulation/cuda_static.py` writes the table between its markers in docs/evidence/gpu-compiled.md.
+`python tests/emulation/cuda_static.py [WORD ...]` writes the rows of the sources whose names hold a word, or of all,
+between the markers in docs/evidence/gpu-compiled.md.
 Registers and shared memory are ptxas's; occupancy is what NVIDIA's cuda_occupancy.h computes from them, not a
 measurement.
 """
@@ -99,13 +100,15 @@ def occupancy(arch: int, kernels: list[Kernel]) -> list[float]:
         return [float(line) for line in run(program, text=asked).split()]
 
 
-def table() -> str:
-    """Markdown: a row an op, a column a card; RuntimeError where a kernel spills."""
-    lines = [
+def table(sources: list[Path], kept: list[str]) -> str:
+    """Markdown: a row a source, a column a card, the rows `kept` among them; RuntimeError where a kernel spills."""
+    head = [
         "| source | kernels | " + " | ".join(f"sm_{arch} ({card})" for arch, card in CARDS.items()) + " |",
         "|---|---|" + "---|" * len(CARDS),
     ]
-    for source in SOURCES:
+    lines = [line for line in kept if re.match(r"\| \w+\.cu ", line)]
+    for source in sources:
+        lines = [line for line in lines if not line.startswith(f"| {source.name} ")]
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(lambda arch, s=source: compile_kernels(s, arch), CARDS))
         cells = []
@@ -115,10 +118,11 @@ def table() -> str:
             registers, shared = max(k.registers for k in kernels), max(k.shared for k in kernels)
             cells.append(f"{registers} · {shared / 1024:.1f} · {100 * min(occupancy(arch, kernels)):.0f} %")
         lines.append(f"| {source.name} | {len(found[0])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*head, *sorted(lines)])
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
+    """Compile the sources whose names hold one of the words, or all, and write their rows of the table."""
     if not shutil.which("nvcc"):
         print(
             "cuda_static: nvcc was not found; docs/evidence/gpu-compiled.md keeps the table that it has",
@@ -128,9 +132,11 @@ def main() -> int:
     page = ROOT / "docs" / "evidence" / "gpu-compiled.md"
     text = page.read_text()
     before, rest = text.split(BEGIN)
-    page.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1])
+    kept, after = rest.split(END)
+    sources = [s for s in SOURCES if not words or any(word in s.name for word in words)]
+    page.write_text(before + BEGIN + "\n" + table(sources, kept.splitlines()) + "\n" + END + after)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
