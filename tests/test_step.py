@@ -235,6 +235,7 @@ def test_bad_arguments():
     for kwargs, words in [
         (dict(loss="gan"), "loss must be one of"),
         (dict(penalty="gp"), "penalty must be one of"),
+        (dict(penalty_sigma=0.0), "penalty_sigma must be finite and above 0, got 0.0"),
         (dict(precision="int8"), "precision must be one of"),
         (dict(capture="always"), "capture must be one of"),
         (dict(d_steps=0), "d_steps must be >= 1, got 0"),

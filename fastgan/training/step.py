@@ -196,25 +196,17 @@ class GANStep:
         _one_of("loss", loss, KINDS)
         _one_of("precision", precision, PRECISION_NAMES)
         _one_of("capture", capture, ("auto", "on", "off"))
-        if penalty is not None:
-            _one_of("penalty", penalty, penalties.KINDS)
-        if not 0 < penalty_sigma < float("inf"):
-            raise ValueError(f"GANStep: penalty_sigma must be finite and above 0, got {penalty_sigma}")
+        _check_penalty(penalty, penalty_sigma)
         _check_counts(d_steps=d_steps, penalty_every=penalty_every, accumulate=accumulate, extra_g_every=extra_g_every)
         _check_updates(weight_clip, accumulate, top_k, loss, penalty, (g_optimizer, d_optimizer))
         _check_turns(low_memory, loss, extra_d_loss)
         self.sync, self.generator, self.discriminator = sync, *_synchronised(sync, generator, as_one(discriminator))
         self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.latent, self.loss, self.label_smoothing, self.augment = latent, loss, label_smoothing, augment
-        self.penalty, self.penalty_every, self.penalty_sigma, self.d_steps = (
-            penalty,
-            penalty_every,
-            penalty_sigma,
-            d_steps,
-        )
+        self.penalty, self.penalty_every, self.d_steps = penalty, penalty_every, d_steps
         self.grad_clip, self.weight_clip, self.accumulate = clipping(grad_clip), weight_clip, accumulate
         self.extra_d_loss, self.extra_g_loss, self.extra_g_every = extra_d_loss, extra_g_loss, extra_g_every
-        self.top_k, self.low_memory = top_k, low_memory
+        self.top_k, self.low_memory, self.penalty_sigma = top_k, low_memory, penalty_sigma
         self.history: Any = history
         self.penalty_weight = PENALTY_WEIGHTS.get(penalty or "", 0.0) if penalty_weight is None else penalty_weight
         self._average = None if ema is None else EMA(generator, ema)
@@ -681,6 +673,13 @@ def _check_updates(
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("GANStep: the optimisers must step without a closure, got LBFGS; take Adam or SGD")
+
+
+def _check_penalty(penalty: str | None, sigma: float) -> None:
+    if penalty is not None:
+        _one_of("penalty", penalty, penalties.KINDS)
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"GANStep: penalty_sigma must be finite and above 0, got {sigma}")
 
 
 def _check_turns(low_memory: bool, loss: str, extra_d_loss: ExtraLoss | None) -> None:

@@ -269,7 +269,7 @@ def document(found: list[Compiled], kept: list[str]) -> str:
             "cores but for float32 at full precision on NVIDIA cards, shared memory within each card's limit. From the",
             "binaries (cuobjdump for cubins, the assembler's metadata for AMD), from the least to the most over the",
             "configurations: registers a thread · shared memory a program in KiB · programs that a multiprocessor",
-            "holds. Loads: the widest that a thread makes, in bytes. A kernel's rows are of the last sweep that had it:",
+            "holds. Loads: the widest that a thread makes, in bytes. A kernel's rows are of its last sweep:",
             "",
             *resources(found, kept),
             "",
