@@ -146,7 +146,8 @@ class Op(Chosen):
         nothing = (None,) * len(self.names)
 
         def answer(ctx: Any, *cotangents: Any) -> Any:  # None: see `first_alone`
-            return nothing if cotangents[0] is None else backward(ctx, *cotangents)
+            unasked = cotangents[0] is None and all(c is None for c in cotangents)
+            return nothing if unasked else backward(ctx, *cotangents)
 
         self._save, self._thin.backward = save, staticmethod(answer)  # type: ignore[method-assign]
         torch.library.register_autograd(f"fastgan::{self.name}", answer, setup_context=save, lib=LIBRARY)

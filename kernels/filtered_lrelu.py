@@ -257,10 +257,11 @@ def _run(x, bias, signs, filters, up, down, pad, pad_out, flip, form, forward):
 def _forward(x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp):
     signs = x.new_empty(signs_shape(x, middle(x, fu, up, pad), clamp), dtype=torch.uint8)
     (bias,) = contiguous(bias)
-    return _run(x, bias, signs, (fu, fd), up, down, pad, [0] * 4, flip, (gain, slope, clamp), True), signs
+    y = _run(x, bias, signs, (fu, fd), up, down, pad, [0] * 4, flip, (gain, slope, clamp), True)
+    return y, signs, x.new_empty(0)
 
 
-def _backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp):
+def _backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp, tie):
     return _run(x, None, signs.contiguous(), (fu, fd), up, down, pad, pad_out, flip, (gain, slope, clamp), False)
 
 
@@ -280,9 +281,9 @@ def static_cases():
 
     def both(x, up_filter, down_filter, up, down):
         fu, fd = (meta(taps, torch.float32) for taps in (up_filter, down_filter))
-        y, signs = _forward(x, meta((x.shape[1],), torch.float32), fu, fd, up, down, pad, False, 1.4, 0.2, 256.0)
+        y, signs, tie = _forward(x, meta((x.shape[1],), torch.float32), fu, fd, up, down, pad, False, 1.4, 0.2, 256.0)
         pads = adjoint_pads(x.shape[2:], middle(x, fu, up, pad), y.shape[2:], (fu, fd), up, down, pad, [0] * 4)
-        return _backward(y, signs, fd, fu, down, up, *pads, True, 1.4 * up**2, 0.2, 256.0)
+        return _backward(y, signs, fd, fu, down, up, *pads, True, 1.4 * up**2, 0.2, 256.0, tie)
 
     return recorded(
         lambda x=x, form=form: both(x, *form)

@@ -16,7 +16,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def distance(got, want):
     """Relative error in the 2-norm."""
     assert got.shape == want.shape, (got.shape, want.shape)
-    scale = want.double().norm().clamp_min(1e-12 * want.numel() ** 0.5)
+    scale = want.double().norm().clamp_min(1e-12 * max(want.numel(), 1) ** 0.5)
     return ((got.double() - want.double()).norm() / scale).item()
 
 

@@ -1,10 +1,13 @@
 """filtered_lrelu against its definition in PyTorch, values and derivatives, and the signs that it keeps for them."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import BACKENDS, LAYOUTS, against_plain, clear_of
 from test_upfirdn2d import LONG, ODD, SMOOTH, plain
+from torch.autograd import grad
 
 import fastgan
 from fastgan import functional
@@ -75,6 +78,52 @@ def test_every_order_is_exact(case, layout):
     assert torch.autograd.gradgradcheck(ours(*CASES[case]), (x, b))
 
 
+ROUTES = {"thin": contextlib.nullcontext, "library": lambda: torch.autocast("cpu", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("planes", [2, 20])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)], ids=["both", "x", "bias"])
+def test_a_derivative_requires_gradients_as_torchs_does_and_gives_zeros(wants, planes, route, monkeypatch):
+    """Below 6 planes other ops, from there on the kernel; under autocast the op that torch.library knows."""
+    monkeypatch.setattr(resampling, "FEWEST_PLANES", 6)
+    case = CASES["StyleGAN3's"]
+    x, b = torch.randn(1, planes, 9, 11), torch.randn(planes)
+    for run in (composed(*case), ours(*case)):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip((x, b), wants, strict=True)]
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        with ROUTES[route]():
+            first = grad(run(*leaves).sum(), asked, create_graph=True)
+            assert all(g.requires_grad for g in first)
+            sum(g.square().sum() for g in first).backward()
+        for leaf in asked:
+            assert leaf.grad.dtype == leaf.dtype and torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("planes", [2, 20])
+def test_a_third_derivative_requires_gradients_too(planes, monkeypatch):
+    monkeypatch.setattr(resampling, "FEWEST_PLANES", 6)
+    x, b = torch.randn(1, planes, 9, 11, requires_grad=True), torch.randn(planes)
+    for run in (composed(*CASES["up alone"]), ours(*CASES["up alone"])):
+        y = run(x, b)
+        dy, v = torch.randn_like(y).requires_grad_(), torch.randn_like(x)
+        (first,) = grad(y, x, dy, create_graph=True)
+        (second,) = grad(first, dy, v, create_graph=True)
+        assert second.requires_grad
+        (zeros,) = grad(second.sum(), x)
+        assert torch.equal(zeros, torch.zeros_like(x))
+
+
+def test_a_derivative_that_is_not_differentiated_runs_no_other_kernel_and_keeps_neither_x_nor_y():
+    x, ran = torch.randn(1, 8, 9, 11, requires_grad=True), []
+    with around(lambda op, launch: ran.append(op.name) or launch):
+        y = functional.filtered_lrelu(x * 1, SMOOTH, SMOOTH, None, 2, 2, 3)
+        kept = [t for t in y.grad_fn.saved_tensors if t is not None and t.is_floating_point()]
+        (dx,) = grad(y.sum(), x)
+    assert ran == ["filtered_lrelu", "filtered_lrelu_backward"] and not dx.requires_grad
+    assert sum(t.numel() for t in kept) == 2 * len(SMOOTH)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("width", [9, 16, 40])
 def test_signs_are_the_references(width, layout):
@@ -102,11 +151,11 @@ def test_bands_and_strides(layout, threads):
     torch.set_num_threads(threads)
     try:
         with fastgan.backend("native"):
-            y, signs = op(x.contiguous(memory_format=layout), *args)
-            sliced, others = op(x, *args)
+            y, signs, _ = op(x.contiguous(memory_format=layout), *args)
+            sliced, others, _ = op(x, *args)
     finally:
         torch.set_num_threads(before)
-    want, kept = op.reference(x.double(), *args)
+    want, kept, _ = op.reference(x.double(), *args)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     assert (signs != kept).float().mean() < 1e-3
     assert y.is_contiguous(memory_format=layout) and torch.equal(sliced, y) and torch.equal(signs, others)
@@ -127,11 +176,11 @@ def test_filters_that_learn_take_the_composition_and_the_op_refuses_them():
     run = lambda x, fu, fd: functional.filtered_lrelu(x, fu, fd, None, 2, 2, 3, clamp=0.5)
     assert torch.autograd.gradcheck(run, (x, fu, fd))
     torch.testing.assert_close(run(x, fu, fd), run(x, fu.detach(), fd.detach()))
-    y, signs = op(x, None, fu, fd, 2, 2, [3] * 4, False, 1.0, 0.1, 0.5)
+    y, signs, tie = op(x, None, fu, fd, 2, 2, [3] * 4, False, 1.0, 0.1, 0.5)
     with pytest.raises(NotImplementedError, match="filtered_lrelu: the filters must not require gradients"):
         y.sum().backward()
     pad_out = [0, 0, 0, 0]
-    again = backward(x, signs, fu, fd, 2, 2, [3] * 4, pad_out, False, 1.0, 0.1, 0.5)
+    again = backward(x, signs, fu, fd, 2, 2, [3] * 4, pad_out, False, 1.0, 0.1, 0.5, tie)
     with pytest.raises(NotImplementedError, match="filtered_lrelu: the filters must not require gradients"):
         again.sum().backward()
 

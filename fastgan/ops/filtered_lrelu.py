@@ -2,16 +2,17 @@
 
 Formula      y = fd * phi(up^2 fu * u), every down-th result; u holds x[i] + bias at up i, 0 elsewhere and in the
              padding; phi(t) = gain t where t > 0, else gain slope t, kept within +-clamp where clamp >= 0
-Shapes       x [N,C,H,W]; bias [C] or None; fu, fd [KH,KW], or [K] for f f^T -> y [N,C,OH,OW] and signs, uint8
+Shapes       x [N,C,H,W]; bias [C] or None; fu, fd [KH,KW], or [K] for f f^T -> y [N,C,OH,OW]; signs, uint8
              [1 or 2, N, C, MH, 4 ceil(MW / 32)], of the upsampled image MH = H up + pad_before + pad_after - KH + 1;
-             OH = (MH - KH of fd) // down + 1
+             tie [0], which ties the derivative to x and bias in autograd's graph; OH = (MH - KH of fd) // down + 1
 Dtypes       float32, bfloat16 natively (computed in float32, rounded once), float16 too on a GPU; every floating torch
              dtype through the reference. Filters are float32, or float64 beside a float64 x
 Layout       y keeps x's layout (channels_last or NCHW); signs are of planes in either
 Autocast     first: runs in x's dtype
 Derivatives  of x and bias every order: filtered_lrelu_backward, which is linear and its own derivative with the two
-             filters exchanged; 0 where the clamp holds, equality included. Of the filters it raises: the function in
-             fastgan.functional composes other ops where a filter learns
+             filters exchanged; 0 where the clamp holds, equality included. The derivative of a derivative for x and
+             bias is zeros, as that of torch's leaky_relu. Of the filters it raises: the function in fastgan.functional
+             composes other ops where a filter learns
 Saves        signs: a bit for each sample of the upsampled image, two under a clamp; the filters
 Traffic      x once, y once and the signs once; PyTorch writes the upsampled image three times and reads it three times
 FLOPs        2 for each tap that meets a sample, rows before columns where a filter is a product
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fastgan import _native
 from fastgan._layout import accumulation_dtype, dense, empty, is_channels_last, per_channel
-from fastgan._op import OPS, Op, draw, first_alone
+from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import triton
 from fastgan.ops import upfirdn2d
 
@@ -98,7 +99,8 @@ def reference(x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp):
         kinds.append(t.abs() >= clamp)
         t = t.clamp(-clamp, clamp)
     y = upfirdn2d.reference(t, fd, (1, 1), (down, down), [0] * 4, flip, 1.0)
-    return dense(y.to(x.dtype), is_channels_last(x)), torch.stack([_packed(kind) for kind in kinds])
+    signs = torch.stack([_packed(kind) for kind in kinds])
+    return dense(y.to(x.dtype), is_channels_last(x)), signs, x.new_empty(0)
 
 
 def _packed(bits: Tensor) -> Tensor:
@@ -137,12 +139,13 @@ def launch(core, x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp):
     size = output_size(x, fu, fd, up, down, pad, [0] * 4)
     geometry, form = (up, down, pad, [0] * 4), (gain, slope, clamp)
     y = _launch(core, "filtered_lrelu_forward", x, (bias, (signs,)), (fu, fd), geometry, size, flip, form)
-    return y, signs
+    return y, signs, x.new_empty(0)
 
 
 def fake(x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp):
     y = empty((*x.shape[:2], *output_size(x, fu, fd, up, down, pad, [0] * 4)), x, is_channels_last(x))
-    return y, x.new_empty(signs_shape(x, middle(x, fu, up, pad), clamp), dtype=torch.uint8)
+    signs = x.new_empty(signs_shape(x, middle(x, fu, up, pad), clamp), dtype=torch.uint8)
+    return y, signs, x.new_empty(0)
 
 
 def _example():
@@ -152,7 +155,7 @@ def _example():
 
 op = Op(
     "filtered_lrelu(Tensor x, Tensor? bias, Tensor fu, Tensor fd, int up, int down, int[4] pad, bool flip, float gain, "
-    "float slope, float clamp) -> (Tensor, Tensor)",
+    "float slope, float clamp) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
     backends={
@@ -170,25 +173,37 @@ op = Op(
 def _save(ctx, inputs, output):
     x, bias, fu, fd, ctx.up, ctx.down, ctx.pad, ctx.flip, ctx.gain, ctx.slope, ctx.clamp = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.size, ctx.inner = x.shape[2:], middle(x, fu, ctx.up, ctx.pad)
-    first_alone(ctx, output)
-    ctx.save_for_backward(output[1], fu, fd)
+    ctx.shape, ctx.inner = x.shape, middle(x, fu, ctx.up, ctx.pad)
+    _, signs, tie = output
+    ctx.mark_non_differentiable(signs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(signs, fu, fd, tie)
 
 
-def _backward(ctx, dy, _):
-    signs, fu, fd = ctx.saved_tensors
+def _backward(ctx, dy, _, dtie):
+    """dtie comes from a derivative of the derivative, with dy None where y itself is not asked for."""
+    signs, fu, fd, tie = ctx.saved_tensors
     _refuse_filters(ctx, 2)
+    if dy is None:
+        return *_zeros(ctx, dtie), *[None] * 9
     dx = dbias = None
     wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     if ctx.needs_input_grad[0] or wants_bias:
-        pads = adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, [0] * 4)
+        pads = adjoint_pads(ctx.shape[2:], ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, [0] * 4)
         form = not ctx.flip, ctx.gain * ctx.up**2, ctx.slope, ctx.clamp
-        dx = OPS["filtered_lrelu_backward"](dy, signs, fd, fu, ctx.down, ctx.up, *pads, *form)
+        dx = OPS["filtered_lrelu_backward"](dy, signs, fd, fu, ctx.down, ctx.up, *pads, *form, tie)
         dbias = dx.sum([0, 2, 3]).to(ctx.bias_dtype) if wants_bias else None
     return dx, dbias, *[None] * 9
 
 
 op.differentiate(_save, _backward)
+
+
+def _zeros(ctx, dtie):
+    """What a derivative has for derivatives of x and bias: the slopes are the same all around them."""
+    dx = dtie.new_zeros(ctx.shape) if wanted(ctx, 0) else None
+    wants_bias = ctx.bias_dtype is not None and wanted(ctx, 1)
+    return dx, dtie.new_zeros(ctx.shape[1], dtype=ctx.bias_dtype) if wants_bias else None
 
 
 def _refuse_filters(ctx, index):
@@ -211,9 +226,11 @@ def adjoint_pads(size, inner, out, filters, up, down, pad, pad_out):
 
 
 # ---- backward: the same pass with known slopes ----------------------------------------------------------------------
+# tie is the forward's, empty, or None. It carries no number: by it a derivative requires gradients wherever x or bias
+# does, as that of torch's leaky_relu, and hands them zeros. Keeping x or y for this would keep their memory.
 
 
-def reference_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp):
+def reference_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp, tie):
     dtype = accumulation_dtype(x.dtype)
     t = upfirdn2d.reference(x.to(dtype), fu, (up, up), (1, 1), pad, flip, 1.0)
     low, *held = _unpacked(signs, t.shape[-1])
@@ -223,26 +240,26 @@ def reference_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slo
     return dense(y.to(x.dtype), is_channels_last(x))
 
 
-def launch_backward(core, x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp):
+def launch_backward(core, x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp, tie):
     x, signs = dense(x, is_channels_last(x)), signs.contiguous()
     size = output_size(x, fu, fd, up, down, pad, pad_out)
     geometry, form = (up, down, pad, pad_out), (gain, slope, clamp)
     return _launch(core, "filtered_lrelu_backward", x, (signs, ()), (fu, fd), geometry, size, flip, form)
 
 
-def fake_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp):
+def fake_backward(x, signs, fu, fd, up, down, pad, pad_out, flip, gain, slope, clamp, tie):
     return empty((*x.shape[:2], *output_size(x, fu, fd, up, down, pad, pad_out)), x, is_channels_last(x))
 
 
 def _example_backward():
     x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp = _example()
     signs = reference(x, bias, fu, fd, up, down, pad, flip, gain, slope, clamp)[1]
-    return x, signs, fu, fd, up, down, pad, [0, 1, 2, -1], flip, gain, slope, clamp
+    return x, signs, fu, fd, up, down, pad, [0, 1, 2, -1], flip, gain, slope, clamp, x.new_empty(0)
 
 
 backward = Op(
     "filtered_lrelu_backward(Tensor x, Tensor signs, Tensor fu, Tensor fd, int up, int down, int[4] pad, "
-    "int[4] pad_out, bool flip, float gain, float slope, float clamp) -> Tensor",
+    "int[4] pad_out, bool flip, float gain, float slope, float clamp, Tensor? tie) -> Tensor",
     reference=reference_backward,
     fake=fake_backward,
     backends={
@@ -254,17 +271,19 @@ backward = Op(
 
 
 def _save_backward(ctx, inputs, output):
-    x, signs, fu, fd, ctx.up, ctx.down, ctx.pad, ctx.pad_out, ctx.flip, *ctx.form = inputs
+    x, signs, fu, fd, ctx.up, ctx.down, ctx.pad, ctx.pad_out, ctx.flip, *ctx.form, tie = inputs
     ctx.size, ctx.inner = x.shape[2:], middle(x, fu, ctx.up, ctx.pad)
-    ctx.save_for_backward(signs, fu, fd)
+    ctx.save_for_backward(signs, fu, fd, tie)
 
 
 def _backward_of_backward(ctx, dy):
-    signs, fu, fd = ctx.saved_tensors
+    signs, fu, fd, tie = ctx.saved_tensors
     _refuse_filters(ctx, 2)
-    pads = adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, ctx.pad_out)
-    dx = OPS["filtered_lrelu_backward"](dy, signs, fd, fu, ctx.down, ctx.up, *pads, not ctx.flip, *ctx.form)
-    return dx, *[None] * 11
+    dx = None
+    if ctx.needs_input_grad[0]:
+        pads = adjoint_pads(ctx.size, ctx.inner, dy.shape[2:], (fu, fd), ctx.up, ctx.down, ctx.pad, ctx.pad_out)
+        dx = OPS["filtered_lrelu_backward"](dy, signs, fd, fu, ctx.down, ctx.up, *pads, not ctx.flip, *ctx.form, tie)
+    return dx, *[None] * 11, dy.new_zeros(0) if ctx.needs_input_grad[12] else None
 
 
 backward.differentiate(_save_backward, _backward_of_backward)

@@ -143,7 +143,7 @@ def filtered_lrelu(tape: Tape, h: Any, b: Tensor | None, fu: Tensor, fd: Tensor,
     if fu.requires_grad or fd.requires_grad:
         raise Declined("filtered_lrelu has a rule for filters that do not learn alone")
     x = tape.read(h)
-    y, signs = OPS["filtered_lrelu"](x, b, fu, fd, *arguments)
+    y, signs, tie = OPS["filtered_lrelu"](x, b, fu, fd, *arguments)
     if b is not None:
         step = Bias(h.node, tape.hold(b), 1)
         tape.learn(step, terms=(b,))
@@ -151,10 +151,10 @@ def filtered_lrelu(tape: Tape, h: Any, b: Tensor | None, fu: Tensor, fd: Tensor,
     up, down, pad, flip, gain, slope, clamp = arguments
     ends = x.shape[2:], middle(x, fu, up, pad), y.shape[2:]
     back = adjoint_pads(*ends, (fu, fd), up, down, pad, [0] * 4)
-    form = gain * up**2, slope, clamp
+    form = gain * up**2, slope, clamp, None
     held = tape.hold(fu), tape.hold(fd), tape.hold(signs)
     passes = (up, down, pad, [0] * 4, flip, *form), (down, up, *back, not flip, *form)
-    return tape.record(FilteredGate(h.node, *held, *passes), y), signs
+    return tape.record(FilteredGate(h.node, *held, *passes), y), signs, tie
 
 
 def gated(activation: str) -> str:

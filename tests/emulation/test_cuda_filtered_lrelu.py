@@ -29,7 +29,7 @@ def backward_arguments(x, signs, y, case):
     """Of filtered_lrelu_backward, behind a forward call of x, bias and `case`."""
     fu, fd, up, down, pad, flip, gain, slope, clamp = case
     pads = adjoint_pads(x.shape[2:], middle(x, fu, up, pad), y.shape[2:], (fu, fd), up, down, pad, [0] * 4)
-    return torch.randn_like(y), signs, fd, fu, down, up, *pads, not flip, gain * up**2, slope, clamp
+    return torch.randn_like(y), signs, fd, fu, down, up, *pads, not flip, gain * up**2, slope, clamp, None
 
 
 def close(got, op, args):
@@ -47,7 +47,7 @@ def as_the_reference(x, bias, case):
     """y, signs and dx by the kernel, checked."""
     op, backward = OPS["filtered_lrelu"], OPS["filtered_lrelu_backward"]
     assert not op.backends["cuda"].declines(x, bias, *case)
-    y, signs = op.backends["cuda"].run(x, bias, *case)
+    y, signs, _ = op.backends["cuda"].run(x, bias, *case)
     kept = op.reference(x, bias, *case)[1]
     close(y, op, (x, bias, *case))
     assert y.stride() == fake(x, bias, *case)[0].stride()
@@ -167,7 +167,7 @@ def test_nchw_moves_x_y_and_the_signs_once(record, dtype):
     x = drawn((2, 4, 36, 36), dtype, LAYOUTS[0])
     record.configure(counting=True)
     record.card(multiprocessors=1)
-    y, signs = OPS["filtered_lrelu"].backends["cuda"].run(x, torch.randn(4), *STYLEGAN3)
+    y, signs, _ = OPS["filtered_lrelu"].backends["cuda"].run(x, torch.randn(4), *STYLEGAN3)
     image, found = x.numel() * x.element_size(), moved(record)
     assert y.shape == x.shape and signs.numel() != image
     assert found[image][0] == 2 * image and found[image][1] <= (2.8 if dtype == DTYPES[0] else 3.9) * image
@@ -183,7 +183,7 @@ def test_channels_last_moves_whole_sectors(record, dtype):
     x = drawn((1, 16, 32, 32), dtype, LAYOUTS[1])
     record.configure(counting=True)
     record.card(multiprocessors=1)
-    y, _ = OPS["filtered_lrelu"].backends["cuda"].run(x, torch.randn(16), *STYLEGAN3)
+    y, *_ = OPS["filtered_lrelu"].backends["cuda"].run(x, torch.randn(16), *STYLEGAN3)
     image = x.numel() * x.element_size()
     assert y.shape == x.shape
     asked, sectors = moved(record)[image]

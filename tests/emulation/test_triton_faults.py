@@ -189,7 +189,7 @@ def arguments(name):
         "filtered_lrelu": (wide, bias[:1], torch.rand(5), torch.rand(3), 2, 2, [3, 4, 3, 4], False, 1.4, 0.2, 1.0),
         "filtered_lrelu_backward": (
             *(wide, torch.randint(256, (2, 1, 1, 10, 20), dtype=torch.uint8), torch.rand(3), torch.rand(5)),
-            *(2, 2, [1, 1, 1, 1], [1, 1, 1, 1], True, 1.4, 0.2, 1.0),
+            *(2, 2, [1, 1, 1, 1], [1, 1, 1, 1], True, 1.4, 0.2, 1.0, None),
         ),
     }[name]
 

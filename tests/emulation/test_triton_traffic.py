@@ -144,5 +144,5 @@ def test_filtered_lrelu_moves_x_y_and_the_signs_once():
     ran = launches("filtered_lrelu", x, None, *args, False, 1.4, 0.2, 0.9)
     assert len(ran) == 1 and close(moved(ran), cost_of("filtered_lrelu", x, *args, 0.9))
     signs = OPS["filtered_lrelu"].reference(x, None, *args, False, 1.4, 0.2, 0.9)[1]
-    back = launches("filtered_lrelu_backward", x, signs, f, f, 2, 2, *pads, True, 5.6, 0.2, 0.9)
+    back = launches("filtered_lrelu_backward", x, signs, f, f, 2, 2, *pads, True, 5.6, 0.2, 0.9, None)
     assert len(back) == 1 and close(moved(back), cost_of("filtered_lrelu", x, *args, 0.9))
