@@ -1,4 +1,4 @@
-"""The whole training step of DCGAN-64, DCGAN-28 and of R1 on DCGAN-64 at batch 64: one update of D and one of G.
+"""The whole training step of DCGAN-64, DCGAN-28, an MLP and DCGAN-64 with R1 at batch 64: an update of D and one of G.
 
 Every row does the same textbook mathematics (PyTorch's DCGAN example): D on real and on fake.detach(), its Adam; G on
 D(fake) with the updated D, its Adam. The rows of both dtypes are timed in one interleaved run; a row is compared with
@@ -19,7 +19,11 @@ from fastgan.benchmarking.comparison import Case, Runner
 from fastgan.benchmarking.textbook import textbook_step
 from fastgan.ops import bn_act, conv2d, conv2d_weight, conv_transpose2d
 
-PRESETS = {"dcgan-64": (3, 64, 2e-4, (0.5, 0.999)), "dcgan-28": (1, 28, 1e-4, (0.9, 0.999))}
+PRESETS = {  # channels, edge, rate and betas of Adam
+    "dcgan-64": (3, 64, 2e-4, (0.5, 0.999)),
+    "dcgan-28": (1, 28, 1e-4, (0.9, 0.999)),
+    "mlp-28": (1, 28, 2e-4, (0.5, 0.999)),
+}
 LATENT = 100
 SECONDS = 25.0  # of rounds: a step takes about half a second, and there are seven rows
 ROWS = (
