@@ -4,7 +4,8 @@
     python benchmarks/report.py                 # writes docs/evidence from the newest file of each kind and machine
 
 The second form makes each page from one committed file of benchmarks/results, so that no number is typed: also the
-table and the picture of the rows in HEADLINES, for the README and for docs/performance.md.
+table and the picture of the rows in HEADLINES, for the README and for docs/performance.md, and README's table of the
+time to the same quality.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastgan.benchmarking.comparison import digits, milliseconds, versus
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence"
-README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"  # headlines between two marker lines
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"  # tables between two marker lines
 HEADER = ("row", "median ms", "quartiles", "min ms", "rate", "of bound", "peak MB", "vs best PyTorch", "backends")
 GROUPS = {  # the order of the tables
     "step": "Whole training step",
@@ -48,7 +49,8 @@ HEADLINES = {  # (op, shape, direction, row) -> what it is in a newcomer's words
     ("sample", "dcgan-64", "batch64", "fastgan-bf16"): "drawing images with DCGAN-64, bfloat16",
     ("sample", "dcgan-64", "batch1", "fastgan-bf16"): "drawing one image with DCGAN-64, bfloat16",
 }
-BEGIN, END = "<!-- headlines: written by `make evidence` -->", "<!-- headlines: end -->"
+HEADLINE_MARKERS = "<!-- headlines: written by `make evidence` -->", "<!-- headlines: end -->"
+TIMES = "<!-- time to quality: written by `make evidence` -->", "<!-- time to quality: end -->"
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -306,18 +308,7 @@ def models_page(results: dict[str, Any]) -> list[str]:
 
 def times_page(results: dict[str, Any]) -> list[str]:
     """`make time-to-quality`: seconds to the target, a row a seed, two columns an arm."""
-    runs, recipe = results["times"], results["recipe"]
-    arms, shares = list(dict.fromkeys(run["arm"] for run in runs)), [run["share of evaluation"] for run in runs]
-    arms.sort(key=lambda arm: (arm != "PyTorch", len(arm)))
-    rows = []
-    for seed in dict.fromkeys(run["seed"] for run in runs):
-        cells_of_seed: list[str] = [str(seed)]
-        for arm in arms:
-            run = next(run for run in runs if (run["seed"], run["arm"]) == (seed, arm))
-            seconds = run["seconds to the target"]
-            took = f"above {results['limit']:g}" if seconds is None else f"{seconds:.1f}"
-            cells_of_seed += [took, f"{run['steps']:,}"]
-        rows.append(tuple(cells_of_seed))
+    recipe, shares = results["recipe"], [run["share of evaluation"] for run in results["times"]]
     auto = f" `fastgan auto` chose {results['auto']}." if "auto" in results else ""
     return [
         f"Recipe dcgan-28 at width {recipe['model_options']['g_width']}, batch {recipe['batch_size']}, rates "
@@ -330,13 +321,29 @@ def times_page(results: dict[str, Any]) -> list[str]:
         f"the averaged generator and as many images, on features of the backbone `{results['backbone']}`. Two halves "
         f"of the images are {results['between_halves_of_the_images']:.4f} apart.",
         "",
-        *table(("seed", *(head for arm in arms for head in (f"{arm}, s", "steps"))), rows),
+        *times_table(results),
         "",
         f"{results['verdict'][0].upper()}{results['verdict'][1:]}.",
         "",
         "![Kernel distance over seconds, a line a run](../images/time-to-quality.png)",
         "",
     ]
+
+
+def times_table(results: dict[str, Any]) -> list[str]:
+    """Seconds to the target and steps of each arm, a row a seed."""
+    runs = results["times"]
+    arms = sorted(dict.fromkeys(run["arm"] for run in runs), key=lambda arm: (arm != "PyTorch", len(arm)))
+    rows = []
+    for seed in dict.fromkeys(run["seed"] for run in runs):
+        cells_of_seed: list[str] = [str(seed)]
+        for arm in arms:
+            run = next(run for run in runs if (run["seed"], run["arm"]) == (seed, arm))
+            seconds = run["seconds to the target"]
+            took = f"above {results['limit']:g}" if seconds is None else f"{seconds:.1f}"
+            cells_of_seed += [took, f"{run['steps']:,}"]
+        rows.append(tuple(cells_of_seed))
+    return table(("seed", *(head for arm in arms for head in (f"{arm}, s", "steps"))), rows)
 
 
 KINDS = {  # kind -> (the key that only its files have, title, body)
@@ -455,10 +462,17 @@ def overview(all_results: list[dict[str, Any]]) -> list[str]:
     return [*table(header, ((what, *(ratio(rows, what) for rows in found)) for what in shown)), ""]
 
 
+def newest_times(folder: Path = RESULTS) -> list[str]:
+    """`times_table` of the machine that was measured last: the picture beside it is of that one, too."""
+    found = [results for (kind, _), (_, results) in newest(folder).items() if kind == "time-to-quality"]
+    return times_table(max(found, key=lambda results: results["machine"]["date"])) if found else []
+
+
 def showing() -> dict[Path, str]:
-    """The texts of the pages that show headlines."""
+    """The texts of the pages that show tables of several results."""
     found = measured()
-    return {README: put(README, overview(found)), PERFORMANCE: put(PERFORMANCE, headlines(found))}
+    readme = put(put(README.read_text(), overview(found)), newest_times(), TIMES)
+    return {README: readme, PERFORMANCE: put(PERFORMANCE.read_text(), headlines(found))}
 
 
 def order(results: dict[str, Any]) -> int:
@@ -475,13 +489,13 @@ def headline(found: tuple[float, dict[str, Any]] | None) -> str:
     return f"{ours['speedup']:.2f} ({milliseconds(theirs)}, {milliseconds(ours['median_s'])})"
 
 
-def put(page: Path, lines: list[str]) -> str:
-    """The page's text with `lines` between its two marker lines. Raises ValueError where it does not have both once."""
-    text_of_page = page.read_text()
-    if text_of_page.count(BEGIN) != 1 or text_of_page.count(END) != 1:
-        raise ValueError(f"report: {page.name} must have the line {BEGIN!r} once and then {END!r} once; add them")
-    before, _, rest = text_of_page.partition(BEGIN)
-    return "\n".join([before + BEGIN, *lines]).rstrip() + "\n" + END + rest.partition(END)[2]
+def put(text_of_page: str, lines: list[str], markers: tuple[str, str] = HEADLINE_MARKERS) -> str:
+    """A page's text with `lines` between two marker lines. Raises ValueError where it does not have both once."""
+    begin, end = markers
+    if text_of_page.count(begin) != 1 or text_of_page.count(end) != 1:
+        raise ValueError(f"report: the page must have the line {begin!r} once and then {end!r} once; add them")
+    before, _, rest = text_of_page.partition(begin)
+    return "\n".join([before + begin, *lines]).rstrip() + "\n" + end + rest.partition(end)[2]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -1208,9 +1208,23 @@ def test_grid_formats(tmp_path):
 # -------------------------------------------------------------------------------------------------- import
 
 
-def test_import_leaves_pillow_alone():
-    code = "import sys, fastgan.data; sys.exit('PIL' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+FRESH = """
+import sys
+import fastgan.data
+assert "PIL" not in sys.modules
+from fastgan.data.decode import decode
+for path in sys.argv[1:]:
+    with open(path, "rb") as file:
+        print(*decode(file, 8, 3)[0].shape)
+"""
+
+
+def test_import_leaves_pillow_alone_and_the_first_image_is_decoded(tmp_path):
+    files = [tmp_path / f"a.{kind}" for kind in ("png", "jpg", "webp")]
+    for file in files:
+        Image.new("RGB", (9, 12), (90, 10, 10)).save(file)
+    done = subprocess.run([sys.executable, "-c", FRESH, *map(str, files)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8 8 3\n" * 3, "")
 
 
 def test_without_pillow(tmp_path, monkeypatch):

@@ -9,8 +9,21 @@ from tiny_run import TINY, assert_same_state, noise, trainer
 import fastgan
 from fastgan.cli import main
 from fastgan.data.imageset import ImageSet
+from fastgan.functional import gan_loss
+from fastgan.functional.losses import KINDS
 from fastgan.training import checkpoint, recovery
-from fastgan.training.guard import CLIFF, GROWN, LATE, LOOKS, STARTED, STEEP, Collapse, Guard
+from fastgan.training.guard import (
+    CLIFF,
+    GROWN,
+    LATE,
+    LOOKS,
+    PATIENCE,
+    STARTED,
+    STEEP,
+    UNDECIDED,
+    Collapse,
+    Guard,
+)
 from fastgan.training.health import Health, gradient_norms
 from fastgan.training.rundir import read_log
 from fastgan.training.trainer import Trainer
@@ -20,6 +33,23 @@ from fastgan.training.trainer import Trainer
 def reference():
     with fastgan.backend("reference"):
         yield
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_every_loss_has_the_guards_numbers(loss, tmp_path):
+    """Two logged steps of a run, and a discriminator that is certain or grows without bound."""
+    run = trainer(noise(), tmp_path / "run", TINY.replace(loss=loss, steps=2, watch_every=1))
+    run.fit()
+    records = read_log(tmp_path / "run/log.jsonl")
+    assert [r["step"] for r in records] == [1, 2] and all("d_loss" in r for r in records)
+    grown = {"logit_real": 1e9, "logit_fake": -1e9}
+    assert "grow without bound" in told(Guard(loss, 64), [grown] * GROWN)[0][1]
+    if loss == "wasserstein":  # a critic's loss has no end
+        return
+    zero = torch.zeros(4)
+    undecided = gan_loss(zero, zero, kind=loss, side="d").item() if loss != "lsgan" else 0.25  # at logits of 1/2
+    assert UNDECIDED[loss] == pytest.approx(undecided)
+    assert "has been certain" in told(Guard(loss, 64), [{"d_loss": 0.01 * undecided}] * PATIENCE)[0][1]
 
 
 def look(diversity, coverage=0.9):

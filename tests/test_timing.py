@@ -237,14 +237,29 @@ def test_the_overview_has_each_machine_with_its_newest_instructions():
     assert row.startswith("| training step of DCGAN-64, float32 | 1.50 | 2.00 |")
 
 
-def test_headlines_need_their_markers(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"# T\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
-    new = report.put(page, ["| new |", ""])
-    assert new == f"# T\n\n{report.BEGIN}\n| new |\n{report.END}\n\nafter\n"
-    page.write_text("# T\n")
-    with pytest.raises(ValueError, match=r"page\.md must have the line"):
-        report.put(page, [])
+@pytest.mark.parametrize("markers", [report.HEADLINE_MARKERS, report.TIMES])
+def test_tables_need_their_markers(markers):
+    begin, end = markers
+    new = report.put(f"# T\n\n{begin}\nold\n{end}\n\nafter\n", ["| new |", ""], markers)
+    assert new == f"# T\n\n{begin}\n| new |\n{end}\n\nafter\n"
+    with pytest.raises(ValueError, match=r"the page must have the line '<!-- "):
+        report.put("# T\n", [], markers)
+
+
+def test_readme_has_the_newest_time_to_quality(tmp_path):
+    assert report.newest_times(tmp_path) == []
+    for machine, date, seconds in (("a", "2026-01-02", 9.0), ("b", "2026-01-01", 8.0)):
+        runs = [
+            {"arm": arm, "seed": 0, "seconds to the target": s, "steps": 1000, "share of evaluation": 0.1}
+            for arm, s in (("fastgan", seconds), ("PyTorch", None))
+        ]
+        machine = {"cpu": machine, "cores": 2, "threads": 2, "kernels": "avx2", "date": date}
+        (tmp_path / f"{date}.json").write_text(json.dumps({"times": runs, "limit": 60, "machine": machine}))
+    assert report.newest_times(tmp_path) == [
+        "| seed | PyTorch, s | steps | fastgan, s | steps |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| 0 | above 60 | 1,000 | 9.0 | 1,000 |",
+    ]
 
 
 def test_the_newest_results_of_a_machine_make_its_page(tmp_path):

@@ -127,11 +127,16 @@ def _white_of(file: BinaryIO, white: int | str) -> int:
     return (1 << bits) - 1 if bits is not None and 1 <= bits <= 16 else WHITE
 
 
+def _opened(file: BinaryIO) -> Image.Image:
+    """The image in a file, of FORMATS alone: not decoded yet. Raises what Pillow raises, and ImportError without it."""
+    image = pillow()
+    found: Image.Image = image.open(file, formats=[name for name in FORMATS if name in image.OPEN])
+    return found
+
+
 def greatest(file: BinaryIO) -> int:
     """The greatest number in a file of 16-bit greys, 0 in any other."""
-    from PIL import Image
-
-    with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    with _opened(file) as image:
         return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
 
 
@@ -212,9 +217,7 @@ def decode(
     file: BinaryIO, image_size: int | None, channels: int | None, white: int | str = WHITE
 ) -> tuple[np.ndarray, Facts]:
     """The first frame of one encoded image, upright, as uint8 [H, W, C]. Raises what Pillow raises."""
-    from PIL import Image, ImageOps
-
-    with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    with _opened(file) as image:
         mode, (width, height) = image.mode, image.size
         if image_size is not None:
             # JPEG can decode at 1/2, 1/4 or 1/8. Down to 4 times the wanted size that changes no pixel by more
@@ -223,6 +226,8 @@ def decode(
         image.load()
         rotated = False
         try:
+            from PIL import ImageOps
+
             rotated = image.getexif().get(0x0112, 1) not in (0, 1)
             upright = ImageOps.exif_transpose(image) if rotated else image
         except Exception:

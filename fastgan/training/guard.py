@@ -18,13 +18,18 @@ UNDECIDED = {
     "lsgan": 0.25,
     "hinge": 2.0,
     "relativistic": math.log(2),
+    "relativistic-average": 2 * math.log(2),
 }
 # As a share of UNDECIDED. With bce D(x) = 0.99 and D(G(z)) = 0.01 make 0.0145: the generator's gradient is almost
 # nothing. A healthy discriminator dips below it for a few logged steps at a time, so PATIENCE of them must follow.
 CERTAIN = 0.015
 PATIENCE = 20
 # No loss asks for a score beyond these: for lsgan 100 away from its targets 0 and 1, for the others a logit of 1000.
-LARGEST = {"bce": 1e3, "minimax": 1e3, "lsgan": 1e2, "hinge": 1e3, "relativistic": 1e3}
+# A critic has CRITIC_GAP and CRITIC_LEVEL.
+LARGEST = {
+    **{"bce": 1e3, "minimax": 1e3, "lsgan": 1e2, "hinge": 1e3},
+    **{"relativistic": 1e3, "relativistic-average": 1e3},
+}
 # A critic of slope 1 tells two images apart by at most their distance, so by at most the diameter of [-1, 1]^pixels.
 # Penalties hold the slope on average only, hence a factor; its level is free, until rounding eats the difference.
 CRITIC_GAP, CRITIC_LEVEL = 10, 100
