@@ -1,6 +1,7 @@
 """What images from a file cost: decoding once, memory meanwhile, and the trainer's steps beside the step alone.
 
     python benchmarks/loading.py [--images 20000] [--edge 256] [--loose] [--folder DIR]
+    python benchmarks/loading.py --images 1000000 --edge 32 --size 16    # without training
 
 Makes tar shards of JPEGs of 256 x 256 (of 200 different ones; --loose: a folder of files), decodes them to 64 x 64 in
 one thread and in all, and trains `dcgan-64` in turns: the step alone on one batch that stays, and `Trainer`'s whole
@@ -68,11 +69,11 @@ def held() -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) / 1e3
 
 
-def decoded(shards: Path, cache: Path, threads: int, limit: int) -> tuple[data.ImageSet, float, float]:
+def decoded(shards: Path, cache: Path, threads: int, limit: int, size: int) -> tuple[data.ImageSet, float, float]:
     """(the set, images decoded a second, memory at most beyond what there was before in MB)."""
     workers, decode.workers = decode.workers, lambda: threads
     before, most = held(), [0.0]
-    options: Any = dict(image_size=64, channels=3, limit=limit, max_bytes=0, cache_dir=cache)
+    options: Any = dict(image_size=size, channels=3, limit=limit, max_bytes=0, cache_dir=cache)
     start: list[float] = []
 
     def report(done: int, total: int) -> None:
@@ -168,6 +169,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--edge", type=int, default=256)
     parser.add_argument("--loose", action="store_true")
+    parser.add_argument("--size", type=int, default=64, help="to which images are decoded; training needs 64")
     parser.add_argument("--folder")
     args = parser.parse_args()
     found = facts.gather("python " + " ".join(sys.argv))
@@ -179,13 +181,13 @@ def main() -> int:
         listing = seconds(lambda: data.loading.open_source(folder / "shards"))
         print(f"listing {args.images:,} files: {listing:.2f} s")
         for threads, limit in ((1, args.images // 8), (decode.workers(), args.images)):
-            images, pace, most = decoded(folder / "shards", folder / "cache", threads, limit)
+            images, pace, most = decoded(folder / "shards", folder / "cache", threads, limit, args.size)
             print(f"decoding, {threads} threads: {pace:,.0f} images/s, at most {most:.0f} MB more held")
         path = images.mapped
         del images
-        again = seconds(lambda: decoded(folder / "shards", folder / "cache", 2, args.images))
+        again = seconds(lambda: decoded(folder / "shards", folder / "cache", 2, args.images, args.size))
         print(f"found again, listed and compared: {again:.2f} s; {path.stat().st_size / 1e6:,.0f} MB of pixels")
-        rows = compare(path)
+        rows = compare(path) if args.size == 64 else {}
         for way, (spent, batch, disk) in rows.items():
             median = statistics.median(spent)
             beside = statistics.median(a / b for a, b in zip(spent, rows["same"][0], strict=True)) - 1
