@@ -39,13 +39,14 @@ def test_films_are_read_and_what_is_wrong_is_named(tmp_path, caplog, monkeypatch
     (tmp_path / "film.mp4").write_bytes(b"no film")
     (tmp_path / "notes.txt").write_text("not counted")
     clips = load_clips(str(tmp_path), frames=4, image_size=8, channels=1)
-    assert clips.values.shape == (3, 4, 1, 8, 8)
+    assert clips.values.shape == (5, 4, 1, 8, 8)
     shades = clips.values[:, :, 0, 4, 4].tolist()
-    assert shades == [[0, 10, 20, 30], [40, 50, 60, 70], [100, 110, 120, 130]]
+    assert shades[:3] == [[0, 10, 20, 30], [40, 50, 60, 70], [50, 60, 70, 80]]  # no frame is lost
+    assert shades[3:] == [[100, 110, 120, 130], [110, 120, 130, 140]]
     said = dict(clips.skipped)
     assert said.keys() == {"still.gif", "broken.gif", "film.mp4"} and len(caplog.records) == 1
     assert said["still.gif"] == "it has 1 of 4 frames" and "pip install imageio-ffmpeg" in said["film.mp4"]
-    picked = clips.pick(torch.tensor([2, 0]), mirror=torch.tensor([True, False]))
+    picked = clips.pick(torch.tensor([3, 0]), mirror=torch.tensor([True, False]))
     assert picked.dtype == torch.float32 and picked[1, 3, 0, 0, 0].item() == pytest.approx(30 / 127.5 - 1)
 
 

@@ -75,12 +75,13 @@ def test_what_is_wrong_is_counted_and_named_and_nothing_else_is_lost(tmp_path, c
     header[20] = 3  # the format of floats
     (tmp_path / "float.wav").write_bytes(header)
     sounds = load_sounds(str(tmp_path), length=128)
-    assert sounds.rate == 8000 and len(sounds) == 2 + 2 + 1 + 1  # clipped, good, short, cut
+    assert sounds.rate == 8000 and len(sounds) == 2 + 3 + 1 + 1  # clipped, good, short, cut
     said = dict(sounds.skipped)
     assert said.keys() == {
         *("clipped.wav", "fast.wav", "good.wav", "short.wav", "silent.wav", "broken.wav", "empty.wav", "text.wav"),
-        *("a.flac", "float.wav"),
+        *("a.flac", "float.wav", "cut.wav"),
     }
+    assert said["cut.wav"] == "its data end after 128 of the 447 samples that its header has"
     assert said["clipped.wav"].startswith("it is clipped (") and said["clipped.wav"].endswith("and stays")
     assert (
         said["fast.wav"].endswith("and it is left out; pip install soxr resamples it")
@@ -89,7 +90,20 @@ def test_what_is_wrong_is_counted_and_named_and_nothing_else_is_lost(tmp_path, c
     assert said["good.wav"] == "1 silent part left out" and said["silent.wav"] == "it is silent"
     assert said["short.wav"] == "it has 40 of 128 samples and is filled up with silence"
     assert "soundfile" in said["a.flac"] and "soundfile" in said["float.wav"] and all(said.values())
-    assert len(caplog.records) == 1 and "and 7 more" in caplog.text
+    assert len(caplog.records) == 1 and f"11 files of {tmp_path} are not as they should be: a.flac: " in caplog.text
+    assert (
+        "soundfile (2 such); broken.wav: " in caplog.text and "a run has all of them in its skipped.txt" in caplog.text
+    )
+
+
+def test_the_end_of_a_sound_is_in_the_last_window(tmp_path):
+    ramp = np.linspace(0.1, 0.9, 300, dtype=np.float32)
+    write(tmp_path / "a.wav", ramp)
+    write(tmp_path / "b.wav", np.concatenate([ramp[:256], np.zeros(44, np.float32)]))
+    sounds = load_sounds(str(tmp_path), length=128)
+    want = torch.from_numpy(np.stack([ramp[:128], ramp[128:256], ramp[172:], ramp[:128], ramp[128:256]]))
+    torch.testing.assert_close(sounds.pick(torch.arange(5))[:, 0], want, atol=1e-4, rtol=0)
+    assert len(sounds) == 5 and sounds.skipped == [("b.wav", "1 silent part left out")]
 
 
 def test_other_rates_are_resampled_where_soxr_is(tmp_path):

@@ -39,8 +39,25 @@ def test_lines_of_files_are_read_and_what_is_wrong_is_counted_and_named(tmp_path
     assert ("a.txt", "3 empty lines") in lines.skipped
     assert ("a.txt", "1 line cut at 10 characters") in lines.skipped
     assert ("inner/latin.txt", "byte 3 is not UTF-8, read as Latin-1") in lines.skipped
-    assert ("nul.txt", "it has NUL characters and is no text") in lines.skipped
-    assert len(caplog.records) == 1 and "and 3 more" in caplog.text
+    assert ("nul.txt", "it has NUL characters and is no text, or UTF-16 without its mark") in lines.skipped
+    assert len(caplog.records) == 1 and f"4 files of {tmp_path} are not as they should be: " in caplog.text
+    assert (
+        "a.txt: 1 line cut at 10 characters (2 such); a.txt: 3 empty lines; empty.txt: the file is empty;"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_mark_says_the_encoding(tmp_path, encoding):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffun café\nune été".encode(encoding))
+    lines = load_lines(str(file), length=10)
+    assert lines.lines() == ["un café", "une été"] and lines.skipped == []
+    file.write_bytes(file.read_bytes()[:-1])
+    lines = load_lines(str(file), length=10)
+    assert lines.lines() == ["un café", "une ét\ufffd"]
+    ((_, said),) = lines.skipped
+    assert f"is not {encoding[:6].upper()}, damaged characters are replaced" in said
 
 
 def test_one_file_and_a_given_alphabet(tmp_path):

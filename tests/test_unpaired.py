@@ -174,6 +174,7 @@ def test_a_generator_sees_how_bright_a_flat_thing_is():
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unraced")
 def test_a_run_both_ways(sides, tmp_path, capsys):
     recipe = recipe_of(data=str(sides), eval_every=2, domain_options={"history": 3})
     whole = fastgan.Trainer(recipe, out=tmp_path / "run", quiet=True)

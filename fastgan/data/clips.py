@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastgan.data.decode import pillow, quiet_decoding, reason, to_pixels
-from fastgan.data.folders import Remarks, tell
 from fastgan.data.loading import load
 from fastgan.data.memory import require
+from fastgan.data.remarks import Remarks, tell
 from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "ClipSet", "load_clips"]
@@ -46,7 +46,7 @@ def load_clips(
 
     Args:
         source: the path, or the set's name.
-        frames: of a clip; a longer film gives one clip after the other, what is left at its end is not used.
+        frames: of a clip; a longer film gives one clip after the other, the last one of its last frames.
         image_size, channels: of a frame; other sizes have their centre square resized.
 
     .gif needs nothing more, .mp4, .webm, .mov and .avi the package imageio-ffmpeg. A folder that itself holds images is
@@ -71,12 +71,12 @@ def load_clips(
         except Exception as error:  # damaged files make readers raise nearly anything
             remarks.append((name, reason(error)))
             continue
-        count = len(pixels) // frames
-        if not count:
+        if len(pixels) < frames:
             remarks.append((name, f"it has {len(pixels)} of {frames} frames"))
             continue
-        require(2 * count * frames * pixels[0].size, "cpu", f"load: {count:,} clips of {name}")
-        parts.append(np.stack(pixels[: count * frames]).reshape(count, frames, *pixels[0].shape))
+        begins = [min(at, len(pixels) - frames) for at in range(0, len(pixels), frames)]
+        require(2 * len(begins) * frames * pixels[0].size, "cpu", f"load: {len(begins):,} clips of {name}")
+        parts += [np.stack(pixels[at : at + frames])[None] for at in begins]
     if not parts:
         first = "".join(f"; {name}: {what}" for name, what in remarks[:3])
         raise ValueError(f"load: {source} must hold a clip of {frames} frames, it holds none{first}")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, ClassVar
 
 from fastgan.data.decode import MAX_FILE_BYTES, SUFFIXES
-
-log = logging.getLogger("fastgan.data")
 
 # Images by their suffix that Pillow cannot read: they are reported as skipped, never silently passed over.
 UNREAD = {
@@ -190,14 +187,6 @@ class Zip(Files):
         for name in self.names:
             digest.update(name.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
-
-
-def tell_skipped(name: str, skipped: Sequence[tuple[str, str]]) -> None:
-    """One line of the log on the files of a set that were left out."""
-    if skipped:
-        first = "; ".join(f"{file}: {why}" for file, why in skipped[:3])
-        more = "; ..." if len(skipped) > 3 else ""
-        log.warning("load: %s of %s skipped (%s%s)", plural(len(skipped), "file"), name, first, more)
 
 
 def inner_name(name: str) -> str | None:

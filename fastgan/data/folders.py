@@ -1,15 +1,12 @@
-"""Files of any kind below a folder, and one line of the log about what was wrong with them."""
+"""Files of any kind below a folder."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
-log = logging.getLogger("fastgan.data")
-
-Remarks = list[tuple[str, str]]  # (file, what was wrong with it)
+__all__ = ["files_below"]
 
 
 def files_below(source: str, suffixes: Collection[str], kind: str) -> tuple[Path, list[str]]:
@@ -33,11 +30,3 @@ def files_below(source: str, suffixes: Collection[str], kind: str) -> tuple[Path
     if not names:
         raise ValueError(f"load: {path} must hold {kind} ({', '.join(sorted(suffixes))}), it holds none")
     return path, sorted(names)
-
-
-def tell(name: str, remarks: Sequence[tuple[str, str]]) -> None:
-    """Log the first of `remarks` on the files of data set `name`, and how many there are."""
-    if remarks:
-        first = "; ".join(f"{file}: {what}" for file, what in remarks[:3])
-        more = f"; and {len(remarks) - 3:,} more" if len(remarks) > 3 else ""
-        log.warning("load: %s: %s%s", name, first, more)

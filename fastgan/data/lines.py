@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastgan.data.files import plural
-from fastgan.data.folders import Remarks, files_below, tell
+from fastgan.data.folders import files_below
 from fastgan.data.memory import require
+from fastgan.data.remarks import Remarks, tell
 from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "END", "LineSet", "load_lines"]
@@ -22,6 +23,11 @@ DEMONSTRATION = "sentences"  # what the recipe trains on where no file is given
 END = "\n"  # fills a line up; the first character of every alphabet
 MOST = 96  # characters of an alphabet that the data decide; one-hot lines grow with it
 LARGEST = 256  # of one that is given: numbers of characters are bytes
+# The first bytes of a file, and what they mean; UTF-32's mark begins with that of UTF-16.
+MARKS = (
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
 
 # Every combination: 2 x 12 x 16 x 12 = 4,608 sentences of at most 22 characters.
 ARTICLES = ("the", "one")
@@ -91,8 +97,8 @@ def load_lines(source: str, *, length: int, alphabet: str = "", device: torch.de
         alphabet: the characters that lines may have, the end of a line first; "": the at most 96 that are most frequent
             in the data. A line that has another one is left out.
 
-    Files are UTF-8, UTF-16 with its mark, or else read as Latin-1. Whatever is not as it should be (an encoding, empty
-    lines, lines that are cut or left out) is counted, named in `skipped` and logged in one line.
+    Files are UTF-8, UTF-16 or UTF-32 with its mark, or else read as Latin-1. Whatever is not as it should be (an
+    encoding, empty lines, lines that are cut or left out) is counted, named in `skipped` and logged in one line.
 
     Raises:
         ValueError: no file, no line that is left, or an alphabet of more than 256 characters, doubled ones or another
@@ -139,7 +145,7 @@ def _lines_of(path: Path, name: str, remarks: Remarks) -> list[str]:
         return []
     text = _decoded(raw, name, remarks)
     if "\0" in text:
-        remarks.append((name, "it has NUL characters and is no text"))
+        remarks.append((name, "it has NUL characters and is no text, or UTF-16 without its mark"))
         return []
     lines = [" ".join(line.split()) for line in text.splitlines()]
     if empty := lines.count(""):
@@ -150,11 +156,13 @@ def _lines_of(path: Path, name: str, remarks: Remarks) -> list[str]:
 
 
 def _decoded(raw: bytes, name: str, remarks: Remarks) -> str:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return raw.decode("utf-16", "replace")
+    marked = next((encoding for mark, encoding in MARKS if raw.startswith(mark)), "")
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode(marked or "utf-8-sig")
     except UnicodeDecodeError as error:
+        if marked:
+            remarks.append((name, f"byte {error.start:,} is not {marked.upper()}, damaged characters are replaced"))
+            return raw.decode(marked, "replace")
         remarks.append((name, f"byte {error.start:,} is not UTF-8, read as Latin-1"))
         return raw.decode("latin-1")
 

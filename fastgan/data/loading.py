@@ -20,10 +20,11 @@ from fastgan.data.arrays import Array
 from fastgan.data.cache import NoRoomError, stream
 from fastgan.data.catalogue import CATALOGUE
 from fastgan.data.decode import SUFFIXES, WHITE, greatest, in_order, quiet_decoding
-from fastgan.data.files import Files, Folder, Zip, tell_skipped
+from fastgan.data.files import Files, Folder, Zip
 from fastgan.data.imageset import ImageSet
 from fastgan.data.memory import free_bytes, gib
 from fastgan.data.pixels import ArrayPixels, FilePixels, Progress, Wanted, card_of, identity, opened_pixels
+from fastgan.data.remarks import tell
 from fastgan.data.shards import Shards, shards_of
 
 Source = str | os.PathLike[str] | torch.Tensor | np.ndarray
@@ -91,7 +92,7 @@ def load(
         pixels = opened_pixels(opened, wanted)
         cap = _host_limit() if max_bytes is None else max_bytes
         images = _read(opened, pixels, wanted, cap, cache_dir)
-    tell_skipped(images.name, images.skipped)
+    tell(images.name, images.skipped, "skipped")
     return _place(images, target)
 
 

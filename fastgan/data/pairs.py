@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgan.data.decode import decode, in_order, pillow, quiet_decoding, reason, to_pixels
-from fastgan.data.files import Files, plural, tell_skipped
+from fastgan.data.files import Files, plural
 from fastgan.data.imageset import ImageSet
 from fastgan.data.loading import load, open_source
 from fastgan.data.memory import require
 from fastgan.data.pixels import FilePixels, Wanted
+from fastgan.data.remarks import tell
 from fastgan.data.store import MemoryStore
 
 __all__ = ["MADE", "PairSet", "UnpairedSet", "load_pairs", "load_unpaired", "made_from", "two_folders"]
@@ -266,7 +267,7 @@ def load_pairs(
             raise ValueError(f"pairs: a folder or a zip must hold the pairs, got {os.fspath(source)!r}")
         if isinstance(opened, Files) and made in ("auto", "no"):
             pairs = _from_files(opened, image_size, source_channels, channels, direction)
-            tell_skipped(pairs.name, pairs.skipped)
+            tell(pairs.name, pairs.skipped, "skipped")
             return pairs.to(device)
     images = load(source, image_size=image_size, channels=channels)
     sources = made_from(images.images, "outlines" if made == "auto" else made, source_channels)
@@ -302,12 +303,13 @@ def load_unpaired(
                     f"load: {opened.path} must hold two folders of pictures, one a side; it has "
                     f"{plural(len(opened.names), 'picture')} and {opened.found()}"
                 )
-            sides, wanted = [], Wanted(image_size, channels)
+            sides, wanted, unread = [], Wanted(image_size, channels), opened.skipped
             for names in found[:2]:
                 opened.names, opened.skipped = names, []
                 sides.append(FilePixels(opened, wanted).to_memory().to(device))
+            sides[0].skipped = sorted(unread + sides[0].skipped)
             both = UnpairedSet(*sides, name=opened.path.name or str(opened.path))
-            tell_skipped(both.name, both.skipped)
+            tell(both.name, both.skipped, "skipped")
             return both
     images = load(source, image_size=image_size, channels=channels)
     numbers = torch.arange(len(images))
@@ -315,4 +317,5 @@ def load_unpaired(
         raise ValueError(f"unpaired: two sides need 2 pictures at least, {images.name} has {len(images)}")
     a, b = images.select(numbers[::2]), images.select(numbers[1::2])
     sources = made_from(a.images, "outlines" if made == "auto" else made, channels).contiguous()
-    return UnpairedSet(ImageSet(sources, name=images.name).to(device), b.to(device), name=images.name)
+    a = ImageSet(sources, name=images.name, skipped=images.skipped)
+    return UnpairedSet(a.to(device), b.to(device), name=images.name)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastgan.data.files import plural
-from fastgan.data.folders import Remarks, files_below, tell
+from fastgan.data.folders import files_below
 from fastgan.data.memory import require
+from fastgan.data.remarks import Remarks, tell
 from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "SoundSet", "each_sound", "load_sounds", "save_wav"]
@@ -56,12 +57,13 @@ def load_sounds(source: str, *, length: int, rate: int = 0, device: torch.device
 
     Args:
         source: the path, or the set's name.
-        length: numbers a sound. A file gives one sound after the other, the last one filled up with silence where at
-            least half of it is there or the file is shorter than one.
+        length: numbers a sound. A file gives one sound after the other; the last one ends where the file ends, so it
+            overlaps the one before. A file that is shorter than one is filled up with silence.
         rate: in Hz; 0: the one that most files have. Other files are resampled by soxr; without it they are left out.
 
     PCM .wav files need no library, all others soundfile. Channels are averaged. What is not as it should be (damaged,
-    silent, clipped, short files, other rates) is named in `skipped` and logged in one line; clipped sounds stay.
+    silent, clipped, short files, data that end early, other rates) is named in `skipped` and logged in one line;
+    clipped sounds stay, and of data that end early what is there.
 
     Raises:
         ValueError: no file, or none that a sound is left of.
@@ -108,13 +110,15 @@ def _first(remarks: Remarks) -> str:
 def _read(path: Path, name: str, remarks: Remarks) -> tuple[np.ndarray, int] | None:
     """(float32 [samples] in [-1, 1], rate), or None with a remark."""
     try:
-        sound, rate = _read_pcm(path) if path.suffix.lower() == ".wav" else _read_other(path)
+        sound, rate, told = _read_pcm(path) if path.suffix.lower() == ".wav" else _read_other(path)
     except Exception as error:  # damaged files make readers raise nearly anything
         remarks.append((name, " ".join(str(error).split()) or type(error).__name__))
         return None
     if not len(sound) or not np.isfinite(sound).all():
         remarks.append((name, "it has no samples" if not len(sound) else "it has numbers that are not finite"))
         return None
+    if len(sound) < told:
+        remarks.append((name, f"its data end after {len(sound):,} of the {told:,} samples that its header has"))
     peak = float(np.abs(sound).max())
     if peak < SILENT:
         remarks.append((name, "it is silent"))
@@ -125,12 +129,15 @@ def _read(path: Path, name: str, remarks: Remarks) -> tuple[np.ndarray, int] | N
     return sound, rate
 
 
-def _read_pcm(path: Path) -> tuple[np.ndarray, int]:
-    """A .wav of 8, 16, 24 or 32-bit whole numbers by the standard library; any other by soundfile."""
+def _read_pcm(path: Path) -> tuple[np.ndarray, int, int]:
+    """A .wav of 8, 16, 24 or 32-bit whole numbers by the standard library; any other by soundfile.
+
+    (float32 [samples], rate, samples that the header tells of, which a cut file lacks).
+    """
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            raw = file.readframes(file.getnframes())
+            raw = file.readframes(told := file.getnframes())
     except wave.Error as error:
         if "unknown format" not in str(error):
             raise
@@ -147,13 +154,13 @@ def _read_pcm(path: Path) -> tuple[np.ndarray, int]:
         numbers = top.view("<i4")[:, 0].astype(np.float32) / 2**31
     else:
         numbers = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
-    return numbers.reshape(-1, channels).mean(1), rate
+    return numbers.reshape(-1, channels).mean(1), rate, told
 
 
-def _read_other(path: Path) -> tuple[np.ndarray, int]:
+def _read_other(path: Path) -> tuple[np.ndarray, int, int]:
     soundfile = _extra("soundfile", "this format needs the package soundfile; pip install soundfile")
     sound, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    return sound.mean(1), int(rate)
+    return sound.mean(1), int(rate), len(sound)
 
 
 def _extra(package: str, otherwise: str) -> Any:
@@ -179,20 +186,20 @@ def _resampled(sound: np.ndarray, own: int, rate: int, name: str, remarks: Remar
 
 
 def _windows(sound: np.ndarray, length: int, name: str, remarks: Remarks) -> np.ndarray:
-    """int16 [M, length] of the sound, without silent ones."""
-    whole, rest = divmod(len(sound), length)
-    if whole == 0:
+    """int16 [M, length] of the sound, the last one up to its end, without those that add silence alone."""
+    if len(sound) < length:
         remarks.append((name, f"it has {len(sound):,} of {length:,} samples and is filled up with silence"))
-    count = whole + (whole == 0 or 2 * rest >= length)
-    require(6 * count * length, "cpu", f"load: {count:,} sounds of {name}")
-    padded = np.zeros(count * length, np.float32)
-    kept = sound[: count * length]
-    padded[: len(kept)] = kept
-    windows = padded.reshape(count, length)
-    loud = np.abs(windows).max(1) >= SILENT
-    if not loud.all():
-        remarks.append((name, f"{plural(int((~loud).sum()), 'silent part')} left out"))
-    return np.rint(windows[loud].clip(-1, 1) * FULL).astype(np.int16)
+        sound = np.pad(sound, (0, length - len(sound)))
+    begins = range(0, len(sound), length)
+    require(6 * len(begins) * length, "cpu", f"load: {len(begins):,} sounds of {name}")
+    loud = [at for at in begins if np.abs(sound[at : at + length]).max() >= SILENT]
+    if len(loud) < len(begins):
+        remarks.append((name, f"{plural(len(begins) - len(loud), 'silent part')} left out"))
+    windows = np.zeros((len(loud), length), np.float32)
+    for row, at in zip(windows, loud, strict=True):
+        at = min(at, len(sound) - length)
+        row[:] = sound[at : at + length]
+    return np.rint(windows.clip(-1, 1) * FULL).astype(np.int16)
 
 
 # ---- writing, and the demonstration ---------------------------------------------------------------------------------

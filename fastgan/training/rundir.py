@@ -1,6 +1,7 @@
 """The run directory: every file of a run, who may write it, and what is left of it after a crash.
 
-    config.json  log.jsonl  samples/  checkpoints/  best/  pictures/  tensorboard/  wandb/  report.html  ending.json
+    config.json  skipped.txt  log.jsonl  samples/  checkpoints/  best/  pictures/  tensorboard/  wandb/  report.html
+    ending.json
     and, while a process trains in it, lock
 
 Whole files appear whole or not at all; the log grows by a line at a time, and a torn last line is cut when the run
@@ -12,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgan import _writing
+from fastgan.data.files import plural
+from fastgan.data.remarks import listed
 
 from . import checkpoint
 from .lock import RunLock
@@ -28,6 +31,7 @@ __all__ = ["RunDirectory", "read_log"]
 # directory without one is no run that could be resumed by mistake.
 CONTENTS = (
     "config.json",
+    "skipped.txt",
     "log.jsonl",
     "samples",
     "checkpoints",
@@ -76,6 +80,7 @@ class RunDirectory:
         self.pictures = self.path / "pictures"
         self.ending = self.path / "ending.json"
         self.report = self.path / "report.html"
+        self.skipped = self.path / "skipped.txt"
         self._config = self.path / "config.json"
         self._lock = RunLock(self.path / _LOCK)
 
@@ -139,6 +144,15 @@ class RunDirectory:
             path.unlink(missing_ok=True)
         kept = [record for record in read_log(self.log) if record["step"] <= step] if step else []
         _writing.write(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def name_files(self, remarks: Sequence[tuple[str, str]]) -> str:
+        """Write skipped.txt: all that is wrong with files of the data, a line each. Says so; "" where nothing is."""
+        if not remarks:
+            self.skipped.unlink(missing_ok=True)
+            return ""
+        _writing.write(self.skipped, listed(remarks))
+        files = plural(len({file for file, _ in remarks}), "file")
+        return f"{files} of the data not as they should be: {self.skipped}"
 
     @property
     def finished(self) -> bool:

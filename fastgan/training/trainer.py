@@ -259,6 +259,8 @@ class Trainer:
             f"{recipe.name} on {self.images.name} ({len(self.images):,} {self.domain.noun}), {self.device}, "
             f"{self._precision}: step {self.step} to {recipe.steps}, writing to {self.out}"
         )
+        if wrong := directory.name_files(getattr(self.images, "skipped", ())):
+            self.progress.note(wrong)
         if self.step == 0:
             self.draw()
         checkpoint.set_rng_state(self.rng)
