@@ -186,8 +186,65 @@ def test_no_weight_gradients_skips_them(transposed):
     (dx,) = torch.autograd.grad(plainly.square().sum(), x, create_graph=True)
     torch.testing.assert_close(got, torch.autograd.grad(dx.square().sum(), w)[0])
     with gradfix.no_weight_gradients(False):
+        assert not gradfix.weight_gradients_disabled
         assert torch.autograd.grad(conv(x, w).sum(), w)[0] is not None
     assert torch.autograd.grad(conv(x, w).sum(), w)[0] is not None
+
+
+def test_the_flag_of_weight_gradients_is_read_and_set(modules):
+    """As the projects' module has it; a module that was imported before tells and sets the same."""
+    gradfix, x, w = stylegan.conv2d_gradfix, double(1, 2, 4, 4), double(2, 2, 3, 3)
+    theirs = types.ModuleType("torch_utils.ops.conv2d_gradfix")
+    theirs.enabled, theirs.weight_gradients_disabled, theirs.conv2d = False, False, None
+    sys.modules[theirs.__name__] = theirs
+    stylegan.install()
+    for flag, other in ((gradfix, theirs), (theirs, gradfix)):
+        assert flag.weight_gradients_disabled is False
+        with gradfix.no_weight_gradients():
+            assert flag.weight_gradients_disabled is True
+            with gradfix.no_weight_gradients():
+                pass
+            assert flag.weight_gradients_disabled is True
+        assert flag.weight_gradients_disabled is False
+        try:
+            flag.weight_gradients_disabled = True
+            assert other.weight_gradients_disabled is True
+            y = gradfix.conv2d(x, w).sum()
+            assert torch.autograd.grad(y, w, allow_unused=True)[0] is None
+        finally:
+            flag.weight_gradients_disabled = False
+        assert torch.autograd.grad(gradfix.conv2d(x, w).sum(), w)[0] is not None
+
+
+def test_bad_arguments_are_told_in_one_sentence_of_the_function_that_was_called():
+    x, w, resample = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3), stylegan.conv2d_resample.conv2d_resample
+    up, wrong = stylegan.upfirdn2d, torch.randn(6, 5, 3, 3)
+    channels = r"conv2d_resample: x must have weight.shape\[1\] \* groups channels .* got x \(2, 4, 8, 8\), weight "
+    for call, error, text in [
+        (lambda: resample(x, wrong), ValueError, channels + r"\(6, 5, 3, 3\), groups=1"),
+        (lambda: resample(x, wrong, SMOOTH, up=2), ValueError, channels + r"\(6, 5, 3, 3\), groups=1"),
+        (lambda: resample(x, wrong, SMOOTH, down=2), ValueError, channels + r"\(6, 5, 3, 3\), groups=1"),
+        (lambda: resample(x, wrong[:, :2], up=2, groups=3), ValueError, channels + r"\(6, 2, 3, 3\), groups=3"),
+        (lambda: resample(x, w[:5, :2], up=2, groups=2), ValueError, channels + r"\(5, 2, 3, 3\), groups=2"),
+        (lambda: resample(x, w, up=2, groups=0), ValueError, channels + r"\(6, 4, 3, 3\), groups=0"),
+        (lambda: resample(x, w, padding=1.5), ValueError, "conv2d_resample: padding must be .* got 1.5"),
+        (
+            lambda: resample(x, w, [1, 3, 3, 1], up=2),
+            TypeError,
+            "conv2d_resample: f must be None or a tensor, got list",
+        ),
+        (lambda: up.filter2d(x, [1, 3, 3, 1]), TypeError, "filter2d: f must be None or a tensor, got list"),
+        (lambda: up.upsample2d(x, SMOOTH, 1.9), ValueError, "upsample2d: up must be an int .* got 1.9"),
+        (lambda: up.downsample2d(x, SMOOTH, 1.9), ValueError, "downsample2d: down must be an int .* got 1.9"),
+        (lambda: up._parse_padding(torch.tensor([1, 1])), ValueError, "upfirdn2d: padding must be an int"),
+        (lambda: up._get_filter_size([1, 2]), TypeError, "upfirdn2d: f must be None or a tensor, got list"),
+        (lambda: stylegan.filtered_lrelu.filtered_lrelu(x, [1]), TypeError, "filtered_lrelu: fu must be None or a te"),
+        (lambda: stylegan.conv2d_gradfix.conv2d(x, w, stride=1.5), ValueError, "conv2d: stride must be an int .* 1.5"),
+    ]:
+        with pytest.raises(error, match="^" + text):
+            call()
+    assert up.upfirdn2d(x, SMOOTH, up=(2, 1), padding=[1, 2]).shape == (2, 4, 9, 15)
+    assert up.upfirdn2d(x, SMOOTH, up=torch.tensor(2), padding=torch.Size([1, 2])).shape == (2, 4, 17, 15)
 
 
 # ---- install ---------------------------------------------------------------------------------------------------------

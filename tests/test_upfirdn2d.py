@@ -150,6 +150,18 @@ def test_errors():
         (lambda: functional.upfirdn2d(x, torch.zeros(0)), ValueError, r"f must be None, \[K\] or \[KH,KW\]"),
         (lambda: functional.upfirdn2d(x, SMOOTH, up=0), ValueError, "up must be an int or a pair of ints >= 1, got 0"),
         (lambda: functional.upfirdn2d(x, SMOOTH, padding=(1, 2, 3)), ValueError, r"padding must be .* got \(1, 2, 3\)"),
+        (lambda: functional.upfirdn2d(x, SMOOTH, up=1.9), ValueError, "up must be an int .* >= 1, got 1.9"),
+        (lambda: functional.upfirdn2d(x, SMOOTH, up="2"), ValueError, "up must be an int .* >= 1, got '2'"),
+        (lambda: functional.upfirdn2d(x, SMOOTH, down=(2, 1.5)), ValueError, r"down must be .* got \(2, 1.5\)"),
+        (lambda: functional.upfirdn2d(x, SMOOTH, down=None), ValueError, "down must be .* got None"),
+        (lambda: functional.upfirdn2d(x, SMOOTH, padding=1.9), ValueError, "padding must be .* got 1.9"),
+        (lambda: functional.upfirdn2d(x, SMOOTH, padding=(1, 0.5)), ValueError, r"padding must be .* got \(1, 0.5\)"),
+        (
+            lambda: functional.upfirdn2d(x, SMOOTH, padding=torch.tensor([1, 1])),
+            ValueError,
+            r"padding must be an int, \(x, y\) or .* got tensor\(\[1, 1\]\)",
+        ),
+        (lambda: functional.upfirdn2d(x, [1, 3, 3, 1]), TypeError, "f must be None or a tensor, got list; convert"),
         (lambda: functional.upfirdn2d(x, torch.ones(9)), ValueError, r"f \(9,\) must fit into the padded image"),
         (lambda: functional.upfirdn2d(x, SMOOTH, gain=float("nan")), ValueError, "gain must be finite, got nan"),
     ]:

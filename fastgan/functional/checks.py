@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,11 +12,19 @@ Size2 = int | Sequence[int]
 
 def pair(op: str, name: str, value: Size2, least: int) -> list[int]:
     """An int for both, or an int for each of height and width."""
-    found = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    found = ints(value)
     found = found * 2 if len(found) == 1 else found
     if len(found) != 2 or min(found) < least:
         raise ValueError(f"{op}: {name} must be an int or a pair of ints >= {least}, got {value!r}")
     return found
+
+
+def ints(value: Size2) -> list[int]:
+    """The ints of an int or a sequence; none where anything else is among them: 1.9 is not taken for 1."""
+    try:
+        return [operator.index(v) for v in (value if isinstance(value, Sequence) else [value])]
+    except TypeError:
+        return []
 
 
 def check_bias(op: str, bias: Tensor | None, channels: int) -> None:

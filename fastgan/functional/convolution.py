@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import _activation
-from fastgan.functional.checks import Size2, check_bias, pair
+from fastgan.functional.checks import Size2, check_bias, ints, pair
 from fastgan.functional.norm import Statistics
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
@@ -225,10 +225,10 @@ def conv_transpose1d(
 
 def _line(op: str, name: str, value: Size1, least: int) -> list[int]:
     """A number along L as the pair (H, W) of an image one pixel high."""
-    given = list(value) if isinstance(value, Sequence) else [value]
+    given = ints(value)
     if len(given) != 1 or given[0] < least:
         raise ValueError(f"{op}: {name} must be an int >= {least} or a sequence of one, got {value!r}")
-    return [least, int(given[0])]
+    return [least, given[0]]
 
 
 def _check_signal(op: str, x: Tensor, weight: Tensor) -> None:

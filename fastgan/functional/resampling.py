@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan._layout import is_channels_last
 from fastgan.choice import has_kernel
-from fastgan.functional.checks import Size2, check_bias, pair
+from fastgan.functional.checks import Size2, check_bias, ints, pair
 from fastgan.functional.convolution import conv2d, conv_transpose2d
 from fastgan.functional.elementwise import bias_act, check_form
 from fastgan.ops import filtered_lrelu as _filtered_lrelu
@@ -78,6 +78,10 @@ def filter_of(op: str, name: str, f: Tensor | None, x: Tensor) -> Tensor:
     """A filter as the op takes it; None is the filter 1."""
     if f is None:
         return torch.ones(1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    if not isinstance(f, Tensor):
+        raise TypeError(
+            f"{op}: {name} must be None or a tensor, got {type(f).__name__}; convert it with torch.tensor()"
+        )
     if f.dim() not in (1, 2) or f.numel() == 0:
         raise ValueError(f"{op}: {name} must be None, [K] or [KH,KW] with an element, got shape {tuple(f.shape)}")
     if f.device != x.device:
@@ -89,7 +93,7 @@ def filter_of(op: str, name: str, f: Tensor | None, x: Tensor) -> Tensor:
 
 def pads(op: str, padding: int | Sequence[int]) -> list[int]:
     """(x before, x after, y before, y after) of an int, (x, y), or those four."""
-    found = [int(p) for p in padding] if isinstance(padding, Sequence) else [int(padding)] * 2
+    found = ints(padding) * (1 if isinstance(padding, Sequence) else 2)
     if len(found) == 2:
         found = [found[0], found[0], found[1], found[1]]
     if len(found) != 4:
@@ -204,8 +208,7 @@ def conv2d_resample(
     """
     name = "conv2d_resample"
     check_image(name, x)
-    if weight.dim() != 4:
-        raise ValueError(f"{name}: weight must have 4 dimensions, got shape {tuple(weight.shape)}")
+    _check_weight(name, x, weight, groups)
     for factor, value in (("up", up), ("down", down)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: {factor} must be an int >= 1, got {value!r}")
@@ -226,6 +229,16 @@ def conv2d_resample(
     if x0 == x1 >= 0 and y0 == y1 >= 0:
         return conv2d(x, kernel, padding=[y0, x0], groups=groups)
     return conv2d(upfirdn2d(x, None, 1, 1, around), kernel, groups=groups)
+
+
+def _check_weight(op: str, x: Tensor, weight: Tensor, groups: int) -> None:
+    if weight.dim() != 4:
+        raise ValueError(f"{op}: weight must have 4 dimensions, got shape {tuple(weight.shape)}")
+    if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"{op}: x must have weight.shape[1] * groups channels and weight.shape[0] must be a multiple of groups, "
+            f"got x {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}"
+        )
 
 
 def _centred(around: list[int], f: Tensor, up: int, down: int) -> list[int]:

@@ -160,6 +160,17 @@ def without_weight_gradients(skip: bool = True) -> Iterator[None]:
         _skipping = before
 
 
+def skips_weight_gradients() -> bool:
+    """Whether backward passes make no gradient of a convolution's weight now."""
+    return _skipping
+
+
+def skip_weight_gradients(skip: bool) -> None:
+    """From now on; within `without_weight_gradients` until its end."""
+    global _skipping
+    _skipping = skip
+
+
 def weight_is_wanted(ctx: Any, index: int) -> bool:
     """`wanted` of a convolution's weight, input `index`."""
     return not _skipping and wanted(ctx, index)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from torch import Tensor
 
 from fastgan import functional
-from fastgan.ops.conv2d import without_weight_gradients
+from fastgan.ops.conv2d import skip_weight_gradients, skips_weight_gradients, without_weight_gradients
 
 __all__ = ["conv2d", "conv_transpose2d", "no_weight_gradients"]
 
@@ -26,6 +28,21 @@ def no_weight_gradients(disable: bool = True) -> Iterator[None]:
     """
     with without_weight_gradients(disable):
         yield
+
+
+class Switched(ModuleType):
+    """This module, whose flag is the one that convolutions read, also where a project sets it by hand."""
+
+    @property
+    def weight_gradients_disabled(self) -> bool:
+        return skips_weight_gradients()
+
+    @weight_gradients_disabled.setter
+    def weight_gradients_disabled(self, disabled: bool) -> None:
+        skip_weight_gradients(bool(disabled))
+
+
+sys.modules[__name__].__class__ = Switched
 
 
 def conv2d(

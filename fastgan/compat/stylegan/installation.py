@@ -61,7 +61,8 @@ def install(package: str = "torch_utils.ops") -> Installation:
 
 
 def _replace(theirs: ModuleType, ours: ModuleType) -> list[str]:
-    """Our public functions in a module that others hold already."""
+    """Our public functions in a module that others hold already, and its flag where ours has one."""
+    theirs.__class__ = type(ours)
     replaced = [name for name in ours.__all__ if callable(getattr(theirs, name, None))]
     for name in replaced:
         setattr(theirs, name, getattr(ours, name))

@@ -130,4 +130,6 @@ def _parse_padding(padding: Padding) -> tuple[int, ...]:
 
 def _get_filter_size(f: Tensor | None) -> tuple[int, int]:
     """(KW, KH)."""
+    if f is not None and not isinstance(f, Tensor):
+        raise TypeError(f"upfirdn2d: f must be None or a tensor, got {type(f).__name__}; take setup_filter(f)")
     return (1, 1) if f is None else (int(f.shape[-1]), int(f.shape[0]))
