@@ -9,6 +9,8 @@ from tiny_run import TINY, assert_same_state, noise, trainer
 import fastgan
 from fastgan.cli import main
 from fastgan.data.imageset import ImageSet
+from fastgan.domains import domain_of
+from fastgan.domains.text import _different, _places
 from fastgan.functional import gan_loss
 from fastgan.functional.losses import KINDS
 from fastgan.training import checkpoint, recovery
@@ -69,7 +71,7 @@ def test_loss_of_variety_is_told_once_and_again_after_a_recovery():
     assert [step for step, _ in warnings] == [STARTED + 100 * (3 + LOOKS - 1), STARTED + 100 * (11 + LOOKS - 1)]
     assert isinstance(warnings[0][1], Collapse)
     assert (
-        "few kinds of pictures (10% of the images' variety; 5% of the images have a picture near, at best it was 90%"
+        "few kinds of samples (10% of the data's variety; 5% of the data have a sample near, at best it was 90%"
         in warnings[0][1]
     )
     assert guard.healthy == STARTED + 100 * 10
@@ -145,6 +147,58 @@ def test_what_health_sees():
     lost = health.look(Memory(1), Judge(), z, None)
     assert lost["diversity"] < 1e-3 and lost["coverage"] < 0.5
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Repeats(torch.nn.Module):
+    """Gives one of so many samples, by the number that z is."""
+
+    def __init__(self, samples, kinds):
+        super().__init__()
+        self.samples, self.kinds = torch.nn.Parameter(samples), kinds
+
+    def forward(self, z):
+        return self.samples[z[:, 0].long() % self.kinds]
+
+
+@pytest.mark.parametrize("name", ["wavegan", "hifigan-small", "clip-32", "chargan", "dcgan-28"])
+def test_every_kind_of_samples_is_watched(name):
+    """Other training samples are no collapse; one or three of them again and again are one, after healthy looks."""
+    domain = domain_of(fastgan.recipes()[name])
+    samples = domain.load(torch.device("cpu"))
+    health, z = domain.health(samples, None), torch.arange(64.0)[:, None]
+    others = samples.pick(torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:64])
+    found = {kinds: health.look(Repeats(others, kinds), torch.nn.Identity(), z, None) for kinds in (64, 3, 1)}
+    assert found[64]["diversity"] > 0.8 and found[64]["coverage"] > 0.5 and found[1]["diversity"] < 0.01
+    assert not told(Guard("bce", 64), [found[64]] * 20)
+    for lost in (1, 3):
+        ((step, warning),) = told(Guard("bce", 64), [*[found[64]] * 3, *[found[lost]] * 4])
+        assert step == STARTED + 100 * (3 + LOOKS - 1) and isinstance(warning, Collapse)
+    ((step, _),) = told(Guard("bce", 64), [found[1]] * 100)
+    assert step == LATE + 100 * (LOOKS - 1)
+
+
+@pytest.mark.usefixtures("unraced")
+def test_a_run_of_lines_looks_and_warns_of_one_line_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.training.guard.STARTED", 4)
+    recipe = fastgan.recipes()["chargan"].replace(
+        model_options={"width": 8, "blocks": 1},
+        **dict(batch_size=4, steps=10, eval_every=0, sample_count=12, watch_every=1, sample_every=0),
+    )
+    run = Trainer(recipe, out=tmp_path / "run", device="cpu", quiet=True)
+    look = run.health.look
+    constant = Repeats(run.images.pick(torch.arange(1)), 1)
+    run.health.look = lambda g, *rest: look(constant if run.step > 6 else g, *rest)
+    run.fit()
+    assert all({"diversity", "coverage"} <= record.keys() for record in read_log(tmp_path / "run/log.jsonl"))
+    (note,) = [note for note in run.notes if "few kinds" in note]
+    assert note.startswith("step 8: the generator makes few kinds of samples (0% of the data's variety")
+
+
+def test_the_end_of_a_line_is_no_variety():
+    line = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 3], [1, 2, 0, 0], [1, 2, 3, 0]]), 4).mT.float()
+    places = _places(line)
+    assert torch.equal(places[0], places[1]) and not torch.equal(places[0], places[2])
+    assert [_different(places[list(rows)]) for rows in ((0, 1), (0, 2), (0, 1, 2))] == [0.0, 1.0, 0.5]
 
 
 def test_gradient_norms():

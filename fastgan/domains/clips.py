@@ -15,8 +15,10 @@ from fastgan import data
 from fastgan._writing import atomic_file, target_of
 from fastgan.data.clips import DEMONSTRATION, ClipSet, load_clips
 from fastgan.data.films import require_ffmpeg, save_mp4
+from fastgan.metrics import features, load_backbone
 from fastgan.training.evaluation import MOST, NAMES, FeatureJudge
 from fastgan.training.figures import figure
+from fastgan.training.health import Health
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
 
@@ -83,6 +85,10 @@ class Clips(Domain):
         recipe = self.recipe
         real = data.to_uint8(motion_pictures(some_of(samples, MOST)))
         return FeatureJudge(real, recipe.latent, recipe.seed + 2, recipe.sample_count, look=motion_pictures)
+
+    def health(self, samples: ClipSet, held: ClipSet | None) -> Health:
+        """Variety and coverage of `motion_pictures` beside those of the training clips."""
+        return Health(samples, held, look=lambda made: features(motion_pictures(made), load_backbone()))
 
     def compare(self, directory: RunDirectory, samples: ClipSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png and real.gif."""

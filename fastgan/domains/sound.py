@@ -13,8 +13,10 @@ from torch import Tensor
 from fastgan import data
 from fastgan._writing import atomic_file, target_of
 from fastgan.data.sounds import DEMONSTRATION, SoundSet, load_sounds, save_wav
+from fastgan.metrics import features, load_backbone
 from fastgan.training.evaluation import MOST, NAMES, FeatureJudge
 from fastgan.training.figures import figure
+from fastgan.training.health import Health
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
 from fastgan.training.sampling import evenly
@@ -95,6 +97,10 @@ class Sound(Domain):
         recipe = self.recipe
         real = data.to_uint8(self.pictures(some_of(samples, MOST)))
         return FeatureJudge(real, recipe.latent, recipe.seed + 2, recipe.sample_count, look=self.pictures)
+
+    def health(self, samples: SoundSet, held: SoundSet | None) -> Health:
+        """Variety and coverage of spectrograms beside those of the training sounds."""
+        return Health(samples, held, look=lambda made: features(spectrograms(made[:, 0]), load_backbone()))
 
     def compare(self, directory: RunDirectory, samples: SoundSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png and its sounds."""

@@ -16,6 +16,7 @@ from fastgan.data.lines import DEMONSTRATION, LineSet, load_lines, texts
 from fastgan.metrics import ngram_divergence
 from fastgan.models.chargan import ALPHABET
 from fastgan.training.figures import figure
+from fastgan.training.health import Health
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
 from fastgan.training.sampling import draw, latents
@@ -103,6 +104,13 @@ class Text(Domain):
         """Divergences of n-grams of characters."""
         return NgramJudge(self, samples)
 
+    def health(self, samples: LineSet, held: LineSet | None) -> Health:
+        """The share of lines that are different beside that of the training lines, and how many of those have one near.
+
+        Two lines are as far from each other as the number of places where their characters differ.
+        """
+        return Health(samples, held, look=_places, variety=_different)
+
     def compare(self, directory: RunDirectory, samples: LineSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png with its lines, and how many generated lines are training lines."""
         self.write(some_of(samples, len(made)), directory.pictures / "real.png", columns)
@@ -155,6 +163,18 @@ class NgramJudge:
         # lines too short for an n-gram have none in common with others
         longest = min(max(map(len, lines)) for lines in (self._real, made)) + 1
         return {f"jsd{n}": ngram_divergence(self._real, made, n) if n <= longest else 1.0 for n in NGRAMS}
+
+
+def _places(made: Tensor) -> Tensor:
+    """Floats [N, symbols length] of lines [N, symbols, length]: 1 for the character at each place up to the end."""
+    numbers = made.argmax(1)
+    numbers[(numbers == 0).cumsum(1) > 0] = 0
+    return nn.functional.one_hot(numbers, made.shape[1]).flatten(1).float()
+
+
+def _different(features: Tensor) -> float:
+    """The share of rows that are different, from 0 where all are one to 1."""
+    return (len(features.unique(dim=0)) - 1) / (len(features) - 1)
 
 
 @cache

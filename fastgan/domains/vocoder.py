@@ -13,6 +13,7 @@ from fastgan import data
 from fastgan.data.sounds import DEMONSTRATION_RATE, SoundSet, load_sounds
 from fastgan.metrics import features, kernel_distance, load_backbone
 from fastgan.training import sampling
+from fastgan.training.health import Health
 from fastgan.training.outputs import Outputs
 from fastgan.training.recipes import Recipe
 
@@ -125,6 +126,10 @@ class Vocoder(Sound):
     def judge(self, samples: SoundSet) -> MelJudge:  # type: ignore[override]
         """Distance to the spectrograms that were given, and between those of all sounds."""
         return MelJudge(self._held or samples, self.spectrogram)
+
+    def health(self, samples: SoundSet, held: SoundSet | None) -> Health:
+        """As of every kind of sound. What is held out is judged by `mel`, not by the discriminators."""
+        return super().health(samples, None)
 
     def require_latents(self, command: str) -> None:
         """Raises ValueError: there are no latents."""

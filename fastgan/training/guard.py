@@ -45,9 +45,8 @@ STARTED, UNFLAT = 200, 1000
 # moves weights of 0.02 by a quarter of it.
 MOVING_STEPS, MOVED = 50, 1e-3
 
-# Variety (`health`): the mean distance between two pictures' features over that between two images'; and the share of
-# images with a picture near, beside the greatest so far where that says anything. What these find and miss stands in
-# docs/troubleshooting.md.
+# Variety (`health`): that of samples over that of the data; and the share of the data with a sample near, beside the
+# greatest so far where that says anything. What these find and miss stands in docs/troubleshooting.md.
 NARROW, FALLEN, COVERED = 0.2, 0.4, 0.3
 # A generator that was never twice as varied as NARROW may be a slow starter: r1-dcgan-64 at width 16 has 0.06 at step
 # 200 and 0.16 at step 1,200. It is lost if it still is so after this many steps.
@@ -168,9 +167,9 @@ class Guard:
         if self._narrow != LOOKS:
             return None
         return Collapse(
-            f"step {step}: the generator makes few kinds of pictures ({diversity:.0%} of the images' variety; "
-            f"{coverage:.0%} of the images have a picture near, at best it was {self._best:.0%}); go back to an "
-            "earlier checkpoint, and try lower rates, a penalty (penalty=r1) or more images"
+            f"step {step}: the generator makes few kinds of samples ({diversity:.0%} of the data's variety; "
+            f"{coverage:.0%} of the data have a sample near, at best it was {self._best:.0%}); go back to an earlier "
+            "checkpoint, and try lower rates, a penalty (penalty=r1) or more data"
         )
 
     def _check_overfitting(self, step: int, metrics: Mapping[str, float]) -> str | None:

@@ -137,7 +137,7 @@ def _charts(records: Sequence[Mapping[str, Any]], domain: Domain) -> Iterable[st
         yield chart(title, keys)
     yield chart("Losses", {"d_loss": "discriminator", "g_loss": "generator"}, always=True)
     yield chart("Mean scores", {"d_real": "D(x)", "d_fake": "D(G(z))"}, (0.0, 1.0), always=True)
-    watched = {"diversity": "variety beside the images'", "coverage": "coverage", "overfit": "overfitting of D"}
+    watched = {"diversity": "variety beside the data's", "coverage": "coverage", "overfit": "overfitting of D"}
     yield chart("Health", watched)
     yield chart("Gradient norms", {"d_grad": "discriminator", "g_grad": "generator"})
     yield chart("Penalty", {"penalty": "penalty"})
