@@ -149,6 +149,7 @@ def test_instance_noise_fades():
         ("augment=cutout,cutout", "augment must be none, ada or some of"),
         ("schedule=step", "schedule must be one of constant, linear, cosine, got 'step'"),
         ("warm_up=-1", "warm_up must be at least 0, got -1"),
+        ("warm_up=1e9", "warm_up must be below steps, which are"),
         ("grad_clip=0", "grad_clip must be none or finite and above 0, got 0"),
         ("label_smoothing=0.5", r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ("instance_noise=-1", "instance_noise must be finite and at least 0, got -1"),

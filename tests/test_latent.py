@@ -9,9 +9,13 @@ from tiny_run import TINY, noise, trainer
 from torch import nn
 
 import fastgan
+from fastgan import data
 from fastgan.cli import main
+from fastgan.cli.interpolate import _training_images
+from fastgan.domains import domain_of
 from fastgan.training import sampling
 from fastgan.training.latent import class_direction, class_directions, principal_directions, project
+from fastgan.training.nearest import nearest_images
 
 
 class Linear(nn.Module):
@@ -103,6 +107,8 @@ def test_interpolate_along_components_and_through_images(tmp_path, capsys):
         assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
     assert walk("--along", "activations") == (0, "")
     assert walk("--image", str(tmp_path / "picture.png")) == (0, "")
+    code, said = walk("--nearest")
+    assert code == 2 and "--nearest needs the run's images in files, they were given in Python" in said
     for options, message in (
         (["--image", str(tmp_path / "text.png")], "--image must be a readable image"),
         (["--image", "absent.png"], "absent.png is not: no such file"),
@@ -112,6 +118,52 @@ def test_interpolate_along_components_and_through_images(tmp_path, capsys):
     ):
         code, said = walk(*options)
         assert code == 2 and message in said
+
+
+def test_interpolate_with_the_nearest_training_images(tmp_path, capsys):
+    """A generator of training images has each of them under itself."""
+    recipe = TINY.replace(steps=1, data="fashion-mnist", image_size=8, held_out=5000)
+    with fastgan.backend("reference"):
+        trainer(None, tmp_path / "run", recipe).fit()
+    command = ["interpolate", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "walk.png")]
+    assert main([*command, "--walks=2", "--stops=2", "--frames=3", "--nearest"]) == 0
+    with Image.open(tmp_path / "walk.png") as sheet:
+        assert sheet.size == (3 * 10 + 2, 2 * 18 + 2)
+    assert main([*command[:-1], str(tmp_path / "walk.gif"), "--walks=2", "--stops=2", "--frames=2", "--nearest"]) == 0
+    capsys.readouterr()
+    images = _training_images(domain_of(recipe))
+    assert len(images) == 5000  # those held out are no training images
+    some = images[[3, 1700, 4999]]
+    found = nearest_images(torch.cat([images[:200], some]), some.float() / 127.5 - 1)
+    assert torch.equal(data.to_uint8(found), some)
+    with pytest.raises(ValueError, match="samples must be finite"):
+        nearest_images(images, torch.full((1, 1, 8, 8), float("nan")))
+
+
+OTHERS = {  # domains of samples that are no images: options of a run, and the size of a frame of a walk
+    "chargan": (["--set=model_options.width=2", "--set=domain_options.length=8"], (8 * 7, 12)),
+    "wavegan": (["--set=model_options.g_width=2", "--set=domain_options.length=256", "--set=d_steps=1"], None),
+    "clip-32": (["--set=model_options.g_width=2", "--set=image_size=16", "--set=domain_options.frames=4"], (64, 16)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_interpolate_walks_through_what_is_no_image(name, tmp_path, capsys):
+    options, size = OTHERS[name]
+    run, out = str(tmp_path / "run"), str(tmp_path / "walk.png")
+    tiny = ["--steps=1", "--batch-size=2", "--backend=reference", "--quiet", "--device=cpu", "--set=sample_count=2"]
+    assert main(["train", "--recipe", name, f"--out={run}", *tiny, "--set=eval_every=0", *options]) == 0
+    command = ["interpolate", "--run", run, "--walks=2", "--stops=2", "--frames=3"]
+    assert main([*command, "--out", out]) == 0
+    if size:
+        with Image.open(out) as sheet:
+            assert sheet.size == (3 * (size[0] + 2) + 2, 2 * (size[1] + 2) + 2)
+    assert main([*command, "--out", str(tmp_path / "walk.gif"), "--along=components"]) == 0
+    for option in (["--nearest"], ["--image", "a.png"], ["--along", "classes"]):
+        capsys.readouterr()
+        assert main([*command, "--out", out, *option]) == 2
+        said = capsys.readouterr().err
+        assert f"{' '.join(option[:1] if option[0] != '--along' else option)} must be left out, {name} makes" in said
 
 
 class Shades(nn.Module):

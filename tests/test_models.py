@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastgan import models
+from fastgan.functional import gan_loss, gradient_penalty
 from fastgan.training.step import mixes_samples
 
 # Parameter counts: published by the sources or derived in each class' docstring.
@@ -154,12 +155,43 @@ def test_samples_meet_only_in_batch_norm(name):
         torch.testing.assert_close(discriminator(images)[2:3], discriminator(images[2:3]))
 
 
-@pytest.mark.parametrize("image_size", [16, 64, 128])
-def test_dcgan_sizes(image_size):
-    generator, discriminator = models.build("dcgan-64", image_size=image_size, latent=3, g_width=2, d_width=2)
+def test_dcgan_takes_latents_with_pixels():
+    generator, discriminator = models.build("dcgan-64", image_size=16, latent=3, g_width=2, d_width=2)
     images = generator(torch.randn(2, 3, 1, 1))
-    assert images.shape == (2, 3, image_size, image_size)
-    assert discriminator(images).shape == (2,)
+    assert images.shape == (2, 3, 16, 16) and discriminator(images).shape == (2,)
+
+
+FAMILIES = {  # of many sizes, at a width that takes a moment
+    "dcgan-64": {"g_width": 2, "d_width": 2, "d_norm": False},
+    "r3gan": {"g_width": 16, "d_width": 16, "blocks": 1, "group_size": 8},
+    "sngan-32": {"g_width": 2, "d_width": 2},
+}
+
+
+@pytest.mark.parametrize("image_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_sizes_learn_with_r1(name, image_size):
+    """The update of both networks: the adversarial loss, and R1 of the discriminator at real images."""
+    torch.manual_seed(0)
+    options = FAMILIES[name]
+    generator, discriminator = models.build(name, image_size=image_size, latent=3, **options)
+    with torch.no_grad():  # a layer that starts at zero (r3gan) hides those before it
+        for parameter in (*generator.parameters(), *discriminator.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = generator(torch.randn(1, 3))
+    assert images.shape == (1, 3, image_size, image_size)
+    nn.functional.softplus(-discriminator(images)).mean().backward()
+    real, made = torch.rand(1, 3, image_size, image_size) * 2 - 1, images.detach()
+    discriminator.zero_grad()
+    penalty = gradient_penalty(discriminator, real, kind="r1", weight=10.0)
+    assert 0 < penalty < float("inf")
+    weights = list(discriminator.parameters())
+    of_penalty = torch.autograd.grad(penalty, weights, allow_unused=True)
+    assert sum(float(g.abs().sum()) for g in of_penalty if g is not None) > 0
+    gan_loss(discriminator(made), discriminator(real), kind="bce", side="d").backward()
+    for parameter in (*generator.parameters(), *weights):
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    assert all(g is None or g.isfinite().all() for g in of_penalty)
 
 
 def test_dcgan_initialisation():

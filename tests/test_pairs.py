@@ -238,6 +238,52 @@ def test_bad_translations_are_one_sentence(folders, tmp_path, capsys):
         fastgan.Trainer(recipe, out=tmp_path / "new", images=fastgan.data.load("emoji-64", image_size=16))
 
 
+def some_pairs(count, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    planes = torch.randint(0, 256, (count, 2, 16, 16), generator=rng, dtype=torch.uint8)
+    return PairSet(planes, source_channels=1)
+
+
+class Memory(nn.Module):
+    """Logits of pairs: high for those that it knows, low for made ones, and what it is told for all others."""
+
+    def __init__(self, pairs, others):
+        super().__init__()
+        self.known = nn.Parameter(pairs.images.float().flatten(1))
+        self.others = others
+
+    def forward(self, x, sources):
+        pairs = (torch.cat([sources, x], 1) * 127.5 + 127.5).round().flatten(1)
+        known = (pairs[:, None] == self.known).all(2).any(1).float()
+        return torch.where(x.flatten(1).std(1) == 0, -1.0, known + self.others * (1 - known))
+
+
+@pytest.mark.parametrize(("others", "share"), [(1.0, 0.0), (-1.0, 1.0), (0.0, 0.5)])
+def test_a_discriminator_that_knows_its_pairs_by_heart(others, share):
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, sources):
+            return sources * self.weight
+
+    recipe = fastgan.recipes()["pix2pix"].replace(**TINY, channels=1, held_out=10)
+    domain = domain_of(recipe)
+    known, held = domain.hold_out(some_pairs(40), 10)
+    given = domain.given(known)
+    found = domain.health(known, held).look(Grey(), Memory(known, others), given.z, None)
+    assert found["overfit"] == pytest.approx(share)
+    assert "overfit" not in domain.health(known, None).look(Grey(), Memory(known, others), given.z, None)
+
+
+def test_a_run_with_held_out_pairs_looks_at_them(tmp_path):
+    recipe = fastgan.recipes()["pix2pix"].replace(**{**TINY, "watch_every": 1, "channels": 1}, model_options=NARROW)
+    trainer = fastgan.Trainer(recipe.replace(held_out=8), out=tmp_path / "run", images=some_pairs(24), quiet=True)
+    trainer.fit()
+    assert all("overfit" in record for record in read_log(tmp_path / "run" / "log.jsonl"))
+
+
 def test_pairs_given_from_memory(tmp_path):
     pairs = PairSet(torch.randint(0, 256, (5, 6, 16, 16), dtype=torch.uint8), 3)
     recipe = fastgan.recipes()["pix2pix"].replace(**TINY, model_options=NARROW, flip=True)

@@ -101,6 +101,31 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
     assert text.count("<polyline") == 2 * 4 and text == comparison([RunDirectory(runs / n) for n in "ab"])
 
 
+def test_runs_of_other_samples_are_compared_by_their_own_scores(runs, tmp_path):
+    """Texts have n-grams, pairs the distance to their targets, sounds that of their spectrograms."""
+    named, more = fastgan.recipes(), {"fastgan": "0", "backend": "reference", "models": "recipe"}
+    told = {}
+    for name, key, noun in (
+        *(("chargan", "jsd4", "lines"), ("pix2pix", "l1", "pairs"), ("hifigan-small", "mel", "sounds")),
+        *(("clip-32", "kcd", "clips"), ("cyclegan", "kcd", "pictures a side")),
+    ):
+        run = RunDirectory(tmp_path / name)
+        run.begin({"recipe": named[name].to_dict(), "started": "now", "device": "cpu"} | more, 0)
+        for step, score in ((100, 0.5), (200, 0.25), (300, 0.75)):
+            record = {"step": step, "seconds": step / 10, "d_loss": 1.0, "images_per_second": 9.0}
+            run.append(record | {key: score, "eval_images": 128})
+        told[name] = run, f"<td>{key} 0.2500 at step 200, 128 {noun}</td>"
+    for run, best in told.values():
+        text = comparison([run, RunDirectory(runs / "a")])
+        Balanced(text)
+        assert best in text and text.count("<td>kcd ") == 1 + ("kcd" in best)
+        assert text.count("<polyline") == 2 * 2 + 2 * 2  # each its own score over steps and seconds; two of both runs
+    text = comparison([told["chargan"][0], told["pix2pix"][0], RunDirectory(runs / "a")])
+    for title in ("N-grams", "Distance to the targets", "Kernel distance"):
+        assert text.count(f"<h2>{title}</h2>") == 2, title
+    assert "divergence of 4-grams from those of the lines, bits" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -266,4 +291,19 @@ def test_the_plan_says_what_the_disk_must_hold(tmp_path):
 def test_auto_is_for_new_runs(runs, capsys):
     assert main(["train", "--resume", str(runs / "a"), "--batch-size", "auto"]) == 2
     assert "--batch-size auto is for a new run" in capsys.readouterr().err
+    capsys.readouterr()
     assert main(["train", "--recipe", "mlp-28", "--batch-size", "some", "--out", "x"]) == 2
+    assert "must be auto or a whole number of at least 1, got 'some'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.002, "2,000 images/s"), (8.0, "0.5 images/s"), (90.0, "0.04 images/s")]
+)
+def test_the_plan_of_slow_steps_and_of_evaluations(seconds, said, monkeypatch):
+    counts = {"generator": 10, "discriminator": 10}
+    found = {"seconds": seconds, "timed": 5, "memory_mb": 1.0, "parameters": counts}
+    monkeypatch.setattr(planning, "measure", lambda recipe, device: found)
+    text = planning.plan(TINY.replace(steps=1000), device="cpu")
+    assert said in text and "evaluations" not in text
+    text = planning.plan(TINY.replace(steps=1000, eval_every=200), device="cpu")
+    assert "for 1,000 steps; 5 evaluations on top, about 5% where that is time for 64 images" in text

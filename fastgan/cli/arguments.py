@@ -15,13 +15,13 @@ else:
 __all__ = ["Commands", "batch_size", "nonnegative_int", "positive_float", "positive_int", "seed"]
 
 
-def _whole(text: str, least: int) -> int:
+def _whole(text: str, least: int, beside: str = "") -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {beside}a whole number of at least {least}, got {text!r}")
     if value >= MAX_SEED:  # what 64 bits hold
         raise argparse.ArgumentTypeError(f"must be below 2^63, got {text!r}")
     return value
@@ -34,7 +34,7 @@ def positive_int(text: str) -> int:
 
 def batch_size(text: str) -> int | str:
     """1, 2, ... or auto."""
-    return text if text == "auto" else _whole(text, 1)
+    return text if text == "auto" else _whole(text, 1, "auto or ")
 
 
 def nonnegative_int(text: str) -> int:

@@ -16,10 +16,11 @@ from fastgan._writing import atomic_file, target_of
 from fastgan.data.decode import decode, reason
 from fastgan.data.films import require_ffmpeg, save_mp4
 from fastgan.data.memory import require
-from fastgan.domains import domain_of
+from fastgan.domains import Domain, Images, domain_of
 from fastgan.training import sampling
 from fastgan.training.assembly import resolve_device
 from fastgan.training.latent import PICTURES, class_directions, principal_directions, project
+from fastgan.training.nearest import nearest_images
 from fastgan.training.recipes import Recipe
 
 from .arguments import Commands, positive_int, seed
@@ -52,6 +53,9 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         "or activations of the generator's first layer, or those towards the classes of the run's images",
     )
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="pass this image; repeat it")
+    parser.add_argument(
+        "--nearest", action="store_true", help="under each frame the training image whose features are nearest"
+    )
     parser.add_argument("--frames", type=positive_int, help="in all (default 80; 10 in a png)")
     parser.add_argument("--stops", type=positive_int, default=4, help="latents that a walk passes (default 4)")
     parser.add_argument("--walks", type=positive_int, default=9, help="walks side by side (default 9)")
@@ -74,13 +78,20 @@ def run(args: argparse.Namespace) -> int:
         require_ffmpeg("interpolate")
     frames = args.frames or (10 if kind == ".png" else 80)
     generator, config = sampling.load_generator(args.run, device=resolve_device(args.device), best=args.best)
-    domain_of(Recipe.from_dict(config["recipe"])).require_latents("interpolate")
+    domain = domain_of(Recipe.from_dict(config["recipe"]))
+    domain.require_latents("interpolate")
+    _check_kind(args, domain)
+    if args.nearest and config.get("images", {}).get("given"):
+        raise ValueError("interpolate: --nearest needs the run's images in files, they were given in Python")
     numbers = args.walks * frames * config["recipe"]["latent"]
     require(4 * numbers, "cpu", f"interpolate: {args.walks:,} walks of {frames:,} frames")
     labels = _labels(args, config)
     walks = _walks(args, generator, config["recipe"], labels, frames)
     each = None if labels is None else torch.tensor(labels).repeat_interleave(frames)
-    images = sampling.draw(generator, torch.cat(walks), each).unflatten(0, (len(walks), frames))
+    images = domain.pictures(domain.draw(generator, torch.cat(walks), each))
+    if args.nearest:
+        images = torch.cat([images, nearest_images(_training_images(domain), images)], 2)
+    images = images.unflatten(0, (len(walks), frames))
     if kind == ".png":
         data.save_grid(images.flatten(0, 1), args.out, columns=frames)
     elif kind == ".gif":
@@ -89,6 +100,20 @@ def run(args: argparse.Namespace) -> int:
         save_mp4(_pictures(images), args.out, fps=_FPS)
     print(f"{len(walks)} walks of {frames} frames: {args.out}")
     return 0
+
+
+def _check_kind(args: argparse.Namespace, domain: Domain) -> None:
+    """ValueError for an option that asks for a comparison with images where samples are none."""
+    asked = {"--image": args.image, "--nearest": args.nearest, "--along classes": args.along == "classes"}
+    for option, given in asked.items():
+        if given and not isinstance(domain, Images):
+            raise ValueError(f"interpolate: {option} must be left out, {domain.recipe.name} makes {domain.noun}")
+
+
+def _training_images(domain: Domain) -> Tensor:
+    """uint8 [N, C, H, W] of the images that a run learnt from."""
+    images: Tensor = domain.hold_out(domain.load(torch.device("cpu")), domain.recipe.held_out)[0].images
+    return images
 
 
 def _walks(

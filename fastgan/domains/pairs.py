@@ -13,7 +13,7 @@ from fastgan import data
 from fastgan.data.pairs import PairSet, load_pairs
 from fastgan.metrics import features, kernel_distance, load_backbone
 from fastgan.training import sampling
-from fastgan.training.health import Health
+from fastgan.training.health import LOOKED_AT, Health
 from fastgan.training.outputs import Outputs
 from fastgan.training.recipes import Recipe
 from fastgan.training.rundir import RunDirectory
@@ -170,8 +170,8 @@ class Pairs(Translating):
         return PairJudge(self._held or samples)
 
     def health(self, samples: PairSet, held: PairSet | None) -> Health:
-        """Variety and coverage beside the targets."""
-        return Health(data.ImageSet(samples.targets, device=samples.device), None, labelled=False)
+        """Variety and coverage beside the targets, and with pairs that were held out whether D knows its own."""
+        return PairHealth(samples, held)
 
     def compare(self, directory: RunDirectory, samples: PairSet, made: Tensor, columns: int | None) -> str:
         """pictures/real.png: pairs of the training set."""
@@ -190,6 +190,20 @@ class Pairs(Translating):
                 f"trained for, got {direction}"
             )
         return generator, self.source_channels
+
+
+class PairHealth(Health):
+    """`Health` of translations, whose discriminator sees a picture beside its source."""
+
+    def __init__(self, pairs: PairSet, held: PairSet | None):
+        targets = lambda of: data.ImageSet(of.targets, device=of.device)
+        super().__init__(targets(pairs), None if held is None else targets(held), labelled=False)
+        at = sampling.evenly(len(pairs), LOOKED_AT).to(pairs.sources.device)
+        self._labels = normalised(pairs.sources[at])
+        self._held_labels = None if held is None else normalised(held.sources[:LOOKED_AT])
+
+    def _told(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        return z  # the sources
 
 
 class TargetDistance:

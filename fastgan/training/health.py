@@ -69,8 +69,12 @@ class Health:
             "coverage": density_coverage(self._real, made).coverage,
         }
         if self._held is not None:
-            found["overfit"] = self._overfit(discriminator, drawn, some[1])
+            found["overfit"] = self._overfit(discriminator, drawn, self._told(*some))
         return found
+
+    def _told(self, z: Tensor, labels: Tensor | None) -> Tensor | None:
+        """What the discriminator is told of the samples of z."""
+        return labels
 
     def _overfit(self, discriminator: nn.Module, drawn: Tensor, labels: Tensor | None) -> float:
         device = next(discriminator.parameters()).device

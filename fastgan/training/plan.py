@@ -13,6 +13,7 @@ from fastgan.choice import backend as force_backend
 from fastgan.domains import domain_of
 
 from .assembly import assemble, precision_of, resolve_device
+from .evaluation import LEAST, SHARE
 from .origin import load_samples
 from .progress import duration, memory_mb
 from .recipes import Recipe
@@ -87,6 +88,19 @@ def _disk(recipe: Recipe, parameters: dict[str, int]) -> float:
     return (4 * kept + grids * recipe.sample_count * recipe.channels * recipe.image_size**2) / 1e6
 
 
+def _at_least_a_digit(speed: float) -> str:
+    """1,234 and 3 and 0.04."""
+    return f"{speed:,.0f}" if speed >= 1 else f"{speed:.1g}"
+
+
+def _on_top(recipe: Recipe) -> str:
+    """What the time of the steps leaves out."""
+    if not recipe.eval_every:
+        return ""
+    count, share = recipe.steps // recipe.eval_every, f"{SHARE:.0%}"
+    return f"; {count:,} evaluations on top, about {share} where that is time for {LEAST} {domain_of(recipe).noun}"
+
+
 def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) -> str:
     """The plan as text: every field, parameter counts, and time and memory measured on this machine."""
     place = resolve_device(device)
@@ -103,10 +117,10 @@ def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) ->
     rows["memory"] = f"{found['memory_mb']:,.0f} MB ({what})"
     speed = recipe.batch_size * recipe.d_steps / found["seconds"]
     rows["a step"] = (
-        f"{found['seconds'] * 1e3:.1f} ms, {speed:,.0f} images/s "
+        f"{found['seconds'] * 1e3:.1f} ms, {_at_least_a_digit(speed)} images/s "
         f"(measured here: median of {found['timed']} steps on random images, after 2 to warm up)"
     )
     rows["disk"] = f"about {_disk(recipe, found['parameters']):,.0f} MB (checkpoints kept, pictures before compression)"
-    rows["in all"] = f"{duration(found['seconds'] * recipe.steps)} for {recipe.steps:,} steps"
+    rows["in all"] = f"{duration(found['seconds'] * recipe.steps)} for {recipe.steps:,} steps{_on_top(recipe)}"
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

@@ -158,6 +158,8 @@ class Recipe:
         for name in AT_LEAST_0:
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
+        if self.warm_up and self.warm_up >= self.steps:
+            raise ValueError(f"recipe: warm_up must be below steps, which are {self.steps}, got {self.warm_up}")
         if self.seed >= MAX_SEED:
             raise ValueError(f"recipe: seed must be below 2^63, got {self.seed}")
         for name in ("name", "model", "domain", "data"):

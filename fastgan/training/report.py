@@ -145,15 +145,13 @@ def _charts(records: Sequence[Mapping[str, Any]], domain: Domain) -> Iterable[st
     yield f"<h2>Speed</h2>{curves({'images/s': _series(records[1:], 'images_per_second')})}"
 
 
-COMPARED = (  # title, and what over what
-    ("Kernel distance over steps", "kcd", "step"),
-    ("Kernel distance over time", "kcd", "seconds"),
-    ("Discriminator's loss", "d_loss", "step"),
-    ("Images/s", "images_per_second", "step"),
-)
-
-
 # ---- several runs ---------------------------------------------------------------------------------------------------
+
+
+COMPARED = (  # of all runs: title, key, and what it is where the title does not say it
+    ("Discriminator's loss", "d_loss", None),
+    ("Images/s", "images_per_second", None),
+)
 
 
 def comparison(runs: Sequence[RunDirectory]) -> str:
@@ -161,20 +159,22 @@ def comparison(runs: Sequence[RunDirectory]) -> str:
     names = _names(runs)
     configs = [run.read_config() for run in runs]
     logs = [read_log(run.log) for run in runs]
-    rows = [_standing(name, run, log) for name, run, log in zip(names, runs, logs, strict=True)]
+    domains = [domain_of(Recipe.from_dict(config["recipe"])) for config in configs]
+    rows = [_standing(*one) for one in zip(names, runs, logs, domains, strict=True)]
     body = [f"<h1>{len(runs)} runs</h1>", _rows(rows), "<h2>What differs</h2>", _rows(_differences(names, configs))]
-    for title, key in (
-        ("Kernel distance", "kcd"),
-        ("Discriminator's loss", "d_loss"),
-        ("Images/s", "images_per_second"),
-    ):
-        for over, x in (("steps", "step"), ("seconds", "seconds")) if key == "kcd" else (("steps", "step"),):
-            series = {name: _series(log, key, x) for name, log in zip(names, logs, strict=True)}
-            shown = {name: points for name, points in series.items() if len(points) > 1}
-            body.append(f"<h2>{title}</h2>{curves(shown, over=over)}" if shown else "")
+    measured = [_measure(domain) for domain in domains]
+    wanted = [(measure, over) for measure in dict.fromkeys(measured) for over in ("step", "seconds")]
+    wanted += [(measure, "step") for measure in COMPARED]
+    for (title, key, words), over in wanted:
+        # what two kinds of samples call by one name is two measures
+        same = [True if words is None else one == (title, key, words) for one in measured]
+        series = {name: _series(log, key, over) for name, log, is_so in zip(names, logs, same, strict=True) if is_so}
+        shown = {name: points for name, points in series.items() if len(points) > 1}
+        said = f"<p class='soft'>{html.escape(words)}</p>" if words else ""
+        drawn = curves(shown, over="steps" if over == "step" else over)
+        body.append(f"<h2>{html.escape(title)}</h2>{said}{drawn}" if shown else "")
     pictures = []
-    for name, run, config in zip(names, runs, configs, strict=True):
-        domain = domain_of(Recipe.from_dict(config["recipe"]))
+    for name, run, domain in zip(names, runs, domains, strict=True):
         if grids := sorted(run.samples.glob("step-*.png")):
             pictures.append(domain.show(grids[-1], f"{name}, {_step(grids[-1])}"))
     body.append(f"<h2>Samples</h2><div class='pair'>{''.join(pictures)}</div>")
@@ -187,18 +187,35 @@ def _names(runs: Sequence[RunDirectory]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(run.path) for run in runs]
 
 
-def _standing(name: str, run: RunDirectory, log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    scores = [(value, r["step"]) for r in log if (value := _number(r, "kcd")) is not None]
-    best, at = min(scores, default=(None, None))
+def _measure(domain: Domain) -> tuple[str, str, str | None]:
+    """(title, key, words) of the score that chooses a run's best generator."""
+    key = next(iter(domain.metrics), "")
+    title, keys = next(((title, keys) for title, keys in domain.charts.items() if key in keys), (key, {}))
+    return title, key, keys.get(key, "")
+
+
+def _standing(name: str, run: RunDirectory, log: Sequence[Mapping[str, Any]], domain: Domain) -> dict[str, str]:
+    _, key, _ = _measure(domain)
     last = log[-1] if log else {}
     return {
         "run": name,
         "ended": str(run.read_ending()["status"]),
         "steps": f"{last.get('step', 0):,}",
         "time": duration(_number(last, "seconds") or 0.0),
-        "best kcd": "none" if best is None else f"{best:.4f} at step {at:,}",
+        "best score": _best(log, key, domain.noun),
         "images/s": _median_speed(log),
     }
+
+
+def _best(log: Sequence[Mapping[str, Any]], key: str, noun: str) -> str:
+    """The least score, where it was reached and how many samples it is of: scores of other numbers do not compare."""
+    scored = [(value, r) for r in log if (value := _number(r, key)) is not None]
+    if not scored:
+        return "none"
+    value, record = min(scored, key=lambda one: one[0])
+    count = _number(record, "eval_images")
+    of = "" if count is None else f", {count:,.0f} {noun}"
+    return f"{key} {value:.4f} at step {record['step']:,}{of}"
 
 
 def _differences(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
