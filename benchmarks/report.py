@@ -277,6 +277,26 @@ def chains_page(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def recipes_page(results: dict[str, Any]) -> list[str]:
+    """Steps of recipes beyond single images: a table a recipe, from a command of its own."""
+    ours = [row for one in results["recipes"] for row in one["case"]["rows"] if row["ours"]]
+    ahead = sum((row["speedup"] or 0) >= 1 for row in ours)
+    lines = [
+        f"{ahead} of {len(ours)} steps take fastgan no longer than PyTorch's better eager row. `torch.compile` and "
+        "rows in 16 bits were not compared. Other programs of the machine were halted while a recipe was measured; "
+        "load averages are those of the minutes before.",
+        "",
+    ]
+    lines += ["The [Performance](../performance.md#what-the-columns-mean) page explains rows and columns.", ""]
+    for row in results["recipes"]:
+        case, machine = row["case"], row["machine"]
+        lines += [f"## {case['shape']}, {case['direction']}", "", f"`{machine['command']}`", ""]
+        lines += [f"{machine['date']}, commit {machine['commit']}, load average {machine['load_before']} before and "]
+        lines[-1] += f"{machine['load_after']} after."
+        lines += ["", *table(HEADER, map(cells, case["rows"]), text_last=True), ""]
+    return lines
+
+
 def models_page(results: dict[str, Any]) -> list[str]:
     """Other people's networks, each against PyTorch's better layout."""
     rows, best = [], {}
@@ -352,6 +372,7 @@ KINDS = {  # kind -> (the key that only its files have, title, body)
     "scaling": ("points", "The step over batch, image side and threads", scaling_page),
     "first-step": ("first_steps", "The first step, cold", first_step_page),
     "chains": ("chains", "Chains of layers as programs", chains_page),
+    "recipes": ("recipes", "Steps beyond single images", recipes_page),
     "models": ("models", "Other people's networks", models_page),
     "quality": ("frechet", "Quality over seeds", quality_page),
     "time-to-quality": ("times", "Time to the same quality", times_page),

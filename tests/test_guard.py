@@ -169,11 +169,11 @@ def test_every_kind_of_samples_is_watched(name):
     others = samples.pick(torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:64])
     found = {kinds: health.look(Repeats(others, kinds), torch.nn.Identity(), z, None) for kinds in (64, 3, 1)}
     assert found[64]["diversity"] > 0.8 and found[64]["coverage"] > 0.5 and found[1]["diversity"] < 0.01
-    assert not told(Guard("bce", 64), [found[64]] * 20)
+    assert not told(Guard("bce", 64, narrow=domain.narrow), [found[64]] * 20)
     for lost in (1, 3):
-        ((step, warning),) = told(Guard("bce", 64), [*[found[64]] * 3, *[found[lost]] * 4])
+        ((step, warning),) = told(Guard("bce", 64, narrow=domain.narrow), [*[found[64]] * 3, *[found[lost]] * 4])
         assert step == STARTED + 100 * (3 + LOOKS - 1) and isinstance(warning, Collapse)
-    ((step, _),) = told(Guard("bce", 64), [found[1]] * 100)
+    ((step, _),) = told(Guard("bce", 64, narrow=domain.narrow), [found[1]] * 100)
     assert step == LATE + 100 * (LOOKS - 1)
 
 

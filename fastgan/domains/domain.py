@@ -66,6 +66,7 @@ class Domain:
         name: what a recipe's field `domain` says.
         noun: what samples are called in messages.
         flat: drawn samples whose standard deviation is below this have collapsed to one.
+        narrow: samples whose variety in `health` is below this share of the data's are of few kinds.
         metrics: the judge's scores, the one that chooses the best generator first.
         charts: of the report, title to {key of log.jsonl: its name}.
         options: the fields of a recipe's `domain_options`, with their defaults.
@@ -75,6 +76,7 @@ class Domain:
     name: ClassVar[str]
     noun: ClassVar[str] = "samples"
     flat: ClassVar[float] = 0.01
+    narrow: ClassVar[float] = 0.2
     metrics: ClassVar[Sequence[str]] = ()
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     options: ClassVar[Mapping[str, Any]] = {}

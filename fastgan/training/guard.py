@@ -71,10 +71,13 @@ class Collapse(str):
 
 class Guard:
     """Watches one run, of a loss of `fastgan.GANStep` on samples of so many numbers (`pixels`: C x H x W), with an
-    average of decay `ema`; samples that vary by less than `flat` are one."""
+    average of decay `ema`; samples that vary by less than `flat` are one, and few kinds below `narrow` of the data's
+    variety."""
 
-    def __init__(self, loss: str, pixels: int, ema: float | None = None, *, flat: float = COLLAPSED):
-        self._loss, self._least = loss, flat
+    def __init__(
+        self, loss: str, pixels: int, ema: float | None = None, *, flat: float = COLLAPSED, narrow: float = NARROW
+    ):
+        self._loss, self._least, self._few = loss, flat, narrow
         self._unflat = UNFLAT if ema is None else max(UNFLAT, round(2 / (1 - ema)))
         self._diameter = 2 * math.sqrt(pixels)
         self._sure = self._grown = 0
@@ -159,7 +162,7 @@ class Guard:
         diversity, coverage = metrics["diversity"], metrics["coverage"]
         self._widest, self._best = max(self._widest, diversity), max(self._best, coverage)
         fallen = self._best >= COVERED and coverage < FALLEN * self._best
-        lost = diversity < NARROW and (self._widest >= 2 * NARROW or step >= LATE)
+        lost = diversity < self._few and (self._widest >= 2 * self._few or step >= LATE)
         narrow = step >= STARTED and (lost or fallen)
         self._narrow = self._narrow + 1 if narrow else 0
         if not narrow and not (self._steep or self._grown or self._flat):

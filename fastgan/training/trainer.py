@@ -139,7 +139,8 @@ class Trainer:
         recipe, domain = self.recipe, self.domain
         self.world.check_batch(recipe.batch_size)
         self.world.check_augment(recipe.augment)
-        self.guard = Guard(recipe.loss, math.prod(domain.shape), average_decay(recipe, 0), flat=domain.flat)
+        bounds: Any = dict(flat=domain.flat, narrow=domain.narrow)
+        self.guard = Guard(recipe.loss, math.prod(domain.shape), average_decay(recipe, 0), **bounds)
         made = assemble(recipe, self.device, networks, domain=domain)
         self.generator, self.discriminator, self.train_step = made
         self.samples, held = domain.hold_out(self.images, recipe.held_out)
