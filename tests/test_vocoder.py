@@ -215,6 +215,11 @@ def check_translations(run, tmp_path, capsys):
     made = load_sounds(str(out / "a.wav"), length=1000).pick(torch.tensor([0]))[0, 0]
     assert (made - whole).abs().max() < 2e-4 and whole.abs().max() > 1e-3
     assert main(["translate", "--run", str(run), "--input", str(sounds / "torn.wav"), "--out", str(out)]) == 1
+    (tmp_path / "cut.wav").write_bytes((sounds / "a.wav").read_bytes()[: 44 + 2 * 700])
+    capsys.readouterr()
+    assert main(["translate", "--run", str(run), "--input", str(tmp_path / "cut.wav"), "--out", str(out)]) == 0
+    assert "cut.wav: its data end after 700 of the 1,000 samples that its header has" in capsys.readouterr().err
+    assert frames_of(out / "cut.wav") == 700
     for wrong, sentence in (
         (["--out", str(sounds)], "--out must not be the folder of the input"),
         (["--out", str(sounds), "--input", str(sounds / "a.wav")], "--out must not be the folder of the input"),
