@@ -7,7 +7,7 @@ from torch import nn
 
 import fastgan
 from fastgan import _native, functional
-from fastgan._op import OPS
+from fastgan._op import OPS, PERIOD
 
 
 def sample(name):
@@ -211,3 +211,19 @@ def test_the_native_core_takes_no_address_of_another_device():
     program = core.Program()
     with pytest.raises(ValueError, match=r"a converted chain: every tensor must be on the CPU.*got meta"):
         program.run(1, x, moved)
+
+
+def test_drawn_arguments_keep_layouts_and_repeat_long_noise():
+    """What proofs and races run on: normal, of the call's shapes and strides, each argument other numbers."""
+    x = torch.empty(3, 50, 40, 30, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.empty(7, 50, 3, 3), torch.empty(1).expand(120_000)
+    options = [1, 1], [0, 0], [1, 1], 1, "relu", 0.0
+    drawn = OPS["conv2d"].drawn((x, weight, bias, *options))
+    assert drawn[3:] == options and drawn[0].stride() == x.stride() and drawn[2].is_contiguous()
+    for found, given in zip(drawn[:3], (x, weight, bias), strict=True):
+        assert (found.shape, found.dtype) == (given.shape, given.dtype)
+        assert abs(found.float().mean()) < 0.1 and abs(found.float().std() - 1) < 0.05
+    memory = drawn[0].as_strided((x.numel(),), (1,))
+    assert torch.equal(memory[PERIOD:], memory[:-PERIOD]) and not torch.equal(memory[1000:2000], memory[:1000])
+    assert not torch.equal(drawn[2][:1000].bfloat16(), memory[:1000])
+    assert torch.equal(OPS["conv2d"].drawn((x, weight, None, *options))[0], drawn[0])  # the same each time
