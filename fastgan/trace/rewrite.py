@@ -302,8 +302,13 @@ def _names(target: Any) -> tuple[str, ...]:
         return ()
 
 
-def writers(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """value -> the calls that change its memory in place; through any call that may return a view of it."""
+def writers(
+    graph: fx.Graph, fresh: Callable[[fx.Node], bool] = lambda node: node.target in FRESH
+) -> dict[fx.Node, set[fx.Node]]:
+    """value -> the calls that change its memory in place; through any call that may return a view of it.
+
+    fresh: whether a call that changes nothing in place returns memory of its own.
+    """
     found: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         pending = [_writes(node)]
@@ -314,7 +319,7 @@ def writers(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
                 continue
             seen.add(value)
             found.setdefault(value, set()).add(node)
-            own = value.op in ("call_function", "call_method") and value.target in FRESH and _writes(value) is None
+            own = value.op in ("call_function", "call_method") and fresh(value) and _writes(value) is None
             pending += [] if own else value.all_input_nodes
     return found
 
