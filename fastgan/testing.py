@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fastgan.choice import emulated
 from fastgan.penalties import gradient_penalty
 
+PACKAGE = Path(__file__).parent
 EMULATORS = {"triton": "triton_checker", "cuda": "cuda_shim"}  # backend -> module of tests/emulation
 
 # Relative errors allowed. Central differences at h = 1e-6 in float64 are good to about 1e-6 of the gradient's norm; a
@@ -154,9 +155,9 @@ def _difference(
 def emulate(name: str) -> Iterator[Any]:
     """Within: every op runs its `name` kernels ("triton" or "cuda") on CPU tensors, checked as they run.
 
-    Needs a source checkout (tests/emulation). Triton kernels run in an instrumented interpreter, CUDA kernels compiled
-    by the host's compiler against a shim; both raise on out-of-bounds accesses and races, and are slow: keep tensors
-    small.
+    Needs a source checkout's tests/emulation, the package's own or that of the current folder. Triton kernels run in
+    an instrumented interpreter, CUDA kernels compiled by the host's compiler against a shim; both raise on
+    out-of-bounds accesses and races, and are slow: keep tensors small.
     A case that the backend declines runs on the reference, as on a GPU.
 
     Args:
@@ -176,13 +177,17 @@ def emulate(name: str) -> Iterator[Any]:
 
 
 def _emulator(name: str) -> Any:
-    """The module of tests/emulation, loaded by its path: tests are no package."""
+    """The module of tests/emulation, loaded by its path: tests are no package. An installed wheel has none."""
     module = f"fastgan_{EMULATORS[name]}"
     if module not in sys.modules:
-        path = Path(__file__).parents[1] / "tests" / "emulation" / f"{EMULATORS[name]}.py"
-        spec = importlib.util.spec_from_file_location(module, path)
-        if not path.exists() or spec is None or spec.loader is None:
-            raise RuntimeError(f"emulate: needs a source checkout with its tests/emulation, got none at {path}")
+        places = [root / "tests" / "emulation" / f"{EMULATORS[name]}.py" for root in (PACKAGE.parent, Path.cwd())]
+        path = next(filter(Path.exists, places), None)
+        spec = None if path is None else importlib.util.spec_from_file_location(module, path)
+        if spec is None or spec.loader is None:
+            raise RuntimeError(
+                "emulate: tests/emulation of a source checkout must lie beside the package or in the current folder, "
+                f"got neither {places[0]} nor {places[1]}; run it in a checkout"
+            )
         sys.modules[module] = loaded = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
         try:
             spec.loader.exec_module(loaded)
