@@ -96,8 +96,10 @@ def test_occupancy_is_bound_by_what_runs_out_first():
 
 def test_tables_carry_a_row_a_kernel_and_bounds_named_so():
     one = static.Compiled("k", "bf16", "", "sm_80", 64, 0, 16384, 128, 1, 0, (16,))
-    text = static.document([one, dataclasses.replace(one, registers=80)])
+    kept = ["| kernel | type |", "| `k` | fp32 | of an earlier sweep |", "| `other` | bf16 | stays |", "text"]
+    text = static.document([one, dataclasses.replace(one, registers=80)], kept)
     assert "| `k` | bf16 | 16 | 64-80 · 16 · 6-8 |" in text and "**Bounds, not speeds.**" in text
+    assert "| `other` | bf16 | stays |" in text and "earlier sweep" not in text
     assert text.startswith(static.BEGIN) and text.endswith(static.END)
     marks = static.DOCUMENT.read_text()
     assert marks.count(static.BEGIN) == marks.count(static.END) == 1
