@@ -615,6 +615,24 @@ def test_from_the_weights_to_second_order(of_weights, dtype, backend):
     against_plain(ours, composite, [*heads(2, 3, 50, 61, 12, 8), bias], dtype, backend, forward=False)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_who_observes_attention_with_weights_finds_the_op():
+    """Forward mode is refused, as everywhere, and torch.jit.trace writes torch's ops down."""
+    module, x = fastgan.convert(torch.nn.MultiheadAttention(16, 2)), torch.randn(5, 3, 16)
+    names = "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"
+    into, into_bias, out, out_bias = (module.get_parameter(name).detach() for name in names)
+
+    def run(x):
+        options = None, None, False, 0.0
+        return functional.multi_head_attention_forward(x, x, x, 16, 2, into, into_bias, *options, out, out_bias)
+
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        run(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    traced = torch.jit.trace(run, x, check_trace=False)
+    assert "PythonOp" not in str(traced.graph)
+    torch.testing.assert_close(traced(x), run(x))
+
+
 def test_weights_of_a_row_without_a_key_are_nan():
     """As torch has them, but for the output, which is 0 there as everywhere in attention here."""
     module, x = torch.nn.MultiheadAttention(16, 2, bias=False), torch.randn(5, 3, 16)

@@ -109,7 +109,7 @@ def test_a_reader_of_strides_finds_those_of_plain_pytorch(name, way, monkeypatch
     found, expected = numbers(ours, x), numbers(plain, x)
     assert found[0].stride() == expected[0].stride()
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert ours.forward.graphs
 
 

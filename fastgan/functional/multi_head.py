@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan._op import is_traced
+from fastgan._op import is_observed
 from fastgan.functional.attention import scaled_dot_product_attention
 from fastgan.ops import attention as _attention
 
@@ -44,9 +44,8 @@ def multi_head_attention_forward(
 
     torch's own raises at the second derivative with need_weights=False, and holds the scores of every head with True.
     Here the derivatives are those of the op `attention` in both cases. Memory is linear in the number of keys but for
-    weights that are asked for. A row that sees no key gives zeros, and NaN as its weights,
-    as torch has them. The arguments that are not listed are torch's; `left_to_torch` names what is left to torch's
-    function.
+    weights that are asked for. A row that sees no key gives zeros, and NaN as its weights, as torch has them. The
+    arguments that are not listed are torch's; `left_to_torch` names what is left to torch's function.
 
     Args:
         query, key, value: [L, N, E], or [L, E] of one sample; key and value may have another L.
@@ -132,7 +131,7 @@ def _additive(mask: Tensor, q: Tensor) -> Tensor:
 
 def _with_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, average: bool) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5
-    if q.dtype in (torch.float32, torch.float64) and k.shape[2] > 0 and not is_traced():
+    if q.dtype in (torch.float32, torch.float64) and k.shape[2] > 0 and not is_observed():
         y, weights = _attention.with_weights(q, k, v, bias, scale)
     else:  # scores of 16 bits hold 8 to 11 bits of the log-sum-exp that the derivatives need
         y, scores = scaled_dot_product_attention(q, k, v, bias), (q * scale) @ k.mT

@@ -395,7 +395,8 @@ class _Computed(torch.autograd.Function):
 
 
 def with_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """y and the weights softmax(scale q k^T + bias) [N,H,L,S] of float32 or float64 heads; a call in eager mode.
+    """y and the weights softmax(scale q k^T + bias) [N,H,L,S] of float32 or float64 heads; not for calls that somebody
+    observes (`fastgan._op.is_observed`).
 
     Who asks for the weights pays for the matrix of scores. Then y and lse come from it, as the kernel would make the
     same products again (0.63 to 0.84 of the speed of PyTorch's multi-head attention). The derivatives of y are the

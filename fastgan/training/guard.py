@@ -26,10 +26,7 @@ CERTAIN = 0.015
 PATIENCE = 20
 # No loss asks for a score beyond these: for lsgan 100 away from its targets 0 and 1, for the others a logit of 1000.
 # A critic has CRITIC_GAP and CRITIC_LEVEL.
-LARGEST = {
-    **{"bce": 1e3, "minimax": 1e3, "lsgan": 1e2, "hinge": 1e3},
-    **{"relativistic": 1e3, "relativistic-average": 1e3},
-}
+LARGEST = dict.fromkeys(UNDECIDED, 1e3) | {"lsgan": 1e2}
 # A critic of slope 1 tells two images apart by at most their distance, so by at most the diameter of [-1, 1]^pixels.
 # Penalties hold the slope on average only, hence a factor; its level is free, until rounding eats the difference.
 CRITIC_GAP, CRITIC_LEVEL = 10, 100

@@ -22,12 +22,11 @@ from .augment import policy_of
 
 __all__ = ["Recipe", "recipes"]
 
-PENALTIES = penalties.KINDS
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine")
 SMOOTHED = ("bce", "minimax", "lsgan")  # losses that have a target to smooth
 STYLED = ("stylegan2-small",)  # models whose generator has a path_length_penalty
-CHOICES = {"loss": LOSSES, "penalty": (None, *PENALTIES), "precision": PRECISIONS, "schedule": SCHEDULES}
+CHOICES = {"loss": LOSSES, "penalty": (None, *penalties.KINDS), "precision": PRECISIONS, "schedule": SCHEDULES}
 AT_LEAST_1 = (
     *("image_size", "channels", "latent", "batch_size", "steps", "penalty_every", "path_length_every", "d_steps"),
     *("sample_count", "log_every", "keep_checkpoints"),
