@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fastgan import functional
-from fastgan._layout import dense, is_channels_last, laid_out, memory_format
+from fastgan._layout import image, is_channels_last, laid_out
 from fastgan.trace.rewrite import RELAID, example, writers
 
 CONVOLUTIONS = (
@@ -43,42 +43,20 @@ FRESH = """
     neg norm normalize pad pixel_shuffle pixel_unshuffle pow prelu reciprocal relu relu6 roll round rsqrt rsub selu
     sigmoid sign silu sin softmax softplus sqrt square stack std sub sum tan tanh truediv upsample var where
 """
+NCHW, NHWC = LAYOUTS = (0, 1, 2, 3), (0, 2, 3, 1)  # orders of dimensions in memory, the outermost first
+SIGNALS = {(0, 1, 2): NCHW, (0, 2, 1): NHWC}  # those of [N, C, L] as images
 OWN_BUT = ("dropout", "attention", "multi_head")  # ours that do not belong to those: they draw, or reshape
 
 
-class Turned(torch.autograd.Function):
-    """x in the layout asked for; its gradient comes back in x's own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channels_last: bool) -> Tensor:
-        ctx.before = is_channels_last(x)
-        return dense(x, channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return Turned.apply(gradient, ctx.before), None
-
-
-def turned(x: Tensor, channels_last: bool) -> Tensor:
-    """x itself where it has the layout already; [N, C, L] counts as an image one pixel high."""
-    if x.dim() == 3:
-        image = x.unsqueeze(2)
-        found = turned(image, channels_last)
-        return x if found is image else found.squeeze(2)
-    if x.dim() != 4 or is_channels_last(x) == channels_last:
-        return x
-    if x.is_contiguous(memory_format=memory_format(channels_last)):  # one channel or one pixel: the same memory
-        return laid_out(x, channels_last)
-    result: Tensor = Turned.apply(x, channels_last)
-    return result
-
-
 class Ordered(torch.autograd.Function):
-    """x with its dimensions in that order in memory, the outermost first; its gradient comes back in x's own order."""
+    """x with its dimensions in that order in memory, the outermost first; its gradient comes back in x's own order.
+
+    That of an image turned to channels_last comes back in NCHW, where plain PyTorch's convolution leaves it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: tuple[int, ...]) -> Tensor:
-        ctx.before = order_of(x)
+        ctx.before = NCHW if order == NHWC else order_of(x)
         inverse = sorted(range(x.dim()), key=order.__getitem__)
         return x.permute(order).contiguous().permute(inverse)
 
@@ -94,13 +72,15 @@ def order_of(x: Tensor) -> tuple[int, ...]:
 
 
 def ordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """x itself where it lies in that order already."""
-    if order == (0, 1, 2):
-        image = x.unsqueeze(2)
-        found = ordered(image, (0, 1, 2, 3))
-        return x if found is image else found.squeeze(2)
-    if x.permute(order).is_contiguous():
-        return laid_out(x, False) if order == (0, 1, 2, 3) else x
+    """x itself where it lies in that order already; [N, C, L] counts as an image one pixel high."""
+    if order in SIGNALS:
+        high = image(x)
+        found = ordered(high, SIGNALS[order])
+        return x if found is high else found.squeeze(2)
+    if order == NHWC and is_channels_last(x):
+        return x
+    if x.permute(order).is_contiguous():  # for one channel or one pixel both of LAYOUTS are the same memory
+        return laid_out(x, order == NHWC) if order in LAYOUTS else x
     result: Tensor = Ordered.apply(x, order)
     return result
 
@@ -119,51 +99,52 @@ def in_channels_last(module: fx.GraphModule) -> fx.GraphModule | None:
     changed = writers(graph, lambda node: _is_fresh(node) or _name(node).endswith("_like"))
     moved: set[fx.Node] = set()  # values whose strides may not be those of plain PyTorch
     for node in list(graph.nodes):
-        images = [image for image in node.all_input_nodes if image in moved]
+        read = [value for value in node.all_input_nodes if value in moved]
         if node.meta.get(RELAID):  # an edge that needs it is turned by itself
             moved.add(node.args[0])
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif _is_convolution_of_nchw(node):
-            _insert(graph, node, node.kwargs["x"], turned, True)
+            x = node.kwargs["x"]
+            _insert(graph, node, x, NHWC if example(x).dim() == 4 else (0, 2, 1))
             moved.add(node)
         elif node.op != "output" and (_is_view(node) or _is_fresh(node)):
-            moved |= {node} if images else set()
-        elif not all(_is_restored(graph, node, image, changed) for image in images):
+            moved |= {node} if read else set()
+        elif not all(_is_restored(graph, node, value, changed) for value in read):
             return None
     graph.lint()
     return fx.GraphModule(module, graph)
 
 
-def _is_restored(graph: fx.Graph, reader: fx.Node, image: fx.Node, changed: dict[fx.Node, set[fx.Node]]) -> bool:
+def _is_restored(graph: fx.Graph, reader: fx.Node, read: fx.Node, changed: dict[fx.Node, set[fx.Node]]) -> bool:
     """Whether the reader now finds the strides of plain PyTorch, by a copy where it needs one.
 
-    Not where the reader, or one behind it, changes the image through what it reads: it would change the copy.
+    Not where the reader, or one behind it, changes the value through what it reads: it would change the copy.
     """
-    value = example(image)
+    value = example(read)
     if not isinstance(value, Tensor):
         return not isinstance(value, tuple | list)
-    if image in changed and (reader in changed or reader in changed[image]):
+    if read in changed and (reader in changed or reader in changed[read]):
         return False
     if any(stride == 0 and size != 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
         return reader.op == "output"
-    if not is_channels_last(value if value.dim() != 3 else value.unsqueeze(2)):  # those are in channels_last anyway
-        _insert(graph, reader, image, ordered, order_of(value))
+    if not is_channels_last(image(value)):  # those are in channels_last anyway
+        _insert(graph, reader, read, order_of(value))
     return True
 
 
-def _insert(graph: fx.Graph, reader: fx.Node, image: fx.Node, call: Any, layout: Any) -> None:
+def _insert(graph: fx.Graph, reader: fx.Node, read: fx.Node, order: tuple[int, ...]) -> None:
     with graph.inserting_before(reader):
-        inserted = graph.call_function(call, (image, layout))
-    inserted.meta = dict(image.meta)
-    reader.replace_input_with(image, inserted)
+        inserted = graph.call_function(ordered, (read, order))
+    inserted.meta = dict(read.meta)
+    reader.replace_input_with(read, inserted)
 
 
 def _is_nchw(node: Any) -> bool:
     value = example(node) if isinstance(node, fx.Node) else None
     if not isinstance(value, Tensor) or value.dim() not in (3, 4):
         return False
-    return not is_channels_last(value if value.dim() == 4 else value.unsqueeze(2))
+    return not is_channels_last(image(value))
 
 
 def _is_convolution_of_nchw(node: fx.Node) -> bool:
