@@ -7,7 +7,9 @@ import types
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+from fastgan._hooks import has_hooks
 
 _tracing, _compiler = torch._C._get_tracing_state, torch.compiler
 
@@ -17,6 +19,25 @@ def is_exported() -> bool:
     # The flag behind torch.compiler.is_exporting(), from torch 2.7 on: in torch 2.8 that function is True under
     # torch.compile too.
     return _tracing() is not None or getattr(_compiler, "_is_exporting_flag", False)
+
+
+def is_symbolic(*values: Any) -> bool:
+    """Whether torch.fx traces: its proxies come in."""
+    return any(isinstance(value, fx.Proxy) for value in values)
+
+
+def written_call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The call of a converted layer as torch.fx writes down that of torch's own: a call of the module.
+
+    fx asks a class for its Python module before it follows a call, and takes none but torch's for whole.
+    """
+    if has_hooks(layer):  # they would run on proxies now, and again at each call of the graph
+        raise TypeError(
+            f"torch.fx: a converted layer must have no hooks, got {type(layer).__name__} with some; "
+            "pass fastgan.revert(model)"
+        )
+    tracer: Any = next(value.tracer for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy))
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 
 class Forward:

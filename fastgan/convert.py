@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import functional, program
-from fastgan._forward import Forward, is_exported
+from fastgan._forward import Forward, is_exported, is_symbolic, written_call
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan._layout import is_channels_last, laid_out
 from fastgan._parametrized import StandIn, plain_class
@@ -49,7 +49,9 @@ class _Convolution(nn.Module):
             return conv_bn_act(self, norm, input, activation, slope, norm.stat_groups, norm.sync)
         return conv_act(self, input, activation, slope)
 
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Any:
+        if is_symbolic(input):
+            return written_call(self, input)
         return conv_act(self, input, "identity", 0.0)
 
 
@@ -66,10 +68,11 @@ class FusedConv2d(_Convolution, nn.Conv2d):
 
 
 class _TransposedConvolution(_Convolution):
-    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Any:
+        if is_symbolic(input):
+            return written_call(self, input, *(() if output_size is None else (output_size,)))
         if output_size is not None:
-            found: Tensor = super(_Convolution, self).forward(input, output_size)  # torch's own
-            return found
+            return super(_Convolution, self).forward(input, output_size)  # torch's own
         return conv_act(self, input, "identity", 0.0)
 
 
@@ -91,15 +94,18 @@ class _Norm(nn.Module):
     def fused(self, input: Tensor, norm: None, activation: str, slope: float) -> Tensor:
         return self.run(input, activation, slope)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
+        if is_symbolic(input):
+            return written_call(self, input)
         return self.run(input, "identity", 0.0)
 
 
 class _ContiguousNorm(_Norm):
     """A norm whose result is contiguous in torch; on our op it keeps its input's layout (`Group.reader`)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).contiguous()
+    def forward(self, input: Tensor) -> Any:
+        y = super().forward(input)
+        return y if is_symbolic(y) else y.contiguous()
 
 
 def _bn_act(bn: Any, input: Tensor, activation: str, slope: float) -> Tensor:
@@ -146,7 +152,9 @@ class FusedDropout(nn.Dropout):
 
     op = "dropout"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
+        if is_symbolic(input):
+            return written_call(self, input)
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
@@ -154,7 +162,7 @@ class FusedDotProductAttention(DotProductAttention):
     op = "attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if is_exported():
+        if is_exported() or is_symbolic(q, k, v):
             return super().forward(q, k, v)
         return functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
@@ -174,8 +182,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if is_symbolic(query, key, value, *options):
+            return written_call(self, query, key, value, *options)
         if is_exported() or not torch.is_grad_enabled() or query.is_nested:
             return super().forward(query, key, value, *options)
         turned = self.batch_first and query.dim() == 3
@@ -435,7 +445,7 @@ class Chain(Forward):
             for child in self.owner.children():
                 input = _plain_call(child, input)
             return input
-        if has_global_hooks():  # such hooks are called by modules, so every child is called as one
+        if is_symbolic(input) or has_global_hooks():  # such hooks are called by modules: each child is called as one
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
         for part in _groups(self.owner) if torch.compiler.is_compiling() else self._current():
             input = part(input)

@@ -10,6 +10,7 @@ from handwritten import PatchGAN, SNGenerator, Vocoder
 from torch import nn
 
 import fastgan
+from fastgan.models.attention import DotProductAttention
 
 
 class Holder(nn.Module):
@@ -80,6 +81,73 @@ def test_script_says_one_sentence_and_takes_the_reverted_model(name):
     assert list(ours.modules()) == children
     want = ours(x)
     torch.testing.assert_close(torch.jit.script(fastgan.revert(ours))(x), want, rtol=1e-4, atol=1e-5)
+
+
+class Attending(nn.Module):
+    """Learned queries: what comes in first is no proxy of fx."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(2, 3, 8))
+        self.attention, self.dropout = nn.MultiheadAttention(8, 2, batch_first=True), nn.Dropout(0.5)
+        self.core = DotProductAttention()
+
+    def forward(self, x):
+        y = self.dropout(self.attention(self.queries, x, x, need_weights=False)[0])
+        return self.core(y, y, y)
+
+
+def signals():
+    convs = nn.Conv1d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 2, 4, 2))
+    return nn.Sequential(convs[0], nn.BatchNorm1d(4), nn.ReLU(), convs[1], nn.InstanceNorm1d(2))
+
+
+WRITTEN = {  # what is made, of which input, and whether the graph is that of the plain model to the letter
+    "chain": (MODELS["chain"], (2, 3, 16, 16), True),
+    "holder": (Holder, (2, 3, 16, 16), True),
+    "block": (Block, (2, 3, 16, 16), True),
+    "norms": (lambda: nn.Sequential(nn.LayerNorm(6), nn.InstanceNorm2d(3), nn.ReLU()), (2, 3, 6, 6), True),
+    "signals": (signals, (2, 3, 9), True),
+    "attention": (Attending, (2, 5, 8), False),  # all arguments of the module are written down
+}
+
+
+def gradients(model, x):
+    torch.manual_seed(1)
+    y = model(x)
+    return y, *torch.autograd.grad((y * y).sum(), [x, *model.parameters()])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_fx_writes_down_the_calls_of_the_layers(name, training):
+    """The graph's layers are the model's: they run on our ops until the model is reverted."""
+    make, shape, to_the_letter = WRITTEN[name]
+    torch.manual_seed(0)
+    plain = make().double().train(training)
+    ours, x = fastgan.convert(copy.deepcopy(plain)), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    written, expected = torch.fx.symbolic_trace(ours), torch.fx.symbolic_trace(plain)
+    assert not to_the_letter or str(written.graph) == str(expected.graph)
+    assert "fastgan" not in str(written.graph) and list(written.state_dict()) == list(expected.state_dict())
+    for run in (written, ours, copy.deepcopy(written), fastgan.convert(copy.deepcopy(written))):
+        for a, b in zip(gradients(run, x), gradients(plain, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    fastgan.revert(ours)
+    assert not any(type(m).__module__.startswith("fastgan.convert") for m in written.modules())
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert m.num_batches_tracked == (4 if training else 0)
+    written.load_state_dict(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(gradients(written, x), gradients(plain, x), strict=True))
+
+
+def test_fx_refuses_a_hook_on_a_converted_layer_in_one_sentence():
+    """It would run on proxies while fx traces, and again at each call."""
+    ours = fastgan.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    ours[0].register_forward_hook(lambda module, inputs, y: None)
+    with pytest.raises(TypeError, match=r"torch\.fx: .* no hooks, got FusedConv2d .*fastgan\.revert"):
+        torch.fx.symbolic_trace(ours)
+    torch.fx.symbolic_trace(fastgan.revert(ours))
 
 
 @pytest.mark.parametrize("make", [SNGenerator, PatchGAN, Vocoder])

@@ -267,8 +267,8 @@ def parts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def has_own_forward(m: nn.Module) -> bool:
-    """Whether the class's forward is a user's, rather than torch's or ours."""
-    return type(m).forward.__module__.partition(".")[0] not in ("torch", "fastgan")
+    """Whether the class's forward is a user's, not torch's or ours; that of a torch.fx graph belongs to no module."""
+    return (type(m).forward.__module__ or "").partition(".")[0] not in ("torch", "fastgan")
 
 
 def _has_unseen_layers(m: nn.Module) -> bool:
