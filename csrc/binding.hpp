@@ -233,21 +233,27 @@ inline void define_method(py::handle type, PyMethodDef* method, const char* name
   type.attr(name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(of, filled(method, name, function, text)));
 }
 
+// A Python function of a kernel; it lives as long as the module does.
+struct Method {
+  PyMethodDef method;
+  std::string signature;
+
+  void define(py::module_& m, const Function& f, Fast function) {
+    for (const Field& field : f.fields) signature += (signature.empty() ? "(" : ", ") + std::string(field.name);
+    signature = f.name + signature + ")";
+    binding::define(m, &method, f.name, function, signature.c_str());
+  }
+};
+
 template <class Core, auto MEMBER>
 void bind(py::module_& m, const char* name) {
   using K = Bound<Core, MEMBER>;
   constexpr Reader READS = std::is_same_v<Core, Cpu> ? host_address : address;
-  static PyMethodDef method;
-  static std::string signature;
+  static Method method;
   K::describe(name);
-  for (const Field& field : K::function.fields) signature += (signature.empty() ? "(" : ", ") + std::string(field.name);
-  signature = name + signature + ")";
-  define(
-      m, &method, name,
-      [](PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-        return call<READS>(K::function, arguments, count);
-      },
-      signature.c_str());
+  method.define(m, K::function, [](PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    return call<READS>(K::function, arguments, count);
+  });
 }
 
 inline void bind_conv_shape(py::module_& m) {

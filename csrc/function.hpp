@@ -61,6 +61,11 @@ struct Function {
   int64_t (*run)(const std::byte* frame) = nullptr;
 };
 
+// As a call gives them.
+inline void order(std::vector<Field>& fields) {
+  std::stable_sort(fields.begin(), fields.end(), [](const Field& a, const Field& b) { return a.place < b.place; });
+}
+
 struct alignas(8) Frame {
   std::byte bytes[768];  // at least those of any kernel's structs
 };
@@ -135,8 +140,7 @@ struct Bound<Core, MEMBER> {
     Lister lister{function, Core::TAKES_THREADS, conv ? Core::LAST_CONV_DTYPE : Core::LAST_DTYPE};
     constexpr size_t structs = sizeof...(Structs) - (Core::TAKES_THREADS ? 0 : 1);  // but for the target
     (lister.append<Structs>(structs > 1 && function.bytes == 0), ...);
-    std::stable_sort(function.fields.begin(), function.fields.end(),
-                     [](const Field& a, const Field& b) { return a.place < b.place; });
+    order(function.fields);
   }
 
  private:

@@ -119,8 +119,10 @@ void backward(const BiasActShape& shape, const BiasActBackwardArgs& args) {
   const int threads = team_for(grid.elements(), shape.threads);
   if (!args.dbias) {
     const BackwardBody<T, Form, READS, false> body{dy, y, dx, Form(shape)};
+    const int64_t elements = grid.elements();
 #pragma omp parallel num_threads(threads)
-    sweep_elementwise(grid, Share(grid, thread_index(), team_size()), 0, body, nullptr, false);
+    sweep_flat(part_begin(elements, thread_index(), team_size()), part_begin(elements, thread_index() + 1, team_size()),
+               body);
     return;
   }
   const BackwardBody<T, Form, READS, true> body{dy, y, dx, Form(shape)};

@@ -250,6 +250,14 @@ static void sweep_elementwise(const Grid& grid, const Share& share, int64_t grou
   sweep(grid, share, group, body, coef, nullptr, reverse, [](const float*, int64_t, int64_t, int64_t, int64_t) {});
 }
 
+// Elements [begin, end) of a body without coefficients and sums, to which a channel means nothing.
+template <class Body>
+static void sweep_flat(int64_t begin, int64_t end, const Body& body) {
+  static_assert(Body::COEFS == 0 && Body::SUMS == 0);
+  vf none[1];
+  sweep_run(body, begin, end - begin, none, none, none);
+}
+
 // ------------------------------------------------------------------------------------------------ sums per channel
 
 // Partial sums in float64: [G][slots][SUMS][padded].

@@ -238,6 +238,17 @@ std::vector<Kernel*>& registry() {
   return all;
 }
 
+// In C++'s words: a type's own name, a number's digits, true or false.
+std::string spelled(const Argument& a) {
+  if (a.kind == Argument::TRUTH) return a.value ? "true" : "false";
+  if (a.kind == Argument::NUMBER) return std::to_string(a.value);
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> text(abi::__cxa_demangle(a.type->name(), nullptr, nullptr, &status),
+                                                    std::free);
+  if (!text) throw std::runtime_error(std::string("a kernel's template argument has no name: ") + a.type->name());
+  return text.get();
+}
+
 }  // namespace
 
 Kernel& kernel_of(const std::string& name) {
@@ -246,12 +257,10 @@ Kernel& kernel_of(const std::string& name) {
   return *registry().emplace_back(new Kernel(name));  // for as long as the library is there
 }
 
-std::string type_name(const std::type_info& type) {
-  int status = 0;
-  const std::unique_ptr<char, void (*)(void*)> text(abi::__cxa_demangle(type.name(), nullptr, nullptr, &status),
-                                                    std::free);
-  if (!text) throw std::runtime_error(std::string("a kernel's template argument has no name: ") + type.name());
-  return text.get();
+std::string expression(const char* name, std::initializer_list<Argument> arguments) {
+  std::string text;
+  for (const Argument& a : arguments) text += (text.empty() ? "<" : ", ") + spelled(a);
+  return name + text + (text.empty() ? "" : ">");
 }
 
 const std::vector<Kernel*>& kernels() { return registry(); }

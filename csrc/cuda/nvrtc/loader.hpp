@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <initializer_list>
 #include <mutex>
 #include <string>
 #include <type_traits>
@@ -62,17 +63,24 @@ Compiled compile(const std::vector<std::string>& names, int capability);
 // The kernel of this expression, entered into kernels() at the first call.
 Kernel& kernel_of(const std::string& name);
 
-// A template argument in C++'s words: a type's own name, a number's digits, true or false.
-std::string type_name(const std::type_info&);
+struct Argument {  // of a template
+  enum { TYPE, TRUTH, NUMBER } kind;
+  const std::type_info* type;
+  int64_t value;
+};
 template <class T>
-std::string spelled() {
-  return type_name(typeid(T));
+Argument argument() {
+  return {Argument::TYPE, &typeid(T), 0};
 }
 template <auto VALUE>
-std::string spelled() {
-  if constexpr (std::is_same_v<decltype(VALUE), bool>) return VALUE ? "true" : "false";
-  return std::to_string(VALUE);
+Argument argument() {
+  constexpr bool truth = std::is_same_v<decltype(VALUE), bool>;
+  return {truth ? Argument::TRUTH : Argument::NUMBER, nullptr, static_cast<int64_t>(VALUE)};
 }
+
+// name<arguments, ...> in C++'s words, or the name alone. One function for 301 kernels: spelled out in each, the names
+// took a tenth of the launchers' compile time.
+std::string expression(const char* name, std::initializer_list<Argument> arguments);
 
 // FUNCTION under the name that FG_KERNEL declares.
 template <auto* FUNCTION, class Declared>
@@ -90,10 +98,10 @@ struct Launched<FUNCTION, Declared> {
 
 #define FG_KERNEL(name, ...) (name __VA_OPT__(, ) __VA_ARGS__)  // in brackets: one argument of FG_LAUNCH_AS
 #define FG_FUNCTION(name, ...) name __VA_OPT__(<__VA_ARGS__>)
-#define FG_NAME(name, ...) #name __VA_OPT__("<" + FG_SPELLED(__VA_ARGS__) + ">")
-#define FG_SPELLED(one, ...) fg::cuda::nvrtc::spelled<one>() __VA_OPT__(+", " + FG_SPELLED_2(__VA_ARGS__))
-#define FG_SPELLED_2(one, ...) fg::cuda::nvrtc::spelled<one>() __VA_OPT__(+", " + FG_SPELLED_3(__VA_ARGS__))
-#define FG_SPELLED_3(one) fg::cuda::nvrtc::spelled<one>()
+#define FG_NAME(name, ...) fg::cuda::nvrtc::expression(#name, {__VA_OPT__(FG_SPELLED(__VA_ARGS__))})
+#define FG_SPELLED(one, ...) fg::cuda::nvrtc::argument<one>() __VA_OPT__(, FG_SPELLED_2(__VA_ARGS__))
+#define FG_SPELLED_2(one, ...) fg::cuda::nvrtc::argument<one>() __VA_OPT__(, FG_SPELLED_3(__VA_ARGS__))
+#define FG_SPELLED_3(one) fg::cuda::nvrtc::argument<one>()
 #define FG_LAUNCH_AS(cooperative, kernel, grid, block, shared_bytes, stream, ...)                              \
   [&] {                                                                                                        \
     struct Declared {                                                                                          \
