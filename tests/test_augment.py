@@ -28,7 +28,8 @@ def images(*shape, **options):
 def test_a_shift_is_the_loop(layout):
     x = images(5, 2, 6, 7).to(memory_format=layout)
     rows, columns = torch.tensor([0, 2, -3, 6, 1]), torch.tensor([0, -1, 4, 0, 7])
-    found = augment._Shift.apply(x, rows, columns)
+    found = augment._Shift.apply(x, rows, columns, 7)
+    assert found.is_contiguous()
     for n in range(5):
         for i in range(6):
             for j in range(7):
@@ -48,6 +49,28 @@ def test_derivatives_of_both_orders(name, shape):
 
     assert torch.autograd.gradcheck(run, x)
     assert torch.autograd.gradgradcheck(run, x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_all_together_keep_layouts_and_are_the_operations_one_by_one(layout):
+    """Both orders, of a weight as the discriminator's: what comes in one layout leaves in it, and its gradient too."""
+    x = images(4, 3, 6, 8).to(memory_format=layout).requires_grad_()
+    weight = images(4, 3, 6, 8).square().to(memory_format=layout).requires_grad_()
+    both = {}
+    for together in (True, False):
+        torch.manual_seed(2)
+        y = x
+        if together:
+            y = augment.Augment(tuple(augment.POLICIES))(x)
+            assert y.is_contiguous(memory_format=layout)
+        else:
+            for name in augment.POLICIES:
+                y = augment.POLICIES[name](y)
+        (first,) = torch.autograd.grad((weight * y.square()).sum(), x, create_graph=True)
+        assert not together or first.is_contiguous(memory_format=layout)
+        both[together] = y, first, *torch.autograd.grad(first.square().sum(), (x, weight))
+    for a, b in zip(both[True], both[False], strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_colour_stays_in_its_ranges():
