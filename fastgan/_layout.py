@@ -74,6 +74,11 @@ def empty(shape: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last))
 
 
+def cropped(y: Tensor, like: Tensor) -> Tensor:
+    """The first rows and columns of y, as many as `like` has; y itself where it has no more."""
+    return y if y.shape[2:] == like.shape[2:] else y[:, :, : like.shape[2], : like.shape[3]]
+
+
 def planes(x: Tensor) -> tuple[int, int, int]:
     """(N, C, elements per channel and sample) of an [N, C, *] tensor."""
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])

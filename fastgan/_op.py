@@ -27,6 +27,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 _tracing = torch._C._get_tracing_state
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # a cotangent of autograd.grad(..., is_grads_batched=True)
 
 
 class Chosen(Routine):
@@ -82,7 +83,7 @@ class Op(Chosen):
         needs_grad = elsewhere = False
         here = args[0].is_cpu
         device = None if here else args[0].device  # each question to torch takes 0.2 to 1 us of a call's 20
-        traced = _dispatch_modes() > 0 or (not here and args[0].is_meta)
+        traced = _batches or _dispatch_modes() > 0 or (not here and args[0].is_meta)
         for a in args:
             if isinstance(a, Tensor):
                 needs_grad |= a.requires_grad
@@ -90,7 +91,7 @@ class Op(Chosen):
                 elsewhere |= not a.is_cpu if here else a.device != device
         if elsewhere:
             self._check_devices(args)
-        if forward_ad._current_level >= 0 or _functorch_level() is not None:
+        if is_transformed():
             self._refuse_transforms(args)
         # is_autocast_enabled raises for the meta device
         if traced or torch.is_autocast_enabled("cpu" if here else device.type):  # type: ignore[union-attr]
@@ -146,8 +147,13 @@ class Op(Chosen):
         nothing = (None,) * len(self.names)
 
         def answer(ctx: Any, *cotangents: Any) -> Any:  # None: see `first_alone`
-            unasked = cotangents[0] is None and all(c is None for c in cotangents)
-            return nothing if unasked else backward(ctx, *cotangents)
+            if cotangents[0] is None and all(c is None for c in cotangents):
+                return nothing
+            for c in cotangents:
+                if c is not None and is_batched(c):
+                    with _one_by_one():
+                        return backward(ctx, *cotangents)
+            return backward(ctx, *cotangents)
 
         self._save, self._thin.backward = save, staticmethod(answer)  # type: ignore[method-assign]
         torch.library.register_autograd(f"fastgan::{self.name}", answer, setup_context=save, lib=LIBRARY)
@@ -204,6 +210,20 @@ def around(wrap: Callable[[Routine, Launcher], Launcher]) -> Iterator[None]:
         _around = before
 
 
+_batches = False
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Within: every op is called as a library op, which torch runs once for each entry of a batch of cotangents."""
+    global _batches
+    before, _batches = _batches, True
+    try:
+        yield
+    finally:
+        _batches = before
+
+
 PERIOD = 65_521  # a prime: no stride of a kernel meets the same number again and again
 
 
@@ -244,16 +264,16 @@ def is_traced() -> bool:
     return bool(_is_compiling() or _dispatch_modes() > 0)
 
 
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward mode looks on, for which our ops have no rules."""
+    return bool(forward_ad._current_level >= 0 or _functorch_level() is not None)
+
+
 def is_observed() -> bool:
     """Whether anybody looks at single ops: what is_traced names, torch.jit's tracer, torch.func, forward mode, or
     `around`."""
     return bool(
-        _is_compiling()
-        or _dispatch_modes() > 0
-        or _around is not None
-        or _tracing() is not None
-        or forward_ad._current_level >= 0
-        or _functorch_level() is not None
+        _is_compiling() or _dispatch_modes() > 0 or _around is not None or _tracing() is not None or is_transformed()
     )
 
 

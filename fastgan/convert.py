@@ -23,6 +23,7 @@ from fastgan import functional, program
 from fastgan._forward import Forward, is_exported, is_symbolic, written_call
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan._layout import is_channels_last, laid_out
+from fastgan._op import is_transformed
 from fastgan._parametrized import StandIn, plain_class
 from fastgan._ranks import Sync
 from fastgan.choice import has_kernel, watching
@@ -155,6 +156,8 @@ class FusedDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Any:
         if is_symbolic(input):
             return written_call(self, input)
+        if is_transformed():
+            return super().forward(input)
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
@@ -162,7 +165,7 @@ class FusedDotProductAttention(DotProductAttention):
     op = "attention"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if is_exported() or is_symbolic(q, k, v):
+        if is_exported() or is_transformed() or is_symbolic(q, k, v):
             return super().forward(q, k, v)
         return functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
@@ -186,7 +189,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if is_symbolic(query, key, value, *options):
             return written_call(self, query, key, value, *options)
-        if is_exported() or not torch.is_grad_enabled() or query.is_nested:
+        if is_exported() or is_transformed() or not torch.is_grad_enabled() or query.is_nested:
             return super().forward(query, key, value, *options)
         turned = self.batch_first and query.dim() == 3
         if turned:  # an object that comes in twice goes on as one
@@ -441,7 +444,7 @@ class Chain(Forward):
     is_replica = False  # of nn.DataParallel: its parameters are attributes that no program looks at
 
     def __call__(self, input: Any) -> Any:
-        if is_exported():
+        if is_exported() or is_transformed():
             for child in self.owner.children():
                 input = _plain_call(child, input)
             return input
@@ -473,9 +476,10 @@ class Chain(Forward):
 
 
 def _plain_call(child: nn.Module, input: Any) -> Any:
-    """A child as torch runs it, for those who write its ops down."""
+    """A child as torch runs it, for those who write its ops down or transform them."""
+    own = getattr(child, "stat_groups", 1) > 1 or getattr(child, "sync", False)  # statistics that torch's has not
     for plain, fused in FUSED.items():
-        if type(child) is fused and not has_hooks(child):
+        if type(child) is fused and not has_hooks(child) and not own:
             return plain.forward(child, input)
     return child(input)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _native
-from fastgan._layout import dense, empty
+from fastgan._layout import cropped, dense, empty
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import triton
 from fastgan.ops.conv2d import POSITIONS, backends, declines, input_padding, output_size, plan, product_code
@@ -110,7 +110,7 @@ def _backward(ctx, ddweight):
         )
     if wanted(ctx, 1):
         ddy = OPS["conv2d"](x, ddweight, None, *geometry, ctx.groups, "identity", 0.0)
-        ddy = ddy[:, :, : dy.shape[2], : dy.shape[3]]
+        ddy = cropped(ddy, dy)
     return dx, ddy, *(None,) * 6
 
 

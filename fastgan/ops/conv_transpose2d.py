@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _activation, _native
-from fastgan._layout import empty, is_channels_last, laid_out
+from fastgan._layout import cropped, empty, is_channels_last, laid_out
 from fastgan._op import OPS, Op, draw, wanted
 from fastgan.choice import triton
 from fastgan.ops.bias_act import epilogue_backward
@@ -153,7 +153,7 @@ def _backward(ctx, dy):
     if wanted(ctx, 0):
         dx = OPS["conv2d"](dt, weight, None, *geometry, ctx.groups, "identity", 0.0)
         # with output_padding >= stride (legal when dilation > stride) the forward convolution yields extra rows
-        dx = dx[:, :, : x.shape[2], : x.shape[3]]
+        dx = cropped(dx, x)
     if weight_is_wanted(ctx, 1):
         dweight = OPS["conv2d_weight"](dt, x, list(weight.shape[2:]), *geometry, ctx.groups, is_channels_last(weight))
     return dx, dweight, dbias, *(None,) * 7

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastgan._forward import Forward
 from fastgan._hooks import has_global_hooks, has_hooks, makes_weight
-from fastgan._op import PLAIN, is_traced
+from fastgan._op import PLAIN, is_traced, is_transformed
 from fastgan._parametrized import plain_class
 from fastgan.choice import STATE, forced
 from fastgan.trace.graphs import Graph, traced
@@ -172,8 +172,8 @@ class Part(Forward):
             return "global hooks are set"
         if is_traced() or torch._C._get_tracing_state() is not None or torch.is_inference_mode_enabled():
             return "another tracer or inference mode looks on"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a torch.func transform looks on"
+        if is_transformed():
+            return "a torch.func transform or forward mode looks on"
         tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
         return "" if all(type(a) in PLAIN and not a.is_meta for a in tensors) else "a tensor subclass came in"
 
