@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_run import TINY, assert_same_state, noise, trainer
@@ -19,12 +21,16 @@ from fastgan.training.guard import (
     GROWN,
     LATE,
     LOOKS,
+    OVER,
     PATIENCE,
     STARTED,
     STEEP,
+    STRAINED,
     UNDECIDED,
     Collapse,
     Guard,
+    RunningLoss,
+    running_loss,
 )
 from fastgan.training.health import Health, gradient_norms
 from fastgan.training.rundir import read_log
@@ -100,6 +106,65 @@ def test_gradients_that_explode():
     guard = Guard("bce", 64)
     ((step, _),) = told(guard, [*usual, {"g_grad": 2.0, "d_grad": 3 * CLIFF}, *usual])
     assert step == STARTED + 100 * len(usual)
+
+
+def test_a_certain_discriminator_has_no_usual_gradients():
+    """Norms as of a `dcgan-28` that learns although its discriminator has a hundred times its rate."""
+    sure, errs = {"d_loss": 1e-9, "d_grad": 1e-6}, {"d_loss": 2.0, "d_grad": 30.0}
+    assert not told(Guard("bce", 64), [*[sure] * (PATIENCE - 1), errs] * 5)
+    ((_, text),) = told(Guard("bce", 64), [*[errs] * 10, {"d_loss": 9.0, "d_grad": 31.0 * CLIFF}])
+    assert "the discriminator's gradients explode" in text
+    ((_, text),) = told(Guard("wasserstein", 64), [*[sure] * 10, {"d_loss": -9.0, "d_grad": 30.0}])
+    assert "the discriminator's gradients explode" in text  # a critic's loss says nothing of how sure it is
+
+
+def test_a_discriminator_that_loses_its_hold():
+    unit, bad = UNDECIDED["lsgan"], 2.1 * STRAINED * UNDECIDED["lsgan"]
+    mean = lambda times: {"d_loss": unit, "d_loss_mean": times * unit}
+    readings = [mean(1.0), mean(1.01 * STRAINED), mean(3 * STRAINED), mean(1.1), mean(0.9), mean(2 * STRAINED)]
+    warnings = told(Guard("lsgan", 64), readings, start=STARTED, every=1)
+    assert [step for step, _ in warnings] == [STARTED + 1, STARTED + 5] and isinstance(warnings[0][1], Collapse)
+    assert "the running mean of its loss is 2.0 times what one pays that cannot tell" in warnings[0][1]
+    assert not told(Guard("lsgan", 64), [{"d_loss_mean": bad}], start=STARTED - 1)
+    assert [loss for loss in KINDS if running_loss(loss, 8) is not None] == ["lsgan"]
+    guard = Guard("lsgan", 64)
+    guard.check(STARTED, mean(2 * STRAINED))
+    guard.check(STARTED + 1, look(0.8))
+    assert guard.healthy == 0  # a rollback must not end where the discriminator has no hold
+
+
+@pytest.mark.parametrize("batch", [2, 8, 64])
+def test_the_running_loss(batch):
+    """One leap in a batch of 2 is a quarter of one in a batch of 8, and what is not finite is passed over."""
+    loss = RunningLoss(1.0, batch)
+    for step in range(1, STARTED):
+        loss.update(step, torch.tensor(100.0))
+    assert loss.peak == pytest.approx(1 + 99 * (1 - (1 - loss._share) ** (STARTED - 1)))  # the last, not a first leap
+    loss = RunningLoss(1.0, batch)
+    for step, value in enumerate([1.0, math.nan, math.inf, 5.0, 1.0], start=STARTED):
+        loss.update(step, torch.tensor(value))
+    over = max(OVER, 80 / batch)
+    copy = RunningLoss(1.0, batch)
+    copy.load_state_dict(loss.state_dict())
+    for one in (loss, copy):
+        assert one.peak == pytest.approx(1 + 4 / over)
+        assert one.read() == pytest.approx(1 + 4 / over) and one.read() == pytest.approx(1 + 4 / over * (1 - 1 / over))
+
+
+def test_a_leap_between_two_logged_steps_is_told_at_once(tmp_path):
+    """On a CPU; that step is logged, and no other one is."""
+    run = trainer(
+        noise(),
+        tmp_path / "run",
+        TINY.replace(loss="lsgan", steps=230, log_every=50, watch_every=0, checkpoint_every=0, sample_every=0),
+    )
+    original = run.train_step.run
+    leap = lambda *args: original(*args) | ({"d_loss": torch.tensor(99.0)} if run.step == 214 else {})
+    run.train_step.run = leap
+    run.fit()
+    assert [r["step"] for r in read_log(tmp_path / "run/log.jsonl")] == [1, 50, 100, 150, 200, 215, 230]
+    (note,) = [note for note in run.notes if "has lost its hold" in note]
+    assert note.startswith("step 215: ")
 
 
 def test_a_run_that_logs_seldom_has_no_usual_gradients_at_first():
@@ -337,8 +402,8 @@ def test_a_run_that_really_breaks_is_told_before_it_is_seen_and_saved_by_a_rollb
         run.guard.check = harming(run, 310)
         run.fit()
         found[action] = [r["kcd"] for r in read_log(tmp_path / action / "log.jsonl") if "kcd" in r]
-        first = next(note for note in run.notes if "gradients explode" in note)
-        assert 300 < int(first.split(":")[0].removeprefix("step ")) < 400
+        first = next(note for note in run.notes if "has lost its hold" in note)
+        assert 310 < int(first.split(":")[0].removeprefix("step ")) < 320  # before the next logged step
     assert run.rollbacks == 1
     (before, broken), (_, saved) = found["warn"], found["rollback"]
     assert broken > 3 * before  # the metric shows at step 400 what the guard saw before

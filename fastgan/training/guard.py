@@ -1,4 +1,5 @@
-"""The guard: says when a GAN has stopped learning, by values that were read for the log anyway: no synchronisation."""
+"""The guard: says when a GAN has stopped learning, by values that were read for the log anyway, and on a CPU by the
+discriminator's loss of every step: no synchronisation."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Collapse", "DivergedError", "Guard"]
+__all__ = ["Collapse", "DivergedError", "Guard", "RunningLoss", "running_loss"]
 
 # The loss of a discriminator that cannot tell real from fake: the unit of its loss. A critic's (wasserstein) is 0.
 UNDECIDED = {
@@ -24,6 +26,14 @@ UNDECIDED = {
 # nothing. A healthy discriminator dips below it for a few logged steps at a time, so PATIENCE of them must follow.
 CERTAIN = 0.015
 PATIENCE = 20
+# The gradient of these losses grows with what a score is wrong by: a discriminator that is thrown about throws further.
+# One that pays STRAINED times UNDECIDED in its running mean does worse than by saying nothing. An LSGAN without norm
+# that breaks comes there within 10 steps of its first leap, is at 1,000 a few steps later, and the pictures are lost
+# then; one that learns has up to 1.6 (docs/troubleshooting.md). Of other losses a score's gradient is at most 1, and a
+# `dcgan-28` whose discriminator has 200 times its rate is at 4.4 and learns.
+THROWN, STRAINED = ("lsgan",), 2.0
+# Updates in the mean, but for batches below 8 so many that 80 images are in it: the loss of a batch of 2 leaps anyway.
+OVER, OVER_IMAGES = 10, 80
 # No loss asks for a score beyond these: for lsgan 100 away from its targets 0 and 1, for the others a logit of 1000.
 # A critic has CRITIC_GAP and CRITIC_LEVEL.
 LARGEST = dict.fromkeys(UNDECIDED, 1e3) | {"lsgan": 1e2}
@@ -50,12 +60,26 @@ NARROW, FALLEN, COVERED = 0.2, 0.4, 0.3
 LATE = 5000
 LOOKS = 2  # in a row
 # A gradient's norm over its running mean over so many logged steps: so much three times in a row, or so much once.
-# After their first 200 steps healthy small networks have up to 6; an LSGAN without norm had 36,000 as it broke, a
-# discriminator at a hundred times its rate 130.
+# After their first 200 steps healthy small networks have up to 6; an LSGAN without norm had 36,000 as it broke. Of the
+# discriminator's gradients nothing is said by steps at which its loss is below SURE of UNDECIDED: they are next to
+# nothing then, and beside a mean of such the 30 of one batch in which it errs would be an explosion.
 STEEP, CLIFF, USUAL = 15.0, 50.0, 20
+SURE = 0.1
 SETTLED = 4  # logged steps before which a mean says nothing: a run that logs every 250 steps has one by step 200
 BY_HEART = 0.5  # of the way from training images to generated ones is where held-out images are
-KEPT = ("_sure", "_grown", "_flat", "_varied", "_widest", "_best", "_narrow", "_known", "_steep", "healthy")
+KEPT = (
+    "_strained",
+    "_sure",
+    "_grown",
+    "_flat",
+    "_varied",
+    "_widest",
+    "_best",
+    "_narrow",
+    "_known",
+    "_steep",
+    "healthy",
+)
 
 
 class DivergedError(RuntimeError):
@@ -64,6 +88,52 @@ class DivergedError(RuntimeError):
 
 class Collapse(str):
     """A warning of a generator that is lost unless something is done."""
+
+
+class RunningLoss:
+    """The running mean of a loss of which `unit` is usual, over updates of `batch` images, and the largest it was since
+    it was last read, in its first `STARTED` updates excepted. On a GPU both stay there: an update waits for nothing."""
+
+    def __init__(self, unit: float, batch: int):
+        self._unit, self._share = unit, 1 / max(OVER, OVER_IMAGES / batch)
+        self._mean: float | Tensor = unit
+        self._peak: float | Tensor = unit
+
+    def update(self, step: int, loss: Tensor) -> None:
+        """Take in the loss of update `step`; one that is not finite counts as usual, the log has words for it."""
+        if loss.is_cuda:
+            one = loss.detach().float().nan_to_num(self._unit, self._unit, self._unit)
+            self._mean = torch.as_tensor(self._mean, device=loss.device).lerp(one, self._share)
+            self._peak = torch.as_tensor(self._peak, device=loss.device).maximum(self._mean)
+        else:  # numbers: a microsecond where three ops on tensors take ten
+            value = float(loss)
+            self._mean += self._share * ((value if math.isfinite(value) else self._unit) - self._mean)
+            self._peak = max(self._peak, self._mean)
+        if step < STARTED:
+            self._peak = self._mean
+
+    @property
+    def peak(self) -> float:
+        """The largest mean since `read`; this waits for a GPU."""
+        return float(self._peak)
+
+    def read(self) -> float:
+        """`peak`, which begins anew."""
+        peak, self._peak = self.peak, self._mean
+        return peak
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return {"mean": float(self._mean), "peak": self.peak}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """The inverse of `state_dict`."""
+        self._mean, self._peak = state["mean"], state["peak"]
+
+
+def running_loss(loss: str, batch: int) -> RunningLoss | None:
+    """What follows a discriminator's `loss` from step to step; None where a leap of it says nothing."""
+    return RunningLoss(UNDECIDED[loss], batch) if loss in THROWN else None
 
 
 class Guard:
@@ -78,7 +148,7 @@ class Guard:
         self._unflat = UNFLAT if ema is None else max(UNFLAT, round(2 / (1 - ema)))
         self._diameter = 2 * math.sqrt(pixels)
         self._sure = self._grown = 0
-        self._flat = False
+        self._strained = self._flat = False
         self._varied = False  # whether the samples ever were
         self._first: tuple[int, Tensor] | None = None
         self._widest = 0.0  # the greatest diversity so far
@@ -90,18 +160,40 @@ class Guard:
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """A warning to print about a logged step, or None."""
         return (
-            self._check_certain(step, metrics)
+            self._check_strain(step, metrics)
+            or self._check_certain(step, metrics)
             or self._check_growth(step, metrics)
             or self._check_gradients(step, metrics)
             or self._check_variety(step, metrics)
             or self._check_overfitting(step, metrics)
         )
 
-    def _check_certain(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        unit = UNDECIDED.get(self._loss)
-        if unit is None or "d_loss" not in metrics:
+    def strained(self, step: int, loss: float) -> bool:
+        """Whether a running mean of the discriminator's loss is news: one that it cannot live with, for the first time
+        since it last could."""
+        ready = self._loss in THROWN and not self._strained and step >= STARTED
+        return ready and loss > STRAINED * UNDECIDED[self._loss]
+
+    def _check_strain(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        if "d_loss_mean" not in metrics:
             return None
-        share = metrics["d_loss"] / unit
+        unit, loss = UNDECIDED[self._loss], metrics["d_loss_mean"]
+        new = self.strained(step, loss)
+        self._strained = new or (self._strained and loss > unit)
+        if not new:
+            return None
+        return Collapse(
+            f"step {step}: the discriminator has lost its hold (the running mean of its loss is {loss / unit:.1f} "
+            "times what one pays that cannot tell); try lower rates, grad_clip=1 or a penalty"
+        )
+
+    def _share(self, metrics: Mapping[str, float]) -> float:
+        """The discriminator's loss over that of one that cannot tell; 1 of a critic, whose loss has no unit."""
+        unit = UNDECIDED.get(self._loss)
+        return metrics["d_loss"] / unit if unit is not None and "d_loss" in metrics else 1.0
+
+    def _check_certain(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        share = self._share(metrics)
         self._sure = self._sure + 1 if share < CERTAIN else 0
         if self._sure != PATIENCE:
             return None
@@ -133,7 +225,7 @@ class Guard:
         worst, name = 0.0, ""
         for key in ("g_grad", "d_grad"):
             norm = metrics.get(key, 0.0)
-            if not 0 < norm < math.inf:
+            if not 0 < norm < math.inf or (key == "d_grad" and self._share(metrics) < SURE):
                 continue
             mean, count = self._norms.get(key, (norm, 0))
             ratio = norm / mean
@@ -162,7 +254,7 @@ class Guard:
         lost = diversity < self._few and (self._widest >= 2 * self._few or step >= LATE)
         narrow = step >= STARTED and (lost or fallen)
         self._narrow = self._narrow + 1 if narrow else 0
-        if not narrow and not (self._steep or self._grown or self._flat):
+        if not narrow and not (self._steep or self._grown or self._flat or self._strained):
             self.healthy = step
         if self._narrow != LOOKS:
             return None
@@ -191,7 +283,7 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         for name in KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # checkpoints of earlier versions lack some
         self._norms = {name: tuple(values) for name, values in state["_norms"].items()}
 
     def check_samples(self, step: int, images: Tensor) -> str | None:
