@@ -238,6 +238,12 @@ def backward_sums_kernel(
     tl.store(partial + arrays * C + at, c2, mask=c < C)
 
 
+@triton.jit
+def averaged(total, inv_m):
+    """total / m. inv_m is 0 where mean and var are constants: times that, a NaN of one sample would reach all."""
+    return tl.where(inv_m > 0.0, total * inv_m, 0.0)
+
+
 # Bound: 8 bytes a channel, chunk and group.
 @triton.jit
 def merge_backward_kernel(
@@ -251,8 +257,10 @@ def merge_backward_kernel(
     c2 = tl.sum(tl.load(partial + groups * CHUNKS * C + at, mask=mask, other=0.0), 0)
     tl.store(dbias + g * C + c, c1, mask=inside)
     tl.store(dweight + g * C + c, c2, mask=inside)
-    tl.store(sums + places, over_group(gamma * c1[None, :], PER_CHANNEL) * inv_m, mask=within)
-    tl.store(sums + groups * (C // CG) + places, over_group(gamma * c2[None, :], PER_CHANNEL) * inv_m, mask=within)
+    s1 = averaged(over_group(gamma * c1[None, :], PER_CHANNEL), inv_m)
+    s2 = averaged(over_group(gamma * c2[None, :], PER_CHANNEL), inv_m)
+    tl.store(sums + places, s1, mask=within)
+    tl.store(sums + groups * (C // CG) + places, s2, mask=within)
 
 
 # Bound: 3 accesses an element, or 2 where there is no ddx; the double backward's first pass.
@@ -305,8 +313,8 @@ def double_backward_coefficients(c1, c2, w1, w2, a0, gamma, vg, r, inv_m, PER_CH
     q = over_group(vg * c1, PER_CHANNEL) - r * inv_m * (W1 * s2 + W2 * s1)
     q_xhat = over_group(vg * c2, PER_CHANNEL) - 2.0 * r * inv_m * W2 * s2
     d_weight = r * (a0 - (W1 * c1 + W2 * c2) * inv_m)
-    along = -r * r * inv_m * (q_xhat + a * r)
-    return W1 * inv_m, W2 * inv_m, -r * r * s2 * inv_m, along, -r * q * inv_m, d_weight
+    along_w, along = averaged(-r * r * s2, inv_m), averaged(-r * r * (q_xhat + a * r), inv_m)
+    return averaged(W1, inv_m), averaged(W2, inv_m), along_w, along, averaged(-r * q, inv_m), d_weight
 
 
 # Bound: 20 bytes a channel, chunk and group.
@@ -469,8 +477,8 @@ def resident_backward_kernel(
         dt = activate_backward(load_tile(dy, at, mask), xhat * gamma + beta, slope, ACTIVATION)
         c1 = tl.sum(dt, 0)
         c2 = tl.sum(dt * xhat, 0)
-        s1 = over_group(gamma * c1[None, :], PER_CHANNEL) * inv_m
-        s2 = over_group(gamma * c2[None, :], PER_CHANNEL) * inv_m
+        s1 = averaged(over_group(gamma * c1[None, :], PER_CHANNEL), inv_m)
+        s2 = averaged(over_group(gamma * c2[None, :], PER_CHANNEL), inv_m)
         tl.store(dx + at, (r * (gamma * dt - s1 - xhat * s2)).to(dx.dtype.element_ty), mask=mask)
         sum_dt += c1
         sum_dt_xhat += c2

@@ -11,7 +11,8 @@ namespace fg {
 namespace {  // the tables share no inline function
 
 // Of one group of M elements, x̂ = (x - mean) r; dt = dy phi'(t), w = ddx. All sums are over the group. inv_m is 1/M, or
-// 0 where mean and var are constants.
+// 0 where mean and var are constants: what finish() makes is then 0, whatever the sums. Times 0, a NaN of one sample
+// would reach all.
 
 struct FirstOrder {
   double s1, s2;  // Σ weight dt, Σ weight dt x̂
@@ -20,7 +21,7 @@ struct FirstOrder {
   // Of a channel alone, from its Σ dt, Σ dt (x - mean). Not by add(): 0 + -0 would change the sign of a gradient of 0.
   template <class Sums>
   static FG_MEMBER FirstOrder of(const Sums& s, double weight, double r) {
-    return {weight * s[0], weight * s[1] * r, 0.0, 0.0};
+    return {weight * s[0], weight * s[1] * r, -0.0, -0.0};  // dt of -0 stays -0
   }
   template <class Sums>
   FG_MEMBER void add(const Sums& s, double weight, double r) {
@@ -28,6 +29,7 @@ struct FirstOrder {
     s2 += weight * s[1] * r;
   }
   FG_MEMBER void finish(double inv_m, double r) {
+    if (inv_m == 0.0) return;
     x0 = -r * s1 * inv_m;
     x1 = -r * r * s2 * inv_m;
   }
@@ -50,6 +52,7 @@ struct SecondOrder : FirstOrder {
     vdtx += v_weight * s[1] * r;
   }
   FG_MEMBER void finish(double inv_m, double r) {
+    if (inv_m == 0.0) return;
     const double A = A0 - (W1 * s1 + W2 * s2) * inv_m;
     const double sum_q = -r * inv_m * (W1 * s2 + W2 * s1) + vdt;
     const double sum_qx = -2.0 * r * inv_m * W2 * s2 + vdtx;

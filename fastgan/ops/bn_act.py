@@ -233,24 +233,35 @@ def _double_backward(ctx, ddx, ddweight, ddbias):
     d_dy, d_x, d_weight = OPS["bn_act_double_backward"](
         dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, *ctx.scalars
     )
-    # mean and var are functions of x: their share is in d_x. bias enters only through the mask
-    return d_dy, d_x, None if weight is None else d_weight.to(weight.dtype), *(None,) * 7
+    # mean and var are functions of x: their share is in d_x
+    d_weight = None if weight is None else d_weight.to(weight.dtype)
+    return d_dy, d_x, d_weight, through_mask(ctx, bias, ctx.scalars[-2]), *(None,) * 6
 
 
 backward.differentiate(_save_backward, _double_backward)
+
+
+def through_mask(ctx: Any, bias: Tensor | None, activation: str) -> Tensor | None:
+    """The gradient of a bias that enters through the mask alone: PyTorch's zeros, or None as there without a mask.
+
+    An optimiser skips a parameter whose gradient is None; one of zeros it moves on by its momentum.
+    """
+    asked = bias is not None and activation != "identity" and ctx.needs_input_grad[3]
+    return torch.zeros_like(bias) if asked else None  # type: ignore[arg-type]
 
 
 # ---- double backward ------------------------------------------------------------------------------------------------
 
 
 def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, training, eps, activation, slope):
-    """MATHS of docs/maths.md, section 2. In eval mode mean and var are constants: the same formula with 1/n = 0."""
+    """MATHS of docs/maths.md, section 2. In eval mode mean and var are constants: the formula without its means."""
     groups, dtype = len(mean), accumulation_dtype(x.dtype)
     lift: Any = lambda v: per_channel(v, x)
     dims = [1, *range(3, x.dim() + 1)]
     total: Any = lambda v: v.sum(dims)
     n = x.numel() // max(groups * x.shape[1], 1)
-    inv_n = 1.0 / n if training and n else 0.0
+    # not times 1/n = 0 in eval mode: a NaN of one sample would reach all
+    average: Any = lambda v: v / n if training and n else torch.zeros_like(v)
 
     rstd = (var + eps).rsqrt()
     gamma = torch.ones_like(rstd) if weight is None else weight.to(dtype).expand_as(rstd)
@@ -270,14 +281,14 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     dt = g * mask
 
     s1, s2, w1, w2, a0 = total(dt), total(dt * xhat), total(w), total(w * xhat), total(w * dt)
-    a = a0 - (w1 * s1 + w2 * s2) * inv_n
-    u = lift(gamma * rstd) * (w - lift(w1 * inv_n) - xhat * lift(w2 * inv_n)) + lift(vg) * xhat + lift(vb)
-    scale = gamma * rstd * inv_n
-    q = -lift(scale * s2) * w + lift(vg - scale * w2) * dt
-    sum_q = -scale * (w1 * s2 + w2 * s1) + vg * s1
-    sum_q_xhat = -2 * scale * w2 * s2 + vg * s2
-    along_xhat = rstd * sum_q_xhat * inv_n + gamma * a * rstd**2 * inv_n
-    d_x = lift(rstd) * q - lift(rstd * sum_q * inv_n) - xhat * lift(along_xhat)
+    a = a0 - average(w1 * s1 + w2 * s2)
+    u = lift(gamma * rstd) * (w - lift(average(w1)) - xhat * lift(average(w2))) + lift(vg) * xhat + lift(vb)
+    scale = gamma * rstd
+    q = -lift(average(scale * s2)) * w + lift(vg - average(scale * w2)) * dt
+    sum_q = -average(scale * (w1 * s2 + w2 * s1)) + vg * s1
+    sum_q_xhat = -2 * average(scale * w2 * s2) + vg * s2
+    along_xhat = average(rstd * sum_q_xhat + gamma * a * rstd**2)
+    d_x = lift(rstd) * q - lift(average(rstd * sum_q)) - xhat * lift(along_xhat)
 
     def back(v: Tensor) -> Tensor:
         return dense(v.flatten(0, 1).to(x.dtype), is_channels_last(x))

@@ -34,6 +34,7 @@ from fastgan._layout import accumulation_dtype, dense, empty_result, is_channels
 from fastgan._op import OPS, Op, draw, first_alone
 from fastgan.choice import triton
 from fastgan.ops.bias_act import like
+from fastgan.ops.bn_act import through_mask
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu")
 
@@ -254,8 +255,9 @@ def _double_backward(ctx, ddx, ddweight, ddbias):
     d_dy, d_x, d_weight = OPS["gn_act_double_backward"](
         dy, ddx, ddweight, ddbias, x, weight, bias, mean, var, *ctx.scalars
     )
-    # mean and var are functions of x: their share is in d_x. bias enters only through the mask
-    return d_dy, d_x, None if weight is None else d_weight.to(weight.dtype), *(None,) * 6
+    # mean and var are functions of x: their share is in d_x
+    d_weight = None if weight is None else d_weight.to(weight.dtype)
+    return d_dy, d_x, d_weight, through_mask(ctx, bias, ctx.scalars[-2]), *(None,) * 5
 
 
 backward.differentiate(_save_backward, _double_backward)
