@@ -1,7 +1,7 @@
 """What a call costs besides its kernels: Python calls, microseconds and, with valgrind, instructions.
 
     python benchmarks/call_overhead.py                 # about 20 s
-    python benchmarks/call_overhead.py --instructions  # also counted by callgrind, minutes a case
+    python benchmarks/call_overhead.py --instructions  # also counted by callgrind, some minutes
 
 Each case is so small that its kernels take a microsecond or two. Calls are those that Python's profiler sees, of Python
 functions and of C functions, forward and backward together; they repeat exactly, and so do instructions but for a few
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("FASTGAN_CACHE", tempfile.mkdtemp(prefix="fastgan-overhead-"))
 
@@ -29,7 +30,8 @@ from torch import nn
 import fastgan
 from fastgan.benchmarking.timing import interleave
 
-ROUNDS = 100  # of a case under callgrind: what these add to as many more is counted
+ROUNDS = 100  # of a case under callgrind
+MARK = "getppid"  # a function of libc and of os that nothing else calls
 
 
 def cases() -> dict[str, Callable[[], object]]:
@@ -82,44 +84,47 @@ def python_calls(run: Callable[[], object]) -> int:
     return count - 1  # sys.setprofile itself
 
 
-def instructions(name: str) -> int:
-    """Of one run, by callgrind: what ROUNDS more of them add to a process."""
-    totals = []
-    for rounds in (ROUNDS, 2 * ROUNDS):
-        command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, __file__]
-        done = subprocess.run(
-            [*command, "--only", name, "--rounds", str(rounds)],
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        totals.append(int(re.search(r"Collected : (\d+)", done.stderr).group(1)))  # type: ignore[union-attr]
-    return (totals[1] - totals[0]) // ROUNDS
+def instructions() -> dict[str, int]:
+    """Of one run of each case, by callgrind, which writes down and forgets its counts wherever MARK is called."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["valgrind", "--tool=callgrind", f"--dump-before={MARK}", f"--callgrind-out-file={folder}/counts"]
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        subprocess.run([*command, sys.executable, __file__, "--counted"], env=environment, check=True)
+        texts = [Path(folder, f"counts.{2 * i}").read_text() for i in range(1, len(cases()) + 1)]
+    totals = [int(re.search(r"^totals: (\d+)", text, re.MULTILINE).group(1)) for text in texts]  # type: ignore[union-attr]
+    return {name: total // ROUNDS for name, total in zip(cases(), totals, strict=True)}
+
+
+def run_counted() -> None:
+    """Every case between two marks, once its first runs have made what is kept."""
+    mark = getattr(os, MARK)
+    with fastgan.racing(False):
+        for run in cases().values():
+            run(), run()
+            mark()
+            for _ in range(ROUNDS):
+                run()
+            mark()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instructions", action="store_true", help="count them, too; valgrind must be installed")
-    parser.add_argument("--only", help="run this case and print nothing")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--counted", action="store_true", help="what --instructions runs under callgrind")
     args = parser.parse_args()
     if args.instructions and not shutil.which("valgrind"):
         parser.error("--instructions: valgrind must be installed, found none on the PATH")
     torch.set_num_threads(1)
-    if args.only:
-        with fastgan.racing(False):
-            run = cases()[args.only]
-            for _ in range(args.rounds):
-                run()
-        return
+    if args.counted:
+        return run_counted()
     found = cases()
     timed = interleave(found, seconds=1.0 * len(found))
     print("| case | Python calls | us |" + (" instructions |" if args.instructions else ""))
     print("|---|---:|---:|" + ("---:|" if args.instructions else ""))
+    counted = instructions() if args.instructions else {}
     for name, run in found.items():
         row = f"| {name} | {python_calls(run)} | {1e6 * timed[name].min:.1f} |"
-        print(row + (f" {instructions(name):,} |" if args.instructions else ""), flush=True)
+        print(row + (f" {counted[name]:,} |" if args.instructions else ""), flush=True)
 
 
 if __name__ == "__main__":

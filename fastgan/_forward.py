@@ -12,13 +12,14 @@ from torch import fx, nn
 from fastgan._hooks import has_hooks
 
 _tracing, _compiler = torch._C._get_tracing_state, torch.compiler
+_HAS_FLAG = hasattr(_compiler, "_is_exporting_flag")  # torch 2.6 has none; looked up once, since every op asks
 
 
 def is_exported() -> bool:
     """Whether torch.export or torch.jit.trace writes the model down: in torch's own ops, to run without fastgan."""
     # The flag behind torch.compiler.is_exporting(), from torch 2.7 on: in torch 2.8 that function is True under
     # torch.compile too.
-    return _tracing() is not None or getattr(_compiler, "_is_exporting_flag", False)
+    return _tracing() is not None or (_HAS_FLAG and _compiler._is_exporting_flag)
 
 
 def is_symbolic(*values: Any) -> bool:

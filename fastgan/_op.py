@@ -91,7 +91,7 @@ class Op(Chosen):
                 elsewhere |= not a.is_cpu if here else a.device != device
         if elsewhere:
             self._check_devices(args)
-        if is_transformed():
+        if forward_ad._current_level >= 0 or _functorch_level() is not None:  # is_transformed(), a call less
             self._refuse_transforms(args)
         # is_autocast_enabled raises for the meta device
         if traced or torch.is_autocast_enabled("cpu" if here else device.type):  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import functional, program
@@ -51,7 +52,7 @@ class _Convolution(nn.Module):
         return conv_act(self, input, activation, slope)
 
     def forward(self: Any, input: Tensor) -> Any:
-        if is_symbolic(input):
+        if isinstance(input, Proxy):
             return written_call(self, input)
         return conv_act(self, input, "identity", 0.0)
 
@@ -70,7 +71,7 @@ class FusedConv2d(_Convolution, nn.Conv2d):
 
 class _TransposedConvolution(_Convolution):
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Any:
-        if is_symbolic(input):
+        if isinstance(input, Proxy):
             return written_call(self, input, *(() if output_size is None else (output_size,)))
         if output_size is not None:
             return super(_Convolution, self).forward(input, output_size)  # torch's own
@@ -96,7 +97,7 @@ class _Norm(nn.Module):
         return self.run(input, activation, slope)
 
     def forward(self, input: Tensor) -> Any:
-        if is_symbolic(input):
+        if isinstance(input, Proxy):
             return written_call(self, input)
         return self.run(input, "identity", 0.0)
 
@@ -106,7 +107,7 @@ class _ContiguousNorm(_Norm):
 
     def forward(self, input: Tensor) -> Any:
         y = super().forward(input)
-        return y if is_symbolic(y) else y.contiguous()
+        return y if isinstance(y, Proxy) else y.contiguous()
 
 
 def _bn_act(bn: Any, input: Tensor, activation: str, slope: float) -> Tensor:
@@ -154,7 +155,7 @@ class FusedDropout(nn.Dropout):
     op = "dropout"
 
     def forward(self, input: Tensor) -> Any:
-        if is_symbolic(input):
+        if isinstance(input, Proxy):
             return written_call(self, input)
         if is_transformed():
             return super().forward(input)
@@ -448,7 +449,9 @@ class Chain(Forward):
             for child in self.owner.children():
                 input = _plain_call(child, input)
             return input
-        if is_symbolic(input) or has_global_hooks():  # such hooks are called by modules: each child is called as one
+        if (
+            isinstance(input, Proxy) or has_global_hooks()
+        ):  # such hooks are called by modules: each child is called as one
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
         for part in _groups(self.owner) if torch.compiler.is_compiling() else self._current():
             input = part(input)

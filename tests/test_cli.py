@@ -305,7 +305,7 @@ def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__ and found["machine"]["threads"] == torch.get_num_threads()
-    assert found["native"]["available"] and found["native"]["tables"]["portable"] == "usable"
+    assert found["native"]["available"] and "usable" in found["native"]["tables"].values()
     assert found["cuda"]["available"] == torch.cuda.is_available()
     assert found["cuda"]["available"] or found["cuda"]["reason"]
     assert found["backends"]["bn_act"]["reference"] == {"available": True, "reason": ""}

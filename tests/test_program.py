@@ -761,7 +761,8 @@ def test_calls_of_a_step_have_a_ceiling(ran):
     adams = [fastgan.Adam(m.parameters(), 2e-4) for m in (g, d)]
     step = fastgan.GANStep(g, d, latent=(6, 1, 1), g_optimizer=adams[0], d_optimizer=adams[1])
     real = torch.randn(4, 3, 8, 8)
-    assert python_calls(lambda: step(real)) <= 1500
+    # 19 of them ask at each chain and node whether torch.fx, torch.func or a batch of cotangents looks on, about 1 us.
+    assert python_calls(lambda: step(real)) <= 1520
     assert len(ran) == 9  # G, D of both, D of fake: programs, three times
 
 
