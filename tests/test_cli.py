@@ -17,6 +17,7 @@ from PIL import Image
 
 import fastgan
 from fastgan.cli import build_parser, main
+from fastgan.data.clips import ClipSet
 from fastgan.doctor import machine
 from fastgan.training import checkpoint, progress
 
@@ -395,6 +396,50 @@ def test_every_option_with_a_type_refuses_what_is_none(command, capsys):
     for action, text in found:
         ended, said = refused([command, *COMMANDS[command]], action, text, capsys)
         assert ended and action.option_strings[0] in said, (action.dest, text, said)
+
+
+CONTRADICTIONS = {
+    "--allow-changed-data": "--allow-changed-data is for a run that goes on, by --resume or --continue",
+    "--continue --batch-size=auto": "--continue goes with --out alone",
+    "--continue --overwrite": "--continue goes with --out alone",
+    "--steps=3 --set steps=4": "--steps and --set steps say one thing twice, leave one out",
+    "--eval-every=3 --set eval_every=3": "--eval-every and --set eval_every say one thing twice, leave one out",
+    "--dry-run --target=kcd<1": "need evaluations, set eval_every",
+    "--dry-run --eval-every=1 --target=nope": "target must read NAME<NUMBER",
+    "--dry-run --patience=1": "need evaluations, set eval_every",
+    "--dry-run --eval-every=1 --plateau=2": "plateau must be at least 4, got 2",
+    "--set steps=1e30": "steps must be below 2^63",
+    "--set log_every=1e30": "log_every must be below 2^63",
+    "--set d_steps=1e9": "the samples of d_steps=1000000000 at batch size 4 must fit in memory",
+    "--set domain_options.stream=3": "domain_options.stream must be true or false, got 3",
+    "--set domain=clips": "dcgan-28 must make what this recipe says of clips, [8, 1, 8, 8], it makes [1, 8, 8]",
+    "--set domain=clips --set domain_options.frames=1.5": "domain_options.frames must be a whole number, got 1.5",
+    "--set domain=pairs": "dcgan-28 at batch size 4 must fit pairs",
+    "--set model=wavegan --set model_options={}": "wavegan must make what this recipe says of images, [1, 8, 8], it",
+    "--backend=cuda": "backend: cuda must be available, got none",
+}
+
+
+@pytest.mark.parametrize("options", CONTRADICTIONS)
+def test_what_cannot_be_meant_together_is_refused_before_anything_is_done(options, data, tmp_path, monkeypatch, capsys):
+    """Where a run would write, a plan would be measured and a batch size chosen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgan.cli.train.chosen_batch", lambda *args, **kwargs: pytest.fail("measured"))
+    if "clips" in options:
+        frames = torch.zeros(2, 8, 1, 8, 8, dtype=torch.uint8)
+        monkeypatch.setattr("fastgan.domains.clips.load_clips", lambda *args, **kwargs: ClipSet(frames))
+    assert main(["train", "--recipe=dcgan-28", f"--data={data}", "--out=new", *SMALL, *options.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("fastgan: ") and shown.err.count("\n") == 1 and CONTRADICTIONS[options] in shown.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_is_found_where_a_shell_leaves_it(data, tmp_path, monkeypatch):
+    """bash gives --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--recipe=dcgan-28", f"--data={data}", "--out=~/runs/a", "--steps=1", *SMALL]) == 0
+    assert (tmp_path / "runs/a/config.json").exists() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "interpolate", "evaluate"])

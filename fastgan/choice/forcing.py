@@ -10,19 +10,24 @@ from fastgan.choice.routine import NAMES
 from fastgan.choice.state import STATE, Watch
 
 
+class MissingBackendError(RuntimeError, ValueError):
+    """A backend that this machine lacks was asked for."""
+
+
 class backend:
     """Run every op with one backend: `with fastgan.backend("reference"): ...`, or as a plain call for good.
 
     name: "auto", "reference", "native", "triton" or "cuda". Process-wide, since autograd runs CUDA backwards in other
     threads. A case that the named backend declines runs on the reference.
-    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that this machine lacks.
+    Raises ValueError for an unknown name, and for a backend that this machine lacks, with the reason, a RuntimeError
+    that is a ValueError too.
     """
 
     def __init__(self, name: str):
         if name not in ("auto", *NAMES):
             raise ValueError(f"backend: name must be one of auto, {', '.join(reversed(NAMES))}, got {name!r}")
         if name != "auto" and missing(name):
-            raise RuntimeError(f"backend: {name} must be available, got none: {missing(name)}")
+            raise MissingBackendError(f"backend: {name} must be available, got none: {missing(name)}")
         self._before, STATE.forced = STATE.forced, name
 
     def __enter__(self) -> backend:

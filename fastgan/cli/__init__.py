@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _streams():
         try:
             _refuse_empty(args)
+            _expand(args)
             code = int(args.run_command(args))
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -102,6 +103,13 @@ def _refuse_empty(args: argparse.Namespace) -> None:
             if isinstance(text, str) and (not text.strip() or "\0" in text):
                 option = f"--{name.replace('settings', 'set').replace('_', '-')}"
                 raise ValueError(f"{args.command}: {option} must be neither empty nor hold a NUL, got {text!r}")
+
+
+def _expand(args: argparse.Namespace) -> None:
+    """~ is the home folder in --out=~/runs too, where a shell leaves it."""
+    for name, value in vars(args).items():
+        if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            setattr(args, name, os.path.expanduser(value))
 
 
 def _sentence(error: Exception) -> str:

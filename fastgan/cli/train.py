@@ -13,11 +13,15 @@ from fastgan.training.precision import NAMES
 from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.recovery import ACTIONS
 from fastgan.training.rundir import RunDirectory
+from fastgan.training.stopping import StopRules
 from fastgan.training.trainer import Trainer
 
 from .arguments import Commands, batch_size, positive_float, positive_int, seed
 
 DEFAULT = "fastgan"  # the recipe of a run that names none
+# Options that are fields of a recipe; those that end a run.
+FIELDS = ("data", "labels", "steps", "batch_size", "precision", "seed", "eval_every", "augment")
+RULES = ("time_limit", "target", "patience", "plateau")
 
 
 def _epilog() -> str:
@@ -105,33 +109,27 @@ def _add_endings(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or print the plan; 130 when interrupted."""
-    fields = ("data", "labels", "steps", "batch_size", "precision", "seed", "eval_every", "augment")
-    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     given |= {name: True for name in ("conditional", "sync_statistics") if getattr(args, name)}
     if not args.resume:
         given.setdefault("precision", "auto")
+    named = _recipe(args)
+    _refuse_contradictions(args)
     automatic = given.get("batch_size") == "auto"
     if automatic:
         del given["batch_size"]
-    recipe = _fitting(args, _recipe(args)).replace(**given).with_settings(args.settings)
+    recipe = _fitting(args, named).replace(**given).with_settings(args.settings)
     if args.stream:
         recipe = recipe.replace(domain_options=recipe.domain_options | {"stream": True})
+    StopRules.of(recipe, **{name: getattr(args, name) for name in RULES})  # raises for what cannot be meant
     if automatic:
-        if args.resume:
-            raise ValueError("train: --batch-size auto is for a new run, a resumed one keeps its own")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would measure, and find another
-            raise ValueError("train: --batch-size must be a number on several ranks, got auto")
         recipe = chosen_batch(recipe, device=args.device or "auto", backend=args.backend)
     if args.dry_run:
         print(plan(recipe, device=args.device or "auto", backend=args.backend))
         return 0
-    if not args.out and not args.resume:
-        raise ValueError("train: --out DIR must say where the run is written")
-    if args.go_on and (args.overwrite or args.resume or automatic):
-        raise ValueError("train: --continue goes with --out alone, not with --overwrite, --resume or --batch-size auto")
     begun = args.go_on and _holds_run(args.out)
     names = (
-        *("overwrite", "device", "backend", "time_limit", "target", "patience", "plateau", "on_collapse"),
+        *(*RULES, "overwrite", "device", "backend", "on_collapse"),
         *("tensorboard", "wandb", "quiet", "allow_changed_data"),
     )
     options = {name: getattr(args, name) for name in names}
@@ -139,6 +137,25 @@ def run(args: argparse.Namespace) -> int:
     result = Trainer(recipe, out=out, resume=resume, **options).fit()
     leave()
     return {"interrupted": 130, "collapse": 1}.get(result.reason, 0)
+
+
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that take each other back, before anything is measured."""
+    automatic = args.batch_size == "auto"
+    if not (args.out or args.resume or args.dry_run):
+        raise ValueError("train: --out DIR must say where the run is written")
+    if args.go_on and (args.overwrite or args.resume or automatic):
+        raise ValueError("train: --continue goes with --out alone, not with --overwrite, --resume or --batch-size auto")
+    if args.allow_changed_data and not (args.resume or args.go_on):
+        raise ValueError("train: --allow-changed-data is for a run that goes on, by --resume or --continue")
+    if automatic and args.resume:
+        raise ValueError("train: --batch-size auto is for a new run, a resumed one keeps its own")
+    if automatic and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would measure, and find another
+        raise ValueError("train: --batch-size must be a number on several ranks, got auto")
+    settings = {setting.partition("=")[0].strip() for setting in args.settings}
+    for name in FIELDS:
+        if getattr(args, name) is not None and name in settings:
+            raise ValueError(f"train: --{name.replace('_', '-')} and --set {name} say one thing twice, leave one out")
 
 
 def _fitting(args: argparse.Namespace, recipe: Recipe) -> Recipe:

@@ -23,6 +23,13 @@ from fastgan.training.rundir import RunDirectory
 __all__ = ["Domain", "Given", "Looks", "Stream"]
 
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}  # of options that are checked by their default
+
+
 class Given(NamedTuple):
     """The fixed inputs that a run's sample grids are drawn from.
 
@@ -91,6 +98,9 @@ class Domain:
                 known = ", ".join(self.options) or "none"
                 raise ValueError(f"recipe: domain_options of {self.name} are {known}, got {key!r}")
         self.option = {**self.options, **recipe.domain_options}
+        for key, kind, words in ((k, type(v), KINDS[type(v)]) for k, v in self.options.items() if type(v) in KINDS):
+            if type(self.option[key]) is not kind and not (kind is float and type(self.option[key]) is int):
+                raise ValueError(f"recipe: domain_options.{key} must be {words}, got {self.option[key]!r}")
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
@@ -119,6 +129,11 @@ class Domain:
     def shape(self) -> tuple[int, ...]:
         """Of one sample."""
         raise NotImplementedError
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        """The shape of what the generator gives for one input: that of a sample."""
+        return self.shape
 
     def hold_out(self, samples: Any, count: int) -> tuple[Any, Any | None]:
         """(the samples to train on, `count` of them kept back), evenly over the set; (all, None) for 0."""

@@ -51,6 +51,12 @@ class Unpaired(Translating):
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
+    @property
+    def made(self) -> tuple[int, ...]:
+        """Both translations, one behind the other."""
+        channels, height, width = self.shape
+        return 2 * channels, height, width
+
     def load(self, device: torch.device) -> UnpairedSet:
         """See `load_unpaired`."""
         sizes: Any = dict(image_size=self.recipe.image_size, channels=self.recipe.channels)

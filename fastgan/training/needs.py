@@ -4,6 +4,7 @@ and no memory."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -43,6 +44,12 @@ def check(recipe: Recipe, device: torch.device) -> None:
         activations = _activations(recipe, generator, discriminator, what)
     width = _FP32 if recipe.precision == "fp32" else 2
     require(weights * _FP32 + activations * width, device, f"recipe: a training step of {what}")
+    drawn = recipe.d_steps * recipe.batch_size * math.prod(domain_of(recipe).shape)
+    require(drawn, device, f"recipe: the samples of d_steps={recipe.d_steps} at batch size {recipe.batch_size}")
+
+
+class _MisfitError(ValueError):
+    """A model whose samples are not of the shape that the recipe's domain has."""
 
 
 def _first(error: Exception) -> str:
@@ -52,19 +59,29 @@ def _first(error: Exception) -> str:
 
 def _activations(recipe: Recipe, generator: nn.Module, discriminator: nn.Module, what: str) -> int:
     """Numbers that the layers of both networks give for one batch; 0 where the meta device cannot tell."""
+    domain = domain_of(recipe)
     with _counted(generator, discriminator) as count, contextlib.suppress(NotImplementedError):
         try:
-            domain = domain_of(recipe)
-            _, labels, z = domain.inputs([domain.probe("meta")] * recipe.d_steps)
+            _, labels, z = domain.inputs([domain.probe("meta")])
             z = torch.empty(recipe.batch_size, recipe.latent, device="meta") if z is None else z[0]
             inputs, labels = z if isinstance(z, tuple) else (z,), () if labels is None else (labels[0],)
-            discriminator(generator(*inputs, *labels), *labels)
+            made = generator(*inputs, *labels)
+            if isinstance(made, Tensor) and (shape := tuple(made.shape[1:])) != domain.made:
+                raise _MisfitError(
+                    f"recipe: {recipe.model} must make what this recipe says of {domain.noun}, {list(domain.made)}, "
+                    f"it makes {list(shape)}"
+                )
+            discriminator(made, *labels)
+        except _MisfitError:
+            raise
         except ValueError as error:  # batch norm of one value a channel has no variance
             raise ValueError(
                 f"recipe: {what} must leave batch norm more than 1 value a channel: {_first(error)}"
             ) from error
         except (RuntimeError, OverflowError) as error:
-            raise ValueError(f"recipe: {what} must have sizes that fit in memory: {_first(error)}") from error
+            raise ValueError(
+                f"recipe: {what} must fit {domain.noun} and have sizes that fit in memory: {_first(error)}"
+            ) from error
     return sum(count)
 
 

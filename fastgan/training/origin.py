@@ -36,7 +36,9 @@ def open_run(
     """
     if resume is not None:
         if overwrite or (out is not None and Path(out) != Path(resume)):
-            raise ValueError("resume: it goes on in the run's own directory, leave out and overwrite out")
+            raise ValueError(
+                "resume: it goes on in the run's own directory, give neither another out (--out) nor overwrite"
+            )
         directory = RunDirectory(resume)
         saved = directory.read_config()
         if owner:

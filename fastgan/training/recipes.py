@@ -150,17 +150,15 @@ class Recipe:
             if getattr(self, name) not in choices:
                 wanted = ", ".join(str(c) for c in choices)
                 raise ValueError(f"recipe: {name} must be one of {wanted}, got {getattr(self, name)!r}")
-        for name in AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for least, names in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"recipe: {name} must be at least {least}, got {getattr(self, name)}")
+                if getattr(self, name) >= MAX_SEED:
+                    raise ValueError(f"recipe: {name} must be below 2^63, got {getattr(self, name)}")
         self._check_classes(known)
-        for name in AT_LEAST_0:
-            if getattr(self, name) < 0:
-                raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
         if self.warm_up and self.warm_up >= self.steps:
             raise ValueError(f"recipe: warm_up must be below steps, which are {self.steps}, got {self.warm_up}")
-        if self.seed >= MAX_SEED:
-            raise ValueError(f"recipe: seed must be below 2^63, got {self.seed}")
         for name in ("name", "model", "domain", "data"):
             text = getattr(self, name)
             if not text.strip() or "\0" in text:

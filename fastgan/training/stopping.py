@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from fastgan.domains import domain_of
+
 from .evaluation import NAMES, Evaluation, Target
+from .recipes import Recipe
 
 __all__ = ["StopRules"]
 
@@ -53,6 +56,12 @@ class StopRules:
                 "training: target, patience and plateau need evaluations, set eval_every (--eval-every STEPS)"
             )
         self._patience, self._plateau = patience, plateau
+
+    @classmethod
+    def of(cls, recipe: Recipe, **rules: Any) -> StopRules:
+        """Those of a run of `recipe`."""
+        metrics = domain_of(recipe).metrics
+        return cls(**rules, measured=bool(recipe.eval_every), metrics=metrics, loss=recipe.loss)
 
     def after_step(self, step: int, steps: int, elapsed: float, signalled: bool) -> str:
         """Why the run ends after `step` of `steps`, or ""."""

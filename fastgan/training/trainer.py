@@ -104,9 +104,8 @@ class Trainer:
         self._precision = self.world.gather(precision_of(self.recipe, self.device, networks))[0]
         self.recipe = self.recipe.replace(precision=self._precision.name)  # what config.json holds
         self.backend = backend if backend is not None else (saved["backend"] if saved else None)
-        measured, metrics = bool(self.recipe.eval_every), domain_of(self.recipe).metrics
         rules: Any = dict(time_limit=time_limit, target=target, patience=patience, plateau=plateau)
-        self.stop = StopRules(**rules, measured=measured, metrics=metrics, loss=self.recipe.loss)
+        self.stop = StopRules.of(self.recipe, **rules)
         check_action(on_collapse, self.world.size)
         self.on_collapse, self.rollbacks, self._overwrite = on_collapse, 0, overwrite
         if saved and saved["models"] != "recipe" and not networks:
