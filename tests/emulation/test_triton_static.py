@@ -29,7 +29,7 @@ def few(card):
     return chosen
 
 
-@pytest.mark.parametrize("card", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("card", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow), "gfx942"])
 def test_kernels_compile_into_what_the_card_can_run(card):
     found = few(card)
     names = {name for name, _ in found}
