@@ -4,9 +4,11 @@
 
 Every rank computes in one thread on a batch of its own, as one of several machines would. On each number of ranks:
 - `Exchange` on one parameter of 4 KB and on one of 32 MB gives latency a and bandwidth b of seconds = a + bytes / b.
-- A recipe's step runs in turns with the exchange and without it; both on all ranks at once, so that cores which are
-  shared slow both. The model says: with = without + updates * a + gradients' bytes / b.
-Prints a table. About a minute and a half.
+- A recipe's step runs in turns without an exchange, with one that only waits for all ranks, and with the whole one; all
+  on all ranks at once, so that cores which are shared slow each. The model says: with = without + updates * a +
+  gradients' bytes / b; with the waiting that was measured in the place of a's it says what the bytes alone add.
+- The discriminator's gradients are exchanged before the generator's forward pass, and beside it.
+Prints a table, and a line for each of the last. About three minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("FASTGAN_CACHE", tempfile.mkdtemp(prefix="fastgan-ranks-"))  # races are run anew
@@ -73,19 +75,54 @@ def make_step(name: str) -> tuple[fastgan.GANStep, Callable[[], Tensor]]:
     return step, lambda: torch.rand(shape) * 2 - 1
 
 
-def measure(world: World, name: str) -> tuple[float, float, int]:
-    """(ms of a step with the exchange, ms without, bytes of gradients)."""
+class Waiting:
+    """An exchange of one number: what an update waits for the slowest rank."""
+
+    def __init__(self, world: World):
+        self._world = world
+
+    def exchange(self, parameters: Sequence[Tensor]) -> None:
+        self._world.agree("")
+
+
+def measure(world: World, name: str) -> tuple[dict[str, float], int]:
+    """(ms of a step "with" the exchange, "waiting" and "without", bytes of gradients)."""
     step, draw = make_step(name)
-    exchanges, images = {"with": Exchange(world) if world.size > 1 else None, "without": None}, draw()
+    images, several = draw(), world.size > 1
+    exchanges = {"with": Exchange(world), "waiting": Waiting(world), "without": None}
     found: dict[str, list[float]] = {way: [] for way in exchanges}
     for number in range(WARM_UP + ROUNDS):
         for way, exchange in exchanges.items():
-            step.exchange = exchange
+            step.exchange = exchange if several else None
             spent = median(world, lambda: float(step(images)["g_loss"]), 1)
             if number >= WARM_UP:
                 found[way].append(spent)
     size = sum(p.numel() * 4 for m in (step.generator, step.discriminator) for p in m.parameters())
-    return statistics.median(found["with"]), statistics.median(found["without"]), size
+    return {way: statistics.median(times) for way, times in found.items()}, size
+
+
+def overlap(world: World, name: str) -> tuple[float, float]:
+    """Milliseconds of D's exchange followed by G's forward pass, and of both at once."""
+    step, _ = make_step(name)
+    flat = torch.zeros(sum(p.numel() for p in step.discriminator.parameters()))
+    z = step.draw_latent(RECIPES[name])
+
+    def in_turn() -> None:
+        dist.all_reduce(flat)
+        step.generator(z)
+
+    def at_once() -> None:
+        job = dist.all_reduce(flat, async_op=True)
+        step.generator(z)
+        job.wait()
+
+    times: tuple[list[float], list[float]] = [], []
+    for number in range(WARM_UP + ROUNDS):
+        for way, found in zip((in_turn, at_once), times, strict=True):
+            spent = median(world, way, 1)
+            if number >= WARM_UP:
+                found.append(spent)
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def work() -> None:
@@ -96,14 +133,19 @@ def work() -> None:
     if world.first and world.size > 1:
         print(f"{world.size} ranks: exchange of nothing {latency:.2f} ms, {rate / 1e3:,.0f} MB/s of gradients")
     for name in RECIPES:
-        whole, alone, size = measure(world, name)
-        model = alone + 2 * latency + size / rate
+        ms, size = measure(world, name)
+        whole, alone = ms["with"], ms["without"]
+        model, waited = alone + 2 * latency + size / rate, ms["waiting"] + size / rate
         if world.first:
             print(
-                f"| `{name}`, {RECIPES[name]} | {world.size} | {alone:.1f} | {whole:.1f} | {model:.1f} "
-                f"| {model / whole - 1:+.0%} | {alone / whole:.0%} |",
+                f"| `{name}`, {RECIPES[name]} | {world.size} | {alone:.1f} | {ms['waiting']:.1f} | {whole:.1f} "
+                f"| {model:.1f} | {model / whole - 1:+.0%} | {waited / whole - 1:+.0%} | {alone / whole:.0%} |",
                 flush=True,
             )
+    for name in RECIPES if world.size > 1 else ():
+        in_turn, at_once = overlap(world, name)
+        if world.first:
+            print(f"`{name}`: D's exchange, then G's forward {in_turn:.1f} ms, at once {at_once:.1f} ms", flush=True)
     if world.size > 1:
         dist.barrier()
     leave()
@@ -137,8 +179,11 @@ def main() -> int:
         return 0
     found = facts.gather("python " + " ".join(sys.argv))
     print({key: found[key] for key in ("cpu", "cores", "kernels", "torch", "commit", "dirty")}, flush=True)
-    print("| recipe, images a rank | ranks | step without ms | with ms | model ms | model's error | efficiency |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| recipe, images a rank | ranks | step without ms | waiting ms | with ms | model ms | model's error "
+        "| with the waiting | efficiency |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for ranks in args.ranks:
         start(ranks)
     print(f"load average {os.getloadavg()[0]:.1f}")
