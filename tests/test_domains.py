@@ -137,3 +137,38 @@ def test_samples_that_are_none():
             TensorSet(values)
     with pytest.raises(ValueError, match="labels must be integers"):
         TensorSet(torch.zeros(3, 1), torch.zeros(2, dtype=torch.long))
+
+
+OPTIONS = [(recipe.name, key) for recipe in fastgan.recipes().values() for key in domain_of(recipe).options]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), sorted({(domain_of(fastgan.recipes()[n]).name, k): (n, k) for n, k in OPTIONS}.values())
+)
+def test_every_option_refuses_what_it_cannot_be(name, key):
+    """A sentence that names it, for a wrong type, a number below the least and one beyond all bounds."""
+    domain = domain_of(fastgan.recipes()[name])
+    wrong = {
+        bool: ["yes", 1],
+        int: [domain.least.get(key, 0) - 1, 1.5, "x", None, True, 1 << 25],
+        float: [-1, -0.5, float("nan"), float("inf"), "x", None],
+        str: [3, None],
+        tuple: [3, "x", ()],
+    }[type(domain.options[key])]
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"domain_options.{key} must be "):
+            domain_of(domain.recipe.replace(domain_options={**domain.recipe.domain_options, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pix2pix", {"source_channels": 2}, "source_channels must be 0, 1 or 3, got 2"),
+        ("hifigan-small", {"bands": 200, "resolutions": (1.0,)}, "bands must be at most twice the hop, 128, got 200"),
+        ("hifigan-small", {"resolutions": (1e9,)}, "a resolution must be at most 64, got 1000000000.0"),
+    ],
+)
+def test_options_that_do_not_fit_together(name, options, message):
+    recipe = fastgan.recipes()[name]
+    with pytest.raises(ValueError, match=message):
+        domain_of(recipe.replace(domain_options=recipe.domain_options | options))

@@ -28,7 +28,7 @@ def tell(name: str, remarks: Sequence[tuple[str, str]], what: str = "are not as 
     kinds: dict[str, tuple[str, int]] = {}
     for file, why in remarks:
         kind = re.sub(r"\S*[\d/.]\S*|s\b", "", why)
-        first, count = kinds.get(kind, (f"{file}: {why}", 0))
+        first, count = kinds.get(kind, (f"{file}: {why}" if file else why, 0))
         kinds[kind] = first, count + 1
     found = sorted(kinds.values(), key=lambda pair: -pair[1])
     parts = [f"{first} ({count:,} such)" if count > 1 else first for first, count in found[:KINDS]]

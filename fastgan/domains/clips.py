@@ -44,6 +44,7 @@ class Clips(Domain):
         "Kernel distance": {"kcd": "kcd of three frames as colours, features of small; lower is nearer"}
     }
     options: ClassVar = {"frames": 8}
+    least: ClassVar = {"frames": 1}
     sets: ClassVar = {DEMONSTRATION: "2,000 clips of garments of Fashion-MNIST that move and bounce"}
 
     def __init__(self, recipe: Recipe):

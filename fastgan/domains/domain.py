@@ -5,6 +5,7 @@ The training loop knows samples as tensors alone; everything else it asks the ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -23,11 +24,10 @@ from fastgan.training.rundir import RunDirectory
 __all__ = ["Domain", "Given", "Looks", "Stream"]
 
 
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-}  # of options that are checked by their default
+# Options are of their default's kind, where it is one of these; whole numbers are counts, of which no recipe has a use
+# for more than MOST.
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+MOST = 1 << 24
 
 
 class Given(NamedTuple):
@@ -77,6 +77,7 @@ class Domain:
         metrics: the judge's scores, the one that chooses the best generator first.
         charts: of the report, title to {key of log.jsonl: its name}.
         options: the fields of a recipe's `domain_options`, with their defaults.
+        least: of options that are numbers, where that is not 0.
         sets: names of data that are part of the package, beside those of `fastgan.data.available`; what each is.
     """
 
@@ -87,6 +88,7 @@ class Domain:
     metrics: ClassVar[Sequence[str]] = ()
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     options: ClassVar[Mapping[str, Any]] = {}
+    least: ClassVar[Mapping[str, int]] = {}
     sets: ClassVar[Mapping[str, str]] = {}
 
     progress: Callable[[int, int], None] | None = None  # of `load`: samples read and in all
@@ -98,9 +100,19 @@ class Domain:
                 known = ", ".join(self.options) or "none"
                 raise ValueError(f"recipe: domain_options of {self.name} are {known}, got {key!r}")
         self.option = {**self.options, **recipe.domain_options}
-        for key, kind, words in ((k, type(v), KINDS[type(v)]) for k, v in self.options.items() if type(v) in KINDS):
-            if type(self.option[key]) is not kind and not (kind is float and type(self.option[key]) is int):
-                raise ValueError(f"recipe: domain_options.{key} must be {words}, got {self.option[key]!r}")
+        for key, default in self.options.items():
+            self._check_option(key, type(default), self.option[key])
+
+    def _check_option(self, key: str, kind: Any, value: Any) -> None:
+        """Raise ValueError for a value that is not of the kind of its default, or a number out of bounds."""
+        if kind not in KINDS:
+            return
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"recipe: domain_options.{key} must be {KINDS[kind]}, got {value!r}")
+        least, most = self.least.get(key, 0), float(MOST) if kind is int else math.inf
+        if kind in (int, float) and not (least <= value <= most and value < math.inf):
+            above = f" and at most {most:,.0f}" if kind is int else ""
+            raise ValueError(f"recipe: domain_options.{key} must be at least {least}{above}, got {value}")
 
     # ---- data -----------------------------------------------------------------------------------------------------
 

@@ -103,6 +103,8 @@ class Pairs(Translating):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
+        if (channels := self.option.get("source_channels", 0)) not in (0, 1, 3):
+            raise ValueError(f"recipe: domain_options.source_channels must be 0, 1 or 3, got {channels}")
         self._held: PairSet | None = None
         self._shown: tuple[Tensor, Tensor] | None = None  # sources and targets of the grid
 

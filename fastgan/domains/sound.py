@@ -40,6 +40,7 @@ class Sound(Domain):
     metrics = tuple(NAMES)
     charts: ClassVar = {"Kernel distance": {"kcd": "kcd of spectrograms, features of small; lower is nearer"}}
     options: ClassVar = {"length": 4096, "rate": 0}
+    least: ClassVar = {"length": WINDOW // 2 + 1}  # what the spectrogram's first window needs
     sets: ClassVar = {DEMONSTRATION: "1,200 drum sounds at 8 kHz, made from formulas"}
 
     def __init__(self, recipe: Recipe):

@@ -43,6 +43,7 @@ class Text(Domain):
         "N-grams": {f"jsd{n}": f"divergence of {n}-grams from those of the lines, bits" for n in NGRAMS}
     }
     options: ClassVar = {"length": 24, "alphabet": ""}
+    least: ClassVar = {"length": 1}
     sets: ClassVar = {DEMONSTRATION: "4,608 short sentences, every one that a small grammar has"}
 
     def __init__(self, recipe: Recipe):

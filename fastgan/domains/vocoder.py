@@ -46,6 +46,8 @@ class Vocoder(Sound):
         **{"mel": 45.0, "matching": 2.0, "resolutions": (0.25, 1.0, 4.0)},
     }
 
+    least: ClassVar = {**Sound.least, "bands": 1, "hop": 1}
+
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         if recipe.instance_noise:
@@ -59,6 +61,11 @@ class Vocoder(Sound):
 
     def _check_spectrograms(self) -> None:
         floor, shares, length = (self.option[name] for name in ("floor", "resolutions", "length"))
+        if self.option["bands"] > 2 * self.option["hop"]:  # a window of 4 hops has no more frequencies
+            raise ValueError(
+                f"recipe: domain_options.bands must be at most twice the hop, {2 * self.option['hop']}, "
+                f"got {self.option['bands']}"
+            )
         if not floor > 0:
             raise ValueError(f"recipe: domain_options.floor must be above 0, got {floor}")
         if not isinstance(shares, list | tuple) or not shares:
