@@ -17,20 +17,22 @@ from fastgan.functional import gan_loss
 from fastgan.functional.losses import KINDS
 from fastgan.training import checkpoint, recovery
 from fastgan.training.guard import (
+    CALM,
     CLIFF,
     GROWN,
     LATE,
+    LEAP,
+    LEAPING,
     LOOKS,
     OVER,
     PATIENCE,
     STARTED,
     STEEP,
-    STRAINED,
     UNDECIDED,
     Collapse,
     Guard,
-    RunningLoss,
-    running_loss,
+    Leaps,
+    leaps_of,
 )
 from fastgan.training.health import Health, gradient_norms
 from fastgan.training.rundir import read_log
@@ -119,39 +121,53 @@ def test_a_certain_discriminator_has_no_usual_gradients():
 
 
 def test_a_discriminator_that_loses_its_hold():
-    unit, bad = UNDECIDED["lsgan"], 2.1 * STRAINED * UNDECIDED["lsgan"]
-    mean = lambda times: {"d_loss": unit, "d_loss_mean": times * unit}
-    readings = [mean(1.0), mean(1.01 * STRAINED), mean(3 * STRAINED), mean(1.1), mean(0.9), mean(2 * STRAINED)]
-    warnings = told(Guard("lsgan", 64), readings, start=STARTED, every=1)
-    assert [step for step, _ in warnings] == [STARTED + 1, STARTED + 5] and isinstance(warnings[0][1], Collapse)
-    assert "the running mean of its loss is 2.0 times what one pays that cannot tell" in warnings[0][1]
-    assert not told(Guard("lsgan", 64), [{"d_loss_mean": bad}], start=STARTED - 1)
-    assert [loss for loss in KINDS if running_loss(loss, 8) is not None] == ["lsgan"]
+    leaps = lambda share: {"d_loss": 0.25, "d_leaps": share}
+    readings = map(leaps, [0.0, 1.01 * LEAPING, 0.9, 1.1 * CALM, 0.9, 0.9 * CALM, 2 * LEAPING])
+    warnings = told(Guard("lsgan", 64), list(readings), every=1)
+    assert [step for step, _ in warnings] == [STARTED + 1, STARTED + 6] and isinstance(warnings[0][1], Collapse)
+    assert "has lost its hold (its loss has been more than 2.5 times what one pays" in warnings[0][1]
+    assert not told(Guard("lsgan", 64), [leaps(1.0)], start=STARTED - 1)
+    assert [loss for loss in KINDS if leaps_of(loss) is not None] == ["lsgan"]
     guard = Guard("lsgan", 64)
-    guard.check(STARTED, mean(2 * STRAINED))
+    guard.check(STARTED, leaps(1.0))
     guard.check(STARTED + 1, look(0.8))
     assert guard.healthy == 0  # a rollback must not end where the discriminator has no hold
 
 
-@pytest.mark.parametrize("batch", [2, 8, 64])
-def test_the_running_loss(batch):
-    """One leap in a batch of 2 is a quarter of one in a batch of 8, and what is not finite is passed over."""
-    loss = RunningLoss(1.0, batch)
-    for step in range(1, STARTED):
-        loss.update(step, torch.tensor(100.0))
-    assert loss.peak == pytest.approx(1 + 99 * (1 - (1 - loss._share) ** (STARTED - 1)))  # the last, not a first leap
-    loss = RunningLoss(1.0, batch)
-    for step, value in enumerate([1.0, math.nan, math.inf, 5.0, 1.0], start=STARTED):
-        loss.update(step, torch.tensor(value))
-    over = max(OVER, 80 / batch)
-    copy = RunningLoss(1.0, batch)
-    copy.load_state_dict(loss.state_dict())
-    for one in (loss, copy):
-        assert one.peak == pytest.approx(1 + 4 / over)
-        assert one.read() == pytest.approx(1 + 4 / over) and one.read() == pytest.approx(1 + 4 / over * (1 - 1 / over))
+@pytest.mark.parametrize("scales", [1, 3])
+def test_leaps(scales):
+    """Three in a row, or of five, are more than LEAPING; one alone is not, however high."""
+    above, below = (torch.tensor(scales * UNDECIDED["lsgan"] * LEAP * factor) for factor in (1.01, 0.99))
+    over = {}
+    for name, losses in {"one": [math.inf], "two": [above] * 2, "three": [above, below, above, above]}.items():
+        leaps = Leaps("lsgan")
+        for loss in [below] * 5 + [torch.as_tensor(x) for x in losses] + [below] * 5:
+            leaps.update(STARTED, loss, scales)
+        copy = Leaps("lsgan")
+        copy.load_state_dict(leaps.state_dict())
+        over[name] = leaps.peak > LEAPING
+        for one in (leaps, copy):
+            peak, later = one.read(), one.read()
+            assert peak == pytest.approx(later * (1 - 1 / OVER) ** -5) and later > 0
+    assert over == {"one": False, "two": False, "three": True}
+    leaps = Leaps("lsgan")
+    for step in range(1, STARTED):  # the first steps are told of by their end alone
+        leaps.update(step, above if step < 100 else below, scales)
+    assert leaps.peak < 1e-4
 
 
-def test_a_leap_between_two_logged_steps_is_told_at_once(tmp_path):
+def test_a_loss_of_several_scales_is_measured_by_their_number(tmp_path):
+    """hifigan-small has eight score maps: the losses of a discriminator that cannot tell are 2 in all."""
+    recipe = fastgan.recipes()["hifigan-small"].replace(
+        model_options={"g_width": 8, "d_width": 4}, steps=1, batch_size=2, eval_every=0, held_out=0, sample_count=2
+    )
+    run = Trainer(recipe, out=tmp_path / "run", device="cpu", quiet=True)
+    run.fit()
+    assert run.train_step.scales == run.guard.scales == 8
+    assert run.guard._share({"d_loss": 2.0}) == 1.0
+
+
+def test_leaps_between_two_logged_steps_are_told_at_once(tmp_path):
     """On a CPU; that step is logged, and no other one is."""
     run = trainer(
         noise(),
@@ -159,12 +175,12 @@ def test_a_leap_between_two_logged_steps_is_told_at_once(tmp_path):
         TINY.replace(loss="lsgan", steps=230, log_every=50, watch_every=0, checkpoint_every=0, sample_every=0),
     )
     original = run.train_step.run
-    leap = lambda *args: original(*args) | ({"d_loss": torch.tensor(99.0)} if run.step == 214 else {})
+    leap = lambda *args: original(*args) | ({"d_loss": torch.tensor(99.0)} if 211 <= run.step <= 214 else {})
     run.train_step.run = leap
     run.fit()
-    assert [r["step"] for r in read_log(tmp_path / "run/log.jsonl")] == [1, 50, 100, 150, 200, 215, 230]
+    assert [r["step"] for r in read_log(tmp_path / "run/log.jsonl")] == [1, 50, 100, 150, 200, 214, 230]
     (note,) = [note for note in run.notes if "has lost its hold" in note]
-    assert note.startswith("step 215: ")
+    assert note.startswith("step 214: ")
 
 
 def test_a_run_that_logs_seldom_has_no_usual_gradients_at_first():

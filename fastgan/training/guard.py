@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Collapse", "DivergedError", "Guard", "RunningLoss", "running_loss"]
+__all__ = ["Collapse", "DivergedError", "Guard", "Leaps", "leaps_of"]
 
 # The loss of a discriminator that cannot tell real from fake: the unit of its loss. A critic's (wasserstein) is 0.
 UNDECIDED = {
@@ -27,13 +27,12 @@ UNDECIDED = {
 CERTAIN = 0.015
 PATIENCE = 20
 # The gradient of these losses grows with what a score is wrong by: a discriminator that is thrown about throws further.
-# One that pays STRAINED times UNDECIDED in its running mean does worse than by saying nothing. An LSGAN without norm
-# that breaks comes there within 10 steps of its first leap, is at 1,000 a few steps later, and the pictures are lost
-# then; one that learns has up to 1.6 (docs/troubleshooting.md). Of other losses a score's gradient is at most 1, and a
-# `dcgan-28` whose discriminator has 200 times its rate is at 4.4 and learns.
-THROWN, STRAINED = ("lsgan",), 2.0
-# Updates in the mean, but for batches below 8 so many that 80 images are in it: the loss of a batch of 2 leaps anyway.
-OVER, OVER_IMAGES = 10, 80
+# It pays more than LEAP times UNDECIDED then, in update after update: in more than LEAPING of the last ones, which
+# count 0.9 to the power of their age, so in about 3 of 5. One that learns leaps alone, also with a batch of 2
+# (docs/troubleshooting.md). Of other losses a score's gradient is at most 1: a `dcgan-28` whose discriminator has a
+# hundred times its rate leaps so, and learns.
+THROWN = ("lsgan",)
+LEAP, LEAPING, CALM, OVER = 2.5, 0.2, 0.1, 10
 # No loss asks for a score beyond these: for lsgan 100 away from its targets 0 and 1, for the others a logit of 1000.
 # A critic has CRITIC_GAP and CRITIC_LEVEL.
 LARGEST = dict.fromkeys(UNDECIDED, 1e3) | {"lsgan": 1e2}
@@ -90,50 +89,50 @@ class Collapse(str):
     """A warning of a generator that is lost unless something is done."""
 
 
-class RunningLoss:
-    """The running mean of a loss of which `unit` is usual, over updates of `batch` images, and the largest it was since
-    it was last read, in its first `STARTED` updates excepted. On a GPU both stay there: an update waits for nothing."""
+class Leaps:
+    """The share of a discriminator's last updates in which its loss leapt, the `OVER` last ones for the most part, and
+    the largest it was since it was last read; of its first `STARTED` updates none is said. On a GPU both stay there: an
+    update waits for nothing."""
 
-    def __init__(self, unit: float, batch: int):
-        self._unit, self._share = unit, 1 / max(OVER, OVER_IMAGES / batch)
-        self._mean: float | Tensor = unit
-        self._peak: float | Tensor = unit
+    def __init__(self, loss: str):
+        self._bound = LEAP * UNDECIDED[loss]
+        self._share: float | Tensor = 0.0
+        self._peak: float | Tensor = 0.0
 
-    def update(self, step: int, loss: Tensor) -> None:
-        """Take in the loss of update `step`; one that is not finite counts as usual, the log has words for it."""
+    def update(self, step: int, loss: Tensor, scales: int = 1) -> None:
+        """Take in the loss of update `step`, the sum of those of so many score maps."""
         if loss.is_cuda:
-            one = loss.detach().float().nan_to_num(self._unit, self._unit, self._unit)
-            self._mean = torch.as_tensor(self._mean, device=loss.device).lerp(one, self._share)
-            self._peak = torch.as_tensor(self._peak, device=loss.device).maximum(self._mean)
+            leapt = (loss.detach() > self._bound * scales).float()
+            self._share = torch.as_tensor(self._share, device=loss.device).lerp(leapt, 1 / OVER)
+            self._peak = torch.as_tensor(self._peak, device=loss.device).maximum(self._share)
         else:  # numbers: a microsecond where three ops on tensors take ten
-            value = float(loss)
-            self._mean += self._share * ((value if math.isfinite(value) else self._unit) - self._mean)
-            self._peak = max(self._peak, self._mean)
+            self._share += ((float(loss) > self._bound * scales) - self._share) / OVER
+            self._peak = max(self._peak, self._share)
         if step < STARTED:
-            self._peak = self._mean
+            self._peak = self._share
 
     @property
     def peak(self) -> float:
-        """The largest mean since `read`; this waits for a GPU."""
+        """The largest share since `read`; this waits for a GPU."""
         return float(self._peak)
 
     def read(self) -> float:
         """`peak`, which begins anew."""
-        peak, self._peak = self.peak, self._mean
+        peak, self._peak = self.peak, self._share
         return peak
 
     def state_dict(self) -> dict[str, float]:
         """Plain values."""
-        return {"mean": float(self._mean), "peak": self.peak}
+        return {"share": float(self._share), "peak": self.peak}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """The inverse of `state_dict`."""
-        self._mean, self._peak = state["mean"], state["peak"]
+        self._share, self._peak = state["share"], state["peak"]
 
 
-def running_loss(loss: str, batch: int) -> RunningLoss | None:
+def leaps_of(loss: str) -> Leaps | None:
     """What follows a discriminator's `loss` from step to step; None where a leap of it says nothing."""
-    return RunningLoss(UNDECIDED[loss], batch) if loss in THROWN else None
+    return Leaps(loss) if loss in THROWN else None
 
 
 class Guard:
@@ -147,6 +146,7 @@ class Guard:
         self._loss, self._least, self._few = loss, flat, narrow
         self._unflat = UNFLAT if ema is None else max(UNFLAT, round(2 / (1 - ema)))
         self._diameter = 2 * math.sqrt(pixels)
+        self.scales = 1  # score maps whose losses are summed in d_loss
         self._sure = self._grown = 0
         self._strained = self._flat = False
         self._varied = False  # whether the samples ever were
@@ -168,29 +168,27 @@ class Guard:
             or self._check_overfitting(step, metrics)
         )
 
-    def strained(self, step: int, loss: float) -> bool:
-        """Whether a running mean of the discriminator's loss is news: one that it cannot live with, for the first time
-        since it last could."""
-        ready = self._loss in THROWN and not self._strained and step >= STARTED
-        return ready and loss > STRAINED * UNDECIDED[self._loss]
+    def strained(self, step: int, leaps: float) -> bool:
+        """Whether such a share of leaps is news: the discriminator is thrown about, for the first time since it was
+        calm."""
+        return not self._strained and step >= STARTED and leaps > LEAPING
 
     def _check_strain(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        if "d_loss_mean" not in metrics:
+        if "d_leaps" not in metrics:
             return None
-        unit, loss = UNDECIDED[self._loss], metrics["d_loss_mean"]
-        new = self.strained(step, loss)
-        self._strained = new or (self._strained and loss > unit)
+        new = self.strained(step, metrics["d_leaps"])
+        self._strained = new or (self._strained and metrics["d_leaps"] > CALM)
         if not new:
             return None
         return Collapse(
-            f"step {step}: the discriminator has lost its hold (the running mean of its loss is {loss / unit:.1f} "
-            "times what one pays that cannot tell); try lower rates, grad_clip=1 or a penalty"
+            f"step {step}: the discriminator has lost its hold (its loss has been more than {LEAP:g} times what one "
+            "pays that cannot tell, in one update after another); try lower rates, grad_clip=1 or a penalty"
         )
 
     def _share(self, metrics: Mapping[str, float]) -> float:
         """The discriminator's loss over that of one that cannot tell; 1 of a critic, whose loss has no unit."""
         unit = UNDECIDED.get(self._loss)
-        return metrics["d_loss"] / unit if unit is not None and "d_loss" in metrics else 1.0
+        return metrics["d_loss"] / (unit * self.scales) if unit is not None and "d_loss" in metrics else 1.0
 
     def _check_certain(self, step: int, metrics: Mapping[str, float]) -> str | None:
         share = self._share(metrics)

@@ -43,7 +43,7 @@ def take(run: Trainer) -> dict[str, Any]:
         "evaluation": run.evaluation.state_dict(),
         "seconds_evaluating": run.evaluation.seconds,
         "guard": run.guard.state_dict(),
-        "d_loss": run.d_loss.state_dict() if run.d_loss is not None else None,
+        "leaps": run.leaps.state_dict() if run.leaps is not None else None,
         "slowed": run.schedules.slowed,
         "rollbacks": run.rollbacks,
         "config": run.config,
@@ -72,8 +72,8 @@ def restore(run: Trainer, state: dict[str, Any], path: Path, changed: bool) -> N
     if "guard" in state:
         run.guard.load_state_dict(state["guard"])
         run.schedules.slowed, run.rollbacks = state["slowed"], state["rollbacks"]
-    if run.d_loss is not None and state.get("d_loss"):
-        run.d_loss.load_state_dict(state["d_loss"])
+    if run.leaps is not None and state.get("leaps"):
+        run.leaps.load_state_dict(state["leaps"])
     ranks = state.get("ranks", [state])
     own = ranks[run.world.rank] if len(ranks) == run.world.size else {}  # with another number of ranks each draws anew
     begin_run(own.get("winners", state["winners"]))

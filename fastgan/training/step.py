@@ -218,6 +218,7 @@ class GANStep:
             warn(self._resolved.slower)
         scaling: Any = {"device": self.device.type, "enabled": self.precision == "fp16"}
         self._g_scaler, self._d_scaler = torch.amp.GradScaler(**scaling), torch.amp.GradScaler(**scaling)
+        self.scales = 1  # tensors of logits that the discriminator gave last, whose losses are summed
         self.d_updates, self._labelled = 0, False  # _labelled: whether both networks are known to take labels
         self.exchange: Exchange | None = None  # set where several processes train together
         self._capture = self._make_capture(capture)
@@ -422,6 +423,7 @@ class GANStep:
     def _loss_logits(self, output: Any) -> Tensor | list[Tensor]:
         """The logits for the loss: those of all ranks where the loss compares samples of a batch."""
         found = _logits(output)
+        self.scales = len(found) if isinstance(found, list) else 1
         if (self.loss != "relativistic-average" and self.top_k == 1) or _ranks.size(self.sync) == 1:
             return found
         scales = [_ranks.pooled(t, self.sync) for t in (found if isinstance(found, list) else [found])]

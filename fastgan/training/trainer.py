@@ -28,7 +28,7 @@ from .clock import Clock
 from .conclusion import Result, conclude
 from .distributed import Exchange, LostRankError, join
 from .evaluation import Evaluation
-from .guard import Collapse, DivergedError, Guard, running_loss
+from .guard import Collapse, DivergedError, Guard, leaps_of
 from .health import gradient_norms
 from .origin import changed_images, configuration, load_samples, open_run, recipe_of
 from .progress import memory_mb, progress_for
@@ -140,7 +140,7 @@ class Trainer:
         self.world.check_augment(recipe.augment)
         bounds: Any = dict(flat=domain.flat, narrow=domain.narrow)
         self.guard = Guard(recipe.loss, math.prod(domain.shape), average_decay(recipe, 0), **bounds)
-        self.d_loss = running_loss(recipe.loss, recipe.batch_size)
+        self.leaps = leaps_of(recipe.loss)
         made = assemble(recipe, self.device, networks, domain=domain)
         self.generator, self.discriminator, self.train_step = made
         self.samples, held = domain.hold_out(self.images, recipe.held_out)
@@ -327,11 +327,11 @@ class Trainer:
     def _strained(self, metrics: Mapping[str, Tensor]) -> bool:
         """Whether D's loss calls for a warning now: it may break a run within 10 steps. On a GPU, whose every step this
         would wait for, and on several ranks, which log together, the next logged step tells."""
-        if self.d_loss is None:
+        if self.leaps is None:
             return False
-        self.d_loss.update(self.step, metrics["d_loss"])
+        self.leaps.update(self.step, metrics["d_loss"], self.train_step.scales)
         at_once = self.device.type == "cpu" and self.world.size == 1
-        return at_once and self.guard.strained(self.step, self.d_loss.peak)
+        return at_once and self.guard.strained(self.step, self.leaps.peak)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -359,8 +359,9 @@ class Trainer:
         self.metrics = self.world.mean({name: float(value) for name, value in lazy.items()}) | scores | looked
         if not self.world.first:
             return
-        if self.d_loss is not None:
-            self.metrics["d_loss_mean"] = self.d_loss.read()
+        self.guard.scales = self.train_step.scales
+        if self.leaps is not None:
+            self.metrics["d_leaps"] = self.leaps.read()
         if self.recipe.precision != "fp16":  # there the scaler's factor would be in them
             self.metrics |= gradient_norms(self.generator, self.discriminator)
         step_seconds = self.clock.pace(self.step)
