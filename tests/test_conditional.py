@@ -15,7 +15,7 @@ from fastgan import models
 from fastgan.cli import main
 from fastgan.data.imageset import ImageSet
 from fastgan.export import export
-from fastgan.training.sampling import draw
+from fastgan.training.sampling import class_rows, draw
 from fastgan.training.trainer import Trainer
 
 CLASSES = 3
@@ -226,3 +226,12 @@ def test_no_csv_and_no_files(tmp_path, folder):
         fastgan.data.load(folder, labels=tmp_path / "absent.csv")
     with pytest.raises(ValueError, match="labels go with a folder or a zip"):
         fastgan.data.load("fashion-mnist", labels=tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "each", "columns"),
+    [(64, 10, 6, 6), (64, 2, 32, 16), (64, 3, 21, 21), (34, 2, 17, 17), (16, 1, 16, 16), (60, 2, 30, 15), (3, 9, 1, 1)],
+)
+def test_sheets_of_few_classes_are_not_wider_than_can_be_seen(count, classes, each, columns):
+    labels, found = class_rows(count, classes)
+    assert labels.tolist() == [k for k in range(min(classes, count)) for _ in range(each)] and found == columns

@@ -1091,6 +1091,15 @@ def test_inspect_a_folder(tmp_path):
     report = str(found)
     for words in ("10 images", "70x80: 8", "a/bad.png: empty file", ".txt: 1", "image_size=64, channels=3"):
         assert words in report
+    assert "--conditional trains" in report and "--augment colour,translation,cutout, since" in report
+
+
+def test_inspect_lists_no_sizes_of_one_image_each(tmp_path):
+    for number in range(9):
+        save(tmp_path, f"{number}.png", Image.new("RGB", (64, 64 + number), RED))
+    report = str(data.inspect(tmp_path))
+    assert "sizes      9, no two images have the same\n" in report and "--conditional" not in report
+    assert "64x72: 1" in str(data.inspect(tmp_path, limit=8))
 
 
 def test_inspect_without_anything_readable(tmp_path):

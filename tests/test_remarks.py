@@ -42,7 +42,9 @@ def test_a_run_lists_every_file(tmp_path, capsys):
     run.fit()
     listed = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
     assert listed == [f"{name}: {why}" for name, why in run.images.skipped] and len(listed) == 12
-    assert f"12 files of the data not as they should be: {tmp_path / 'run' / 'skipped.txt'}" in capsys.readouterr().out
+    assert (
+        f"12 files of the data are not as they should be: {tmp_path / 'run' / 'skipped.txt'}" in capsys.readouterr().out
+    )
     for path in folder.glob("bad*"):
         path.unlink()
     fastgan.Trainer(recipe, out=tmp_path / "run", overwrite=True, device="cpu", quiet=True).fit()

@@ -306,4 +306,4 @@ def test_the_plan_of_slow_steps_and_of_evaluations(seconds, said, monkeypatch):
     text = planning.plan(TINY.replace(steps=1000), device="cpu")
     assert said in text and "evaluations" not in text
     text = planning.plan(TINY.replace(steps=1000, eval_every=200), device="cpu")
-    assert "for 1,000 steps; 5 evaluations on top, about 5% where that is time for 64 images" in text
+    assert "for 1,000 steps; 5 evaluations on top, about 5% more, or what 64 images each take" in text

@@ -15,6 +15,7 @@ from fastgan.data.files import Files
 from fastgan.data.loading import Source, open_source
 from fastgan.data.pixels import FOLDER_SIZE, Progress, Wanted
 
+FEW = 500  # images: of 200 augmentation made a sixth of the kernel distance (docs/train-on-a-folder.md)
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -31,7 +32,9 @@ class Inspection(dict[str, Any]):
                     else list(self[key].items())
                 )
                 more = f", and {len(top) - 8} more" if len(top) > 8 else ""
-                lines.append(f"{title:11}" + ", ".join(f"{name}: {count:,}" for name, count in top[:8]) + more)
+                said = ", ".join(f"{name}: {count:,}" for name, count in top[:8]) + more
+                alone = key == "sizes" and more and top[0][1] == 1
+                lines.append(f"{title:11}" + (f"{len(top):,}, no two images have the same" if alone else said))
         if self["short_side"]:
             low, median, high = (self["short_side"][key] for key in ("min", "median", "max"))
             lines.append(f"{'short side':11}{low} to {high} pixels, median {median}")
@@ -49,6 +52,12 @@ class Inspection(dict[str, Any]):
             size, channels = self["suggestion"]["image_size"], self["suggestion"]["channels"]
             mib = self["suggestion"]["bytes"] / 2**20
             lines.append(f"{'suggestion':11}image_size={size}, channels={channels}: {mib:,.1f} MiB of pixels")
+            if len(self["classes"] or {}) > 1:
+                lines.append(f"{'':11}--conditional trains with the classes")
+            if self["images"] < FEW:
+                lines.append(
+                    f"{'':11}--augment colour,translation,cutout, since a discriminator learns so few by heart"
+                )
         return "\n".join(lines)
 
 

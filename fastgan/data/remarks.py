@@ -17,11 +17,11 @@ Remarks = list[tuple[str, str]]  # (file, what was wrong with it)
 KINDS = 8  # in a line
 
 
-def tell(name: str, remarks: Sequence[tuple[str, str]], what: str = "are not as they should be") -> None:
+def tell(name: str, remarks: Sequence[tuple[str, str]], what: str = "") -> None:
     """Log one line on the files of set `name`: how many there are, and each kind of remark with its first file.
 
-    what: the verb of the line. Remarks are of one kind where they differ in numbers and names of files alone. The whole
-    list is the set's `skipped`, and a run's skipped.txt.
+    what: the verb of the line; by default that the files are not as they should be. Remarks are of one kind where they
+    differ in numbers and names of files alone. The whole list is the set's `skipped`, and a run's skipped.txt.
     """
     if not remarks:
         return
@@ -36,8 +36,9 @@ def tell(name: str, remarks: Sequence[tuple[str, str]], what: str = "are not as 
         parts.append(f"{others:,} of other kinds")
     if len(remarks) > len(found) or others:
         parts.append("a run has all of them in its skipped.txt")
-    files = plural(len({file for file, _ in remarks}), "file")
-    log.warning("load: %s of %s %s: %s", files, printable(name), what, "; ".join(map(printable, parts)))
+    count = len({file for file, _ in remarks})
+    what = what or ("is not as it should be" if count == 1 else "are not as they should be")
+    log.warning("load: %s of %s %s: %s", plural(count, "file"), printable(name), what, "; ".join(map(printable, parts)))
 
 
 def listed(remarks: Sequence[tuple[str, str]]) -> str:

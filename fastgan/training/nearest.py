@@ -67,6 +67,9 @@ def compare_with_images(directory: RunDirectory, images: Tensor, made: Tensor, c
     pairs = torch.cat([data.to_uint8(made[shown]), known[nearest[shown]]])
     data.save_grid(pairs, folder / "nearest.png", columns=len(shown))
     share = float(distance.median() / among.median().clamp(min=1e-12))
-    said = f"a sample is {share:.2f} times as far from its nearest training image as training images are from theirs"
+    said = (
+        f"a sample is {share:.2f} times as far from its nearest training image as training images are from theirs; "
+        "of copies it would be 0 times"
+    )
     searched = "all" if len(known) == len(images) else f"{len(known):,} of the"
     return f"{said} (medians, features of {load_backbone().identity}, {searched} {len(images):,} images)"

@@ -98,7 +98,7 @@ def _on_top(recipe: Recipe) -> str:
     if not recipe.eval_every:
         return ""
     count, share = recipe.steps // recipe.eval_every, f"{SHARE:.0%}"
-    return f"; {count:,} evaluations on top, about {share} where that is time for {LEAST} {domain_of(recipe).noun}"
+    return f"; {count:,} evaluations on top, about {share} more, or what {LEAST} {domain_of(recipe).noun} each take"
 
 
 def plan(recipe: Recipe, *, device: str = "auto", backend: str | None = None) -> str:

@@ -38,9 +38,11 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(-
 .way figure:not(.now) { display: none; }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
+@media (max-width: 40rem) { svg text { font-size: 20px; } }
 svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke-width: 1.5; stroke-linejoin: round; }
 table { border-collapse: collapse; } td, th { padding: .1rem 1.2rem .1rem 0; vertical-align: top; text-align: left; }
-td:first-child { color: var(--soft); overflow-wrap: anywhere; } pre { overflow-x: auto; font-size: .8rem; }
+td:first-child { color: var(--soft); white-space: nowrap; } td + td { overflow-wrap: anywhere; }
+pre { overflow-x: auto; font-size: .8rem; }
 """ + "".join(f".{s} {{ stroke: var(--{s}); }} .key-{s} {{ color: var(--{s}); }}\n" for s in STROKES)
 
 _SLIDER = """<script>
@@ -110,7 +112,7 @@ def _sections(run: RunDirectory, status: str, notes: Iterable[str], explanation:
 def _pictures(run: RunDirectory, domain: Domain, classes: Sequence[str] | None) -> Iterable[str]:
     grids = _choose(sorted(run.samples.glob("step-*.png")), _MAX_GRIDS)
     if grids:
-        rows = f"; rows: {', '.join(classes[:12])}" if classes else ""
+        rows = f"; from above: {', '.join(classes[:12])}" if classes else ""
         latest = domain.show(grids[-1], f"samples from fixed noise, {_step(grids[-1])}{rows}")
         real = run.pictures / "real.png"
         beside = domain.show(real, f"{domain.noun} of the training set") if real.exists() else ""
@@ -223,7 +225,7 @@ def _differences(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> 
     flat = [{**c["recipe"], "device": c.get("device"), "fastgan": c.get("fastgan")} for c in configs]
     keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key != "source"]
     differing = [key for key in keys if len({json.dumps(f.get(key)) for f in flat}) > 1]
-    return [{"field": key} | {n: str(f.get(key)) for n, f in zip(names, flat, strict=True)} for key in differing]
+    return [{"field": key} | {n: _word(f.get(key)) for n, f in zip(names, flat, strict=True)} for key in differing]
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -248,11 +250,13 @@ def _series(records: Sequence[Mapping[str, Any]], key: str, over: str = "step") 
     return [(x, y) for x, y in found if x is not None and y is not None]
 
 
+def _word(value: Any) -> str:
+    """A value as --set reads it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def _table(rows: Mapping[str, Any]) -> str:
-    cells = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape('none' if v is None else str(v))}</td></tr>"
-        for k, v in rows.items()
-    )
+    cells = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(_word(v))}</td></tr>" for k, v in rows.items())
     return f"<table>{cells}</table>"
 
 

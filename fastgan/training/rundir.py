@@ -151,8 +151,9 @@ class RunDirectory:
             self.skipped.unlink(missing_ok=True)
             return ""
         _writing.write(self.skipped, listed(remarks))
-        files = plural(len({file for file, _ in remarks}), "file")
-        return f"{files} of the data not as they should be: {self.skipped}"
+        count = len({file for file, _ in remarks})
+        what = "is not as it should be" if count == 1 else "are not as they should be"
+        return f"{plural(count, 'file')} of the data {what}: {self.skipped} says why"
 
     @property
     def finished(self) -> bool:

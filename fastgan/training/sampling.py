@@ -19,6 +19,8 @@ from .rundir import RunDirectory
 
 __all__ = ["class_number", "class_rows", "draw", "evaluating", "fill", "latents", "load_generator", "walk"]
 
+WIDEST = 16  # pictures a row in a sheet of classes: 32 of them in a page are too small to see
+
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
@@ -105,11 +107,13 @@ def walk(z: Tensor, frames: int, *, mode: str = "slerp") -> Tensor:
 
 
 def class_rows(count: int, classes: int) -> tuple[Tensor, int]:
-    """(labels int64 ``[rows columns]``, columns) of a sheet with a row a class, of about `count` pictures."""
-    rows = min(classes, count)
-    columns = count // rows
-    require(8 * rows * columns, "cpu", f"labels: {count:,} numbers")
-    return torch.arange(rows).repeat_interleave(columns), columns
+    """(labels int64, columns) of a sheet with a row a class, of about `count` pictures; a class has several rows where
+    they divide more than `WIDEST` pictures into equal parts."""
+    classes = min(classes, count)
+    each = count // classes
+    require(8 * classes * each, "cpu", f"labels: {count:,} numbers")
+    parts = [columns for columns in range(WIDEST // 2, WIDEST + 1) if each % columns == 0]
+    return torch.arange(classes).repeat_interleave(each), max(parts) if parts and each > WIDEST else each
 
 
 def class_number(config: Mapping[str, Any], label: str) -> int:

@@ -162,6 +162,8 @@ class GANStep:
 
     augment: Any
 
+    scales = 1  # tensors of logits that the discriminator gave last, whose losses are summed
+
     def __init__(
         self,
         generator: nn.Module,
@@ -218,7 +220,6 @@ class GANStep:
             warn(self._resolved.slower)
         scaling: Any = {"device": self.device.type, "enabled": self.precision == "fp16"}
         self._g_scaler, self._d_scaler = torch.amp.GradScaler(**scaling), torch.amp.GradScaler(**scaling)
-        self.scales = 1  # tensors of logits that the discriminator gave last, whose losses are summed
         self.d_updates, self._labelled = 0, False  # _labelled: whether both networks are known to take labels
         self.exchange: Exchange | None = None  # set where several processes train together
         self._capture = self._make_capture(capture)
