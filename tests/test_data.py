@@ -1099,7 +1099,7 @@ def test_inspect_lists_no_sizes_of_one_image_each(tmp_path):
         save(tmp_path, f"{number}.png", Image.new("RGB", (64, 64 + number), RED))
     report = str(data.inspect(tmp_path))
     assert "sizes      9, no two images have the same\n" in report and "--conditional" not in report
-    assert "64x72: 1" in str(data.inspect(tmp_path, limit=8))
+    assert "64x64: 1, 64x" in str(data.inspect(tmp_path, limit=8))
 
 
 def test_inspect_without_anything_readable(tmp_path):
