@@ -266,14 +266,29 @@ def is_traced() -> bool:
 
 def is_transformed() -> bool:
     """Whether a torch.func transform or forward mode looks on, for which our ops have no rules."""
-    return bool(forward_ad._current_level >= 0 or _functorch_level() is not None)
+    return forward_ad._current_level >= 0 or _functorch_level() is not None
+
+
+def is_retold() -> bool:
+    """Whether a model's calls are to be torch's own: it is exported (`is_exported`) or transformed."""
+    return is_exported() or forward_ad._current_level >= 0 or _functorch_level() is not None
+
+
+def is_aside(cotangent: Tensor) -> bool:
+    """Whether what comes back is none that a kernel could read: a batch of cotangents, or one under a transform."""
+    return is_batched(cotangent) or forward_ad._current_level >= 0 or _functorch_level() is not None
 
 
 def is_observed() -> bool:
     """Whether anybody looks at single ops: what is_traced names, torch.jit's tracer, torch.func, forward mode, or
     `around`."""
     return bool(
-        _is_compiling() or _dispatch_modes() > 0 or _around is not None or _tracing() is not None or is_transformed()
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _around is not None
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+        or _functorch_level() is not None
     )
 
 

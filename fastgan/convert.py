@@ -24,7 +24,7 @@ from fastgan import functional, program
 from fastgan._forward import Forward, is_exported, is_symbolic, written_call
 from fastgan._hooks import has_global_hooks, has_hooks
 from fastgan._layout import is_channels_last, laid_out
-from fastgan._op import is_transformed
+from fastgan._op import is_retold, is_transformed
 from fastgan._parametrized import StandIn, plain_class
 from fastgan._ranks import Sync
 from fastgan.choice import has_kernel, watching
@@ -445,13 +445,12 @@ class Chain(Forward):
     is_replica = False  # of nn.DataParallel: its parameters are attributes that no program looks at
 
     def __call__(self, input: Any) -> Any:
-        if is_exported() or is_transformed():
+        if is_retold():
             for child in self.owner.children():
                 input = _plain_call(child, input)
             return input
-        if (
-            isinstance(input, Proxy) or has_global_hooks()
-        ):  # such hooks are called by modules: each child is called as one
+        proxy = type(input) is not Tensor and isinstance(input, Proxy)
+        if proxy or has_global_hooks():  # fx, and who calls such hooks, calls every child as a module
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
         for part in _groups(self.owner) if torch.compiler.is_compiling() else self._current():
             input = part(input)

@@ -1,12 +1,16 @@
 """1-D convolutions run as 2-D ones of height 1, on views."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import BACKENDS, DTYPES, against_plain
+from torch import nn
 
 import fastgan
 from fastgan import functional
+from fastgan.trace import graphs
 
 # x, weight, stride, padding, dilation, groups; the shapes of vocoders among them
 FORWARD = [
@@ -52,6 +56,61 @@ def test_conv_transpose1d_equals_pytorch_to_second_order(case, dtype, backend):
     against_plain(ours, plain, inputs, dtype, torch.contiguous_format, backend)
 
 
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def innermost(t):
+    return t.transpose(-2, -1).contiguous().transpose(-2, -1)
+
+
+class Feeding(nn.Module):
+    """Tokens [N, L, C], as a transformer has them, through convolutions; the mask is drawn in the order of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up = nn.Conv1d(4, 6, 3, padding=1), nn.ConvTranspose1d(6, 5, 4, 2, 1)
+        self.last = nn.Conv1d(5, 3, 1)
+
+    def forward(self, tokens):
+        y = F.dropout(F.relu(self.first(tokens.transpose(1, 2))), 0.5)
+        return self.last(F.dropout(F.leaky_relu(self.up(y), 0.2), 0.5)), self.last.weight
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned_weight", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 9), (1, 6, 9), (2, 6, 1), (6, 9)])
+def test_strides_are_those_of_torch_whatever_x_lies_like(shape, turned_weight, backend):
+    x, weights = innermost(torch.randn(shape)), [torch.randn(k, 6, r) for k in (4, 1) for r in (1, 3)]
+    with fastgan.backend(backend):
+        for w in weights:
+            w = innermost(w) if turned_weight else w
+            assert functional.conv1d(x, w, padding=1).stride() == F.conv1d(x, w, padding=1).stride()
+            w = w.transpose(0, 1)
+            w = innermost(w) if turned_weight else w.contiguous()
+            assert functional.conv_transpose1d(x, w).stride() == F.conv_transpose1d(x, w).stride()
+
+
+@pytest.mark.parametrize(("way", "channels"), [("ours", 4), ("channels_last", 4), ("program", 4), ("program", 1)])
+def test_dropout_behind_a_convolution_of_tokens_draws_plain_pytorchs_mask(way, channels, monkeypatch):
+    torch.manual_seed(0)
+    tokens, dtype = torch.randn(3, 8, 4), torch.float32 if way == "program" else torch.float64
+    plain = Feeding().to(dtype)
+    if way == "program":  # a chain: one program, and a mask behind it
+        plain = nn.Sequential(nn.Conv1d(4, 6, 3), nn.LeakyReLU(0.2), nn.Conv1d(6, channels, 3), nn.Tanh())
+        plain.append(nn.Dropout(0.5))
+    monkeypatch.setattr(graphs.Graph, "_raced", lambda self, case, arguments: self.ways.get(way, self.ways["ours"]))
+    ours, results = fastgan.convert(copy.deepcopy(plain)), []
+    for model in (plain, ours):
+        x = tokens.to(dtype).requires_grad_()
+        torch.manual_seed(1)
+        y = model(x.transpose(1, 2) * 1 if way == "program" else x)
+        y = y if way == "program" else y[0]
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
+    assert results[0][0].stride() == results[1][0].stride()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **({"rtol": 1e-4, "atol": 1e-5} if way == "program" else EXACT))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_and_unbatched_signals(backend):
     x, w = torch.randn(2, 6, 30), torch.randn(4, 6, 3)
@@ -59,9 +118,7 @@ def test_layouts_and_unbatched_signals(backend):
     with fastgan.backend(backend):
         assert functional.conv1d(x, w, padding=1).stride() == want.stride()
         turned = x.transpose(1, 2).contiguous().transpose(1, 2)  # channels innermost
-        y = functional.conv1d(turned, w, padding=1)
-        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
-        assert y.stride() == (120, 1, 4)
+        torch.testing.assert_close(functional.conv1d(turned, w, padding=1), want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(functional.conv1d(x[0], w, padding=1), want[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(functional.conv1d(x[:, :, ::2], w), F.conv1d(x[:, :, ::2], w), rtol=1e-4, atol=1e-5)
 

@@ -746,8 +746,9 @@ def test_calls_of_small_ops_have_a_ceiling():
     loss = lambda: fastgan.functional.gan_loss(fake, real, kind="bce", side="d").backward()
     with fastgan.backend("native"):
         assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 63
-        # 6 of them let results be changed in place and spare the zeros of outputs without a gradient, 15 us of 180
-        assert python_calls(loss) <= 181
+        # 6 of them let results be changed in place and spare the zeros of outputs without a gradient, 15 us of 180; 1
+        # looks for a batch of cotangents
+        assert python_calls(loss) <= 182
     with fastgan.racing(True):  # PyTorch's two ops
         assert python_calls(lambda: fastgan.functional.bias_act(t, bias)) <= 32
 
@@ -761,8 +762,8 @@ def test_calls_of_a_step_have_a_ceiling(ran):
     adams = [fastgan.Adam(m.parameters(), 2e-4) for m in (g, d)]
     step = fastgan.GANStep(g, d, latent=(6, 1, 1), g_optimizer=adams[0], d_optimizer=adams[1])
     real = torch.randn(4, 3, 8, 8)
-    # 19 of them ask at each chain and node whether torch.fx, torch.func or a batch of cotangents looks on, about 1 us.
-    assert python_calls(lambda: step(real)) <= 1520
+    # 16 of them ask at each chain and node whether torch.fx, torch.func or a batch of cotangents looks on, about 1 us.
+    assert python_calls(lambda: step(real)) <= 1516
     assert len(ran) == 9  # G, D of both, D of fake: programs, three times
 
 
@@ -812,9 +813,9 @@ def test_signals_get_the_ops_numbers_and_pytorchs(kind, layout, ran):
             with op_by_op():
                 want, want_grads = outcome(b, innermost(x), weights) if training else (b(innermost(x)), ())
             plain, plain_grads = outcome(model, x, weights) if training else (model(x), ())
-        assert layout is innermost or y.stride() == plain.stride()
-        # a norm's op turns [N, C, L] to the contiguous layout, and sums in its order
-        assert_same((y, *grads), (want, *want_grads), exact=kind != "generator")
+        assert y.stride() == plain.stride()  # contiguous, whatever x lies like
+        # what stands between two of these ops is contiguous [N, C, L], and they sum in its order
+        assert_same((y, *grads), (want, *want_grads), exact=kind not in ("generator", "critic"))
         assert_same((y, *grads), (plain, *plain_grads), exact=False)
     assert_same(dict(a.named_buffers()).values(), dict(model.named_buffers()).values(), exact=False)
 

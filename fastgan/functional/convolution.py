@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import _activation
+from fastgan._layout import image, is_channels_last, laid_out
 from fastgan.functional.checks import Size2, check_bias, ints, pair
 from fastgan.functional.norm import Statistics
 from fastgan.ops import conv2d as _conv2d
@@ -157,11 +159,28 @@ def conv1d(
         activation, negative_slope: as `conv2d`.
 
     Returns:
-        [N, K, OL], x's dtype; with the channels innermost where x has them there.
+        [N, K, OL], x's dtype; contiguous, or with the channels innermost where weight has them there, as in torch.
 
     Raises:
         ValueError, TypeError: as `conv2d`.
     """
+    options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+    return _as_weight_lies(conv1d_as_x_lies(x, weight, bias, stride, padding, dilation, groups, **options), weight)
+
+
+def conv1d_as_x_lies(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size1 = 1,
+    padding: Size1 | str = 0,
+    dilation: Size1 = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """`conv1d` with the channels innermost where x has them there, too."""
     _check_signal("conv1d", x, weight)
     pads = padding if isinstance(padding, str) else _line("conv1d", "padding", padding, 0)
     y = conv2d(
@@ -201,11 +220,30 @@ def conv_transpose1d(
         activation, negative_slope: as `conv2d`.
 
     Returns:
-        [N, K, OL], x's dtype.
+        [N, K, OL], x's dtype, laid out as of `conv1d`.
 
     Raises:
         ValueError, TypeError: as `conv_transpose2d`.
     """
+    options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+    y = conv_transpose1d_as_x_lies(x, weight, bias, stride, padding, output_padding, groups, dilation, **options)
+    return _as_weight_lies(y, weight)
+
+
+def conv_transpose1d_as_x_lies(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size1 = 1,
+    padding: Size1 = 0,
+    output_padding: Size1 = 0,
+    groups: int = 1,
+    dilation: Size1 = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """`conv_transpose1d` with the channels innermost where x has them there, too."""
     name = "conv_transpose1d"
     _check_signal(name, x, weight)
     y = conv_transpose2d(
@@ -221,6 +259,13 @@ def conv_transpose1d(
         negative_slope=negative_slope,
     )
     return y.squeeze(-2)
+
+
+def _as_weight_lies(y: Tensor, weight: Tensor) -> Tensor:
+    """y as torch lays out signals: a dropout behind it draws its mask in the order of memory."""
+    if (y.stride(-1) == 1 and y.stride(-2) == y.shape[-1]) or is_channels_last(image(weight)):
+        return y
+    return laid_out(image(y), False).squeeze(2) if y.dim() == 3 else y.contiguous()
 
 
 def _line(op: str, name: str, value: Size1, least: int) -> list[int]:

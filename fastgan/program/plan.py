@@ -236,7 +236,8 @@ class Plan:
             found.y_shape = shape[0], layer.conv.out_features, 1, 1
         elif layer.conv is not None:
             weight: Any = image(tensors["weight"])
-            self.output_channels_last |= is_channels_last(weight)
+            # torch makes signals contiguous first: there the weight alone decides
+            self.output_channels_last = (self.output_channels_last and self.rank == 4) or is_channels_last(weight)
             found.weight_strides = weight.stride()
             found.conv, found.y_shape = self._geometry(layer.conv, weight, shape)
         if isinstance(layer.norm, nn.InstanceNorm2d):  # contiguous in torch, whatever it takes

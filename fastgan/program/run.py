@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgan._layout import image, is_dense, laid_out
-from fastgan._op import is_batched, is_observed, is_transformed
+from fastgan._op import is_aside, is_observed
 from fastgan.choice import STATE, Contest, absent, fastest, forced, reaches, second_order
 from fastgan.program.layer import Layer, plain, replay
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
@@ -131,7 +131,7 @@ class Node(torch.autograd.Function):
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 "a parameter of a converted chain; update parameters after the last backward pass that needs them"
             )
-        if torch.is_grad_enabled() or ctx.arena is None or is_batched(dy) or is_transformed():
+        if torch.is_grad_enabled() or ctx.arena is None or is_aside(dy):
             return None, None, *_replayed(ctx, dy, x, parameters)
         compiled, plan = ctx.compiled, ctx.compiled.plan
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
