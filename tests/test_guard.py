@@ -156,6 +156,25 @@ def test_leaps(scales):
     assert leaps.peak < 1e-4
 
 
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_leaps_are_followed_on_a_gpu_as_on_a_cpu():
+    losses = torch.rand(300, generator=torch.Generator().manual_seed(0)) * 2
+    losses[210] = math.nan
+    here, there = Leaps("lsgan"), Leaps("lsgan")
+    for step, loss in enumerate(losses, start=1):
+        here.update(step, loss)
+        there.update(step, loss.as_subclass(OnGpu))
+        assert isinstance(there._share, torch.Tensor) and there.peak == pytest.approx(here.peak, rel=1e-5)
+        if step % 50 == 0:
+            assert there.read() == pytest.approx(here.read(), rel=1e-5)
+    assert 0 < here.peak < 1 and there.state_dict() == pytest.approx(here.state_dict(), rel=1e-5)
+
+
 def test_a_loss_of_several_scales_is_measured_by_their_number(tmp_path):
     """hifigan-small has eight score maps: the losses of a discriminator that cannot tell are 2 in all."""
     recipe = fastgan.recipes()["hifigan-small"].replace(
