@@ -265,13 +265,16 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform or forward mode looks on, for which our ops have no rules."""
-    return forward_ad._current_level >= 0 or _functorch_level() is not None
+    """Whether a torch.func transform or forward mode looks on, for which our ops have no rules.
+
+    Not while Dynamo compiles: it finds an object where functorch's stack is empty, and would write plain PyTorch down.
+    """
+    return not _is_compiling() and (forward_ad._current_level >= 0 or _functorch_level() is not None)
 
 
-def is_retold() -> bool:
+def is_retold(compiling: bool) -> bool:
     """Whether a model's calls are to be torch's own: it is exported (`is_exported`) or transformed."""
-    return is_exported() or forward_ad._current_level >= 0 or _functorch_level() is not None
+    return is_exported() or (not compiling and (forward_ad._current_level >= 0 or _functorch_level() is not None))
 
 
 def is_aside(cotangent: Tensor) -> bool:

@@ -445,14 +445,15 @@ class Chain(Forward):
     is_replica = False  # of nn.DataParallel: its parameters are attributes that no program looks at
 
     def __call__(self, input: Any) -> Any:
-        if is_retold():
+        compiling = torch.compiler.is_compiling()
+        if is_retold(compiling):
             for child in self.owner.children():
                 input = _plain_call(child, input)
             return input
         proxy = type(input) is not Tensor and isinstance(input, Proxy)
         if proxy or has_global_hooks():  # fx, and who calls such hooks, calls every child as a module
             return nn.Sequential.forward(self.owner, input)  # type: ignore[arg-type]
-        for part in _groups(self.owner) if torch.compiler.is_compiling() else self._current():
+        for part in _groups(self.owner) if compiling else self._current():
             input = part(input)
         return input
 

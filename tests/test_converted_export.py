@@ -226,3 +226,19 @@ def test_autocast_gives_the_dtype_and_the_numbers_of_plain_pytorch(name, dtype):
     assert error <= 3 * theirs + 1e-6
     found.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("kind", ["chain", "attention"])
+def test_a_compiled_model_keeps_our_ops(kind):
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))
+    model = fastgan.convert(chain if kind == "chain" else nn.MultiheadAttention(8, 2, batch_first=True))
+    inputs = (torch.randn(2, 3, 6, 6),) if kind == "chain" else (torch.randn(2, 5, 8),) * 3
+    targets = []
+
+    def written(graph, example):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=written)(*inputs)
+    assert any("fastgan" in target for target in targets), targets
