@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._layout import dense, is_channels_last
+from fastgan._layout import is_channels_last
+from fastgan.trace.layout import NCHW, NHWC, ordered
 
 from .ada import Ada
 
@@ -50,19 +51,6 @@ class _Shift(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, columns = ctx.saved_tensors
         return _Shift.apply(grads[0], -rows, -columns, ctx.most), None, None, None
-
-
-class _Layout(torch.autograd.Function):
-    """x in channels_last or not, and its gradient as x was."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channels_last: bool) -> Tensor:
-        ctx.before = is_channels_last(x)
-        return dense(x, channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _Layout.apply(grads[0], ctx.before), None
 
 
 def _uniform(x: Tensor) -> Tensor:
@@ -130,10 +118,10 @@ class Augment:
         """[N, C, H, W] images in about [-1, 1] -> the same shape."""
         if self.policy:
             # colours and squares of three channels beside each other take 2 to 8 times as long
-            channels_last, x = is_channels_last(x), _Layout.apply(x, False)
+            channels_last, x = is_channels_last(x), ordered(x, NCHW)
             for name in self.policy:
                 x = POLICIES[name](x)
-            x = _Layout.apply(x, channels_last)
+            x = ordered(x, NHWC) if channels_last else x
         if self.ada is not None:
             x = self.ada(x)
         return x if self.noise is None else x + self.noise.to(x.dtype) * torch.randn_like(x)
