@@ -10,6 +10,7 @@ from tiny_run import TINY
 from torch import nn
 
 import fastgan
+from fastgan.training.step import IN_TURN_FROM
 from fastgan.training.trainer import Trainer
 
 APART = ("bce", "minimax", "lsgan", "hinge", "wasserstein")
@@ -128,6 +129,22 @@ def test_the_samples_that_are_alive_at_a_time(per_sample, options, images):
     Counted.alive = Counted.most = 0
     two_steps(Counting(per_sample).double(), **options)
     assert (Counted.most, Counted.alive) == (images, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [({}, 8), ({"low_memory": False}, 16), ({"loss": "relativistic"}, 16)],
+)
+def test_large_batches_go_in_turn_by_themselves(monkeypatch, options, images):
+    assert IN_TURN_FROM == 128 * 3 * 64 * 64
+    monkeypatch.setattr("fastgan.training.step.IN_TURN_FROM", 8 * 64)
+    Counted.alive = Counted.most = 0
+    two_steps(Counting(True).double(), **options)
+    assert Counted.most == images
+    monkeypatch.setattr("fastgan.training.step.IN_TURN_FROM", 8 * 64 + 1)
+    Counted.most = 0
+    two_steps(Counting(True).double(), **options)
+    assert Counted.most == 16
 
 
 def test_what_needs_both_halves_is_refused():

@@ -85,8 +85,9 @@ class Recipe:
     path_length_every: int = 4
     #: discriminator updates for one of the generator
     d_steps: int = 1
-    #: the discriminator learns from real and generated images in turn: fewer activations at a time, the same numbers
-    low_memory: bool = False
+    #: the discriminator learns from real and generated images in turn: fewer activations at a time, the same numbers;
+    #: None: with large batches on a CPU, where that is faster
+    low_memory: bool | None = None
     #: decay of the averaged generator that samples are drawn from; None: no average
     ema: float | None = None
     #: in images, in place of `ema`: the average forgets half in so many (or in 5 % of those seen, while that is less)
