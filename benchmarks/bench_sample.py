@@ -3,7 +3,7 @@
 Beside PyTorch stand two inference runtimes, on the same network exported to ONNX; each is a row where its package is
 installed (pip install onnx onnxscript onnxruntime openvino) and a skipped row with the reason elsewhere. Every row's
 images are compared with those of plain float32 PyTorch before it is timed. The runtimes pack their weights once, when
-they load; PyTorch and fastgan take weights as they are at each call.
+they load, and so does fastgan-frozen (`fastgan.freeze`); PyTorch and fastgan take weights as they are at each call.
 """
 
 import copy
@@ -38,6 +38,8 @@ ROWS = (
     "openvino-bf16",
     "fastgan",
     "fastgan-bf16",
+    "fastgan-frozen",
+    "fastgan-frozen-bf16",
 )
 CASES = [Case("sample", "dcgan-64", f"batch{n}") for n in BATCHES]
 
@@ -74,6 +76,10 @@ def runners(case):
 
         return row(run, dtype, **facts)
 
+    def frozen_row(network, dtype):
+        frozen = fastgan.freeze(network, dtype=getattr(torch, dtype))
+        return row(lambda: frozen(z), dtype, ours=True)
+
     return {
         "eager": torch_row(generator()),
         "eager-channels_last": torch_row(nhwc),
@@ -85,6 +91,8 @@ def runners(case):
         "openvino-bf16": row(late(openvino, z, "bf16"), "bfloat16", pytorch=False),
         "fastgan": torch_row(ours, ours=True),
         "fastgan-bf16": torch_row(ours, "bfloat16", ours=True),
+        "fastgan-frozen": frozen_row(nhwc, "float32"),
+        "fastgan-frozen-bf16": frozen_row(nhwc, "bfloat16"),
     }
 
 

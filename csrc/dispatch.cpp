@@ -246,6 +246,11 @@ void scratch_release(void* pointer) noexcept {
   ::operator delete(block, std::align_val_t{ALIGN});
 }
 
+Kept*& kept_of_step() noexcept {
+  thread_local Kept* kept_here = nullptr;
+  return kept_here;
+}
+
 size_t scratch_highest(bool restart) noexcept {
   std::lock_guard<std::mutex> lock(scratch_mutex);
   const size_t highest = most_bytes;

@@ -6,6 +6,9 @@
 // This file is the CPU's: the launchers of CUDA ask for a workspace, step by step.
 #pragma once
 
+#include <atomic>
+#include <mutex>
+
 #include "binding.hpp"
 
 namespace fg::binding {
@@ -17,7 +20,7 @@ class Program {
   void append(const Function& function, PyObject* const* arguments, size_t count) {
     const size_t wanted = function.fields.size() - 1;
     if (count != wanted) refuse_count(function, wanted, count);
-    Step step{&function, std::vector<std::byte>(function.bytes), {}};
+    Step step{&function, std::vector<std::byte>(function.bytes), {}, {}};
     for (size_t i = 0; i < wanted; ++i)
       read(function, function.fields[i], arguments[i], step.frame.data(),
            [&](const Field& field, PyObject* object, std::byte* to) {
@@ -31,20 +34,30 @@ class Program {
     steps.push_back(std::move(step));
   }
 
+  // From now on the weights that a step packs in its first run serve all later ones: they must not change.
+  void keep_weights() { keeps = true; }
+
+  ~Program() {
+    for (Step& step : steps) scratch_release(step.kept.block);
+  }
+
   // Every step in order, without the GIL.
   void run(int threads, const std::vector<void*>& addresses) const {
     if (addresses.size() < slots)
       refuse("Program: run() must be given an address for each of its " + text(static_cast<int64_t>(slots)) +
              " slots, got " + text(static_cast<int64_t>(addresses.size())));
     const Unlocked gil;
+    const std::unique_lock<std::mutex> turn = packing();
     for (const Step& step : steps) {
       Frame frame;  // of this call: another thread may run the program, too
       std::memcpy(frame.bytes, step.frame.data(), step.frame.size());
       put(frame.bytes + step.function->threads, threads);
       for (const Pointer& p : step.pointers)
         if (void* base = addresses[p.slot]) put(frame.bytes + p.offset, static_cast<char*>(base) + p.bytes);
+      const Keeping weights(keeps ? &step.kept : nullptr);
       step.function->run(frame.bytes);
     }
+    packed_by = &current();
   }
 
  private:
@@ -57,9 +70,26 @@ class Program {
     const Function* function;
     std::vector<std::byte> frame;
     std::vector<Pointer> pointers;
+    mutable Kept kept;
+  };
+  struct Keeping {
+    explicit Keeping(Kept* kept) { kept_of_step() = kept; }
+    ~Keeping() { kept_of_step() = nullptr; }
   };
   std::vector<Step> steps;
   size_t slots = 0;
+  bool keeps = false;
+  mutable std::atomic<const Table*> packed_by{nullptr};  // whose layout the kept weights have
+  mutable std::mutex first_run;
+
+  // Held while weights are packed that are kept.
+  std::unique_lock<std::mutex> packing() const {
+    if (!keeps || packed_by == &current()) return {};
+    std::unique_lock<std::mutex> turn(first_run);
+    if (packed_by != &current())
+      for (const Step& step : steps) scratch_release(std::exchange(step.kept, {}).block);
+    return turn;
+  }
 
   static Pointer pointer(const char* op, const Field& field, PyObject* object) {
     PyObject *slot = object, *bytes = nullptr;
@@ -129,12 +159,22 @@ inline PyObject* run_program_in_parts(PyObject* self, PyObject* const* arguments
   });
 }
 
+// program.keep_weights()
+inline PyObject* keep_weights(PyObject* self, PyObject* const*, Py_ssize_t) {
+  return translated([&]() -> PyObject* {
+    py::cast<Program&>(py::handle(self)).keep_weights();
+    Py_RETURN_NONE;
+  });
+}
+
 inline void bind_program(py::module_& m) {
-  static PyMethodDef append, run, run_parts;
+  static PyMethodDef append, keep, run, run_parts;
   py::class_<Program> type(m, "Program", "Kernels of this module that one call runs.");
   type.def(py::init<>());
   define_method(type, &append, "append", append_step,
                 "(kernel, *arguments): one step; pointers are slots, (slot, bytes) or None, and there are no threads.");
+  define_method(type, &keep, "keep_weights", keep_weights,
+                "(): the weights that the first run packs serve all later ones; they must not change.");
   define_method(type, &run, "run", run_program, "(threads, *addresses): every step, with an address for each slot.");
   define_method(type, &run_parts, "run_parts", run_program_in_parts,
                 "(threads, parts, x_bytes, y_bytes, *addresses): run() as often, the addresses of slots 1 and 2 these "

@@ -10,6 +10,7 @@ from fastgan._version import __version__ as __version__
 from fastgan.choice import backend, backends, racing
 from fastgan.convert import convert, explain, revert
 from fastgan.doctor import doctor
+from fastgan.frozen import freeze
 from fastgan.training.adam import Adam
 from fastgan.training.recipes import Recipe, recipes
 from fastgan.training.step import GANStep
@@ -27,6 +28,7 @@ __all__ = [
     "data",
     "doctor",
     "explain",
+    "freeze",
     "functional",
     "models",
     "nn",

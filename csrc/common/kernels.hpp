@@ -272,6 +272,13 @@ void* scratch_acquire(size_t bytes);
 void scratch_release(void* block) noexcept;
 size_t scratch_highest(bool restart) noexcept;  // most bytes held at once, in use or kept, since the last restart
 
+// What a step of a program that keeps its weights (csrc/program.hpp) has packed, in its first run for all later ones.
+struct Kept {
+  void* block = nullptr;  // of scratch_acquire
+  bool made = false;
+};
+Kept*& kept_of_step() noexcept;  // of the step that this thread runs, else null
+
 // Asks the system for huge pages, before a block's first use; does nothing where there are none. The system clears 100
 // MB in 7 ms as pages of 2 MB and in 35 to 40 ms as pages of 4 KB (AMD EPYC Zen 5, Linux). Compiled once, as scratch.
 void prefer_huge_pages(void* block, size_t bytes) noexcept;

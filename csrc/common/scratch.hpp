@@ -2,6 +2,8 @@
 // parallel regions.
 #pragma once
 
+#include <utility>
+
 #include "common/kernels.hpp"
 
 namespace fg::ISA {
@@ -14,6 +16,31 @@ struct Scratch {
   ~Scratch() { scratch_release(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+};
+
+// Packed weights: of one call, or of a program's step, which finds them made in its later runs.
+template <class T>
+class Packed {
+ public:
+  T* data;
+  explicit Packed(int64_t count) : kept_(std::exchange(kept_of_step(), nullptr)) {
+    const size_t bytes = sizeof(T) * static_cast<size_t>(count > 0 ? count : 1);
+    if (kept_ && !kept_->block) kept_->block = scratch_acquire(bytes);
+    data = static_cast<T*>(kept_ ? kept_->block : scratch_acquire(bytes));
+  }
+  ~Packed() {
+    if (!kept_) scratch_release(data);
+  }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+
+  bool made() const { return kept_ && kept_->made; }
+  void keep() {  // once they are packed
+    if (kept_) kept_->made = true;
+  }
+
+ private:
+  Kept* kept_;
 };
 
 // Several arrays in one block; the constructor sets their pointers: ScratchArrays memory(Array(a, 10), Array(b, 20)).

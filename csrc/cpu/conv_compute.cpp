@@ -392,7 +392,7 @@ inline void compute_with(const Problem& p) {
   panels.pair = pair.data;
   panels.slot = slot.data;
   plan_panels(p, panels);
-  const Scratch<char> packed(K::IN_PLACE ? 0 : panels.bytes);
+  Packed<char> packed(K::IN_PLACE ? 0 : panels.bytes);
 
   Work<K> work;
   work.problem = &p;
@@ -431,7 +431,7 @@ inline void compute_with(const Problem& p) {
   std::memset(zeros.data, 0, static_cast<size_t>(zero_bytes));
   work.zeros = zeros.data;
 
-  const int64_t pieces = K::IN_PLACE ? 0 : pack_pieces(p, panels), jobs = work.chunks * per_chunk;
+  const int64_t pieces = K::IN_PLACE || packed.made() ? 0 : pack_pieces(p, panels), jobs = work.chunks * per_chunk;
 #pragma omp parallel num_threads(p.threads)
   {
     int64_t unused;
@@ -455,6 +455,7 @@ inline void compute_with(const Problem& p) {
     }
     K::leave();
   }
+  packed.keep();
 }
 
 // Few output channels and many input channels: the dot-product form.
@@ -471,6 +472,7 @@ inline bool rowwise(const Problem& p) { return p.M <= 4 && p.C >= 16; }
 inline bool leave_weights(const Problem& p) {
   static const bool many = translates_many_pages();
   const int64_t pixels = !many ? 16 : VF == 16 ? 256 : 64, bytes = VF == 16 ? INT64_MAX : int64_t{4} << 20;
+  if (kept_of_step()) return false;  // they are packed once for many calls
   if (p.weight_dtype != p.source_dtype || p.stride_m != 1 || p.M % VF || p.C < 32 || p.C % 2) return false;
   if (p.C * p.M * p.R * p.S * 4 > bytes) return false;
   return p.N * p.OH * p.OW <= pixels * p.h.phases * p.w.phases;

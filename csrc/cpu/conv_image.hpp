@@ -167,7 +167,7 @@ inline void compute_image(const ConvShape& s, const ConvTranspose2dArgs& a) {
   // VF floats behind each: whole vectors are read and written where a part is wanted.
   const int64_t line = round_up((w.slots * w.slot) + VF, 16);
   const int64_t products = round_up(round_up(w.band_rows * s.OW, K::ROWS) * w.columns + 2 * VF, 16);
-  const Scratch<char> panels(w.columns * units * 4);
+  Packed<char> panels(w.columns * units * 4);
   const Scratch<float> bias(round_up(w.slot, VF)), own(a.threads * (line + products));
   for (int64_t j = 0; j < round_up(w.slot, VF); ++j) bias.data[j] = a.bias ? a.bias[j % s.C] : 0.0f;
   w.panels = panels.data;
@@ -177,12 +177,13 @@ inline void compute_image(const ConvShape& s, const ConvTranspose2dArgs& a) {
     float* mine = own.data + thread_index() * (line + products);
     K::enter();
 #pragma omp for schedule(static)
-    for (int64_t u = 0; u < units; ++u) pack_image_unit<K>(w, u, units, panels.data);
+    for (int64_t u = panels.made() ? units : 0; u < units; ++u) pack_image_unit<K>(w, u, units, panels.data);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t job = 0; job < s.N * w.bands; ++job)
       compute_band<K>(w, job / w.bands, job % w.bands, mine, mine + line);
     K::leave();
   }
+  panels.keep();
 }
 
 // Half a vector of channels or less, and enough products per pixel to fill one.

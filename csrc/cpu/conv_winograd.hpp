@@ -389,13 +389,15 @@ inline void compute_minimal(const Problem& p, const TilePair* pair) {
     chunks = most(chunks, ceil_div(pair[i].tiles, work.chunk));
   }
   const int64_t own = round_up(source, 16) + round_up(product, 16) + pack_stage_floats(p, work.panels);
-  const Scratch<float> packed(packed_floats), memory(p.threads * round_up(own, 16)), zeros(p.C);
+  Packed<float> packed(packed_floats);
+  const Scratch<float> memory(p.threads * round_up(own, 16)), zeros(p.C);
   const Scratch<TapSlot> slot(p.R * p.S);
   for (int64_t i = 0; i < p.R * p.S; ++i) slot.data[i] = {0, 0};
   std::memset(zeros.data, 0, sizeof(float) * static_cast<size_t>(p.C));
   work.packed = packed.data;
   work.zeros = zeros.data;
-  const int64_t depth = pack_depth(p, work.panels), ranges = ceil_div(p.C, depth), pieces = p.M / VF * ranges;
+  const int64_t depth = pack_depth(p, work.panels), ranges = ceil_div(p.C, depth);
+  const int64_t pieces = packed.made() ? 0 : p.M / VF * ranges;
 #pragma omp parallel num_threads(p.threads)
   {
     float* mine = memory.data + thread_index() * round_up(own, 16);
@@ -414,6 +416,7 @@ inline void compute_minimal(const Problem& p, const TilePair* pair) {
                   [&]<int PH, int PW>() { compute_tiles<PH, PW>(work, t, j / pairs, mine, products); });
     }
   }
+  packed.keep();
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -134,6 +134,18 @@ class Layer:
         if any(t.dtype != torch.float32 or not t.is_cpu or not is_dense(image(t)) for t in tensors):
             return "parameters that are not dense float32 on the CPU"
         return ""
+
+
+def hold_constant(tensors: Iterable[Tensor | None]) -> None:
+    """Promise that these tensors stay as they are: a program folds and packs them once."""
+    for t in tensors:
+        if t is not None:
+            t.fastgan_constant = True  # type: ignore[attr-defined]
+
+
+def are_constant(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether that was promised of all of them; the counts of batches, which no program in eval mode reads, aside."""
+    return all(hasattr(t, "fastgan_constant") for t in tensors if t is not None and t.is_floating_point())
 
 
 def torch_class(m: Any) -> str:

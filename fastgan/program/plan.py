@@ -11,7 +11,7 @@ signal [N, C, L] one that is one pixel high.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastgan._layout import image, is_channels_last
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
 from fastgan.program.layer import TRANSPOSED, Geometry, Layer
-from fastgan.program.memory import ARENA, BACKWARD, Place, arrange
+from fastgan.program.memory import ALIGNMENT, ARENA, BACKWARD, Place, arrange
 from fastgan.program.product import PRODUCTS, Native, Product, Steps
 
 FLOAT32 = _native.DTYPE_CODES[torch.float32]
@@ -82,19 +82,25 @@ class Plan:
     autocast, bfloat16; wanted: what gets a gradient: x first, then every parameter of every layer, absent ones
     included. Parameters, their gradients and statistics are float32.
 
+    constant: parameters and buffers stay as they are (`fastgan.freeze`). Every batch norm that can be is then folded
+    into the convolution before it, by `setup`, steps that run once and write to the slot `constants`; the weights that
+    the first run packs serve all later ones.
+
     asked: those of `wanted` whose steps a backward pass can do without. turned_cotangent: where the cotangent is turned
     to, a step that COTANGENT leaves out, or None.
 
-    The slots of a run are: the arena, x, y, the arena's blocks of one pass, parameters, buffers, the cotangent of y,
-    and the wanted gradients.
+    The slots of a run are: the arena, x, y, the arena's blocks of one pass, parameters, buffers, constants or the
+    cotangent of y, and the wanted gradients.
     """
 
     MADE_AGAIN = 1 << 20  # bytes from which a norm's output does not wait for backward
     PART_BYTES, PART_PIXELS = 512 * 1024, 2048
     WORTH_ASKING = 400_000  # multiplications, 8 us at 50 a nanosecond
 
-    def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wanted: Sequence[bool]):
-        self.core = _native.CPU.module()
+    def __init__(
+        self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wanted: Sequence[bool], constant: bool = False
+    ):
+        self.core, self.constant = _native.CPU.module(), constant
         self.dtype, self.code, self.input_code = dtype, _native.DTYPE_CODES[dtype], _native.DTYPE_CODES[x.dtype]
         self.layers, self.places, self.slots = layers, [Place(ARENA)], 1
         self.steps: list[tuple[str, tuple, int | None]] = []  # kernel, fields, the one gradient that it is for
@@ -102,7 +108,9 @@ class Plan:
         self.slots = BACKWARD + 1
         parameters = [[self._slot() for _ in layer.parameters()] for layer in layers]
         self.buffers = [[self._slot() for _ in layer.buffers()] for layer in layers]
-        self.cotangent = self._slot()
+        self.cotangent = self.constants = self._slot()
+        self.setup: list[tuple[str, tuple, int | None]] = []
+        self.constant_bytes = 0
         self.gradients = {i: self._slot() for i, wants in enumerate(wanted) if wants}
         self.asked = {0} & self.gradients.keys()  # whose steps are left out where their gradient is not asked for
         self.input_channels_last = self.output_channels_last = is_channels_last(image(x))
@@ -129,8 +137,15 @@ class Plan:
 
     def program(self, first: int, last: int, unwanted: frozenset[int] = frozenset()) -> Steps:
         """The steps [first, last), without those that serve unwanted gradients alone."""
+        return self._program(self.steps[first:last], unwanted)
+
+    def setup_program(self) -> Steps:
+        """The steps that write the constants."""
+        return self._program(self.setup)
+
+    def _program(self, steps: Sequence[tuple[str, tuple, int | None]], unwanted: Collection[int] = ()) -> Steps:
         parts: list[Native | Product] = []
-        for kernel, fields, only in self.steps[first:last]:
+        for kernel, fields, only in steps:
             if only is not None and only in unwanted:
                 continue
             if kernel in PRODUCTS:
@@ -140,6 +155,8 @@ class Plan:
             if not isinstance(native, Native):
                 native = Native(self.core.Program())
                 parts.append(native)
+                if self.constant:
+                    native.program.keep_weights()
             native.program.append(kernel, *(f.pointer() if isinstance(f, Place) else f for f in fields))
         return Steps(parts)
 
@@ -174,6 +191,22 @@ class Plan:
 
     def _image(self, shape: Shape) -> Place:
         return self._arena(*shape, dtype=self.dtype)
+
+    def _lasting(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Place:
+        """Memory for what `_prepare` makes of parameters: a constant's, or the arena's."""
+        if not self.constant:
+            return self._arena(*sizes, dtype=dtype)
+        place = Place(self.constants.slot, dtype.itemsize * math.prod(sizes))
+        place.offset = self.constant_bytes
+        self.constant_bytes += -(-place.bytes // ALIGNMENT) * ALIGNMENT
+        return place
+
+    def _prepare(self, kernel: str, *fields: Any) -> None:
+        """A step that reads parameters and buffers alone."""
+        if self.constant:
+            self.setup.append((kernel, fields, None))
+        else:
+            self._step(kernel, *fields)
 
     def _step(self, kernel: str, *fields: Any, only: int | None = None) -> None:
         for value in fields:
@@ -310,9 +343,9 @@ class Plan:
         """A bias as autocast's cast leaves it."""
         if bias is None or self.code == FLOAT32:
             return bias
-        narrow, wide = self._arena(channels, dtype=self.dtype), self._arena(channels)
-        self._step("relayout", FLOAT32, self.code, bias, narrow, 1, 1, channels)
-        self._step("relayout", self.code, FLOAT32, narrow, wide, 1, 1, channels)
+        narrow, wide = self._lasting(channels, dtype=self.dtype), self._lasting(channels)
+        self._prepare("relayout", FLOAT32, self.code, bias, narrow, 1, 1, channels)
+        self._prepare("relayout", self.code, FLOAT32, narrow, wide, 1, 1, channels)
         return wide
 
     def _norm_input(self, p: _Pass) -> Place:
@@ -364,16 +397,15 @@ class Plan:
     def _normalise_in_eval(self, i: int, p: _Pass, tensors: dict[str, Any]) -> None:
         layer, (mean, var, _) = p.layer, self.buffers[i]
         vectors = p.parameters["gamma"], p.parameters["beta"], mean, var
-        if not isinstance(layer.conv, nn.Conv2d | nn.ConvTranspose2d) or not _folds(
-            layer.conv, tensors["weight"], p.x_shape
-        ):
+        can = isinstance(layer.conv, nn.Conv2d | nn.ConvTranspose2d)
+        if not can or not _folds(layer.conv, tensors["weight"], p.x_shape, self.constant):
             t = self._norm_input(p)
             self._step("bn_act_forward", self.code, t, *vectors, p.y, *self._norm_fields(p, 1, False))
             return
         weight = tensors["weight"]
-        folded, shift = self._arena(weight.numel()), self._arena(p.y_shape[1])
+        folded, shift = self._lasting(weight.numel()), self._lasting(p.y_shape[1])
         sizes = _channel_axis(layer.conv, weight)
-        self._step(
+        self._prepare(
             "bn_fold",
             p.parameters["weight"],
             p.parameters["bias"],
@@ -504,8 +536,11 @@ def _rank(product: Any) -> int:
     return 2 if isinstance(product, nn.Linear) else 2 + len(product.kernel_size)
 
 
-def _folds(conv: Any, weight: Tensor, shape: Shape) -> bool:
-    """Whether `functional.conv2d_bn_act` and its sibling fold the norm in eval mode for an input of this shape."""
+def _folds(conv: Any, weight: Tensor, shape: Shape, constant: bool) -> bool:
+    """Whether `functional.conv2d_bn_act` and its sibling fold the norm in eval mode for an input of this shape, or, of
+    constants, whether they can."""
+    if constant:
+        return conv.groups == 1 or not isinstance(conv, nn.ConvTranspose2d)
     pixels, strides = shape[0] * shape[2] * shape[3], math.prod(conv.stride)
     if isinstance(conv, nn.ConvTranspose2d):
         return conv.groups == 1 and pixels * strides >= weight[:, 0].numel()

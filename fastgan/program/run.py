@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastgan._layout import image, is_dense, laid_out
 from fastgan._op import is_aside, is_observed
 from fastgan.choice import STATE, Contest, absent, fastest, forced, reaches, second_order
-from fastgan.program.layer import Layer, plain, replay
+from fastgan.program.layer import Layer, are_constant, plain, replay
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
@@ -61,16 +62,18 @@ def applies(x: Any) -> bool:
 class Compiled:
     """A plan with its native programs."""
 
-    def __init__(self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool]):
-        plan = Plan(layers, x, dtype, wants)
+    def __init__(
+        self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool], constant: bool = False
+    ):
+        plan = Plan(layers, x, dtype, wants, constant)
         self.parts = 1 if plan.gradients else plan.useful_parts()
         if self.parts > 1:
-            plan = Plan(layers, x[: len(x) // self.parts], dtype, wants)
+            plan = Plan(layers, x[: len(x) // self.parts], dtype, wants, constant)
         self.plan = plan
+        self.kept: Kept | None = None
         self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
-        self.forward = plan.program(0, plan.forward_steps)
-        if self.parts > 1:
-            self.forward.split(self.parts, len(x) // self.parts * x.stride(0) * x.element_size(), plan.bytes())
+        self.part_bytes = len(x) // self.parts * x.stride(0) * x.element_size()
+        self.forward = self._forward()
         self.spares = Spares(plan.blocks)
         self.backwards: dict[frozenset[int], Steps] = {}
         self.updates = any(layer.is_batch_norm() and layer.norm.training for layer in layers)
@@ -79,6 +82,21 @@ class Compiled:
         edges = itertools.count()  # of the node: one for each tensor among the inputs
         edge_of = [None if t is None else next(edges) for t in slots]
         self.asked = [(i, edge_of[i]) for i in sorted(plan.asked)]
+
+    def _forward(self) -> Steps:
+        forward = self.plan.program(0, self.plan.forward_steps)
+        if self.parts > 1:
+            forward.split(self.parts, self.part_bytes, self.plan.bytes())
+        return forward
+
+    def _kept(self, tensors: list[Tensor | None], arena: Arena, slots: tuple) -> Kept:
+        """What was made of these parameters and buffers; made anew where they are others, or were written to."""
+        kept = self.kept
+        if kept is None or not kept.is_of(tensors):
+            block = torch.empty(self.plan.constant_bytes, dtype=torch.uint8)
+            self.plan.setup_program().run(torch.get_num_threads(), arena, *slots, block)
+            kept = self.kept = Kept(tensors, block, self._forward())
+        return kept
 
     def backward(self, unwanted: frozenset[int]) -> Steps:
         program = self.backwards.get(unwanted)
@@ -94,7 +112,11 @@ class Compiled:
         arena = self.spares.take()
         if not self.spares.whole:
             arena.open(FORWARD)
-        self.forward.run(torch.get_num_threads(), arena, *arena.slots(x, y), *parameters, *buffers)
+        forward, slots = self.forward, (*arena.slots(x, y), *parameters, *buffers)
+        if plan.constant:
+            kept = self._kept([*parameters, *buffers], arena, slots)
+            forward, slots = kept.forward, (*slots, kept.block)
+        forward.run(torch.get_num_threads(), arena, *slots)
         if not self.spares.whole:
             arena.close(FORWARD)
         return y, arena
@@ -108,6 +130,22 @@ class Compiled:
         if self.updates:  # as in PyTorch, the count of batches alone has another version (`functional.norm._update`)
             torch.autograd.graph.increment_version([b for b in buffers[2::3] if b is not None])
         return y
+
+
+class Kept:
+    """Constants of a program, and the forward program whose first run packs its weights for all later ones."""
+
+    def __init__(self, tensors: list[Tensor | None], block: Tensor, forward: Steps):
+        self.tensors, self.block, self.forward = tensors, block, forward
+        self.states = _states(tensors)
+
+    def is_of(self, tensors: list[Tensor | None]) -> bool:
+        return all(map(operator.is_, tensors, self.tensors)) and _states(tensors) == self.states
+
+
+def _states(tensors: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+    """Where each tensor lies, and how often it was written to."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
 
 
 class Node(torch.autograd.Function):
@@ -238,10 +276,11 @@ class Run:
         compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
         self.ways[key] = compiled
         if compiled is not None:
-            ways = self._ways(compiled, x)
-            contest = self._contest(key, ways, len(parameters))
-            found = lambda: {"op": KIND, "args": written(self.layers, x, dtype, key[4]), "why": "open: the budget"}
-            self.ways[key] = ways[fastest(contest, [x, *parameters, *buffers], found)]
+            ways, constant = self._ways(compiled, x), compiled.plan.constant
+            contest, arguments = self._contest(key, ways, x, parameters, buffers, constant)
+            of = lambda: written(self.layers, x, dtype, key[4], constant)
+            found = lambda: {"op": KIND, "args": of(), "why": "open: the budget"}
+            self.ways[key] = ways[fastest(contest, arguments, found)]
         return self.ways[key]
 
     def runs(self) -> tuple[str, str]:
@@ -263,7 +302,7 @@ class Run:
         compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
         if compiled is None:
             raise Unfit
-        return self._contest(key, self._ways(compiled, x), len(parameters)), [x, *parameters, *buffers]
+        return self._contest(key, self._ways(compiled, x), x, parameters, buffers, compiled.plan.constant)
 
     def _ways(self, compiled: Compiled, x: Tensor) -> dict[str, Way]:
         ways: dict[str, Way] = {"program": compiled, "plain": functools.partial(plain, self.layers)}
@@ -271,9 +310,17 @@ class Run:
             ways["channels_last"] = functools.partial(_turned, self.layers, compiled.plan.output_channels_last)
         return ways
 
-    def _contest(self, key: tuple, ways: dict[str, Way], count: int) -> Contest:
+    def _contest(
+        self, key: tuple, ways: dict[str, Way], x: Tensor, parameters: list, buffers: list, constant: bool
+    ) -> tuple[Contest, Sequence[Any]]:
+        """The race of the ways, and its arguments: each run gets copies of them, so constants are none."""
+        plain = "plain", "channels_last"
+        if constant:
+            kept: dict[str, Any] = {name: lambda x, w=way: w(x, parameters, buffers) for name, way in ways.items()}
+            return Contest((KIND, "constant", *key), kept, plain), [x]
+        count = len(parameters)
         apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
-        return Contest((KIND, *key), apart, ("plain", "channels_last"))
+        return Contest((KIND, *key), apart, plain), [x, *parameters, *buffers]
 
     def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
         fits = x.dim() in (2, 3, 4) and x.numel() > 0 and is_dense(image(x)) and x.dtype in FLOATS and dtype in FLOATS
@@ -282,8 +329,9 @@ class Run:
         if self.layers[0].conv is None:  # a norm under autocast computes in its input's type
             fits = fits and x.dtype == dtype
         if fits and not any(layer.refusal(any(wants)) for layer in self.layers):
+            tensors = (owner[name] for owner, name in (*self.parameters, *self.buffers))
             with contextlib.suppress(Unfit):  # the ops say what is wrong
-                return Compiled(self.layers, x, dtype, wants)
+                return Compiled(self.layers, x, dtype, wants, not any(wants) and are_constant(tensors))
         return None
 
 

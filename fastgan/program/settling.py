@@ -9,6 +9,7 @@ import torch
 
 from fastgan.choice import SETTLED_BY, Contest, finished
 from fastgan.choice.cache import digest
+from fastgan.program.layer import hold_constant
 from fastgan.program.plan import Unfit
 from fastgan.program.run import KIND, Run
 from fastgan.program.written import restored
@@ -24,6 +25,8 @@ def race(case: str, found: dict[str, Any]) -> str | None:
     def made() -> tuple[Contest, Sequence[Any]]:
         layers, x = restored(found)
         run = Run(layers)
+        if found.get("constant"):
+            hold_constant(t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
         for tensor, wanted in zip((x, *run.tensors()), wants or (), strict=False):
             if tensor is not None:
                 tensor.requires_grad_(wanted)

@@ -29,8 +29,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def written(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool] | None) -> dict[str, Any]:
-    """The call as JSON; wants: which of x and the parameters get gradients, or None where none are recorded."""
+def written(
+    layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool] | None, constant: bool = False
+) -> dict[str, Any]:
+    """The call as JSON; wants: which of x and the parameters get gradients, or None where none are recorded; constant:
+    whether the parameters and buffers stay as they are."""
     return {
         "layers": [
             {
@@ -45,6 +48,7 @@ def written(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Seque
         "x": sketch(x),
         "dtype": str(dtype).removeprefix("torch."),
         "wants": wants if wants is None else list(wants),
+        "constant": constant,
     }
 
 
