@@ -555,6 +555,8 @@ def convert(
 def synchronise(model: nn.Module, sync: Sync = True) -> nn.Module:
     """Let every batch norm of a model, in training, take its statistics over several processes; in place.
 
+    A `fastgan.models.MinibatchDeviation` takes the groups that one process makes of their whole batch.
+
     Args:
         model: converted or not; it is converted afterwards. A hand-written forward with a batch norm stays untraced.
         sync: True for all processes of torch.distributed, a process group, or False to undo it.

@@ -22,14 +22,19 @@ from torch import Tensor, nn
 
 import fastgan
 from fastgan.functional import gan_loss, gradient_penalty
+from fastgan.models import MinibatchDeviation
 from fastgan.training.distributed import Exchange, World, join, leave
 
-BATCH, STEPS = 12, 20
+BATCH, STEPS = 12, 20  # 16 with deviation, whose groups are of 4
 LOSSES = ("bce", "minimax", "lsgan", "hinge", "wasserstein", "relativistic", "relativistic-average")
 PENALTIES = ("none", "wgan-gp", "dragan", "r1", "r2", "r1r2", "r1-approximate", "r2-approximate")
 # Every loss and every penalty at least once.
 PAIRS = [f"{loss}:{penalty}" for loss, penalty in zip((*LOSSES, "relativistic-average"), PENALTIES, strict=True)]
 PAIRS += ["bce:top-k"]  # the generator learns from half of its images
+# The discriminator compares the samples of a group: without a penalty, and with second derivatives.
+DEVIATION = ["hinge:none+deviation", "wasserstein:wgan-gp+deviation", "bce:r1+deviation"]
+GROUP = 4
+PAIRS += DEVIATION
 ALL_PAIRS = [f"{loss}:{penalty}" for loss, penalty in itertools.product(LOSSES, PENALTIES)]
 STATISTICS = ("all", "own")
 # "smooth" is float64 on the networks of the dtypes after it, which are compared with it
@@ -53,14 +58,19 @@ class Generator(nn.Module):
         return images
 
 
-def networks(dtype: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Smooth ones but in float64: an input of 4e-8 at a leaky ReLU's kink has another slope once it is rounded, and by
-    that one the weights of minimax:r1 jumped from an error of 1e-6 to one of 4e-4 in float32."""
+def networks(dtype: str, penalty: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+    """With `MinibatchDeviation` for a penalty that says so.
+
+    Smooth ones but in float64: an input of 4e-8 at a leaky ReLU's kink has another slope once it is rounded, and by
+    that one the weights of minimax:r1 jumped from an error of 1e-6 to one of 4e-4 in float32.
+    """
     torch.manual_seed(0)
     act = functools.partial(nn.LeakyReLU, 0.2) if dtype == "float64" else nn.SiLU
     d = nn.Sequential(
         *(nn.Conv2d(2, 4, 3, 1, 1), act(), nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), act()),
-        *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.Softplus(), nn.Flatten(), nn.Linear(5, 1)),
+        *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.Softplus()),
+        *([MinibatchDeviation()] if "+" in penalty else []),
+        *(nn.Flatten(), nn.Linear(6 if "+" in penalty else 5, 1)),
     )
     g, d = (m.to(DTYPES[dtype]) for m in (Generator(nn.ReLU if dtype == "float64" else act), d))
     d.to(memory_format=torch.channels_last)
@@ -74,15 +84,16 @@ def weight_of(penalty: str) -> float:
 
 def step_of(case: str, sync: bool) -> fastgan.GANStep:
     loss, penalty, _, dtype = case.split(":")
-    g, d, g_adam, d_adam = networks(dtype)
+    g, d, g_adam, d_adam = networks(dtype, penalty)
+    kind = penalty.partition("+")[0]
     return fastgan.GANStep(
         *(g, d),
         latent=5,
         g_optimizer=g_adam,
         d_optimizer=d_adam,
         loss=loss,
-        penalty=None if penalty in ("none", "top-k") else penalty,
-        top_k=0.5 if penalty == "top-k" else 1.0,
+        penalty=None if kind in ("none", "top-k") else kind,
+        top_k=0.5 if kind == "top-k" else 1.0,
         penalty_weight=weight_of(penalty),
         precision="bf16" if dtype == "bf16" else "fp32",
         rng=torch.Generator().manual_seed(7),
@@ -90,9 +101,11 @@ def step_of(case: str, sync: bool) -> fastgan.GANStep:
     )
 
 
-def batches(dtype: str) -> list[tuple[Tensor, Tensor]]:
+def batches_of(case: str) -> list[tuple[Tensor, Tensor]]:
+    _, penalty, _, dtype = case.split(":")
     draw = torch.Generator().manual_seed(3)
-    shapes = (BATCH, 2, 6, 6), (BATCH, 5)
+    count = 4 * GROUP if "+" in penalty else BATCH
+    shapes = (count, 2, 6, 6), (count, 5)
     numbers = [[torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes] for _ in range(STEPS)]
     return [(real.to(DTYPES[dtype]) * 0.5, z.to(DTYPES[dtype])) for real, z in numbers]
 
@@ -121,9 +134,12 @@ def part_of(batch: Tensor, world: World, order: int) -> Tensor:
 
 
 def in_order(samples: Tensor, order: int) -> Tensor:
-    """In one of 2n orders of n samples, 0 as they are: nothing changes but how sums round."""
+    """In one of 2n orders of n samples, 0 as they are: nothing changes but how sums round. Groups stay together."""
+    size = GROUP if len(samples) % GROUP == 0 else 1
     turns, shift = divmod(order, len(samples))
-    samples = samples.roll(shift, 0) if shift else samples
+    groups, within = divmod(shift, size)
+    if shift:
+        samples = samples.unflatten(0, (-1, size)).roll((groups, within), (0, 1)).flatten(0, 1)
     return samples.flip(0) if turns else samples
 
 
@@ -136,7 +152,7 @@ def train(case: str, world: World, order: int = 0) -> dict[str, Tensor]:
 
     order: of the samples in each batch (`in_order`).
     """
-    step, images = step_of(case, sync=world.size > 1 and ":all:" in case), batches(case.rpartition(":")[2])
+    step, images = step_of(case, sync=world.size > 1 and ":all:" in case), batches_of(case)
     if world.size > 1:
         step.exchange = Exchange(world)
     found = []
@@ -158,15 +174,16 @@ class Parts:
     """The textbook's loop in one process, each update by the mean of the losses of as many parts as there are ranks."""
 
     def __init__(self, case: str, ranks: int, order: int):
-        self.loss, self.penalty, _, self.dtype = case.split(":")
+        self.case, (self.loss, penalty, _, self.dtype) = case, case.split(":")
         self.ranks, self.order = [World(k, ranks) for k in range(ranks)], order
-        self.g, self.d, self.g_adam, self.d_adam = networks(self.dtype)
+        self.g, self.d, self.g_adam, self.d_adam = networks(self.dtype, penalty)
+        self.penalty = penalty.partition("+")[0]
         self.rng = torch.Generator().manual_seed(7)
 
     def train(self) -> dict[str, Tensor]:
         """The weights alone: a rank's running statistics see its own part."""
         found = []
-        for batch in batches(self.dtype):
+        for batch in batches_of(self.case):
             parts = [[part_of(x, rank, self.order) for x in batch] for rank in self.ranks]
             with self.autocast():
                 fakes = [self.g(z) for _, z in parts]

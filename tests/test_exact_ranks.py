@@ -13,7 +13,7 @@ from itertools import product
 
 import pytest
 import torch
-from exact_ranks import ALL_PAIRS, PAIRS, STATISTICS, alone
+from exact_ranks import ALL_PAIRS, DEVIATION, PAIRS, STATISTICS, alone
 from processes import launch
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
@@ -21,6 +21,7 @@ ROUNDED = ("bce:r1", "relativistic-average:wgan-gp")  # in float32 and bf16 too
 SHORT = [
     *(f"{pair}:{statistics}:float64" for pair, statistics in product(PAIRS, STATISTICS)),
     *(":".join(of) for of in product(ROUNDED, STATISTICS, ("float32", "bf16"))),
+    *(f"{DEVIATION[1]}:all:{dtype}" for dtype in ("float32", "bf16")),
 ]
 
 

@@ -267,10 +267,24 @@ def test_minibatch_deviation_is_its_formula():
     x = torch.randn(6, 2, 3, 3, dtype=torch.double)
     found = models.MinibatchDeviation()(x)
     assert torch.equal(found[:, :2], x)
-    for n in range(6):  # groups of three: samples n, n + 2, n + 4
-        group = x[n % 2 :: 2]
+    for n in range(6):  # two groups of three
+        group = x[:3] if n < 3 else x[3:]
         want = group.std(0, correction=0).mean()
         assert torch.allclose(found[n, 2], want.expand(3, 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_minibatch_deviation_of_parts_is_that_of_the_whole(parts, monkeypatch):
+    layer, x = models.MinibatchDeviation(), torch.randn(16, 2, 3, 3)
+    whole = layer(x)
+    assert torch.equal(torch.cat([layer(part) for part in x.chunk(parts)]), whole)
+    layer.sync = True
+    monkeypatch.setattr("fastgan._ranks.size", lambda sync: parts if sync else 1)
+    assert torch.equal(torch.cat([layer(part) for part in x.chunk(parts)]), whole)
+    words = rf"whole groups of the 4 samples that one process compares in a batch of {6 * parts}, got 6"
+    with pytest.raises(ValueError, match=words):
+        layer(x[:6])
+    assert layer.eval()(x[:6]).shape == (6, 3, 3, 3)  # its batch is that of one process
 
 
 def test_samples_that_meet_in_a_batch_are_seen():

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan import _ranks
+from fastgan._ranks import Sync
+
 from .conditional import (
     EMBEDDING,
     ClassAffine,
@@ -77,16 +80,30 @@ class DCGANGenerator(nn.Module):
 class MinibatchDeviation(nn.Module):
     """[N, C, H, W] -> [N, C + 1, H, W]: a plane with the mean deviation of features over a group of samples.
 
-    A discriminator sees by it that pictures are too much alike. Groups are of 4 samples, or of the greatest number
-    below that divides N. Source: Karras et al. 2018 (arXiv:1710.10196), section 3; groups as in StyleGAN.
+    A discriminator sees by it that pictures are too much alike. Groups are of 4 consecutive samples, or of the greatest
+    number below that divides N. Source: Karras et al. 2018 (arXiv:1710.10196), section 3. StyleGAN's groups are of
+    samples N / 4 apart; consecutive ones stay together where a batch is cut into parts, for ranks or `accumulate`.
+
+    sync: False; True or a process group in training: groups are those that one process makes of the batches of all
+    (`fastgan.convert.synchronise` sets it). They lie within a rank, so nothing is sent; ValueError where they do not.
     """
+
+    sync: Sync = False
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
-        group = next(size for size in (4, 3, 2, 1) if n % size == 0)
-        groups = x.float().unflatten(0, (group, n // group))
-        deviation = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [n / group]
-        plane = deviation.repeat(group).view(n, 1, 1, 1).expand(n, 1, height, width)
+        whole = n * _ranks.size(self.sync) if self.training else n
+        group = next(size for size in (4, 3, 2, 1) if whole % size == 0)
+        if n % group:
+            raise ValueError(
+                f"MinibatchDeviation: a rank's part of a batch must hold whole groups of the {group} samples that one "
+                f"process compares in a batch of {whole}, got {n}; take a batch_size whose parts are multiples of "
+                f"{group}, or leave out sync_statistics"
+            )
+        wide = x if x.dtype == torch.float64 else x.float()
+        groups = wide.unflatten(0, (n // group, group))
+        deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [n / group]
+        plane = deviation[:, None].expand(-1, group).reshape(n, 1, 1, 1).expand(n, 1, height, width)
         return torch.cat([x, plane.to(x.dtype)], 1)
 
 
