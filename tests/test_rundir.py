@@ -22,6 +22,7 @@ from fastgan.cli import main
 from fastgan.training import checkpoint, report, sampling
 from fastgan.training.lock import LockedError, RunLock
 from fastgan.training.rundir import CONTENTS, RunDirectory, read_log
+from fastgan.training.thinning import kept
 from fastgan.training.trainer import Trainer
 
 SMALL = [
@@ -460,3 +461,76 @@ def test_a_configuration_that_is_none(finished, tmp_path, text):
     with pytest.raises(ValueError, match=r"config.json must be the configuration of a run, reading it gave") as error:
         RunDirectory(run).read_config()
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- long runs
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("every", [1, 7, 1000])
+def test_what_is_kept_of_a_long_run_lies_evenly_over_it(most, every):
+    held, greatest = set(), 0
+    for step in range(0, 2500 * every, every):
+        held = kept(dict.fromkeys([*held, step], 0), most)
+        greatest = max(greatest, len(held))
+        assert step in held
+    assert greatest == most
+    gaps = [b - a for a, b in zip(sorted(held)[:-1], sorted(held)[1:], strict=True)]
+    if most >= 7:
+        assert len(held) >= most // 4 and min(held) == 0
+        # parts are of one length where all was thinned out, and the newest steps may all be there
+        assert max(gaps) <= 2 * 2500 * every / (most // 4)
+
+
+def test_of_each_part_the_record_with_most_numbers_is_kept_and_the_best_one():
+    weights = {step: 3 if step % 10 == 0 else 1 for step in range(100)}
+    found = kept(weights, 20, [77])
+    assert found == {0, 20, 40, 50, 70, 77, 80, 96, 99}  # parts are of 16 steps
+
+
+def test_pictures_and_log_of_a_long_run_are_bounded(images, tmp_path):
+    recipe = TINY.replace(steps=40, sample_every=1, keep_samples=8, keep_records=10, eval_every=0)
+    trainer(images, tmp_path / "run", recipe).fit()
+    run = RunDirectory(tmp_path / "run")
+    assert 4 <= len(list(run.samples.iterdir())) <= 8
+    assert {run.grid(0), run.grid(40)} <= set(run.samples.iterdir())
+    steps = [record["step"] for record in read_log(run.log)]
+    assert 5 <= len(steps) <= 10 and steps[-1] == 40 and steps[0] <= 4
+    assert len(run.log.read_text().splitlines()) == len(steps)
+    page = run.report.read_text()
+    shown = len(list(run.samples.iterdir()))
+    assert f"max='{shown - 1}' value='{shown - 1}'" in page and page.count('<figure class="now"') == 1
+    # a resumed run may keep more
+    Trainer(recipe.replace(steps=44, keep_samples=0, keep_records=0), resume=run.path, images=images, quiet=True).fit()
+    assert len(list(run.samples.iterdir())) == shown + 4
+    assert [r["step"] for r in read_log(run.log)] == [*steps, 41, 42, 43, 44]
+
+
+def test_what_lies_beside_a_grid_goes_with_it(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.samples.mkdir()
+    for step in range(9):
+        for suffix in (".png", ".wav"):
+            run.grid(step).with_suffix(suffix).touch()
+    (run.samples / "step-mine.png").touch()
+    (run.samples / "notes.txt").touch()
+    run.thin_samples(4)
+    left = sorted(path.name for path in run.samples.iterdir())
+    assert left == [
+        *("notes.txt", "step-0000000.png", "step-0000000.wav", "step-0000008.png", "step-0000008.wav"),
+        "step-mine.png",
+    ]
+
+
+def test_a_page_does_without_a_grid_that_was_deleted_meanwhile(images, tmp_path, monkeypatch):
+    trainer(images, tmp_path).fit()
+    run = RunDirectory(tmp_path)
+    glob = type(run.samples).glob
+
+    def late(self, pattern):
+        found = list(glob(self, pattern))
+        run.grid(2).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(type(run.samples), "glob", late)
+    assert "max='2' value='2'" in report.page(run)

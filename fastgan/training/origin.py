@@ -23,8 +23,12 @@ from .rundir import RunDirectory
 
 __all__ = ["changed_images", "configuration", "load_samples", "open_run", "recipe_of"]
 
-# What a resumed run may change: its length and how often it writes. Anything else would not be the same run.
-MAY_CHANGE = ("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "watch_every", "keep_checkpoints")
+# What a resumed run may change: its length, how often it writes and how much of that stays. Anything else would not be
+# the same run.
+MAY_CHANGE = (
+    *("steps", "sample_every", "checkpoint_every", "log_every", "eval_every", "watch_every"),
+    *("keep_checkpoints", "keep_samples", "keep_records"),
+)
 
 
 def open_run(

@@ -85,6 +85,7 @@ def _disk(recipe: Recipe, parameters: dict[str, int]) -> float:
     state = 3 * sum(parameters.values()) + parameters["generator"] * recipe.averaged
     kept = recipe.keep_checkpoints * state + parameters["generator"] * bool(recipe.eval_every)
     grids = 2 + recipe.steps // recipe.sample_every if recipe.sample_every else 2
+    grids = min(grids, recipe.keep_samples or grids)
     return (4 * kept + grids * recipe.sample_count * recipe.channels * recipe.image_size**2) / 1e6
 
 

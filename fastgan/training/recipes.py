@@ -31,7 +31,10 @@ AT_LEAST_1 = (
     *("image_size", "channels", "latent", "batch_size", "steps", "penalty_every", "path_length_every", "d_steps"),
     *("sample_count", "log_every", "keep_checkpoints"),
 )
-AT_LEAST_0 = ("seed", "classes", "warm_up", "sample_every", "checkpoint_every", "eval_every", "watch_every", "held_out")
+AT_LEAST_0 = (
+    *("seed", "classes", "warm_up", "sample_every", "checkpoint_every", "eval_every", "watch_every", "held_out"),
+    *("keep_samples", "keep_records"),
+)
 OWN = ("image_size", "channels", "latent", "classes")  # a model's options that are fields of a recipe
 MAX_SEED = 1 << 63  # torch takes one more bit, and a run adds small numbers to its seed
 
@@ -133,6 +136,9 @@ class Recipe:
     held_out: int = 0
     #: checkpoints kept in the run directory, newest first
     keep_checkpoints: int = 2
+    #: sample grids and lines of the log kept there, evenly over the run; 0: all
+    keep_samples: int = 1_000
+    keep_records: int = 20_000
     #: the text that this recipe follows, and where it departs from it
     source: str = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,10 +119,13 @@ def _pictures(run: RunDirectory, domain: Domain, classes: Sequence[str] | None) 
         beside = domain.show(real, f"{domain.noun} of the training set") if real.exists() else ""
         yield f"<div class='pair'>{latest}{beside}</div>"
     if len(grids) > 1:
-        now = len(grids) - 1
-        figures = "".join(domain.show(p, _step(p), "now" if i == now else "") for i, p in enumerate(grids))
+        figures = []
+        for path in grids:
+            with contextlib.suppress(FileNotFoundError):  # a run under way has thinned its grids out just now
+                figures.append(domain.show(path, _step(path), "now" if path is grids[-1] else ""))
+        now = len(figures) - 1
         slider = f"<input type='range' min='0' max='{now}' value='{now}' aria-label='samples over time'>"
-        yield f"<h2>Samples over time</h2><div class='way'>{slider}{figures}</div>"
+        yield f"<h2>Samples over time</h2><div class='way'>{slider}{''.join(figures)}</div>"
     if (nearest := run.pictures / "nearest.png").exists():
         caption = "samples above, below each the training image whose features are nearest"
         yield "<h2>Nearest training images</h2>" + picture(nearest, caption)

@@ -24,6 +24,7 @@ from fastgan.data.remarks import listed
 from . import checkpoint
 from .lock import RunLock
 from .recipes import Recipe
+from .thinning import kept
 
 __all__ = ["RunDirectory", "read_log"]
 
@@ -83,6 +84,7 @@ class RunDirectory:
         self.skipped = self.path / "skipped.txt"
         self._config = self.path / "config.json"
         self._lock = RunLock(self.path / _LOCK)
+        self._records = 0  # in the log
 
     # ---- who may write --------------------------------------------------------------------------------------------
 
@@ -142,8 +144,7 @@ class RunDirectory:
         _writing.write(self._config, json.dumps(config, indent=2) + "\n")
         for path in (self.ending, self.report):
             path.unlink(missing_ok=True)
-        kept = [record for record in read_log(self.log) if record["step"] <= step] if step else []
-        _writing.write(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+        self._write_log([record for record in read_log(self.log) if record["step"] <= step] if step else [])
 
     def name_files(self, remarks: Sequence[tuple[str, str]]) -> str:
         """Write skipped.txt: all that is wrong with files of the data, a line each. Says so; "" where nothing is."""
@@ -192,13 +193,35 @@ class RunDirectory:
 
     # ---- its way --------------------------------------------------------------------------------------------------
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record to the log."""
+    def append(self, record: Mapping[str, Any], *, keep: int = 0, best: int = 0) -> None:
+        """Add a record to the log; above `keep` of them it is thinned out evenly over the run. keep 0: no limit.
+
+        The record of the step `best` stays, and in each part of the run the one with the most numbers.
+        """
         _writing.append(self.log, json.dumps(record) + "\n")
+        self._records += 1
+        if keep and self._records > keep:
+            records = read_log(self.log)
+            steps = kept({r["step"]: len(r) for r in records}, keep, [best])
+            self._write_log([r for r in records if r["step"] in steps])
+
+    def _write_log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        _writing.write(self.log, "".join(json.dumps(record) + "\n" for record in records))
+        self._records = len(records)
 
     def grid(self, step: int) -> Path:
         """Where the sample grid of `step` lies."""
         return self.samples / f"step-{step:07d}.png"
+
+    def thin_samples(self, keep: int) -> None:
+        """Above `keep` sample grids delete some, with what lies beside them, evenly over the run. keep 0: no limit."""
+        files: dict[int, list[Path]] = {}
+        for path in self.samples.glob("step-*.*") if keep else ():
+            if (number := path.stem.removeprefix("step-")).isdecimal():
+                files.setdefault(int(number), []).append(path)
+        for step in files.keys() - kept(dict.fromkeys(files, 0), keep):
+            for path in files[step]:
+                path.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any], *, keep: int) -> Path:
         """Write the checkpoint of ``state["step"]``, then delete all but the `keep` newest."""

@@ -378,7 +378,7 @@ class Trainer:
         bad = next((name for name, value in self.metrics.items() if not math.isfinite(value)), None)
         if bad:
             raise self._diverged(bad, str(self.metrics[bad]))
-        self.directory.append(record)
+        self.directory.append(record, keep=self.recipe.keep_records, best=self.evaluation.best_step)
         left = (self.recipe.steps - self.step) * step_seconds
         if self.stop.time_limit is not None:
             left = min(left, self.stop.time_limit - self.clock.elapsed)
@@ -397,6 +397,7 @@ class Trainer:
         """The sample grid of this step, from the run's fixed noise; returns its samples."""
         made = self.domain.draw(self.sampler, self.noise, self.sample_labels)
         self.domain.write(made, self.directory.grid(self.step), self.columns)
+        self.directory.thin_samples(self.recipe.keep_samples)
         for board in self._boards:
             board.draw(self.step, self.domain.pictures(made), self.columns)
         self.warn(self.guard.check_samples(self.step, made))
