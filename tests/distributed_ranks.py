@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from sharing_ranks import KINDS, LOADERS, counting, parts_of
 from tiny_run import TINY, noise, tensors, trainer
 from torch import nn
 
@@ -194,6 +195,17 @@ def decoded(folder: Path, world) -> dict:
     return {"names": [name for call in decoding.call_args_list for name in call.args[0]], "images": images.images}
 
 
+def read(folder: Path, world) -> dict:
+    """For each other kind of samples: (files that this rank read, the samples), in the environment of `decoded`."""
+    found = {}
+    for kind in KINDS:
+        files = counting(kind, setattr)
+        world.agree("")
+        samples = LOADERS[kind](folder / "sets" / kind)
+        found[kind] = len(files), [part.values for part in parts_of(samples)]
+    return found
+
+
 def signalled(folder: Path, world) -> list:
     """A run whose last rank alone gets SIGTERM, after its first step: (reason, step, checkpoint)."""
     last = world.gather(os.getpid())[-1]
@@ -218,6 +230,7 @@ def main(folder: Path) -> None:
         "runs": runs(folder, world),
         "signalled": signalled(folder, world),
         "decoded": decoded(folder, world),
+        "read": read(folder, world),
         "world": (world.rank, world.size),
     }
     torch.save(found, folder / f"rank-{world.rank}.pt")

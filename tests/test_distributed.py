@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from distributed_ranks import CASES, PART, RANKS, batches, derivatives, parts_of_batch, step_of, weights
 from PIL import Image
 from processes import end_with_this, environment, free_port, launch
+from sharing_ranks import KINDS, LOADERS, parts_of, write_sets
 from tiny_run import TINY, noise, trainer
 
 from fastgan import data
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 def ranks(tmp_path_factory):
     """What each rank of `distributed_ranks` found."""
     folder = tmp_path_factory.mktemp("ranks")
+    write_sets(folder / "sets")
     (folder / "photos").mkdir()
     for k, picture in enumerate(np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)):
         Image.fromarray(picture).save(folder / "photos" / f"{k:02d}.png")
@@ -139,6 +141,15 @@ def test_one_rank_decodes_for_all(ranks):
     assert sorted(first["names"] + second["names"]) == [f"{k:02d}.png" for k in range(20)]
     for found in (first, second):
         assert torch.equal(found["images"], data.load(ranks[1] / "photos", image_size=8).images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rank_reads_each_kind_for_all(ranks, kind):
+    (first, mine), (second, yours) = (found["read"][kind] for found in ranks[0])
+    direct = [part.values for part in parts_of(LOADERS[kind](ranks[1] / "sets" / kind))]
+    assert (first == 0) != (second == 0)
+    for values in (mine, yours):
+        assert all(torch.equal(a, b) for a, b in zip(values, direct, strict=True))
 
 
 def test_one_process_goes_on_with_a_run_of_two(ranks):

@@ -37,12 +37,7 @@ def stream(
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     of = identity(opened, wanted)
     path = folder / f"{pixels.shape[1]}px-{of[:16]}.npy"
-    damaged = arrays.from_npy(path).damage() if complete(path) else ""
-    if damaged:
-        log.warning("load: %s is damaged, it has %s; it is made again", path, damaged)
-        for file in (card_of(path), path):
-            file.unlink(missing_ok=True)
-    if not complete(path):
+    if not sound(path):
         with told(folder):
             folder.mkdir(parents=True, exist_ok=True)
         begun = part_of(path)
@@ -57,6 +52,17 @@ def stream(
         pixels.to_file(path, of, keep=True)
     mapped = ArrayPixels(arrays.from_npy(path), Wanted())
     return mapped.as_it_is(path)
+
+
+def sound(path: Path) -> bool:
+    """Whether a file of the cache and its card are there as they were written; damaged ones are deleted."""
+    if not complete(path):
+        return False
+    if damaged := arrays.from_npy(path).damage():
+        log.warning("load: %s is damaged, it has %s; it is made again", path, damaged)
+        for file in (card_of(path), path):
+            file.unlink(missing_ok=True)
+    return not damaged
 
 
 def default_cache() -> Path:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgan.data.decode import pillow, quiet_decoding, reason, to_pixels
+from fastgan.data.files import fingerprint_of
 from fastgan.data.loading import load
 from fastgan.data.memory import require
 from fastgan.data.remarks import Remarks, tell
+from fastgan.data.sharing import Read, read_once
 from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "ClipSet", "load_clips"]
@@ -61,9 +65,17 @@ def load_clips(
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"load: data must be a folder of clips or one such file, {path} does not exist")
+    films = list(_films(path))
+    of = lambda: [_fingerprint(path, films), frames, image_size, channels]
+    found = read_once("clips", of, lambda: _read_all(path, films, frames, image_size, channels))
+    tell(source, found.remarks)
+    return ClipSet(found.values, name=source, skipped=found.remarks, device=device)
+
+
+def _read_all(path: Path, films: Sequence[Path], frames: int, image_size: int, channels: int) -> Read:
     remarks: Remarks = []
     parts: list[np.ndarray] = []
-    for film in _films(path):
+    for film in films:
         name = str(film.relative_to(path)) if film != path else path.name
         try:
             with quiet_decoding():
@@ -79,10 +91,16 @@ def load_clips(
         parts += [np.stack(pixels[at : at + frames])[None] for at in begins]
     if not parts:
         first = "".join(f"; {name}: {what}" for name, what in remarks[:3])
-        raise ValueError(f"load: {source} must hold a clip of {frames} frames, it holds none{first}")
-    tell(source, remarks)
-    values = torch.from_numpy(np.concatenate(parts)).permute(0, 1, 4, 2, 3).contiguous()
-    return ClipSet(values, name=source, skipped=remarks, device=device)
+        raise ValueError(f"load: {path} must hold a clip of {frames} frames, it holds none{first}")
+    return Read(torch.from_numpy(np.concatenate(parts)).permute(0, 1, 4, 2, 3).contiguous(), remarks, {})
+
+
+def _fingerprint(path: Path, films: Sequence[Path]) -> list[Any]:
+    """Changes with every file of the films, and with what can be read."""
+    base = path if path.is_dir() else path.parent
+    files = [file for film in films for file in (sorted(film.iterdir()) if film.is_dir() else [film])]
+    names = [str(file.relative_to(base)) for file in files]
+    return [fingerprint_of(base, names), importlib.util.find_spec("imageio_ffmpeg") is not None]
 
 
 def _films(path: Path) -> Iterator[Path]:

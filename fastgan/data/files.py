@@ -7,7 +7,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -37,6 +37,20 @@ def plural(count: int, noun: str) -> str:
 def printable(name: str) -> str:
     """File names may hold bytes that are no text; those are shown as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def fingerprint_of(folder: Path, names: Iterable[str]) -> str:
+    """Changes whenever one of these files below `folder` is rewritten, or other ones are named."""
+    root = folder.resolve()
+    digest = hashlib.sha256(str(root).encode("utf-8", "surrogateescape"))
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape"))
+        try:
+            status = os.stat(f"{root}/{name}")  # a Path for each would take a third of the time of a million
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(b" gone\n")
+    return digest.hexdigest()
 
 
 class Files:
@@ -137,16 +151,7 @@ class Folder(Files):
             yield file, status.st_size
 
     def fingerprint(self) -> str:
-        root = self.path.resolve()
-        digest = hashlib.sha256(str(root).encode("utf-8", "surrogateescape"))
-        for name in self.names:
-            digest.update(name.encode("utf-8", "surrogateescape"))
-            try:
-                status = os.stat(f"{root}/{name}")  # a Path for each would take a third of the time of a million
-                digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
-            except OSError:
-                digest.update(b" gone\n")
-        return digest.hexdigest()
+        return fingerprint_of(self.path, self.names)
 
 
 class Zip(Files):

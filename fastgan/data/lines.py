@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgan.data.files import plural
+from fastgan.data.files import fingerprint_of, plural
 from fastgan.data.folders import files_below
 from fastgan.data.memory import require
 from fastgan.data.remarks import Remarks, tell
+from fastgan.data.sharing import Read, read_once
 from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "END", "LineSet", "load_lines"]
@@ -108,12 +109,25 @@ def load_lines(source: str, *, length: int, alphabet: str = "", device: torch.de
         raise ValueError(
             f"load: an alphabet must be at most {LARGEST} different characters from {END!r}, got {alphabet!r}"
         )
-    remarks: Remarks = []
     if source == DEMONSTRATION:
-        found = [("", " ".join(words)) for words in product(ARTICLES, QUALITIES, NOUNS, VERBS)]
+        sentences = [("", " ".join(words)) for words in product(ARTICLES, QUALITIES, NOUNS, VERBS)]
+        read = _numbered(source, sentences, [], length, alphabet)
     else:
         folder, names = files_below(source, (".txt",), "text files")
-        found = [(name, line) for name in names for line in _lines_of(folder / name, name, remarks)]
+        of = lambda: [fingerprint_of(folder, names), length, alphabet]
+        read = read_once("lines", of, lambda: _read(source, folder, names, length, alphabet))
+    tell(source, read.remarks)
+    return LineSet(read.values, read.facts["alphabet"], name=source, skipped=read.remarks, device=device)
+
+
+def _read(source: str, folder: Path, names: Sequence[str], length: int, alphabet: str) -> Read:
+    remarks: Remarks = []
+    found = [(name, line) for name in names for line in _lines_of(folder / name, name, remarks)]
+    return _numbered(source, found, remarks, length, alphabet)
+
+
+def _numbered(source: str, found: list[tuple[str, str]], remarks: Remarks, length: int, alphabet: str) -> Read:
+    """found: [(file, line)]. remarks: on the files, to which those on their lines are added."""
     cut = Counter(name for name, line in found if len(line) > length)
     remarks += [(name, f"{plural(count, 'line')} cut at {length} characters") for name, count in cut.items()]
     found = [(name, line[:length]) for name, line in found]
@@ -124,12 +138,11 @@ def load_lines(source: str, *, length: int, alphabet: str = "", device: torch.de
     lines = [line for _, line in found if known.issuperset(line)]
     if not lines:
         raise ValueError(f"load: {source} must hold a line of text, it holds none{_why(remarks)}")
-    tell(source, remarks)
     require(2 * len(lines) * length, "cpu", f"load: {len(lines):,} lines of {length} characters")
     number = {character: i for i, character in enumerate(alphabet)}
     rows = b"".join(bytes(number[c] for c in line).ljust(length, b"\0") for line in lines)
     values = torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(len(lines), length)
-    return LineSet(values, alphabet, name=source, skipped=remarks, device=device)
+    return Read(values, remarks, {"alphabet": alphabet})
 
 
 def _why(remarks: Remarks) -> str:

@@ -26,6 +26,7 @@ from fastgan.data.memory import free_bytes, gib
 from fastgan.data.pixels import ArrayPixels, FilePixels, Progress, Wanted, card_of, identity, opened_pixels
 from fastgan.data.remarks import tell
 from fastgan.data.shards import Shards, shards_of
+from fastgan.data.sharing import processes
 
 Source = str | os.PathLike[str] | torch.Tensor | np.ndarray
 # Taken as the limit where the system does not tell how much memory is free.
@@ -69,7 +70,7 @@ def load(
         cache_dir: where that file is written, and found again by the next call; None: $FASTGAN_CACHE/data,
             else ~/.cache/fastgan/data. A process that was killed while it wrote leaves what it had to the next one.
             Where torchrun started several processes on this machine, one of them decodes files of images to there for
-            all, and each reads them into its memory.
+            all, and they all map that file.
         progress: called with (images done, images in all), now and then.
 
     Returns:
@@ -91,7 +92,7 @@ def load(
             opened.require_sound()
         pixels = opened_pixels(opened, wanted)
         cap = _host_limit() if max_bytes is None else max_bytes
-        images = _read(opened, pixels, wanted, cap, cache_dir)
+        images = read_pixels(opened, pixels, wanted, cap, cache_dir)
     tell(images.name, images.skipped, "skipped")
     return _place(images, target)
 
@@ -196,19 +197,13 @@ def _greatest(opened: Files | Array, wanted: Wanted) -> int:
         return max(in_order(of, [opened.names[i] for i in wanted.numbers(len(opened.names))]), default=0)
 
 
-def _sharing() -> int:
-    """How many processes torchrun started on this machine, 1 where it started none."""
-    found = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(found)) if found.isdecimal() else 1
-
-
 def _host_limit() -> int:
     """Half of the free memory, or this process' share of it where torchrun started several on this machine."""
     free = free_bytes(torch.device("cpu"))
-    return UNKNOWN_LIMIT if free is None else free // (2 * _sharing())
+    return UNKNOWN_LIMIT if free is None else free // (2 * processes())
 
 
-def _read(
+def read_pixels(
     opened: Files | Array,
     pixels: FilePixels | ArrayPixels,
     wanted: Wanted,
@@ -218,7 +213,7 @@ def _read(
     """The images in a file where memory may not hold them, else in memory: decoded by one of a machine's processes."""
     if pixels.bytes_needed > cap and opened.path is not None:
         return stream(opened, pixels, wanted, cap, cache_dir)
-    if not isinstance(opened, Files) or _sharing() == 1:
+    if not isinstance(opened, Files) or processes() == 1:
         return pixels.to_memory()
     before = list(opened.skipped)
     try:
@@ -227,7 +222,7 @@ def _read(
         log.warning("load: each process of this machine decodes all images for itself: %s", error)
         opened.skipped = before
         return pixels.to_memory()
-    return ImageSet(found.images.clone(), found.labels, found.classes, name=found.name, skipped=found.skipped)
+    return ImageSet(found.images, found.labels, found.classes, name=found.name, skipped=found.skipped)
 
 
 def _place(images: ImageSet, device: torch.device) -> ImageSet:

@@ -17,10 +17,11 @@ from torch.nn.functional import pad
 from fastgan.data.decode import decode, in_order, pillow, quiet_decoding, reason, to_pixels
 from fastgan.data.files import Files, plural
 from fastgan.data.imageset import ImageSet
-from fastgan.data.loading import load, open_source
+from fastgan.data.loading import load, open_source, read_pixels
 from fastgan.data.memory import require
 from fastgan.data.pixels import FilePixels, Wanted
 from fastgan.data.remarks import tell
+from fastgan.data.sharing import Read, read_once
 from fastgan.data.store import MemoryStore
 
 __all__ = ["MADE", "PairSet", "UnpairedSet", "load_pairs", "load_unpaired", "made_from", "two_folders"]
@@ -201,7 +202,7 @@ def _planes(picture: np.ndarray, size: int, channels: int) -> np.ndarray:
     return to_pixels(image, size, channels)[0].transpose(2, 0, 1)
 
 
-def _from_files(files: Files, size: int, source_channels: int, channels: int, direction: str) -> PairSet:
+def _from_files(files: Files, size: int, source_channels: int, channels: int, direction: str) -> Read:
     found = two_folders(files)
     pairs = list(_matched(files, *found)) if found else [_Pair(name, None) for name in files.names]
     require(len(pairs) * (source_channels + channels) * size * size, "cpu", f"load: {plural(len(pairs), 'pair')}")
@@ -228,8 +229,7 @@ def _from_files(files: Files, size: int, source_channels: int, channels: int, di
             f"load: {files.path} must hold pairs, two folders with files of the same names or pictures with both "
             f"halves side by side; it has {files.found()}"
         )
-    name = files.path.name or str(files.path)
-    return PairSet(torch.from_numpy(store.finish(False)), source_channels, name=name, skipped=files.skipped)
+    return Read(torch.from_numpy(store.finish(False)), files.skipped, {})
 
 
 def load_pairs(
@@ -266,9 +266,12 @@ def load_pairs(
         if made == "no" and not isinstance(opened, Files):
             raise ValueError(f"pairs: a folder or a zip must hold the pairs, got {os.fspath(source)!r}")
         if isinstance(opened, Files) and made in ("auto", "no"):
-            pairs = _from_files(opened, image_size, source_channels, channels, direction)
-            tell(pairs.name, pairs.skipped, "skipped")
-            return pairs.to(device)
+            of = lambda: [opened.fingerprint(), image_size, source_channels, channels, direction]
+            read = lambda: _from_files(opened, image_size, source_channels, channels, direction)
+            pairs = read_once("pairs", of, read)
+            name = opened.path.name or str(opened.path)
+            tell(name, pairs.remarks, "skipped")
+            return PairSet(pairs.values, source_channels, name=name, skipped=pairs.remarks).to(device)
     images = load(source, image_size=image_size, channels=channels)
     sources = made_from(images.images, "outlines" if made == "auto" else made, source_channels)
     planes = torch.cat([sources, images.images], 1)
@@ -306,7 +309,8 @@ def load_unpaired(
             sides, wanted, unread = [], Wanted(image_size, channels), opened.skipped
             for names in found[:2]:
                 opened.names, opened.skipped = names, []
-                sides.append(FilePixels(opened, wanted).to_memory().to(device))
+                pixels = FilePixels(opened, wanted)
+                sides.append(read_pixels(opened, pixels, wanted, pixels.bytes_needed, None).to(device))
             sides[0].skipped = sorted(unread + sides[0].skipped)
             both = UnpairedSet(*sides, name=opened.path.name or str(opened.path))
             tell(both.name, both.skipped, "skipped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import wave
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan.data.files import plural
+from fastgan.data.files import fingerprint_of, plural
 from fastgan.data.folders import files_below
 from fastgan.data.memory import require
 from fastgan.data.remarks import Remarks, tell
+from fastgan.data.sharing import Read, read_once
 from fastgan.data.tensorset import Held
 
 __all__ = ["DEMONSTRATION", "SoundSet", "each_sound", "load_sounds", "save_wav"]
@@ -72,6 +74,14 @@ def load_sounds(source: str, *, length: int, rate: int = 0, device: torch.device
         values = torch.from_numpy(drums(length))
         return SoundSet(values, rate or DEMONSTRATION_RATE, name=source, device=device)
     folder, names = files_below(source, SUFFIXES, "sounds")
+    packages = [importlib.util.find_spec(name) is not None for name in ("soundfile", "soxr")]
+    of = lambda: [fingerprint_of(folder, names), length, rate, packages]
+    found = read_once("sounds", of, lambda: _read_all(source, folder, names, length, rate))
+    tell(source, found.remarks)
+    return SoundSet(found.values, found.facts["rate"], name=source, skipped=found.remarks, device=device)
+
+
+def _read_all(source: str, folder: Path, names: Sequence[str], length: int, rate: int) -> Read:
     remarks: Remarks = []
     heard = {name: found for name in names if (found := _read(folder / name, name, remarks))}
     rate = rate or max(Counter(r for _, r in heard.values()).items(), key=lambda x: (x[1], x[0]), default=(0, 0))[0]
@@ -83,8 +93,7 @@ def load_sounds(source: str, *, length: int, rate: int = 0, device: torch.device
     ]
     if not parts:
         raise ValueError(f"load: {source} must hold a sound, it holds none; {_first(remarks)}")
-    tell(source, remarks)
-    return SoundSet(torch.from_numpy(np.concatenate(parts)), rate, name=source, skipped=remarks, device=device)
+    return Read(torch.from_numpy(np.concatenate(parts)), remarks, {"rate": rate})
 
 
 def each_sound(source: str, rate: int, remarks: Remarks) -> Iterator[tuple[str, np.ndarray]]:
