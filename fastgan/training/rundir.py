@@ -213,14 +213,17 @@ class RunDirectory:
         """Where the sample grid of `step` lies."""
         return self.samples / f"step-{step:07d}.png"
 
-    def thin_samples(self, keep: int) -> None:
-        """Above `keep` sample grids delete some, with what lies beside them, evenly over the run. keep 0: no limit."""
+    def thin_samples(self, keep: int, step: int) -> None:
+        """Above `keep` sample grids delete some, with what lies beside them, evenly over the run. keep 0: no limit.
+
+        That of `step` stays: where a run went back it is not the last one.
+        """
         files: dict[int, list[Path]] = {}
         for path in self.samples.glob("step-*.*") if keep else ():
             if (number := path.stem.removeprefix("step-")).isdecimal():
                 files.setdefault(int(number), []).append(path)
-        for step in files.keys() - kept(dict.fromkeys(files, 0), keep):
-            for path in files[step]:
+        for old in files.keys() - kept(dict.fromkeys(files, 0), keep, [step]):
+            for path in files[old]:
                 path.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any], *, keep: int) -> Path:

@@ -26,5 +26,7 @@ def kept(weights: Mapping[int, int], most: int, spare: Iterable[int] = ()) -> se
                 best[part] = step
         chosen = set(best.values())
     chosen = chosen if most > 1 else set()
-    room = most - len(chosen | {last})
-    return chosen | {last} | set([step for step in spare if step in weights and step not in chosen | {last}][:room])
+    for step in (last, *spare):
+        if step in weights and len(chosen) < most:
+            chosen.add(step)
+    return chosen

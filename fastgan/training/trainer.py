@@ -397,7 +397,7 @@ class Trainer:
         """The sample grid of this step, from the run's fixed noise; returns its samples."""
         made = self.domain.draw(self.sampler, self.noise, self.sample_labels)
         self.domain.write(made, self.directory.grid(self.step), self.columns)
-        self.directory.thin_samples(self.recipe.keep_samples)
+        self.directory.thin_samples(self.recipe.keep_samples, self.step)
         for board in self._boards:
             board.draw(self.step, self.domain.pictures(made), self.columns)
         self.warn(self.guard.check_samples(self.step, made))
