@@ -41,4 +41,5 @@ def launch(script: str, ranks: int, *arguments: str, seconds: float = 120) -> No
     finally:
         for job in jobs:
             job.kill()
+            job.communicate()  # or the next test is told of a process that is left
     assert [job.returncode for job in jobs] == [0] * ranks, "\n".join(text[-2000:] for text in said)
