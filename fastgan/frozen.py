@@ -62,7 +62,8 @@ def freeze(network: nn.Module, *, dtype: torch.dtype = torch.float32) -> Frozen:
 
     Batch norms are folded into the convolutions before them (as by Jacob et al. 2018, arXiv:1712.05877, section 3.2),
     and the weights are packed for the kernels at the first call of each input shape. Both would else be done at each
-    call, which is most of the time of one image. The packed weights take as much memory again for each shape.
+    call, which is most of the time of one image. The folded and the packed weights are kept for the last eight input
+    shapes.
 
     Args:
         network: any module whose parameters are float32 on the CPU, converted or not; it stays as it is.

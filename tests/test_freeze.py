@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import fastgan
 from fastgan import _native
 from fastgan.program.layer import are_constant
+from fastgan.program.run import MAX_KEPT
 
 native = pytest.mark.skipif(not fastgan.backends()["conv2d"]["native"][0], reason="fastgan._C is not built here")
 
@@ -138,6 +139,19 @@ def test_another_instruction_set_packs_anew():
         assert torch.equal(frozen(z), first)
     finally:
         core.use_table(own)
+
+
+@native
+def test_shapes_that_are_kept_are_few():
+    network = settled(generator(), torch.randn(2, 12, 1, 1))
+    frozen = fastgan.freeze(network)
+    for n in (*range(1, 12), 1, 11):
+        z = torch.randn(n, 12, 1, 1)
+        with torch.no_grad():
+            assert far(frozen(z), network(z)) < 2e-6
+    (inside,) = frozen._inside
+    (stretch,) = inside.forward._current()
+    assert len(stretch.run.ways) == MAX_KEPT
 
 
 @native

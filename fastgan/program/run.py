@@ -30,6 +30,7 @@ from fastgan.program.written import written
 FLOATS = (torch.float32, torch.bfloat16)
 KIND = "program"  # what its races are remembered under
 MAX_WAYS = 64  # of one run of layers: another batch size needs another
+MAX_KEPT = 8  # of constants, each of which holds them folded and packed: 28 MB for DCGAN-64's generator
 
 Way = Callable[[Tensor, Sequence[Any], Sequence[Any]], Tensor]  # x, parameters, buffers -> y
 
@@ -276,6 +277,8 @@ class Run:
         compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
         self.ways[key] = compiled
         if compiled is not None:
+            if compiled.plan.constant and len(self.ways) > MAX_KEPT:
+                del self.ways[next(iter(self.ways))]  # the oldest
             ways, constant = self._ways(compiled, x), compiled.plan.constant
             contest, arguments = self._contest(key, ways, x, parameters, buffers, constant)
             of = lambda: written(self.layers, x, dtype, key[4], constant)
