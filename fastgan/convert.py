@@ -718,12 +718,14 @@ def explain(model: nn.Module, example_input: Any = None) -> Report:
     owners = _owners(model)
     chains = list(_chains(model))
     in_chain = {id(c) for chain in chains for c in chain.children()}
-    runs = {key: row for chain in chains if _converted(chain) for key, row in _running(chain).items()}
+    converted = [chain for chain in chains if _converted(chain)]
+    chained = {id(c) for chain in converted for c in chain.children()}
+    runs = {key: row for chain in converted for key, row in _running(chain).items()}
     traced = {name: m.forward for name, m in model.named_modules() if isinstance(m.__dict__.get("forward"), Part)}
     rows: list[Row] = []
     for name, m in model.named_modules():
         within = [root for root in traced if not root or name == root or name.startswith(f"{root}.")]
-        if within:
+        if within and id(m) not in chained:
             rows += _traced_rows(name, m, within[-1], traced[within[-1]])
         elif (
             not list(m.children())
@@ -754,6 +756,9 @@ def _traced_rows(name: str, m: nn.Module, root: str, part: Part) -> list[Row]:
     kind = type(m).__name__
     if type(m) in CORES.values():
         return [Row(name or "(model)", kind, f"fastgan.{m.op}")]
+    if type(m) in FUSED.values():
+        why = "converted before, as a layer of a chain: by itself; call fastgan.revert first"
+        return [Row(name or "(model)", kind, f"fastgan.{m.op}", why)]
     refusal = part.refusal()
     found = [Row(name or "(model)", kind, *told) for told in part.told(name[len(root) :].lstrip(".")) if not refusal]
     is_leaf = not list(m.children())

@@ -244,6 +244,12 @@ def averaged(total, inv_m):
     return tl.where(inv_m > 0.0, total * inv_m, 0.0)
 
 
+@triton.jit
+def times(factor, v):
+    """factor v; 0 where the factor is, whatever v: a NaN in x would stay one where mean and var are constants."""
+    return tl.where(factor == 0.0, 0.0, factor * v)
+
+
 # Bound: 8 bytes a channel, chunk and group.
 @triton.jit
 def merge_backward_kernel(
@@ -312,7 +318,7 @@ def double_backward_coefficients(c1, c2, w1, w2, a0, gamma, vg, r, inv_m, PER_CH
     a = over_group(gamma * a0, PER_CHANNEL) - (W1 * s1 + W2 * s2) * inv_m
     q = over_group(vg * c1, PER_CHANNEL) - r * inv_m * (W1 * s2 + W2 * s1)
     q_xhat = over_group(vg * c2, PER_CHANNEL) - 2.0 * r * inv_m * W2 * s2
-    d_weight = r * (a0 - (W1 * c1 + W2 * c2) * inv_m)
+    d_weight = r * (a0 - averaged(W1 * c1 + W2 * c2, inv_m))
     along_w, along = averaged(-r * r * s2, inv_m), averaged(-r * r * (q_xhat + a * r), inv_m)
     return averaged(W1, inv_m), averaged(W2, inv_m), along_w, along, averaged(-r * q, inv_m), d_weight
 
@@ -381,7 +387,7 @@ def norm_act_backward_kernel(
     dt = activate_backward(load_tile(dy, at, mask), xhat * gamma + beta, slope, ACTIVATION)
     s1 = load_group(sums, g, c, C, CG)
     s2 = load_group(sums + groups * (C // CG), g, c, C, CG)
-    tl.store(dx + at, (r * (gamma * dt - s1 - xhat * s2)).to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at, (r * (gamma * dt - s1 - times(s2, xhat))).to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -392,8 +398,8 @@ def double_backward_elements(
     t = centred * (gamma * r) + beta
     dt = activate_backward(g, t, slope, ACTIVATION)
     u1 = r * (vg - gamma * r * W2)
-    u = gamma * r * w + u1 * centred + (vb - gamma * r * W1)
-    return activate_backward(u, t, slope, ACTIVATION), along_w * w + u1 * dt + along * centred + constant
+    u = gamma * r * w + times(u1, centred) + (vb - gamma * r * W1)
+    return activate_backward(u, t, slope, ACTIVATION), along_w * w + u1 * dt + times(along, centred) + constant
 
 
 @triton.jit
@@ -479,7 +485,7 @@ def resident_backward_kernel(
         c2 = tl.sum(dt * xhat, 0)
         s1 = averaged(over_group(gamma * c1[None, :], PER_CHANNEL), inv_m)
         s2 = averaged(over_group(gamma * c2[None, :], PER_CHANNEL), inv_m)
-        tl.store(dx + at, (r * (gamma * dt - s1 - xhat * s2)).to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + at, (r * (gamma * dt - s1 - times(s2, xhat))).to(dx.dtype.element_ty), mask=mask)
         sum_dt += c1
         sum_dt_xhat += c2
     tl.store(dbias + part * C + c, sum_dt, mask=inside)

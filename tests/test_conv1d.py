@@ -128,3 +128,13 @@ def test_what_it_refuses():
         functional.conv1d(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 1))
     with pytest.raises(ValueError, match="stride must be an int >= 1"):
         functional.conv1d(torch.randn(2, 3, 4), torch.randn(2, 3, 1), stride=0)
+    with pytest.raises(ValueError, match='layout must be "torch" or "x"'):
+        functional.conv_transpose1d(torch.randn(2, 3, 4), torch.randn(3, 2, 1), layout="y")
+
+
+def test_a_layout_of_x_copies_nothing():
+    x, w = innermost(torch.randn(2, 6, 9)), torch.randn(6, 6, 3)
+    for ours, plain in ((functional.conv1d, F.conv1d), (functional.conv_transpose1d, F.conv_transpose1d)):
+        y = ours(x, w, layout="x")
+        assert y.stride(1) == 1
+        torch.testing.assert_close(y, plain(x, w), rtol=1e-4, atol=1e-5)

@@ -509,3 +509,44 @@ def test_a_transposed_convolution_takes_an_output_size(kind, x):
     size = [10] * (x.dim() - 2)
     want = model[0](x, output_size=size)
     torch.testing.assert_close(fastgan.convert(model)[0](x, output_size=size), want)
+
+
+def test_explain_tells_the_layers_of_an_fx_graph_of_a_chain_and_of_a_converted_one():
+    """fx calls a layer of a chain by its number, and nests in bare modules; a graph shares the layers of the chain."""
+
+    def network():
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4)
+        return nn.Sequential(nn.Sequential(*layers), nn.ReLU())
+
+    def rows(graph):
+        ours = fastgan.convert(graph)
+        with fastgan.racing(False):
+            ours(torch.randn(2, 3, 8, 8))
+        return {row.name: row for row in fastgan.explain(ours).rows}
+
+    plain = rows(torch.fx.symbolic_trace(network()))
+    assert plain["0.0"].runs.startswith("fastgan.conv2d") and plain["0.3"].runs == "fastgan.conv2d + relu"
+    assert {plain[name].runs for name in ("0.2", "1")} == {"in the layer before it"}
+    assert {row.where for row in plain.values()} == {""}
+    chain = fastgan.convert(network())
+    shared = rows(torch.fx.symbolic_trace(chain))
+    assert [shared[name].runs for name in ("0.0", "0.1", "0.3")] == [
+        "fastgan.conv2d",
+        "fastgan.bn_act",
+        "fastgan.conv2d",
+    ]
+    assert "fastgan.revert" in shared["0.0"].why and shared["1"].why == "no pattern for what it does there"
+    inside = fastgan.convert(Around(chain))
+    with fastgan.racing(False):
+        inside(torch.randn(2, 3, 8, 8))
+    told = {row.name: row.runs for row in fastgan.explain(inside).rows}
+    assert told["inner.0.0"] == "fastgan.conv2d" and told["inner.0.2"] == told["after"] == "in the layer before it"
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.last, self.after = inner, nn.Conv2d(1, 2, 3), nn.Tanh()
+
+    def forward(self, x):
+        return self.after(self.last(self.inner(x)))

@@ -1,6 +1,7 @@
 """A NaN or an infinity in one sample reaches the other samples only where it does in PyTorch."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -115,3 +116,32 @@ def test_the_last_norms_bias_has_a_gradient_of_zeros_as_in_pytorch(norm, backend
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert grads[0]["1.bias"].eq(0).all() and grads[1]["1.bias"].eq(0).all()
     assert [g is None for g in grads[0].values()] == [g is None for g in grads[1].values()]
+
+
+def r1_of_known_statistics(batch_norm, x):
+    """Gradients of an R1 penalty by the norm's weight, the penalty's cotangent and x, of batch norm in eval mode."""
+    torch.manual_seed(2)
+    statistics, weight = (torch.randn(3), torch.rand(3) + 0.5), torch.randn(3).requires_grad_()
+    x, dy = x.clone(memory_format=torch.preserve_format).requires_grad_(), torch.randn(x.shape).requires_grad_()
+    y = batch_norm(x, *statistics, weight, torch.randn(3))
+    (first,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    return first, *torch.autograd.grad(first.square().mean(), (weight, dy))
+
+
+def check_r1_of_known_statistics(channels_last):
+    """PyTorch's formula has no x there; in ours all that has x is times 1/n = 0."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12, 12).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x[BAD, 1, 5, 7] = float("nan")
+    expected = r1_of_known_statistics(F.batch_norm, x)
+    found = r1_of_known_statistics(functools.partial(functional.bn_act, training=False, activation="identity"), x)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+        assert e.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_nan_stays_out_of_r1_where_batch_norm_has_known_statistics(channels_last, backend):
+    with fastgan.backend(backend):
+        check_r1_of_known_statistics(channels_last)

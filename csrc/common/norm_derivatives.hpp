@@ -64,8 +64,8 @@ struct SecondOrder : FirstOrder {
   }
   // Of a channel, after finish(): its share of d_weight, and d_dy = phi'(t) (weight r w + u1 (x - mean) + u0).
   template <class Sums>
-  FG_MEMBER double d_weight(const Sums& s, double r) const {
-    return r * (s[4] - (w1 * s[0] + w2 * s[1] * r));
+  FG_MEMBER double d_weight(const Sums& s, double inv_m, double r) const {
+    return inv_m == 0.0 ? r * s[4] : r * (s[4] - (w1 * s[0] + w2 * s[1] * r));
   }
   FG_MEMBER double u0(double weight, double v_bias, double r) const { return v_bias - weight * r * w1; }
   FG_MEMBER double u1(double weight, double v_weight, double r) const { return r * (v_weight - weight * r * w2); }

@@ -72,7 +72,8 @@ void forward(const BnShape& shape, const NormForwardArgs& args) {
 template <class Sums, class Body, class Args, class Finish>
 void two_passes(const Grid& grid, const BnShape& shape, const Args& args, bool summed, const Finish& finish) {
   const Sums sums_body(args, slope_of(shape));
-  const Body body(args, slope_of(shape));
+  Body body(args, slope_of(shape));
+  body.constant = !shape.training;
   const int threads = team_for(grid.elements(), shape.threads);
   const int64_t row = grid.padded;
   float *coefs, *own;
@@ -151,7 +152,7 @@ void double_backward(const BnShape& shape, const NormDoubleBackwardArgs& args) {
       SecondOrder o{};
       o.add(s, weight, v_weight, r);
       o.finish(inv_n, r);
-      d_weight += o.d_weight(s, r);
+      d_weight += o.d_weight(s, inv_n, r);
       put_second_order<Body>(grid, coefs + g * Body::COEFS * grid.padded, c, o, o.u0(weight, v_bias, r),
                              o.u1(weight, v_weight, r));
     }

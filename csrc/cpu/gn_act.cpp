@@ -435,7 +435,7 @@ void double_backward(const GnShape& shape, const NormDoubleBackwardArgs& args) {
     o.finish(cut.inv_m, r);
     cut.each_channel(j, [&](int64_t c) {
       partials.total(grid, 0, c, s);
-      gradients.total[first + c] += o.d_weight(s, r);
+      gradients.total[first + c] += o.d_weight(s, cut.inv_m, r);
       put_second_order<Body>(grid, coef, c, o, o.u0(weight(c), value_of(args.ddbias, first + c, 0.0), r),
                              o.u1(weight(c), v_weight(c), r));
     });

@@ -184,6 +184,12 @@ struct NormBackwardSumsBody {
 };
 
 // dx = scale dt + x1 (x - mean) + x0
+// k v + k0; k0 where k is 0 for mean and var are constants: times that, a NaN in x would stay one.
+FG_INLINE vf along(vf k, vf v, vf k0, bool constant) {
+  const vf y = fma(k, v, k0);
+  return constant ? select(k == zero(), k0, y) : y;
+}
+
 template <class T, Act ACT>
 struct NormBackwardBody {
   static constexpr int COEFS = 5, SUMS = 0;
@@ -191,6 +197,7 @@ struct NormBackwardBody {
   const T *dy, *x;
   T* dx;
   float slope;
+  bool constant = false;  // mean and var do not depend on x
   NormBackwardBody(const NormBackwardArgs& a, float slope_, int64_t by = 0)
       : dy(moved<T>(a.dy, by)), x(moved<T>(a.x, by)), dx(moved<T>(a.dx, by)), slope(slope_) {}
   bool wanted() const { return dx; }
@@ -198,7 +205,7 @@ struct NormBackwardBody {
   FG_INLINE_MEMBER void operator()(Lane lane, const vf* k, vf*) const {
     const vf centred = lane.load(x) - k[K_MEAN];
     const vf dt = activate_gradient<ACT>(lane.load(dy), fma(centred, k[K_SCALE], k[K_BIAS]), slope);
-    lane.store(dx, fma(k[K_SCALE], dt, fma(k[K_X1], centred, k[K_X0])));
+    lane.store(dx, fma(k[K_SCALE], dt, along(k[K_X1], centred, k[K_X0], constant)));
   }
 };
 
@@ -237,6 +244,7 @@ struct NormDoubleBody {
   const T *ddx, *dy, *x;
   T *d_dy, *d_x;
   float slope;
+  bool constant = false;  // as NormBackwardBody's
   NormDoubleBody(const NormDoubleBackwardArgs& a, float slope_, int64_t by = 0)
       : ddx(moved<T>(a.ddx, by)),
         dy(moved<T>(a.dy, by)),
@@ -251,12 +259,12 @@ struct NormDoubleBody {
     const vf t = fma(centred, k[K_SCALE], k[K_BIAS]);
     const vf w = cotangent(lane, ddx);
     if (d_dy) {
-      const vf u = fma(k[K_SCALE], w, fma(k[K_U1], centred, k[K_U0]));
+      const vf u = fma(k[K_SCALE], w, along(k[K_U1], centred, k[K_U0], constant));
       lane.store(d_dy, activate_gradient<ACT>(u, t, slope));
     }
     if (d_x) {
       const vf dt = activate_gradient<ACT>(lane.load(dy), t, slope);
-      lane.store(d_x, fma(k[K_XW], w, fma(k[K_U1], dt, fma(k[K_X1], centred, k[K_X0]))));
+      lane.store(d_x, fma(k[K_XW], w, fma(k[K_U1], dt, along(k[K_X1], centred, k[K_X0], constant))));
     }
   }
 };

@@ -51,7 +51,7 @@ FG_DEVICE DoubleTerms double_terms(const Norm& norm, double inv, const Sums<5>& 
   SecondOrder o{};
   o.add(s.word, weight, v_weight, r);
   o.finish(inv, r);
-  return {o.d_weight(s.word, r),
+  return {o.d_weight(s.word, inv, r),
           {static_cast<float>(o.u0(weight, v_bias, r)), static_cast<float>(o.u1(weight, v_weight, r)),
            static_cast<float>(o.xw), static_cast<float>(o.x0), static_cast<float>(o.x1)}};
 }

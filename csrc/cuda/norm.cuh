@@ -146,6 +146,9 @@ struct NormBackwardSums {
   }
 };
 
+// k v + k0. k is 0 where mean and var are constants: times that, a NaN in x would stay one.
+FG_DEVICE float along(float k, float v, float k0) { return k == 0.0f ? k0 : fmaf(k, v, k0); }
+
 template <class T_>
 struct NormBackward {
   using T = T_;
@@ -174,7 +177,7 @@ struct NormBackward {
   FG_MEMBER void apply(const Coef& c, const float (&v)[2], float (&dx)[1]) const {
     const float centred = v[1] - c.affine.mean;
     const float dt = activate_gradient(v[0], c.affine.t(centred), norm.act, norm.slope);
-    dx[0] = fmaf(c.affine.scale, dt, fmaf(c.k1, centred, c.k0));
+    dx[0] = fmaf(c.affine.scale, dt, along(c.k1, centred, c.k0));
   }
 };
 
@@ -242,9 +245,9 @@ struct NormDouble {
   FG_MEMBER void apply(const Coef& c, const float (&v)[3], float (&d)[2]) const {
     const float w = v[0], centred = v[2] - c.affine.mean, t = c.affine.t(centred);
     const float dt = activate_gradient(v[1], t, norm.act, norm.slope);
-    const float u = fmaf(c.affine.scale, w, fmaf(c.k[U1], centred, c.k[U0]));
+    const float u = fmaf(c.affine.scale, w, along(c.k[U1], centred, c.k[U0]));
     d[0] = activate_gradient(u, t, norm.act, norm.slope);
-    d[1] = fmaf(c.k[XW], w, fmaf(c.k[U1], dt, fmaf(c.k[X1], centred, c.k[X0])));
+    d[1] = fmaf(c.k[XW], w, fmaf(c.k[U1], dt, along(c.k[X1], centred, c.k[X0])));
   }
 };
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +148,7 @@ def conv1d(
     *,
     activation: str | None = None,
     negative_slope: float = 0.2,
+    layout: Literal["torch", "x"] = "torch",
 ) -> Tensor:
     """1-D convolution: `conv2d` of images one pixel high, which are views of x and weight.
 
@@ -157,31 +158,16 @@ def conv1d(
         bias: [K] or None.
         stride, padding, dilation, groups: as `torch.nn.functional.conv1d`; padding may be "same" or "valid".
         activation, negative_slope: as `conv2d`.
+        layout: of the result: "torch" is contiguous, or has the channels innermost where weight has them there, as in
+            torch; "x" has them there where x has, too, which saves a copy.
 
     Returns:
-        [N, K, OL], x's dtype; contiguous, or with the channels innermost where weight has them there, as in torch.
+        [N, K, OL], x's dtype, in that layout.
 
     Raises:
-        ValueError, TypeError: as `conv2d`.
+        ValueError, TypeError: as `conv2d`; an unknown layout.
     """
-    options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    return _as_weight_lies(conv1d_as_x_lies(x, weight, bias, stride, padding, dilation, groups, **options), weight)
-
-
-def conv1d_as_x_lies(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size1 = 1,
-    padding: Size1 | str = 0,
-    dilation: Size1 = 1,
-    groups: int = 1,
-    *,
-    activation: str | None = None,
-    negative_slope: float = 0.2,
-) -> Tensor:
-    """`conv1d` with the channels innermost where x has them there, too."""
-    _check_signal("conv1d", x, weight)
+    _check_signal("conv1d", x, weight, layout)
     pads = padding if isinstance(padding, str) else _line("conv1d", "padding", padding, 0)
     y = conv2d(
         x.unsqueeze(-2),
@@ -194,7 +180,7 @@ def conv1d_as_x_lies(
         activation=activation,
         negative_slope=negative_slope,
     )
-    return y.squeeze(-2)
+    return _signal(y, weight, layout)
 
 
 def conv_transpose1d(
@@ -209,6 +195,7 @@ def conv_transpose1d(
     *,
     activation: str | None = None,
     negative_slope: float = 0.2,
+    layout: Literal["torch", "x"] = "torch",
 ) -> Tensor:
     """1-D transposed convolution: `conv_transpose2d` of images one pixel high; see `conv1d`.
 
@@ -218,34 +205,16 @@ def conv_transpose1d(
         bias: [K] or None.
         stride, padding, output_padding, groups, dilation: as `torch.nn.functional.conv_transpose1d`.
         activation, negative_slope: as `conv2d`.
+        layout: as of `conv1d`.
 
     Returns:
-        [N, K, OL], x's dtype, laid out as of `conv1d`.
+        [N, K, OL], x's dtype, in that layout.
 
     Raises:
-        ValueError, TypeError: as `conv_transpose2d`.
+        ValueError, TypeError: as `conv_transpose2d`; an unknown layout.
     """
-    options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    y = conv_transpose1d_as_x_lies(x, weight, bias, stride, padding, output_padding, groups, dilation, **options)
-    return _as_weight_lies(y, weight)
-
-
-def conv_transpose1d_as_x_lies(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size1 = 1,
-    padding: Size1 = 0,
-    output_padding: Size1 = 0,
-    groups: int = 1,
-    dilation: Size1 = 1,
-    *,
-    activation: str | None = None,
-    negative_slope: float = 0.2,
-) -> Tensor:
-    """`conv_transpose1d` with the channels innermost where x has them there, too."""
     name = "conv_transpose1d"
-    _check_signal(name, x, weight)
+    _check_signal(name, x, weight, layout)
     y = conv_transpose2d(
         x.unsqueeze(-2),
         weight.unsqueeze(2),
@@ -258,12 +227,14 @@ def conv_transpose1d_as_x_lies(
         activation=activation,
         negative_slope=negative_slope,
     )
-    return y.squeeze(-2)
+    return _signal(y, weight, layout)
 
 
-def _as_weight_lies(y: Tensor, weight: Tensor) -> Tensor:
-    """y as torch lays out signals: a dropout behind it draws its mask in the order of memory."""
-    if (y.stride(-1) == 1 and y.stride(-2) == y.shape[-1]) or is_channels_last(image(weight)):
+def _signal(y: Tensor, weight: Tensor, layout: str) -> Tensor:
+    """An image one pixel high as a signal. A dropout behind it draws its mask in the order of memory: torch's."""
+    y = y.squeeze(-2)
+    lies = layout == "x" or (y.stride(-1) == 1 and y.stride(-2) == y.shape[-1]) or is_channels_last(image(weight))
+    if lies:
         return y
     return laid_out(image(y), False).squeeze(2) if y.dim() == 3 else y.contiguous()
 
@@ -276,7 +247,9 @@ def _line(op: str, name: str, value: Size1, least: int) -> list[int]:
     return [least, given[0]]
 
 
-def _check_signal(op: str, x: Tensor, weight: Tensor) -> None:
+def _check_signal(op: str, x: Tensor, weight: Tensor, layout: str) -> None:
+    if layout not in ("torch", "x"):
+        raise ValueError(f'{op}: layout must be "torch" or "x", got {layout!r}')
     if x.dim() not in (2, 3) or weight.dim() != 3:
         raise ValueError(
             f"{op}: x must be [N,C,L] or [C,L] and weight must have 3 dimensions, got {tuple(x.shape)} and "

@@ -260,7 +260,7 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     dims = [1, *range(3, x.dim() + 1)]
     total: Any = lambda v: v.sum(dims)
     n = x.numel() // max(groups * x.shape[1], 1)
-    # not times 1/n = 0 in eval mode: a NaN of one sample would reach all
+    # not times 0 in eval mode: a NaN would stay, and of one sample reach all
     average: Any = lambda v: v / n if training and n else torch.zeros_like(v)
 
     rstd = (var + eps).rsqrt()
@@ -272,6 +272,7 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
     xg, g = grouped(x, groups).to(dtype), grouped(dy, groups).to(dtype)
     w = torch.zeros_like(xg) if ddx is None else grouped(ddx, groups).to(dtype)
     xhat = (xg - lift(mean)) * lift(rstd)
+    along_xhat: Any = lambda k: xhat * lift(k) if training else torch.where(lift(k) == 0.0, 0.0, xhat * lift(k))
     t = lift(gamma) * xhat + lift(beta)
     mask = (
         torch.ones_like(t)
@@ -282,13 +283,12 @@ def reference_double_backward(dy, ddx, ddweight, ddbias, x, weight, bias, mean, 
 
     s1, s2, w1, w2, a0 = total(dt), total(dt * xhat), total(w), total(w * xhat), total(w * dt)
     a = a0 - average(w1 * s1 + w2 * s2)
-    u = lift(gamma * rstd) * (w - lift(average(w1)) - xhat * lift(average(w2))) + lift(vg) * xhat + lift(vb)
+    u = lift(gamma * rstd) * (w - lift(average(w1)) - along_xhat(average(w2))) + along_xhat(vg) + lift(vb)
     scale = gamma * rstd
     q = -lift(average(scale * s2)) * w + lift(vg - average(scale * w2)) * dt
     sum_q = -average(scale * (w1 * s2 + w2 * s1)) + vg * s1
     sum_q_xhat = -2 * average(scale * w2 * s2) + vg * s2
-    along_xhat = average(rstd * sum_q_xhat + gamma * a * rstd**2)
-    d_x = lift(rstd) * q - lift(average(rstd * sum_q)) - xhat * lift(along_xhat)
+    d_x = lift(rstd) * q - lift(average(rstd * sum_q)) - along_xhat(average(rstd * sum_q_xhat + gamma * a * rstd**2))
 
     def back(v: Tensor) -> Tensor:
         return dense(v.flatten(0, 1).to(x.dtype), is_channels_last(x))

@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from fastgan import functional
 from fastgan._layout import image, is_channels_last, laid_out
-from fastgan.functional.convolution import conv1d_as_x_lies, conv_transpose1d_as_x_lies
 from fastgan.trace.rewrite import RELAID, example, writers
 
 CONVOLUTIONS = (
@@ -26,10 +25,7 @@ CONVOLUTIONS = (
     functional.conv2d_bn_act,
     functional.conv_transpose2d_bn_act,
 )
-INSIDE = {  # what takes the place of a convolution whose result is contiguous, as torch's, whatever it reads
-    functional.conv1d: conv1d_as_x_lies,
-    functional.conv_transpose1d: conv_transpose1d_as_x_lies,
-}
+OF_SIGNALS = (functional.conv1d, functional.conv_transpose1d)  # contiguous, as torch's, whatever x lies like
 LOOKS_AT_STRIDES = ("as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage", "set", "numpy")
 # Calls by name, as functions, methods or operators and in place or not, that give the same numbers whatever the strides
 # of what they read: views that every layout has, and calls whose result is memory of its own. Any other call finds the
@@ -112,7 +108,8 @@ def in_channels_last(module: fx.GraphModule) -> fx.GraphModule | None:
         elif _is_convolution_of_nchw(node):
             x = node.kwargs["x"]
             _insert(graph, node, x, NHWC if example(x).dim() == 4 else (0, 2, 1))
-            node.target = INSIDE.get(node.target, node.target)
+            if node.target in OF_SIGNALS:
+                node.kwargs = {**node.kwargs, "layout": "x"}
             moved.add(node)
         elif node.op != "output" and (_is_view(node) or _is_fresh(node)):
             moved |= {node} if read else set()

@@ -104,6 +104,7 @@ class Part(Forward):
         super().__init__(owner)
         self.left: dict[tuple[str, str], str] = {}  # groups that stay with PyTorch, and why
         self.graphs: list[Graph] = []
+        self.empty = False  # whether a graph had nothing to fuse
         self._compiled: Callable[..., Any] | None = None
         self._known: dict[tuple, int] = {}  # kind of call -> how many graphs it runs through; 0: it is left to PyTorch
         self._hooks: list[dict] = []
@@ -201,6 +202,7 @@ class Part(Forward):
     def _backend(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = traced(module, example_inputs, self.left)
         if graph is None:
+            self.empty = True
             return module.forward
         graph.overhead = None
         self.graphs.append(graph)
@@ -233,7 +235,7 @@ class Part(Forward):
 
     def unfused(self) -> str:
         """Why a layer that is in no group is not."""
-        return "no pattern for what it does there" if self.graphs else "traced at its first call"
+        return "no pattern for what it does there" if self.graphs or self.empty else "traced at its first call"
 
     # ---- copies ------------------------------------------------------------------------------------------------------
 
@@ -275,7 +277,8 @@ def _has_unseen_layers(m: nn.Module) -> bool:
     children = list(m.children())
     if isinstance(m, nn.Sequential) and not has_own_forward(m):
         return any(isinstance(c, LAYERS) and _no_chain_makes_its_weight(c) for c in children)
-    if not has_own_forward(m) and not isinstance(m, nn.ModuleList | nn.ModuleDict):
+    bare = isinstance(m, nn.ModuleList | nn.ModuleDict) or type(m) is nn.Module  # torch.fx nests by the latter
+    if not has_own_forward(m) and not bare:
         return False
     layers = any(isinstance(c, LAYERS) for c in children) or sum(isinstance(c, nn.Linear) for c in children) > 1
     return layers or (has_own_forward(m) and any(p is not None for p in m._parameters.values()))

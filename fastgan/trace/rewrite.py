@@ -29,7 +29,8 @@ from fastgan.choice import has_kernel
 from fastgan.functional.multi_head import left_to_torch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INSIDE = tuple(str(Path(m.__file__ or "").parent) for m in (torch, functional))  # not a user's source line
+# not a user's source line
+INSIDE = tuple(str(Path(file or "").parent) for file in (torch.__file__, functional.__file__, __file__))
 
 
 # ---- what runs in the place of a group -------------------------------------------------------------------------------
@@ -325,9 +326,9 @@ def writers(
 
 
 def _line(node: fx.Node) -> str:
-    """The user's source line of a call, "block.py:12"."""
+    """The user's source line of a call, "block.py:12", or "" where torch's own code makes it."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not f[0].startswith(INSIDE)] or frames[-1:]
+    own = [f for f in frames if not f[0].startswith(INSIDE)]
     return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
 
 
@@ -335,6 +336,10 @@ def _module(node: fx.Node) -> str:
     """The module whose forward made the call, by its path below the traced one; "" for the traced one itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = re.sub(r"\['?(\w+)'?\]", r".\1", stack[-1][0]) if stack else ""
+    while "getattr(" in path:  # torch.fx calls a layer of a chain by its number so
+        path, found = re.subn(r"getattr\(([^()]*), '?(\w+)'?\)", r"\1.\2", path)
+        if not found:
+            break
     return re.sub(r"^L?\.?\w+\.?", "", path.replace("_modules.", ""), count=1)
 
 

@@ -7,6 +7,7 @@ kernels fetch.
 import functools
 
 import pytest
+import test_nan
 import torch
 import torch.nn.functional as F
 from checks import LAYOUTS, against_plain, clear_of
@@ -90,6 +91,12 @@ def test_bn_act_in_eval_mode(record, ran, with_parameters, dtype, layout):
     plain = lambda x, w, b: F.leaky_relu(F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), w, b), 0.2)
     parameters = affine(24) if with_parameters else (None, None)
     against_plain(ours, plain, (noise(3, 24, 5, 8), *parameters), dtype, layout, "cuda")
+    on_cuda(ran, "bn_act", "bn_act_backward", "bn_act_double_backward")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_nan_stays_out_of_r1_where_batch_norm_has_known_statistics(record, ran, channels_last):
+    test_nan.check_r1_of_known_statistics(channels_last)
     on_cuda(ran, "bn_act", "bn_act_backward", "bn_act_double_backward")
 
 

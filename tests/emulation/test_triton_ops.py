@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton", "3.8", reason="triton 3.8 or newer is needed to emulate Triton kernels")
 import test_filtered_lrelu as filtered
+import test_nan
 import torch.nn.functional as F
 from checks import LAYOUTS, against_plain, assert_close, clear_of, distance, orders
 
@@ -155,6 +156,13 @@ def test_bn_act_eval_without_parameters(layout, activation):
     ours = lambda x: functional.bn_act(x, mean.to(x), var.to(x), training=False, activation=activation)
     plain = lambda x: PHI[activation](F.batch_norm(x, mean.to(x), var.to(x)))
     emulated(ours, plain, affine((3, 5, 3, 4))[:1], torch.float32, layout, BN)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_nan_stays_out_of_r1_where_batch_norm_has_known_statistics(channels_last):
+    with testing.emulate("triton") as record:
+        test_nan.check_r1_of_known_statistics(channels_last)
+    assert record.launches
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 2), (9, 5), (2, 3, 7), (2, 3, 2, 3, 2)], ids=str)
