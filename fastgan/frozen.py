@@ -23,6 +23,7 @@ class Frozen(nn.Module):
         self.dtype = dtype
         self._inside = (network,)  # not a child: nothing reaches its tensors by accident
         self._hold()
+        self.train(False)
 
     def _hold(self) -> None:
         (network,) = self._inside
@@ -40,10 +41,8 @@ class Frozen(nn.Module):
             return network(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Frozen:
-        if mode:
-            raise RuntimeError(
-                "a frozen network cannot be trained: train the network that was frozen, and freeze again"
-            )
+        """Nothing: it stays in eval mode, as a part of a larger network, too."""
+        self.training = False
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -62,8 +61,7 @@ def freeze(network: nn.Module, *, dtype: torch.dtype = torch.float32) -> Frozen:
 
     Batch norms are folded into the convolutions before them (as by Jacob et al. 2018, arXiv:1712.05877, section 3.2),
     and the weights are packed for the kernels at the first call of each input shape. Both would else be done at each
-    call, which is most of the time of one image. The folded and the packed weights are kept for the last eight input
-    shapes.
+    call, which is most of the time of one image. The folded and the packed weights are kept for eight input shapes.
 
     Args:
         network: any module whose parameters are float32 on the CPU, converted or not; it stays as it is.
@@ -75,7 +73,7 @@ def freeze(network: nn.Module, *, dtype: torch.dtype = torch.float32) -> Frozen:
 
     Raises:
         ValueError: another dtype; parameters that are not float32 on the CPU.
-        RuntimeError: of the result: an input that wants a gradient, train(), to() and the like.
+        RuntimeError: of the result: an input that wants a gradient, to() and the like.
     """
     if dtype not in DTYPES:
         raise ValueError(f"freeze: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -85,4 +83,7 @@ def freeze(network: nn.Module, *, dtype: torch.dtype = torch.float32) -> Frozen:
                 f"freeze: parameters must be float32 on the CPU, got {t.dtype} on {t.device} ({name}); "
                 "move or cast the network first"
             )
-    return Frozen(convert(copy.deepcopy(network).eval().requires_grad_(False)), dtype)
+    # the weights that torch's older norms by hooks have made: torch copies leaves alone
+    made = [t for m in network.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    memo = {id(t): t.detach().clone() for t in made}
+    return Frozen(convert(copy.deepcopy(network, memo).eval().requires_grad_(False)), dtype)

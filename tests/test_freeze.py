@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import pickle
+import sys
 
 import handwritten
 import pytest
@@ -56,10 +57,17 @@ def networks():
     wide = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
     yield "minimal", wide, torch.randn(8, 3, 32, 32)
     yield "spectral", nn.Sequential(spectral_norm(nn.Conv2d(3, 32, 3)), nn.LeakyReLU(0.2), nn.Conv2d(32, 8, 3)), image
+    for old in ("weight_norm", "spectral_norm"):
+        yield old, nn.Sequential(handwritten.old(old, nn.Conv2d(3, 32, 3)), nn.LeakyReLU(0.2)), image
     yield "hand-written", handwritten.UNet(), image
 
 
-NETWORKS = {name: (network, x) for name, network, x in networks()}
+NAMES = [name for name, _, _ in networks()]
+
+
+def made(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A new network and its input."""
+    return next((network, x) for its, network, x in networks() if its == name)
 
 
 def far(y, want):
@@ -67,10 +75,9 @@ def far(y, want):
 
 
 @native
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_eval_numbers_at_every_call(name):
-    network, x = NETWORKS[name]
-    network = copy.deepcopy(network)
+    network, x = made(name)
     settled(network, x)
     frozen = fastgan.freeze(network)
     for part in (x[:1], x, x[:1]):
@@ -93,8 +100,7 @@ def test_batches_in_parts():
 @native
 @pytest.mark.parametrize("name", ["chain", "mlp", "minimal", "hand-written"])
 def test_bfloat16_is_autocast(name):
-    network, x = NETWORKS[name]
-    network = copy.deepcopy(network)
+    network, x = made(name)
     settled(network, x)
     with torch.no_grad():
         want = network(x)
@@ -120,7 +126,7 @@ def test_what_is_packed_once_stays():
     assert torch.equal(frozen(z), before)
     with torch.no_grad():
         inside[-2].bias.add_(1.0)  # a version counter sees this one
-    assert torch.equal(frozen(z), torch.tanh(torch.ones_like(before) + NETWORKS["chain"][0][-2].bias.view(1, 3, 1, 1)))
+    assert torch.equal(frozen(z), torch.tanh(torch.ones_like(before) + generator()[-2].bias.view(1, 3, 1, 1)))
 
 
 @native
@@ -151,7 +157,24 @@ def test_shapes_that_are_kept_are_few():
             assert far(frozen(z), network(z)) < 2e-6
     (inside,) = frozen._inside
     (stretch,) = inside.forward._current()
-    assert len(stretch.run.ways) == MAX_KEPT
+    assert len(stretch.run.packed) == MAX_KEPT
+    assert sum(way.kept is not None for way in stretch.run.ways.values()) == MAX_KEPT
+
+
+@native
+def test_threads_with_many_shapes():
+    network = settled(generator(), torch.randn(2, 12, 1, 1))
+    frozen, draws = fastgan.freeze(network), [torch.randn(n, 12, 1, 1) for n in range(1, 90)]
+    with torch.no_grad():
+        wanted = [network(z) for z in draws]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(frozen, draws * 2))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(far(y, want) < 2e-6 for y, want in zip(found, wanted * 2, strict=True))
 
 
 @native
@@ -180,8 +203,8 @@ def test_nothing_is_left_to_train_or_load():
     frozen = fastgan.freeze(network)
     assert not [*frozen.parameters(), *frozen.buffers()] and not frozen.state_dict() and network.training
     assert frozen.eval() is frozen and "Sequential, torch.float32" in repr(frozen)
-    with pytest.raises(RuntimeError, match="cannot be trained"):
-        frozen.train()
+    whole = nn.Sequential(frozen, nn.Dropout()).train()
+    assert whole[1].training and not frozen.training
     with pytest.raises(RuntimeError, match="move or cast the network itself"):
         frozen.double()
     x = torch.randn(1, 3, 8, 8, requires_grad=True)

@@ -30,7 +30,7 @@ from fastgan.program.written import written
 FLOATS = (torch.float32, torch.bfloat16)
 KIND = "program"  # what its races are remembered under
 MAX_WAYS = 64  # of one run of layers: another batch size needs another
-MAX_KEPT = 8  # of constants, each of which holds them folded and packed: 28 MB for DCGAN-64's generator
+MAX_KEPT = 8  # ways of constants that hold them folded and packed: 28 MB each for DCGAN-64's generator
 
 Way = Callable[[Tensor, Sequence[Any], Sequence[Any]], Tensor]  # x, parameters, buffers -> y
 
@@ -61,16 +61,23 @@ def applies(x: Any) -> bool:
 
 
 class Compiled:
-    """A plan with its native programs."""
+    """A plan with its native programs; packed: of constants, the list of those that hold them packed."""
 
     def __init__(
-        self, layers: Sequence[Layer], x: Tensor, dtype: torch.dtype, wants: Sequence[bool], constant: bool = False
+        self,
+        layers: Sequence[Layer],
+        x: Tensor,
+        dtype: torch.dtype,
+        wants: Sequence[bool],
+        packed: list[Compiled] | None = None,
     ):
+        constant = packed is not None
         plan = Plan(layers, x, dtype, wants, constant)
         self.parts = 1 if plan.gradients else plan.useful_parts()
         if self.parts > 1:
             plan = Plan(layers, x[: len(x) // self.parts], dtype, wants, constant)
         self.plan = plan
+        self.packed = packed
         self.kept: Kept | None = None
         self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
         self.part_bytes = len(x) // self.parts * x.stride(0) * x.element_size()
@@ -97,7 +104,18 @@ class Compiled:
             block = torch.empty(self.plan.constant_bytes, dtype=torch.uint8)
             self.plan.setup_program().run(torch.get_num_threads(), arena, *slots, block)
             kept = self.kept = Kept(tensors, block, self._forward())
+            self._drop_others()
         return kept
+
+    def _drop_others(self) -> None:
+        """Of the ways of these layers the last MAX_KEPT ones that were packed stay so."""
+        if self.packed is not None:
+            with contextlib.suppress(ValueError):
+                self.packed.remove(self)
+            self.packed.append(self)
+            for other in self.packed[:-MAX_KEPT]:
+                other.kept = None
+            del self.packed[:-MAX_KEPT]
 
     def backward(self, unwanted: frozenset[int]) -> Steps:
         program = self.backwards.get(unwanted)
@@ -237,6 +255,7 @@ class Run:
         self.parameters = [place for layer in layers for place in layer.parameter_places()]
         self.buffers = [place for layer in layers for place in layer.buffer_places()]
         self.facts = [fact for layer in layers for fact in layer.fact_readers()]
+        self.packed: list[Compiled] = []  # those of constants that hold them, the last one packed last
         self.ways: dict[tuple, Way | None] = {}
         self.last: tuple[tuple, Way | None] = (), None  # comparing with it is half the cost of hashing
 
@@ -250,7 +269,10 @@ class Run:
         buffers = [owner[name] for owner, name in self.buffers]
         before, way = self.last
         if key != before:
-            way = self.ways[key] if key in self.ways else self._chosen(key, x, dtype, parameters, buffers)
+            try:
+                way = self.ways[key]
+            except KeyError:
+                way = self._chosen(key, x, dtype, parameters, buffers)
             self.last = key, way
         return None if way is None else way(x, parameters, buffers)
 
@@ -275,16 +297,15 @@ class Run:
         if len(self.ways) >= MAX_WAYS:
             self.ways.clear()
         compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
-        self.ways[key] = compiled
+        way: Way | None = compiled
+        self.ways[key] = way
         if compiled is not None:
-            if compiled.plan.constant and len(self.ways) > MAX_KEPT:
-                del self.ways[next(iter(self.ways))]  # the oldest
             ways, constant = self._ways(compiled, x), compiled.plan.constant
             contest, arguments = self._contest(key, ways, x, parameters, buffers, constant)
             of = lambda: written(self.layers, x, dtype, key[4], constant)
             found = lambda: {"op": KIND, "args": of(), "why": "open: the budget"}
-            self.ways[key] = ways[fastest(contest, arguments, found)]
-        return self.ways[key]
+            self.ways[key] = way = ways[fastest(contest, arguments, found)]
+        return way  # another thread may have cleared the dictionary by now
 
     def runs(self) -> tuple[str, str]:
         """What runs the layers in the calls so far, and why it is no program."""
@@ -334,7 +355,8 @@ class Run:
         if fits and not any(layer.refusal(any(wants)) for layer in self.layers):
             tensors = (owner[name] for owner, name in (*self.parameters, *self.buffers))
             with contextlib.suppress(Unfit):  # the ops say what is wrong
-                return Compiled(self.layers, x, dtype, wants, not any(wants) and are_constant(tensors))
+                constant = not any(wants) and are_constant(tensors)
+                return Compiled(self.layers, x, dtype, wants, self.packed if constant else None)
         return None
 
 
