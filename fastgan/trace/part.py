@@ -217,7 +217,7 @@ class Part(Forward):
     def leave(self, keys: set[tuple[str, str]], why: str) -> None:
         """Leave these groups to PyTorch from now on; the module is traced again."""
         self.left = dict.fromkeys(keys, why)
-        self.graphs, self._compiled, self._known = [], None, {}
+        self.graphs, self.empty, self._compiled, self._known = [], False, None, {}
 
     def told(self, module: str) -> list[tuple[str, str, str]]:
         """(what runs it, why nothing faster does, its line) of each call that an inner module makes."""
