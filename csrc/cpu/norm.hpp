@@ -183,13 +183,13 @@ struct NormBackwardSumsBody {
   }
 };
 
-// dx = scale dt + x1 (x - mean) + x0
 // k v + k0; k0 where k is 0 for mean and var are constants: times that, a NaN in x would stay one.
 FG_INLINE vf along(vf k, vf v, vf k0, bool constant) {
   const vf y = fma(k, v, k0);
   return constant ? select(k == zero(), k0, y) : y;
 }
 
+// dx = scale dt + x1 (x - mean) + x0
 template <class T, Act ACT>
 struct NormBackwardBody {
   static constexpr int COEFS = 5, SUMS = 0;
