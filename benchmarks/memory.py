@@ -1,7 +1,8 @@
 """Where the memory of a DCGAN-64 training step goes, in float32 at batch 64: PyTorch's and fastgan's, tensor by tensor.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --turns     # D's halves in turn beside one batch of both: time and memory, 2 minutes
+    python benchmarks/memory.py --batch 128
+    python benchmarks/memory.py --turns     # D's halves in turn beside one batch of both: time and memory, 4 minutes
 
 Both are tuned as in bench_step.py. Sizes are exact and repeat; a busy machine does not change them. Times need a quiet
 one.
@@ -9,6 +10,7 @@ one.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import os
@@ -33,18 +35,19 @@ from fastgan.training.assembly import assemble
 
 SMALLEST = 500_000  # bytes: smaller blocks are left out of the tables
 TURNS = (  # model, batch, precision
-    *(("dcgan-64", 16, "fp32"), ("dcgan-64", 64, "fp32"), ("dcgan-64", 64, "bf16"), ("dcgan-64", 256, "fp32")),
-    ("dcgan-64", 256, "bf16"),
+    *(("dcgan-64", batch, "fp32") for batch in (16, 32, 64, 128, 256)),
+    *(("dcgan-64", batch, "bf16") for batch in (64, 256)),
+    ("fastgan", 128, "fp32"),
 )
 SECONDS = 12.0  # of a case of TURNS
 Step = Callable[[], object]
 
 
-def steps() -> dict[str, tuple[Step, set[int]]]:
+def steps(batch: int) -> dict[str, tuple[Step, set[int]]]:
     """Name -> (a whole step, the addresses of its parameters)."""
     torch.manual_seed(0)
     networks = fastgan.models.build("dcgan-64")
-    images = torch.randn(BATCH, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, 64, 64).contiguous(memory_format=torch.channels_last)
 
     def made(ours: bool, **options: bool) -> tuple[Step, set[int]]:
         g, d = (copy.deepcopy(m).to(memory_format=torch.channels_last) for m in networks)
@@ -133,9 +136,13 @@ def megabytes(count: float) -> str:
 def main() -> int:
     module, _ = native()
     torch.set_num_threads(2)
-    if sys.argv[1:] == ["--turns"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--turns", action="store_true", help="times instead, at several batches")
+    args = parser.parse_args()
+    if args.turns:
         return turns()
-    for name, (run, parameters) in steps().items():
+    for name, (run, parameters) in steps(args.batch).items():
         run(), run()  # races, Adam's state
         if module is not None:
             module.scratch_highest(True)

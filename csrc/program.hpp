@@ -57,7 +57,7 @@ class Program {
       const Keeping weights(keeps ? &step.kept : nullptr);
       step.function->run(frame.bytes);
     }
-    packed_by = &current();
+    if (turn.owns_lock()) packed_by = &current();
   }
 
  private:

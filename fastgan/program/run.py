@@ -77,11 +77,11 @@ class Compiled:
         if self.parts > 1:
             plan = Plan(layers, x[: len(x) // self.parts], dtype, wants, constant)
         self.plan = plan
-        self.packed = packed
+        self.packed: list[Compiled] = [] if packed is None else packed
         self.kept: Kept | None = None
         self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
         self.part_bytes = len(x) // self.parts * x.stride(0) * x.element_size()
-        self.forward = self._forward()
+        self.forward = None if plan.constant else self._forward()  # of constants, `kept` has it
         self.spares = Spares(plan.blocks)
         self.backwards: dict[frozenset[int], Steps] = {}
         self.updates = any(layer.is_batch_norm() and layer.norm.training for layer in layers)
@@ -109,13 +109,12 @@ class Compiled:
 
     def _drop_others(self) -> None:
         """Of the ways of these layers the last MAX_KEPT ones that were packed stay so."""
-        if self.packed is not None:
-            with contextlib.suppress(ValueError):
-                self.packed.remove(self)
-            self.packed.append(self)
-            for other in self.packed[:-MAX_KEPT]:
-                other.kept = None
-            del self.packed[:-MAX_KEPT]
+        with contextlib.suppress(ValueError):
+            self.packed.remove(self)
+        self.packed.append(self)
+        for other in self.packed[:-MAX_KEPT]:
+            other.kept = None
+        del self.packed[:-MAX_KEPT]
 
     def backward(self, unwanted: frozenset[int]) -> Steps:
         program = self.backwards.get(unwanted)
@@ -132,7 +131,7 @@ class Compiled:
         if not self.spares.whole:
             arena.open(FORWARD)
         forward, slots = self.forward, (*arena.slots(x, y), *parameters, *buffers)
-        if plan.constant:
+        if forward is None:
             kept = self._kept([*parameters, *buffers], arena, slots)
             forward, slots = kept.forward, (*slots, kept.block)
         forward.run(torch.get_num_threads(), arena, *slots)
