@@ -60,8 +60,8 @@ def steps(batch: int) -> dict[str, tuple[Step, set[int]]]:
             step = fastgan.GANStep(g, d, latent=LATENT, g_optimizer=adams[0], d_optimizer=adams[1], **options)
         return (lambda: step(images)), addresses
 
-    ways = {"PyTorch": made(False), "fastgan": made(True)}
-    return ways | {"fastgan, low_memory": made(True, low_memory=True)}
+    ways = {"PyTorch": made(False), "fastgan, in turn": made(True, low_memory=True)}
+    return ways | {"fastgan, one batch": made(True, low_memory=False)}
 
 
 def at_the_peak(run: Step) -> tuple[int, list[str], Counter[int]]:

@@ -136,7 +136,7 @@ def test_the_samples_that_are_alive_at_a_time(per_sample, options, images):
     [({}, 8), ({"low_memory": False}, 16), ({"loss": "relativistic"}, 16)],
 )
 def test_large_batches_go_in_turn_by_themselves(monkeypatch, options, images):
-    assert IN_TURN_FROM == 128 * 3 * 64 * 64
+    assert IN_TURN_FROM == 64 * 3 * 64 * 64
     monkeypatch.setattr("fastgan.training.step.IN_TURN_FROM", 8 * 64)
     Counted.alive = Counted.most = 0
     two_steps(Counting(True).double(), **options)

@@ -47,9 +47,10 @@ from fastgan.training.probabilities import Watch
 Latent = int | Sequence[int] | Callable[[int, torch.device, torch.Generator | None], Any]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOOKS_AT = {"r1": ("real",), "r2": ("fake",), "r1r2": ("real", "fake")}  # a penalty of squares -> its images
-# Values of real images from which D learns in turn by itself on a CPU: 128 images of 3 x 64 x 64. DCGAN-64 in float32
-# is then 1.08 to 1.18 times as fast as with one batch of both (AVX2, Zen 3), at half of them 0.96 to 1.02.
-IN_TURN_FROM = 128 * 3 * 64 * 64
+# Values of real images from which D learns in turn by itself on a CPU: 64 images of 3 x 64 x 64. DCGAN-64 then holds
+# 0.66 of PyTorch's worst moment in the place of 0.90, at 0.96 to 1.02 times the speed of one batch of both (float32,
+# three machines), and from 128 on it is the faster way. With 32 images one batch of both holds 0.79 of PyTorch's.
+IN_TURN_FROM = 64 * 3 * 64 * 64
 PENALTY_WEIGHTS = {kind: 1.0 if kind == "r1r2" else 10.0 for kind in penalties.KINDS}
 
 # torch modules whose forward treats every sample by itself, in training mode too
@@ -145,7 +146,7 @@ class GANStep:
             where no statistics are taken over it. The generator runs once more on each part.
         low_memory: D learns from real and fake images in turn, so that the activations of one half are alive at a time
             (`_in_turn`). The numbers are the same, to rounding. Not with relativistic losses or extra_d_loss. None: on
-            a CPU, where the real images are IN_TURN_FROM values or more and the loss allows it, since that is faster.
+            a CPU, where the real images are IN_TURN_FROM values or more and the loss allows it.
         extra_d_loss, extra_g_loss: callable(outputs) -> scalar that is added to the network's loss (`Outputs`). An
             extra_g_loss with the attribute reads_d_real = False spares the discriminator's pass over real images.
         extra_g_every: add extra_g_loss at every k-th step, k times (lazy regularisation).
