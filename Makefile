@@ -116,7 +116,7 @@ wheel: setup  ## dist/: an sdist and a wheel built from it; installed by itself 
 	mkdir -p $(AWAY)
 	git ls-files -z | grep -zvE '^(fastgan|kernels)/' | tar --create --null --files-from - | tar --extract --directory $(AWAY)
 	$(PYTHON) -m venv $(AWAY)/venv
-	$(AWAY)/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl pytest-xdist
+	$(AWAY)/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl pytest-xdist pybind11
 	cd $(AWAY) && venv/bin/python -I -c "import fastgan; print(fastgan.__file__, fastgan.backends()['conv2d']['native'])"
 	cd $(AWAY) && venv/bin/pytest -q -m "not slow" $(SPREAD) $(TESTS)
 

@@ -441,6 +441,7 @@ def test_fp16_with_fused_adam_is_captured(graphs):
     for one in (ours, theirs):
         for scaler in (one._g_scaler, one._d_scaler):
             scaler.set_growth_interval(2)
+            scaler.set_growth_factor(3.0)  # no number of threes and halves makes the first scale again
     walk(ours, theirs, 8)
     assert graphs.replays == 5
     assert ours._d_scaler.get_scale() == theirs._d_scaler.get_scale() != 65536.0

@@ -14,7 +14,7 @@ from checks import distance
 
 from fastgan import testing
 
-CSRC = Path(testing.__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 # (name, file, as it is, with the fault)
 FAULTS = [

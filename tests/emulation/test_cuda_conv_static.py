@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgan import testing
-
-CSRC = Path(testing.__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc")
 pytestmark = [
     pytest.mark.skipif(not NVCC, reason="nvcc is not on PATH"),

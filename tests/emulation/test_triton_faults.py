@@ -10,11 +10,10 @@ import torch
 pytest.importorskip("triton", "3.8", reason="triton 3.8 or newer is needed to emulate Triton kernels")
 from checks import distance
 
-import fastgan
-from fastgan import testing
+from fastgan import kernels, testing
 from fastgan._op import OPS
 
-KERNELS = Path(fastgan.__file__).parents[1] / "kernels"
+KERNELS = Path(kernels.__file__).parent  # beside the package in a checkout, within it in a wheel
 SLICED = "c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)"
 STREAMED = {
     "RESIDENT": "RESIDENT = 8192",
