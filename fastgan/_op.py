@@ -63,7 +63,8 @@ class Op(Chosen):
         super().__init__(schema.partition("(")[0], reference, backends or {})
         self.example, self.autocast = example, autocast
         self.products = autocast == "lower"  # as torch's own list of what runs in lower precision
-        self._save: Callable[..., None] | None = None
+        self.save: Callable[..., None] | None = None
+        self.derivative: Callable[..., Any] = self._refuse
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgan::{self.name}", fake, lib=LIBRARY)
@@ -155,7 +156,8 @@ class Op(Chosen):
                         return backward(ctx, *cotangents)
             return backward(ctx, *cotangents)
 
-        self._save, self._thin.backward = save, staticmethod(answer)  # type: ignore[method-assign]
+        self.save, self.derivative = save, backward
+        self._thin.backward = staticmethod(answer)  # type: ignore[method-assign]
         torch.library.register_autograd(f"fastgan::{self.name}", answer, setup_context=save, lib=LIBRARY)
 
     def not_differentiable(self) -> None:
@@ -174,16 +176,16 @@ class Op(Chosen):
         class Thin(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                output = _owned(op.run(*args))
-                if op._save is not None:
-                    op._save(ctx, args, output)
+                output = owned(op.run(*args))
+                if op.save is not None:
+                    op.save(ctx, args, output)
                 return output
 
         Thin.__name__ = Thin.__qualname__ = self.name
         return Thin
 
 
-def _owned(output: Any) -> Any:
+def owned(output: Any) -> Any:
     """An op's results as tensors of their own: autograd refuses to change a view in place that such a node returns.
 
     An image of one channel is a view: its strides were set after its memory was (`fastgan._layout.laid_out`).
@@ -256,7 +258,10 @@ def wanted(ctx: Any, index: int) -> bool:
     each convolution in `autograd.grad(y, x)` would make a whole weight gradient for nothing: one sixth of a penalty's
     double backward.
     """
-    return ctx.needs_input_grad[index] and reaches(ctx.next_functions[index][0])
+    if not ctx.needs_input_grad[index]:
+        return False
+    edges = ctx.next_functions
+    return edges is None or reaches(edges[index][0])  # a program's tape has asked for all of its notes
 
 
 def is_traced() -> bool:

@@ -18,6 +18,7 @@ from fastgan.choice.calls import clocked, is_repacked, reaches
 from fastgan.choice.choosing import (
     SETTLED_BY,
     begin_run,
+    capturing,
     choose,
     end_run,
     may_race,
@@ -50,6 +51,7 @@ __all__ = [
     "begin_run",
     "bound",
     "cache_dir",
+    "capturing",
     "choose",
     "clocked",
     "cost_of",

@@ -61,9 +61,9 @@ def conv2d_bn_act(
     """
     geometry = stride, padding, dilation, groups
     act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    folds = not training and _folding_pays("conv2d", x, weight, stride)
+    folds = not training and folding_pays("conv2d", x, weight, stride)
     if folds and running_mean is not None and running_var is not None:
-        weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
+        weight, bias = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
         return conv2d(x, weight, bias, *geometry, **act)
     known: Statistics = None
     if training:
@@ -103,9 +103,9 @@ def conv_transpose2d_bn_act(
     """
     geometry = stride, padding, output_padding, groups, dilation
     act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    folds = not training and groups == 1 and _folding_pays("conv_transpose2d", x, weight, stride)
+    folds = not training and groups == 1 and folding_pays("conv_transpose2d", x, weight, stride)
     if folds and running_mean is not None and running_var is not None:
-        weight, bias = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=1)
+        weight, bias = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=1)
         return conv_transpose2d(x, weight, bias, *geometry, **act)
     known: Statistics = None
     if training:
@@ -131,15 +131,15 @@ def _normed(
     return bn_act(y.unsqueeze(0), mean, var, weight, bias, **norm).squeeze(0)
 
 
-def _folding_pays(op: str, x: Tensor, weight: Tensor, stride: Size2) -> bool:
-    """Whether an output channel has about as many pixels as weights, or more."""
+def folding_pays(op: str, x: Tensor, weight: Tensor, stride: Size2) -> bool:
+    """Whether an output channel of "conv2d" or "conv_transpose2d" has about as many pixels as weights, or more."""
     pixels, step = x.numel() // max(x.shape[-3], 1), math.prod(pair(op, "stride", stride, 1))
     if op == "conv_transpose2d":
         return pixels * step >= weight.numel() // max(weight.shape[1], 1)
     return pixels >= weight.numel() // max(weight.shape[0], 1) * step
 
 
-def _fold(
+def fold(
     weight: Tensor,
     bias: Tensor | None,
     mean: Tensor,

@@ -93,7 +93,7 @@ def bn_act(
             return _by_torch(x, weight, bias, running, momentum, float(eps), act)
     y, mean, var, total = _in_training(x, weight, bias, batch_statistics, float(eps), act, stat_groups, sync)
     if count and (running_mean is not None or running_var is not None):
-        _update(running_mean, running_var, mean, var, count if total is None else total, momentum)
+        update_running(running_mean, running_var, mean, var, count if total is None else total, momentum)
     return y
 
 
@@ -140,7 +140,7 @@ def _by_torch(
     """PyTorch's batch norm, in eval mode where momentum is None.
 
     It keeps the running statistics for its backward pass. After a training pass that would use the updated ones, unseen
-    (`_update`), hence copies in eval mode; after a write of the caller's it would be refused, hence .data.
+    (`update_running`), hence copies in eval mode; after a write of the caller's it would be refused, hence .data.
     """
     training = momentum is not None
     copied = not training and learns(x, weight, bias)
@@ -210,7 +210,7 @@ def _check_statistics(x: Tensor, mean: Tensor, var: Tensor, stat_groups: int) ->
 
 
 @torch.no_grad()
-def _update(
+def update_running(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     mean: Tensor,
@@ -319,7 +319,7 @@ def in_act(
     if n and pixels and (running_mean is not None or running_var is not None):
         # torch's rule: the running statistics follow the samples' average
         mean, var = mean.mean(0, keepdim=True), var.mean(0, keepdim=True)
-        _update(running_mean, running_var, mean, var, pixels, momentum)
+        update_running(running_mean, running_var, mean, var, pixels, momentum)
     return y
 
 

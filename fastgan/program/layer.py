@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import _activation, functional
 from fastgan._layout import image, is_dense
+from fastgan.choice import second_order
 
 _conv_facts = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups", "sync")
@@ -113,8 +114,8 @@ class Layer:
         modules = copy.copy(self.conv), copy.copy(self.norm)
         return Layer(*modules, self.activation, copy.copy(self.act), self.flatten)
 
-    def refusal(self, differentiated: bool) -> str:
-        """Why the layer cannot be part of a program, or ""."""
+    def refusal(self, differentiated: bool, device: torch.device) -> str:
+        """Why the layer cannot be part of a program on a device, or ""."""
         conv, norm = self.conv, self.norm if self.is_batch_norm() else None
         if self.convolves() and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
             return "padding other than by a number of zeros"
@@ -131,8 +132,8 @@ class Layer:
         if getattr(self.norm, "running_mean", None) is not None and norm is None:
             return "an instance norm with running statistics"
         tensors = [t for t in (*self.parameters(), *self.buffers()[:2]) if t is not None]
-        if any(t.dtype != torch.float32 or not t.is_cpu or not is_dense(image(t)) for t in tensors):
-            return "parameters that are not dense float32 on the CPU"
+        if any(t.dtype != torch.float32 or t.device != device or not is_dense(image(t)) for t in tensors):
+            return f"parameters that are not dense float32 on {device}"
         return ""
 
 
@@ -191,6 +192,37 @@ def replay(layers: Sequence[Layer], x: Tensor, parameters: Sequence[Tensor | Non
         elif layer.conv is None or isinstance(layer.conv, nn.Linear):
             x = _activation.apply(x, activation, slope)
     return x
+
+
+def gradients_by_ops(
+    layers: Sequence[Layer], dtype: torch.dtype, wants: Sequence[bool], dy: Tensor, tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of `tensors`, x and then the parameters, from y's; differentiable where grad mode is on."""
+    again = torch.is_grad_enabled()
+    wants = [want and t is not None for want, t in zip(wants, tensors, strict=True)]
+    lowered = torch.autocast(dy.device.type, dtype, enabled=dtype != torch.float32)
+    with torch.enable_grad(), second_order(), lowered:
+        if not again:
+            tensors = [
+                t.detach().requires_grad_(w) if t is not None else None for t, w in zip(tensors, wants, strict=True)
+            ]
+        y = replay(layers, tensors[0], tensors[1:])  # type: ignore[arg-type]
+        asked = [t for t, w in zip(tensors, wants, strict=True) if w]
+        found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if w else None for w in wants]
+
+
+def versions(parameters: Sequence[Tensor | None]) -> list[int]:
+    """How often each of these was written to."""
+    return [p._version for p in parameters if p is not None]
+
+
+def written_to() -> RuntimeError:
+    """What autograd raises where a tensor was written to between forward and backward, of a parameter."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        "a parameter of a converted chain; update parameters after the last backward pass that needs them"
+    )
 
 
 def convolved(conv: Any, x: Tensor, weight: Any, bias: Tensor | None, **epilogue: Any) -> Tensor:

@@ -1,9 +1,11 @@
 """Calling programs: which plan serves a call, its autograd node, and when the layers run op by op instead.
 
-A program runs where it is known to give the ops' numbers: plain tensors on a CPU, in float32 or under bfloat16
-autocast, no tracing. An input that is a leaf and wants a gradient (a penalty's images) is left to the ops, since second
-derivatives are wanted of it. A backward pass that must itself be differentiable (create_graph=True), or that runs a
-second time over the same forward (retain_graph=True), replays the layers op by op from what the node saved.
+A program runs where it is known to give the ops' numbers: plain tensors, in float32 or under autocast, no tracing. On a
+CPU it is a `Plan`, on a GPU `Launches`. There is none while a CUDA graph is captured, or where hooks take from a GPU's
+memory what autograd saves (torch.utils.checkpoint). An input that is a leaf and wants a gradient (a penalty's images)
+is left to the ops, since second derivatives are wanted of it. A backward pass that must itself be differentiable
+(create_graph=True), or that runs a second time over the same forward (retain_graph=True), replays the layers op by op
+from what the node saved.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from fastgan._layout import image, is_dense, laid_out
 from fastgan._op import is_aside, is_observed
-from fastgan.choice import STATE, Contest, absent, fastest, forced, reaches, second_order
-from fastgan.program.layer import Layer, are_constant, plain, replay
+from fastgan.choice import STATE, Contest, absent, capturing, fastest, forced, is_repacked, reaches
+from fastgan.program.launches import Launches
+from fastgan.program.layer import Layer, are_constant, gradients_by_ops, plain, versions, written_to
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
@@ -49,15 +52,12 @@ def switched_off() -> Iterator[None]:
 
 
 def applies(x: Any) -> bool:
-    """Whether a program may run on x at all: a plain CPU tensor, and nobody who looks on sees ops."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and STATE.forced in ("auto", "native")
-        and not (_off or STATE.emulated or STATE.watchers)
-        and not is_observed()
-        and not absent("native")
-    )
+    """Whether a program may run on x at all: a plain tensor, and nobody who looks on sees ops."""
+    if type(x) is not Tensor or _off or STATE.watchers or is_observed():
+        return False
+    if x.is_cuda or STATE.emulated:  # here and in a run's key no call more: a small chain's ceiling counts them
+        return STATE.forced != "reference" and not (capturing() or is_repacked())
+    return x.is_cpu and STATE.forced in ("auto", "native") and not absent("native")
 
 
 class Compiled:
@@ -76,7 +76,7 @@ class Compiled:
         self.parts = 1 if plan.gradients else plan.useful_parts()
         if self.parts > 1:
             plan = Plan(layers, x[: len(x) // self.parts], dtype, wants, constant)
-        self.plan = plan
+        self.plan, self.constant, self.output_channels_last = plan, plan.constant, plan.output_channels_last
         self.packed: list[Compiled] = [] if packed is None else packed
         self.kept: Kept | None = None
         self.layers = [layer.frozen() for layer in layers]  # a backward may come when the modules are set otherwise
@@ -145,7 +145,7 @@ class Compiled:
         else:
             y, arena = self.run(x, parameters, buffers)
             self.spares.give(arena)
-        if self.updates:  # as in PyTorch, the count of batches alone has another version (`functional.norm._update`)
+        if self.updates:  # as in PyTorch, the count of batches alone has another version (`update_running`)
             torch.autograd.graph.increment_version([b for b in buffers[2::3] if b is not None])
         return y
 
@@ -175,21 +175,19 @@ class Node(torch.autograd.Function):
         ctx.compiled, ctx.buffers = compiled, len(buffers)
         ctx.activation = compiled.activation  # who looks for a final sigmoid reads it off the graph
         # Parameters outlive the graph as it is; to save them as autograd does costs 0.6 us each, their versions 0.1.
-        ctx.parameters, ctx.versions = parameters, _versions(parameters)
+        ctx.parameters, ctx.versions = parameters, versions(parameters)
         ctx.save_for_backward(x, y if compiled.plan.reads_output else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, y), parameters = ctx.saved_tensors, ctx.parameters
-        if ctx.versions != _versions(parameters):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                "a parameter of a converted chain; update parameters after the last backward pass that needs them"
-            )
-        if torch.is_grad_enabled() or ctx.arena is None or is_aside(dy):
-            return None, None, *_replayed(ctx, dy, x, parameters)
+        if ctx.versions != versions(parameters):
+            raise written_to()
         compiled, plan = ctx.compiled, ctx.compiled.plan
+        if torch.is_grad_enabled() or ctx.arena is None or is_aside(dy):
+            wants = ctx.needs_input_grad[2:]
+            return None, None, *gradients_by_ops(compiled.layers, plan.dtype, wants, dy, (x, *parameters))
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
         if not compiled.spares.whole:
             arena.open(BACKWARD)
@@ -224,27 +222,6 @@ def _turned_to(t: Tensor, channels_last: bool) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
 
 
-def _versions(parameters: Sequence[Tensor | None]) -> list[int]:
-    return [p._version for p in parameters if p is not None]
-
-
-def _replayed(ctx: Any, dy: Tensor, x: Tensor, parameters: Sequence[Any]) -> list[Tensor | None]:
-    """The gradients by the ops: differentiable where grad mode is on."""
-    again = torch.is_grad_enabled()
-    tensors = [x, *parameters]
-    wants = [needs and t is not None for needs, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
-    lowered = torch.autocast("cpu", ctx.compiled.plan.dtype, enabled=ctx.compiled.plan.dtype != torch.float32)
-    with torch.enable_grad(), second_order(), lowered:
-        if not again:
-            tensors = [
-                t.detach().requires_grad_(w) if t is not None else None for t, w in zip(tensors, wants, strict=True)
-            ]
-        y = replay(ctx.compiled.layers, tensors[0], tensors[1:])
-        asked = [t for t, w in zip(tensors, wants, strict=True) if w]
-        found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))
-    return [next(found) if w else None for w in wants]
-
-
 class Run:
     """Neighbouring layers of a chain, called as one."""
 
@@ -262,7 +239,8 @@ class Run:
         """y, or None: run the layers op by op."""
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             return None
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        device = "cpu" if x.is_cpu else x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         parameters = [owner[name] for owner, name in self.parameters]
         key = self._key(x, dtype, parameters)
         buffers = [owner[name] for owner, name in self.buffers]
@@ -289,6 +267,7 @@ class Run:
             self.kinds,
             torch.get_num_threads(),
             forced(),
+            *(("gpu",) if x.is_cuda or STATE.emulated else ()),
         )
 
     def _chosen(self, key: tuple, x: Tensor, dtype: torch.dtype, parameters: list, buffers: list) -> Way | None:
@@ -299,7 +278,7 @@ class Run:
         way: Way | None = compiled
         self.ways[key] = way
         if compiled is not None:
-            ways, constant = self._ways(compiled, x), compiled.plan.constant
+            ways, constant = self._ways(compiled, x), compiled.constant
             contest, arguments = self._contest(key, ways, x, parameters, buffers, constant)
             of = lambda: written(self.layers, x, dtype, key[4], constant)
             found = lambda: {"op": KIND, "args": of(), "why": "open: the budget"}
@@ -308,7 +287,7 @@ class Run:
 
     def runs(self) -> tuple[str, str]:
         """What runs the layers in the calls so far, and why it is no program."""
-        if not self.ways or any(isinstance(way, Compiled) for way in self.ways.values()):
+        if not self.ways or any(isinstance(way, Compiled | Launches) for way in self.ways.values()):
             return "fastgan program", "" if self.ways else "from its first call on, unless plain PyTorch wins the race"
         lost = any(way is not None for way in self.ways.values())
         return "torch", "plain PyTorch won the race of its stretch" if lost else "no program for such a call"
@@ -325,12 +304,12 @@ class Run:
         compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
         if compiled is None:
             raise Unfit
-        return self._contest(key, self._ways(compiled, x), x, parameters, buffers, compiled.plan.constant)
+        return self._contest(key, self._ways(compiled, x), x, parameters, buffers, compiled.constant)
 
-    def _ways(self, compiled: Compiled, x: Tensor) -> dict[str, Way]:
+    def _ways(self, compiled: Compiled | Launches, x: Tensor) -> dict[str, Way]:
         ways: dict[str, Way] = {"program": compiled, "plain": functools.partial(plain, self.layers)}
         if x.dim() == 4:
-            ways["channels_last"] = functools.partial(_turned, self.layers, compiled.plan.output_channels_last)
+            ways["channels_last"] = functools.partial(_turned, self.layers, compiled.output_channels_last)
         return ways
 
     def _contest(
@@ -345,13 +324,15 @@ class Run:
         apart = {name: lambda x, *rest, w=way: w(x, rest[:count], rest[count:]) for name, way in ways.items()}
         return Contest((KIND, *key), apart, plain), [x, *parameters, *buffers]
 
-    def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | None:
+    def _compiled(self, x: Tensor, dtype: torch.dtype, wants: Sequence[bool]) -> Compiled | Launches | None:
+        if x.is_cuda or STATE.emulated:
+            return Launches.made(self.layers, x, dtype, wants)
         fits = x.dim() in (2, 3, 4) and x.numel() > 0 and is_dense(image(x)) and x.dtype in FLOATS and dtype in FLOATS
         if not torch.is_autocast_enabled("cpu"):  # float32 parameters take no other input
             fits = fits and dtype == torch.float32
         if self.layers[0].conv is None:  # a norm under autocast computes in its input's type
             fits = fits and x.dtype == dtype
-        if fits and not any(layer.refusal(any(wants)) for layer in self.layers):
+        if fits and not any(layer.refusal(any(wants), x.device) for layer in self.layers):
             tensors = (owner[name] for owner, name in (*self.parameters, *self.buffers))
             with contextlib.suppress(Unfit):  # the ops say what is wrong
                 constant = not any(wants) and are_constant(tensors)

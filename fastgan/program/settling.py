@@ -32,9 +32,14 @@ def race(case: str, found: dict[str, Any]) -> str | None:
                 tensor.requires_grad_(wanted)
         return run.contest(x, dtype)
 
-    lowered = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    device = found["x"]["device"]
+    lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     try:
-        with torch.random.fork_rng([]), lowered, torch.set_grad_enabled(wants is not None):
+        with (
+            torch.random.fork_rng([] if device == "cpu" else [device]),
+            lowered,
+            torch.set_grad_enabled(wants is not None),
+        ):
             return finished(made) if digest(made()[0].case) == case else None
     except (torch.OutOfMemoryError, Unfit):
         return None

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from fastgan._hooks import has_hooks, has_hooks_on_values
 from fastgan.choice import forced
+from fastgan.program import switched_off
 from fastgan.training.recording import Recording, difference
 
 __all__ = ["CUDAGraphs", "Capturable", "Capture", "Graphs"]
@@ -209,7 +210,7 @@ class Capture:
         return self.step.run(due, *inputs)
 
     def _warm_up(self, entry: _Entry, due: tuple[bool, ...]) -> Metrics:
-        with self.rates.on_device():
+        with self.rates.on_device(), switched_off():  # as the capture runs them
             if entry.steps == 0:
                 metrics = self.graphs.warm_up(lambda: self.step.run(due, *entry.inputs))
             else:
@@ -238,7 +239,7 @@ class Capture:
 
         self.captures += 1
         try:
-            with self.rates.on_device(capturing=True):
+            with self.rates.on_device(capturing=True), switched_off():
                 entry.replay, (entry.names, entry.values) = self.graphs.capture(packed, self.step.rng)
         except Exception as error:
             for optimizer in self.step.optimizers():
