@@ -86,10 +86,11 @@ SHAPES = [
     Shape(4, 32, 23, 24, 32, 5, 5, (2, 2), (2, 2)),
     Shape(5, 32, 16, 18, 112, 3, 4, (1, 2), (1, 1)),
     Shape(33, 80, 5, 5, 32, 2, 2),
-    # The same for the weight gradient alone, whose channels are padded to blocks of 16: both, x's and dy's.
+    # The same with channels that fill no blocks of 16: of x and dy, of one of them.
     Shape(5, 29, 11, 13, 30, 3, 3, (1, 1), (1, 1)),
     Shape(9, 47, 17, 15, 48, 4, 4, (2, 2), (1, 1)),
     Shape(4, 32, 15, 14, 41, 3, 3, (1, 1), (1, 1)),
+    Shape(9, 51, 17, 16, 73, 4, 4, (2, 2), (1, 1)),
     # 1x1 and 3x3, unit and odd channel counts.
     Shape(5, 17, 5, 7, 33, 1, 1),
     Shape(1, 64, 9, 6, 64, 3, 3, (1, 1), (1, 1)),

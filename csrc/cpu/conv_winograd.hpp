@@ -182,23 +182,35 @@ inline bool find_tile_pair(const Problem& p, int64_t index, TilePair& t) {
 
 constexpr int MAX_TILE_PAIRS = 4;   // stride 2 both ways
 constexpr int64_t MIN_TILES = 128;  // fewer do not pay for transforming the weights: break-even at about 33 a thread
-constexpr int64_t MIN_CHANNELS = 32;
+constexpr int64_t MIN_CHANNELS = 17;
 
-// Whether the form serves the problem and saves at least 30 % of the products; fills in the pairs.
+// What the transforms cost beside the products: OVERHEAD / columns for the source's, which all columns share, and
+// OVERHEAD / depth for the outputs'. Fitted to layers of 17 to 48 channels (one thread of an Intel Xeon, family 6 model
+// 207): at 32 channels the transforms of 3x3 and of the adjoint of 4x4 stride 2 took as long as the products with
+// AVX-512, and half as long held to AVX2. So that adjoint stays direct below 41 channels with AVX-512 and 23 with AVX2.
+constexpr double OVERHEAD = VF == 16 ? 16.0 : 9.0;
+
+// Columns of the packed weights and the products; those past M are zero.
+inline int64_t columns_of(const Problem& p) { return round_up(p.M, Product::GRAIN); }
+
+// Whether the form serves the problem, saves at least 30 % of the products and more than its transforms cost; fills in
+// the pairs.
 inline bool plan_tiles(const Problem& p, TilePair* pair) {
   const int64_t pairs = p.h.phases * p.w.phases;
   if (p.source_dtype != F32 || p.weight_dtype != F32 || p.out_dtype != F32 || p.groups != 1) return false;
-  if (pairs > MAX_TILE_PAIRS || p.C % 16 || p.M % 16 || p.C < MIN_CHANNELS || p.M < MIN_CHANNELS) return false;
+  if (pairs > MAX_TILE_PAIRS || p.C < MIN_CHANNELS || p.M < MIN_CHANNELS) return false;
   double ours = 0, direct = 0;
-  int64_t offset = 0;
+  int64_t offset = 0, depth = INT64_MAX;
   for (int64_t i = 0; i < pairs; ++i) {
     if (!find_tile_pair(p, i, pair[i]) || pair[i].tiles < MIN_TILES) return false;
     ours += static_cast<double>(pair[i].tiles * pair[i].points() * pair[i].sh.count * pair[i].sw.count);
     direct += static_cast<double>(p.N * pair[i].h->count * pair[i].w->count * pair[i].h->taps * pair[i].w->taps);
+    depth = least(depth, pair[i].depth);
     pair[i].offset = offset;
-    offset += pair[i].points() * pair[i].depth * p.M;
+    offset += pair[i].points() * pair[i].depth * columns_of(p);
   }
-  return ours < 0.7 * direct;
+  const double overhead = OVERHEAD / static_cast<double>(columns_of(p)) + OVERHEAD / static_cast<double>(depth);
+  return ours < 0.7 * direct && ours * (1.0 + overhead) < direct;
 }
 
 struct TileAt {
@@ -224,14 +236,21 @@ inline void find_pixels(const Problem& p, const TileAt& at, const Strand& sh, co
   }
 }
 
-// to[point][c] = B^T d B for `channels` channels of a tile, from channel `first` of its pixels on.
+// to[point][c] = B^T d B for `channels` channels of a tile, from channel `first` of its pixels on. It writes whole
+// vectors: what lies behind a point's channels is written later, or is the cache line between points.
 template <int PH, int PW>
 inline void transform_pixels(const float* const* pixel, int64_t first, int64_t channels, float* to,
                              int64_t point_step) {
   for (int64_t c = 0; c < channels; c += VF) {
+    const int lanes = static_cast<int>(least(VF, channels - c));
     vf v[PH * PW];
+    if (lanes == VF) {
 #pragma GCC unroll 16
-    for (int i = 0; i < PH * PW; ++i) v[i] = load(pixel[i] + first + c);
+      for (int i = 0; i < PH * PW; ++i) v[i] = load(pixel[i] + first + c);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < PH * PW; ++i) v[i] = load_tail(pixel[i] + first + c, lanes);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < PH; ++i) source_points<PW, 1>(v + i * PW);
 #pragma GCC unroll 4
@@ -265,7 +284,7 @@ FG_NOINLINE void emit_points(const Problem& p, const TilePair& t, const Panels<P
           for (int j = 0; j < PW; ++j) weight_points<PH, PW>(v + j);
           const int64_t row = (a * t.sw.count + b) * p.C + c;
           float* to = packed + t.offset + first * t.depth + row * width + piece.column - first;
-          for (int i = 0; i < PH * PW; ++i) store(to + i * t.depth * p.M, v[i]);
+          for (int i = 0; i < PH * PW; ++i) store(to + i * t.depth * columns_of(p), v[i]);
         }
   });
 }
@@ -311,10 +330,11 @@ inline void store_tiles(const TileWork& work, const TilePair& t, int64_t first, 
       for (int k = 0; k < PH; ++k) outputs_of<PW, 1>(v + k * PW);
 #pragma GCC unroll 2
       for (int k = 0; k < 2; ++k) outputs_of<PH, PW>(v + k);
-      const vf bias = p.bias ? load(p.bias + column + j) : zero();
+      const int lanes = static_cast<int>(least(VF, p.M - column - j));
+      const vf bias = p.bias ? load_some(p.bias + column + j, lanes) : zero();
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k)
-        if (to[k]) store(to[k] + j, activate(v[k / 2 * PW + k % 2] + bias, p.act, p.slope));
+        if (to[k]) store_some(to[k] + j, activate(v[k / 2 * PW + k % 2] + bias, p.act, p.slope), lanes);
     }
   }
 }
@@ -342,7 +362,7 @@ inline void compute_tiles(const TileWork& work, const TilePair& t, int64_t chunk
     for (int point = 0; point < PH * PW; ++point)
       for (int64_t block = block0; block < block1; ++block) {
         const int64_t at = work.panels.first_column(block);
-        const float* panel = work.packed + t.offset + (point * p.M + at) * t.depth;
+        const float* panel = work.packed + t.offset + (point * work.panels.columns + at) * t.depth;
         for (int64_t i = 0; i < count; i += ROWS) {
           const char* left[ROWS];
           for (int r = 0; r < ROWS; ++r) {
@@ -377,13 +397,13 @@ inline void compute_minimal(const Problem& p, const TilePair* pair) {
   const int64_t pairs = p.h.phases * p.w.phases;
   TileWork work;
   work.p = &p;
-  work.panels.columns = p.M;
-  work.panels.blocks = ceil_div(p.M, Product::COLUMNS);
+  work.panels.columns = columns_of(p);
+  work.panels.blocks = ceil_div(work.panels.columns, Product::COLUMNS);
   work.panels.merged = false;
   work.chunk = chunk_tiles(pair, pairs, p.threads);
   int64_t packed_floats = 0, source = 0, product = 0, chunks = 0;
   for (int64_t i = 0; i < pairs; ++i) {
-    packed_floats += pair[i].points() * pair[i].depth * p.M;
+    packed_floats += pair[i].points() * pair[i].depth * work.panels.columns;
     source = most(source, source_floats(pair[i], work.chunk));
     product = most(product, product_floats(pair[i], work.chunk));
     chunks = most(chunks, ceil_div(pair[i].tiles, work.chunk));
@@ -397,7 +417,7 @@ inline void compute_minimal(const Problem& p, const TilePair* pair) {
   work.packed = packed.data;
   work.zeros = zeros.data;
   const int64_t depth = pack_depth(p, work.panels), ranges = ceil_div(p.C, depth);
-  const int64_t pieces = packed.made() ? 0 : p.M / VF * ranges;
+  const int64_t pieces = packed.made() ? 0 : work.panels.columns / VF * ranges;
 #pragma omp parallel num_threads(p.threads)
   {
     float* mine = memory.data + thread_index() * round_up(own, 16);
