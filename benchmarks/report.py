@@ -49,6 +49,7 @@ HEADLINES = {  # (op, shape, direction, row) -> what it is in a newcomer's words
     ("sample", "dcgan-64", "batch64", "fastgan-bf16"): "drawing images with DCGAN-64, bfloat16",
     ("sample", "dcgan-64", "batch1", "fastgan-bf16"): "drawing one image with DCGAN-64, bfloat16",
     ("sample", "dcgan-64", "batch1", "fastgan-frozen"): "drawing one image with DCGAN-64, frozen, float32",
+    ("sample", "dcgan-64", "batch1", "fastgan-frozen-bf16"): "drawing one image with DCGAN-64, frozen, bfloat16",
 }
 HEADLINE_MARKERS = "<!-- headlines: written by `make evidence` -->", "<!-- headlines: end -->"
 TIMES = "<!-- time to quality: written by `make evidence` -->", "<!-- time to quality: end -->"
