@@ -49,7 +49,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOOKS_AT = {"r1": ("real",), "r2": ("fake",), "r1r2": ("real", "fake")}  # a penalty of squares -> its images
 # Values of real images from which D learns in turn by itself on a CPU: 64 images of 3 x 64 x 64. DCGAN-64 then holds
 # 0.66 of PyTorch's worst moment in the place of 0.90, at 0.96 to 1.02 times the speed of one batch of both (float32,
-# three machines), and from 128 on it is the faster way. With 32 images one batch of both holds 0.79 of PyTorch's.
+# three machines), and from 128 on 1.00 to 1.18 times. With 32 images one batch of both holds 0.79 of PyTorch's.
 IN_TURN_FROM = 64 * 3 * 64 * 64
 PENALTY_WEIGHTS = {kind: 1.0 if kind == "r1r2" else 10.0 for kind in penalties.KINDS}
 
