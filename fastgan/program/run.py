@@ -1,11 +1,11 @@
 """Calling programs: which plan serves a call, its autograd node, and when the layers run op by op instead.
 
 A program runs where it is known to give the ops' numbers: plain tensors, in float32 or under autocast, no tracing. On a
-CPU it is a `Plan`, on a GPU `Launches`. There is none while a CUDA graph is captured, or where hooks take from a GPU's
-memory what autograd saves (torch.utils.checkpoint). An input that is a leaf and wants a gradient (a penalty's images)
-is left to the ops, since second derivatives are wanted of it. A backward pass that must itself be differentiable
-(create_graph=True), or that runs a second time over the same forward (retain_graph=True), replays the layers op by op
-from what the node saved.
+CPU it is a `Plan`, on a GPU `Launches`. None is made while a CUDA graph is captured, and none runs where hooks take
+from a GPU's memory what autograd saves (torch.utils.checkpoint). An input that is a leaf and wants a gradient (a
+penalty's images) is left to the ops, since second derivatives are wanted of it. A backward pass that must itself be
+differentiable (create_graph=True), or that runs a second time over the same forward (retain_graph=True), replays the
+layers op by op from what the node saved.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def applies(x: Any) -> bool:
     if type(x) is not Tensor or _off or STATE.watchers or is_observed():
         return False
     if x.is_cuda or STATE.emulated:  # here and in a run's key no call more: a small chain's ceiling counts them
-        return STATE.forced != "reference" and not (capturing() or is_repacked())
+        return STATE.forced != "reference" and not is_repacked()
     return x.is_cpu and STATE.forced in ("auto", "native") and not absent("native")
 
 
@@ -249,6 +249,8 @@ class Run:
             try:
                 way = self.ways[key]
             except KeyError:
+                if (x.is_cuda or STATE.emulated) and capturing():
+                    return None
                 way = self._chosen(key, x, dtype, parameters, buffers)
             self.last = key, way
         return None if way is None else way(x, parameters, buffers)
