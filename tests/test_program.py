@@ -863,3 +863,76 @@ def test_an_open_race_of_signals_is_settled_at_the_end_of_its_run(kind, slow_pro
     assert takes_a_program(model, x) and len(STATE.open) == 1
     (case,) = STATE.open
     assert settle() == {case: "plain"} and not STATE.open
+
+
+# ---- what a module may become between calls --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def device_kind(request, monkeypatch):
+    """Programs of a CPU, and those of a GPU on its tensors."""
+    if request.param == "gpu":
+        monkeypatch.setattr(STATE, "emulated", {"a GPU without kernels"})
+
+
+def test_a_layer_that_is_applied_to_its_own_result_has_its_gradient_once(device_kind):
+    """create_graph=True: the inner pass must not walk on through x into the parameter that made it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1), nn.LeakyReLU(0.2))
+    ours, x = fastgan.convert(copy.deepcopy(model)), torch.randn(2, 3, 6, 6)
+    found = []
+    for m in (ours, model):
+        real = x.clone().requires_grad_()
+        first = torch.autograd.grad(m(m(real * 1.0)).square().sum(), [real, *m.parameters()], create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].sum(), [*m.parameters()])
+        found.append((*first, *second))
+    assert_same(*found, exact=False)
+
+
+@pytest.mark.parametrize("where", ["norm", "bias"])
+@pytest.mark.parametrize("after", [False, True])
+def test_vectors_of_another_length_are_refused_as_by_the_ops(after, where, device_kind):
+    model = fastgan.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.2)))
+    x = torch.randn(2, 3, 6, 6)
+    if after:
+        model(x)
+    module, name = (model[1], "weight") if where == "norm" else (model[0], "bias")
+    setattr(module, name, nn.Parameter(torch.ones(4)))
+    with pytest.raises(ValueError, match=r"must have shape \(8,\)"):
+        model(x)
+
+
+def test_a_layer_that_has_grown_is_seen(device_kind):
+    model = fastgan.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.2)))
+    x = torch.randn(2, 3, 6, 6)
+    model(x)
+    for name, t in nn.Conv2d(3, 12, 3).named_parameters():
+        setattr(model[0], name, t)
+    model[1].weight, model[1].bias = nn.Parameter(torch.ones(12)), nn.Parameter(torch.zeros(12))
+    model[1].num_features, model[1].running_mean, model[1].running_var = 12, torch.zeros(12), torch.ones(12)
+    assert model(x).shape == (2, 12, 4, 4)
+
+
+def test_an_output_padding_that_has_changed_is_seen(device_kind):
+    model = fastgan.convert(nn.Sequential(nn.ConvTranspose2d(3, 8, 3, 2), nn.LeakyReLU(0.2)))
+    x = torch.randn(2, 3, 8, 8)
+    assert model(x).shape[2:] == (17, 17)
+    model[0].output_padding = (1, 1)
+    assert model(x).shape[2:] == (18, 18)
+
+
+def test_an_input_of_autocast_is_refused_without_it(device_kind):
+    model, x = fastgan.convert(chain("conv+act")), torch.randn(2, 3, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    with pytest.raises(TypeError, match="must have x's dtype"):
+        model(x)
+
+
+def test_a_second_order_pass_makes_what_it_is_asked_for(device_kind, monkeypatch):
+    model, x = fastgan.convert(chain("conv+act")), torch.randn(2, 3, 8, 8, requires_grad=True)
+    made = []
+    op = fastgan._op.OPS["conv2d_weight"]
+    monkeypatch.setattr(op, "run", lambda *args, run=op.run: (made.append(1), run(*args))[1])
+    torch.autograd.grad(model(x * 1.0).sum(), x, create_graph=True)
+    assert not made

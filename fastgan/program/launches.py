@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from fastgan._layout import is_channels_last, laid_out
 from fastgan._op import OPS, is_aside, owned
-from fastgan.choice import reaches
 from fastgan.functional.blocks import fold, folding_pays
 from fastgan.functional.norm import update_running
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
-from fastgan.program.layer import TRANSPOSED, Geometry, Layer, gradients_by_ops, versions, written_to
+from fastgan.program.layer import TRANSPOSED, Geometry, Layer, gradients_by_ops, reached, versions, written_to
 from fastgan.program.tape import ACTIVATION, CAST, LINEAR, ROWS, TURN, Tape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -261,12 +260,11 @@ class LaunchesNode(torch.autograd.Function):
         launches, tape, ctx.tape = ctx.launches, ctx.tape, None  # what was kept is freed on the way
         if ctx.versions != versions(ctx.parameters):
             raise written_to()
-        wants, tensors = ctx.needs_input_grad[2:], (x, *ctx.parameters)
+        tensors = (x, *ctx.parameters)
+        wants = reached(ctx, tensors)
         if torch.is_grad_enabled() or tape is None or is_aside(dy):
             return None, None, *gradients_by_ops(launches.layers, launches.dtype, wants, dy, tensors)
-        edges = iter(ctx.next_functions)
-        edge_of = [None if t is None else next(edges)[0] for t in tensors]  # of each tensor
-        asked = [i for i, want in enumerate(wants) if want and reaches(edge_of[i])]
+        asked = [i for i, want in enumerate(wants) if want]
         with _no_autocast(dy):
             found = tape.back(laid_out(dy, True) if ctx.turns else dy, asked)
         return None, None, *[found.get(i) for i in range(len(tensors))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan import _activation, functional
 from fastgan._layout import image, is_dense
-from fastgan.choice import second_order
+from fastgan.choice import reaches, second_order
 
-_conv_facts = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_conv_facts = attrgetter("stride", "padding", "dilation", "output_padding", "groups", "padding_mode")
 _norm_facts = attrgetter("training", "eps", "momentum", "track_running_stats", "stat_groups", "sync")
 _sample_norm_facts: dict[type, Callable[[Any], Any]] = {
     nn.GroupNorm: attrgetter("eps", "num_groups"),
@@ -24,6 +25,7 @@ _sample_norm_facts: dict[type, Callable[[Any], Any]] = {
     nn.LayerNorm: attrgetter("eps", "normalized_shape"),
 }
 _slope = attrgetter("negative_slope")
+_CHANNELS = ("num_features", "num_channels", "normalized_shape")  # where a norm says how many it has
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, *TRANSPOSED)
 
@@ -134,7 +136,21 @@ class Layer:
         tensors = [t for t in (*self.parameters(), *self.buffers()[:2]) if t is not None]
         if any(t.dtype != torch.float32 or t.device != device or not is_dense(image(t)) for t in tensors):
             return f"parameters that are not dense float32 on {device}"
-        return ""
+        return "" if self.fits_itself() else "parameters that do not fit each other"
+
+    def fits_itself(self) -> bool:
+        """Whether biases and a norm's vectors are as long as their layer has channels; kernels would read past them."""
+        conv, norm = self.conv, self.norm
+        found: list[tuple[Tensor | None, int]] = []
+        if conv is not None:
+            weight = conv.weight
+            outputs = weight.shape[1] * conv.groups if isinstance(conv, TRANSPOSED) else weight.shape[0]
+            found.append((conv.bias, outputs))
+        if norm is not None:
+            channels = next(getattr(norm, name) for name in _CHANNELS if hasattr(norm, name))
+            channels = channels if isinstance(channels, int) else math.prod(channels)
+            found += [(t, channels) for t in (norm.weight, norm.bias, *self.buffers()[:2])]
+        return all(t is None or t.shape == (count,) for t, count in found)
 
 
 def hold_constant(tensors: Iterable[Tensor | None]) -> None:
@@ -202,10 +218,9 @@ def gradients_by_ops(
     wants = [want and t is not None for want, t in zip(wants, tensors, strict=True)]
     lowered = torch.autocast(dy.device.type, dtype, enabled=dtype != torch.float32)
     with torch.enable_grad(), second_order(), lowered:
-        if not again:
-            tensors = [
-                t.detach().requires_grad_(w) if t is not None else None for t, w in zip(tensors, wants, strict=True)
-            ]
+        # views end the inner pass: a parameter that x was made with would get its share of the outer pass twice
+        apart = Tensor.view_as if again else lambda t, _: t.detach().requires_grad_(t.requires_grad)
+        tensors = [t if t is None or not w else apart(t, t) for t, w in zip(tensors, wants, strict=True)]
         y = replay(layers, tensors[0], tensors[1:])  # type: ignore[arg-type]
         asked = [t for t, w in zip(tensors, wants, strict=True) if w]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))  # type: ignore[arg-type]
@@ -214,7 +229,18 @@ def gradients_by_ops(
 
 def versions(parameters: Sequence[Tensor | None]) -> list[int]:
     """How often each of these was written to."""
-    return [p._version for p in parameters if p is not None]
+    try:
+        return [p._version for p in parameters if p is not None]
+    except RuntimeError:  # of inference mode, which counts none
+        return [0 if p.is_inference() else p._version for p in parameters if p is not None]
+
+
+def reached(ctx: Any, tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Of the tensors among a node's inputs, whether the running backward pass uses their gradients."""
+    edges = iter(ctx.next_functions)  # one for each tensor
+    edge_of = [None if t is None else next(edges)[0] for t in tensors]
+    wants = ctx.needs_input_grad[-len(tensors) :]
+    return [want and reaches(edge) for want, edge in zip(wants, edge_of, strict=True)]
 
 
 def written_to() -> RuntimeError:

@@ -24,7 +24,7 @@ from fastgan._layout import image, is_dense, laid_out
 from fastgan._op import is_aside, is_observed
 from fastgan.choice import STATE, Contest, absent, capturing, fastest, forced, is_repacked, reaches
 from fastgan.program.launches import Launches
-from fastgan.program.layer import Layer, are_constant, gradients_by_ops, plain, versions, written_to
+from fastgan.program.layer import Layer, are_constant, gradients_by_ops, plain, reached, versions, written_to
 from fastgan.program.memory import BACKWARD, FORWARD, Arena, Spares
 from fastgan.program.plan import COTANGENT, Plan, Unfit
 from fastgan.program.product import Steps
@@ -186,8 +186,8 @@ class Node(torch.autograd.Function):
             raise written_to()
         compiled, plan = ctx.compiled, ctx.compiled.plan
         if torch.is_grad_enabled() or ctx.arena is None or is_aside(dy):
-            wants = ctx.needs_input_grad[2:]
-            return None, None, *gradients_by_ops(compiled.layers, plan.dtype, wants, dy, (x, *parameters))
+            tensors = (x, *parameters)
+            return None, None, *gradients_by_ops(compiled.layers, plan.dtype, reached(ctx, tensors), dy, tensors)
         arena, ctx.arena = ctx.arena, None  # the gradients take the place of what was kept
         if not compiled.spares.whole:
             arena.open(BACKWARD)
@@ -240,10 +240,11 @@ class Run:
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             return None
         device = "cpu" if x.is_cpu else x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         parameters = [owner[name] for owner, name in self.parameters]
-        key = self._key(x, dtype, parameters)
         buffers = [owner[name] for owner, name in self.buffers]
+        key = self._key(x, (dtype, autocast), parameters, buffers)
         before, way = self.last
         if key != before:
             try:
@@ -255,16 +256,20 @@ class Run:
             self.last = key, way
         return None if way is None else way(x, parameters, buffers)
 
-    def _key(self, x: Tensor, dtype: torch.dtype, parameters: list) -> tuple:
-        """What the choice of a way depends on; the fifth is which of x and the parameters get gradients, if any."""
+    def _key(self, x: Tensor, computes: tuple[torch.dtype, bool], parameters: list, buffers: list) -> tuple:
+        """What the choice of a way depends on; the fifth is which of x and the parameters get gradients, if any.
+
+        computes: the dtype, and whether autocast asks for it.
+        """
         grad = torch.is_grad_enabled()
         return (
             x.shape,
             x.stride(),
             x.dtype,
-            dtype,
+            computes,
             (x.requires_grad, *[p is not None and p.requires_grad for p in parameters]) if grad else None,
-            (*[(p.stride(), p.dtype) if p is not None else None for p in parameters],),
+            (*[(p.shape, p.stride(), p.dtype, p.device) if p is not None else None for p in parameters],),
+            (*[b.shape if b is not None else None for b in buffers],),
             (*[read(module) for read, module in self.facts],),
             self.kinds,
             torch.get_num_threads(),
@@ -302,7 +307,7 @@ class Run:
         """A new race of the ways that a call can take, and its arguments."""
         parameters = self.tensors()
         buffers = [owner[name] for owner, name in self.buffers]
-        key = self._key(x, dtype, parameters)
+        key = self._key(x, (dtype, torch.is_autocast_enabled(x.device.type)), parameters, buffers)
         compiled = self._compiled(x, dtype, key[4] or (False,) * (1 + len(parameters)))
         if compiled is None:
             raise Unfit
