@@ -1,7 +1,7 @@
 // AMX-BF16 tiles behind six functions, and the micro-kernel on them.
 //
-// Tests also compile it with FG_AMX_EMULATED, which replaces the six functions by loops over memory with the same layout
-// and the same fp32 accumulation, so that CPUs without AMX run the rest of it.
+// Tests also compile it with FG_AMX_EMULATED, which replaces the six functions by loops over memory with the same
+// layout and the same fp32 accumulation, so that CPUs without AMX run the rest of it.
 #pragma once
 
 #include "cpu/conv_micro.hpp"
