@@ -180,9 +180,9 @@ inline bool find_tile_pair(const Problem& p, int64_t index, TilePair& t) {
   return true;
 }
 
-constexpr int MAX_TILE_PAIRS = 4;   // stride 2 both ways
-constexpr int64_t MIN_TILES = 128;  // fewer do not pay for transforming the weights: break-even at about 33 a thread
-constexpr int64_t MIN_CHANNELS = 17;
+constexpr int MAX_TILE_PAIRS = 4;     // stride 2 both ways
+constexpr int64_t MIN_TILES = 128;    // fewer do not pay for transforming the weights: break-even at about 33 a thread
+constexpr int64_t MIN_CHANNELS = 17;  // fewer were not measured
 
 // What the transforms cost beside the products: OVERHEAD / columns for the source's, which all columns share, and
 // OVERHEAD / depth for the outputs'. Fitted to layers of 17 to 48 channels (one thread of an Intel Xeon, family 6 model

@@ -61,7 +61,7 @@ def conv2d_bn_act(
     """
     geometry = stride, padding, dilation, groups
     act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    folds = not training and folding_pays("conv2d", x, weight, stride)
+    folds = not training and _folding_pays("conv2d", x, weight, stride)
     if folds and running_mean is not None and running_var is not None:
         weight, bias = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=0)
         return conv2d(x, weight, bias, *geometry, **act)
@@ -103,7 +103,7 @@ def conv_transpose2d_bn_act(
     """
     geometry = stride, padding, output_padding, groups, dilation
     act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-    folds = not training and groups == 1 and folding_pays("conv_transpose2d", x, weight, stride)
+    folds = not training and groups == 1 and _folding_pays("conv_transpose2d", x, weight, stride)
     if folds and running_mean is not None and running_var is not None:
         weight, bias = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, channel_dim=1)
         return conv_transpose2d(x, weight, bias, *geometry, **act)
@@ -131,8 +131,8 @@ def _normed(
     return bn_act(y.unsqueeze(0), mean, var, weight, bias, **norm).squeeze(0)
 
 
-def folding_pays(op: str, x: Tensor, weight: Tensor, stride: Size2) -> bool:
-    """Whether an output channel of "conv2d" or "conv_transpose2d" has about as many pixels as weights, or more."""
+def _folding_pays(op: str, x: Tensor, weight: Tensor, stride: Size2) -> bool:
+    """Whether an output channel has about as many pixels as weights, or more."""
     pixels, step = x.numel() // max(x.shape[-3], 1), math.prod(pair(op, "stride", stride, 1))
     if op == "conv_transpose2d":
         return pixels * step >= weight.numel() // max(weight.shape[1], 1)

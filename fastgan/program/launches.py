@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from fastgan._layout import is_channels_last, laid_out
 from fastgan._op import OPS, is_aside, owned
-from fastgan.functional.blocks import fold, folding_pays
+from fastgan.functional.blocks import fold
 from fastgan.functional.norm import update_running
 from fastgan.ops import conv2d as _conv2d
 from fastgan.ops import conv_transpose2d as _conv_transpose2d
 from fastgan.program.layer import TRANSPOSED, Geometry, Layer, gradients_by_ops, reached, versions, written_to
+from fastgan.program.plan import folds
 from fastgan.program.tape import ACTIVATION, CAST, LINEAR, ROWS, TURN, Tape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,7 +80,8 @@ class Launches:
         known: Sequence[Any] = ()
         if conv is not None:
             weight, bias = tensors[:2]
-            if self._folds(layer, x, weight):
+            in_eval = layer.convolves() and layer.is_batch_norm() and not norm.training
+            if in_eval and folds(conv, weight, x.shape, constant=False):
                 mean, var, _ = buffers
                 weight, bias = fold(weight, bias, mean, var, gamma, beta, norm.eps, int(isinstance(conv, TRANSPOSED)))
                 norm = None
@@ -100,14 +102,6 @@ class Launches:
             return y
         fused = layer.convolves() or layer.activation == "identity"
         return x if fused else tape.run(ACTIVATION, x, *act)
-
-    def _folds(self, layer: Layer, x: Tensor, weight: Tensor) -> bool:
-        """Whether `conv2d_bn_act` and its sibling fold the norm in eval mode."""
-        conv, transposed = layer.conv, isinstance(layer.conv, TRANSPOSED)
-        if not layer.is_batch_norm() or layer.norm.training or not layer.convolves():
-            return False
-        name = "conv_transpose2d" if transposed else "conv2d"
-        return not (transposed and conv.groups > 1) and folding_pays(name, x, weight, conv.stride)
 
     def _lowered(self, tape: Tape, t: Tensor | None) -> Tensor | None:
         return t if t is None or t.dtype == self.dtype else tape.run(CAST, t, self.dtype)

@@ -219,8 +219,8 @@ def gradients_by_ops(
     lowered = torch.autocast(dy.device.type, dtype, enabled=dtype != torch.float32)
     with torch.enable_grad(), second_order(), lowered:
         # views end the inner pass: a parameter that x was made with would get its share of the outer pass twice
-        apart = Tensor.view_as if again else lambda t, _: t.detach().requires_grad_(t.requires_grad)
-        tensors = [t if t is None or not w else apart(t, t) for t, w in zip(tensors, wants, strict=True)]
+        apart: Callable[[Any], Tensor] = lambda t: t.view_as(t) if again else t.detach().requires_grad_()
+        tensors = [apart(t) if want else t for t, want in zip(tensors, wants, strict=True)]
         y = replay(layers, tensors[0], tensors[1:])  # type: ignore[arg-type]
         asked = [t for t, w in zip(tensors, wants, strict=True) if w]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, allow_unused=True))  # type: ignore[arg-type]

@@ -398,7 +398,7 @@ class Plan:
         layer, (mean, var, _) = p.layer, self.buffers[i]
         vectors = p.parameters["gamma"], p.parameters["beta"], mean, var
         can = isinstance(layer.conv, nn.Conv2d | nn.ConvTranspose2d)
-        if not can or not _folds(layer.conv, tensors["weight"], p.x_shape, self.constant):
+        if not can or not folds(layer.conv, tensors["weight"], p.x_shape, self.constant):
             t = self._norm_input(p)
             self._step("bn_act_forward", self.code, t, *vectors, p.y, *self._norm_fields(p, 1, False))
             return
@@ -536,7 +536,7 @@ def _rank(product: Any) -> int:
     return 2 if isinstance(product, nn.Linear) else 2 + len(product.kernel_size)
 
 
-def _folds(conv: Any, weight: Tensor, shape: Shape, constant: bool) -> bool:
+def folds(conv: Any, weight: Tensor, shape: Shape, constant: bool) -> bool:
     """Whether `functional.conv2d_bn_act` and its sibling fold the norm in eval mode for an input of this shape, or, of
     constants, whether they can."""
     if constant:
